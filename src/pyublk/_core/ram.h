@@ -1,0 +1,25 @@
+/* SPDX-License-Identifier: MIT
+ * A disk in memory: sparse until written; discard and write-zeroes give pages back.
+ */
+#ifndef PU_RAM_H
+#define PU_RAM_H
+
+#include "lock.h"
+
+struct pu_ram {
+	uint8_t *bytes;
+	uint64_t size;
+	struct pu_lock lock; /* keeps overlapping requests of different queues whole */
+};
+
+int pu_ram_init(struct pu_ram *ram, uint64_t size);
+void pu_ram_destroy(struct pu_ram *ram);
+
+/* A pu_handler; context is a struct pu_ram. */
+int64_t pu_ram_handle(void *context, uint32_t op, uint32_t flags, uint64_t offset, uint64_t length,
+		      void *buffer);
+
+/* Bytes that occupy memory now. */
+uint64_t pu_ram_resident(struct pu_ram *ram);
+
+#endif

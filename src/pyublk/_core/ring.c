@@ -1,0 +1,285 @@
+/* SPDX-License-Identifier: MIT */
+#define _GNU_SOURCE
+#include "ring.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+struct sq_offsets {
+	uint32_t head, tail, ring_mask, ring_entries, flags, dropped, array, resv1;
+	uint64_t user_addr;
+};
+struct cq_offsets {
+	uint32_t head, tail, ring_mask, ring_entries, overflow, cqes, flags, resv1;
+	uint64_t user_addr;
+};
+struct setup_params { /* io_uring_params */
+	uint32_t sq_entries, cq_entries, flags, sq_thread_cpu, sq_thread_idle, features, wq_fd, resv[3];
+	struct sq_offsets sq;
+	struct cq_offsets cq;
+};
+_Static_assert(sizeof(struct setup_params) == 120, "io_uring_params");
+
+struct enter_arg { /* io_uring_getevents_arg */
+	uint64_t sigmask;
+	uint32_t sigmask_size;
+	uint32_t min_wait_us;
+	uint64_t timeout;
+};
+struct kernel_timespec {
+	int64_t seconds, nanoseconds;
+};
+struct rsrc_update { /* io_uring_rsrc_update */
+	uint32_t offset, resv;
+	uint64_t data;
+};
+
+enum {
+	ENTER_GETEVENTS = 1u << 0,
+	ENTER_EXT_ARG = 1u << 3,
+	ENTER_REGISTERED_RING = 1u << 4,
+};
+#define MAP_OFFSET_RINGS 0ll
+#define MAP_OFFSET_SQES 0x10000000ll
+
+static int error_or(long result)
+{
+	return result < 0 ? -errno : (int)result;
+}
+
+/* The flags a kernel may lack, youngest first: dropping them in this order keeps what it has. */
+static const uint32_t newest_first[] = {
+	PU_SETUP_NO_SQARRAY,				 /* 6.6 */
+	PU_SETUP_DEFER_TASKRUN,				 /* 6.1 */
+	PU_SETUP_SINGLE_ISSUER,				 /* 6.0 */
+	PU_SETUP_COOP_TASKRUN | PU_SETUP_TASKRUN_FLAG,	 /* 5.19 */
+	PU_SETUP_SUBMIT_ALL,				 /* 5.18 */
+};
+
+static int setup(uint32_t entries, uint32_t cq_entries, uint32_t required, uint32_t wanted,
+		 struct setup_params *params)
+{
+	size_t next = 0;
+
+	for (;;) {
+		memset(params, 0, sizeof(*params));
+		params->flags = required | wanted;
+		if (cq_entries) {
+			params->flags |= PU_SETUP_CQSIZE;
+			params->cq_entries = cq_entries;
+		}
+		int fd = error_or(syscall(SYS_io_uring_setup, entries, params));
+
+		if (fd != -EINVAL)
+			return fd;
+		while (next < sizeof(newest_first) / sizeof(*newest_first) &&
+		       !(wanted & newest_first[next]))
+			next++;
+		if (next == sizeof(newest_first) / sizeof(*newest_first))
+			return fd;
+		wanted &= ~newest_first[next++];
+	}
+}
+
+static void *map_ring(int fd, size_t bytes, long long offset)
+{
+	void *map = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, offset);
+
+	/* A child that inherited the mapping would keep the ring, and so the device, alive. */
+	if (map != MAP_FAILED)
+		madvise(map, bytes, MADV_DONTFORK);
+	return map;
+}
+
+int pu_ring_open(struct pu_ring *ring, uint32_t entries, uint32_t cq_entries, uint32_t required,
+		 uint32_t wanted)
+{
+	struct setup_params p;
+
+	memset(ring, 0, sizeof(*ring));
+	ring->fd = setup(entries, cq_entries, required, wanted, &p);
+	if (ring->fd < 0)
+		return ring->fd;
+	ring->enter_fd = ring->fd;
+	ring->setup_flags = p.flags;
+	ring->features = p.features;
+	ring->sqe_shift = p.flags & PU_SETUP_SQE128 ? 7 : 6;
+	ring->cqe_shift = p.flags & PU_SETUP_CQE32 ? 5 : 4;
+	ring->sqe_bytes = (size_t)p.sq_entries << ring->sqe_shift;
+	ring->ring_bytes = p.cq.cqes + ((size_t)p.cq_entries << ring->cqe_shift);
+	if (!(p.flags & PU_SETUP_NO_SQARRAY)) {
+		size_t array_end = p.sq.array + p.sq_entries * sizeof(uint32_t);
+
+		if (array_end > ring->ring_bytes)
+			ring->ring_bytes = array_end;
+	}
+	/* SINGLE_MMAP is Linux 5.4, a NODROP completion queue 5.5: older than every flag we need. */
+	if (!(p.features & PU_FEAT_SINGLE_MMAP) || !(p.features & PU_FEAT_NODROP)) {
+		close(ring->fd);
+		return -ENOSYS;
+	}
+	ring->ring_map = map_ring(ring->fd, ring->ring_bytes, MAP_OFFSET_RINGS);
+	ring->sqes = map_ring(ring->fd, ring->sqe_bytes, MAP_OFFSET_SQES);
+	if (ring->ring_map == MAP_FAILED || ring->sqes == MAP_FAILED) {
+		int error = -errno;
+
+		pu_ring_close(ring);
+		return error;
+	}
+
+	uint8_t *base = ring->ring_map;
+
+	ring->k_sq_head = (uint32_t *)(void *)(base + p.sq.head);
+	ring->k_sq_tail = (uint32_t *)(void *)(base + p.sq.tail);
+	ring->k_sq_flags = (uint32_t *)(void *)(base + p.sq.flags);
+	ring->k_cq_head = (uint32_t *)(void *)(base + p.cq.head);
+	ring->k_cq_tail = (uint32_t *)(void *)(base + p.cq.tail);
+	ring->k_cq_overflow = (uint32_t *)(void *)(base + p.cq.overflow);
+	ring->cqes = base + p.cq.cqes;
+	ring->sq_entries = p.sq_entries;
+	ring->cq_entries = p.cq_entries;
+	ring->sq_mask = p.sq_entries - 1;
+	ring->cq_mask = p.cq_entries - 1;
+	if (!(p.flags & PU_SETUP_NO_SQARRAY)) {
+		uint32_t *array = (uint32_t *)(void *)(base + p.sq.array);
+
+		for (uint32_t i = 0; i < p.sq_entries; i++)
+			array[i] = i;
+	}
+	return 0;
+}
+
+static void unmap(void *map, size_t bytes)
+{
+	if (map && map != MAP_FAILED)
+		munmap(map, bytes);
+}
+
+void pu_ring_close(struct pu_ring *ring)
+{
+	if (ring->fd < 0)
+		return;
+	if (ring->enter_flags & ENTER_REGISTERED_RING) {
+		struct rsrc_update self = { .offset = (uint32_t)ring->enter_fd };
+
+		pu_ring_register(ring, PU_UNREGISTER_RING_FDS, &self, 1);
+	}
+	unmap(ring->sqes, ring->sqe_bytes);
+	unmap(ring->ring_map, ring->ring_bytes);
+	close(ring->fd);
+	ring->fd = -1;
+}
+
+static int replace_mapping(void *map, size_t bytes)
+{
+	void *inert = mmap(map, bytes, PROT_READ | PROT_WRITE,
+			   MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0);
+
+	return inert == MAP_FAILED ? -errno : 0;
+}
+
+int pu_ring_sever(struct pu_ring *ring)
+{
+	int inert = open("/dev/null", O_RDWR | O_CLOEXEC);
+
+	if (inert < 0)
+		return -errno;
+	/* The number stays taken: a late enter meets /dev/null, never somebody else's file. */
+	int error = error_or(dup3(inert, ring->fd, O_CLOEXEC));
+
+	close(inert);
+	if (error < 0)
+		return error;
+	error = replace_mapping(ring->ring_map, ring->ring_bytes);
+	return error ? error : replace_mapping(ring->sqes, ring->sqe_bytes);
+}
+
+int pu_ring_register(struct pu_ring *ring, uint32_t opcode, const void *arg, uint32_t count)
+{
+	return error_or(syscall(SYS_io_uring_register, ring->fd, opcode, arg, count));
+}
+
+int pu_ring_register_self(struct pu_ring *ring)
+{
+	struct rsrc_update self = { .offset = UINT32_MAX, .data = (uint64_t)ring->fd };
+	int error = pu_ring_register(ring, PU_REGISTER_RING_FDS, &self, 1);
+
+	if (error < 0)
+		return error;
+	ring->enter_fd = (int)self.offset;
+	ring->enter_flags = ENTER_REGISTERED_RING;
+	return 0;
+}
+
+uint32_t pu_ring_unsubmitted(const struct pu_ring *ring)
+{
+	return ring->sq_tail - __atomic_load_n(ring->k_sq_head, __ATOMIC_ACQUIRE);
+}
+
+struct pu_sqe *pu_ring_get_sqe(struct pu_ring *ring)
+{
+	if (pu_ring_unsubmitted(ring) >= ring->sq_entries)
+		return NULL;
+	size_t at = (size_t)(ring->sq_tail++ & ring->sq_mask) << ring->sqe_shift;
+
+	return memset(ring->sqes + at, 0, (size_t)1 << ring->sqe_shift);
+}
+
+static int enter(struct pu_ring *ring, uint32_t submit, uint32_t wait, int64_t timeout_ns,
+		 uint32_t min_wait_us)
+{
+	struct kernel_timespec ts;
+	struct enter_arg arg;
+	uint32_t flags = ring->enter_flags;
+	void *extra = NULL;
+	size_t extra_bytes = 0;
+
+	/* GETEVENTS even without a wait: it runs deferred work and flushes overflown completions. */
+	flags |= ENTER_GETEVENTS;
+	if (wait && (timeout_ns >= 0 || min_wait_us) && (ring->features & PU_FEAT_EXT_ARG)) {
+		memset(&arg, 0, sizeof(arg));
+		if (timeout_ns >= 0) {
+			ts.seconds = timeout_ns / 1000000000;
+			ts.nanoseconds = timeout_ns % 1000000000;
+			arg.timeout = (uint64_t)(uintptr_t)&ts;
+		}
+		if (ring->features & PU_FEAT_MIN_TIMEOUT)
+			arg.min_wait_us = min_wait_us;
+		extra = &arg;
+		extra_bytes = sizeof(arg);
+		flags |= ENTER_EXT_ARG;
+	}
+	ring->enters++;
+	return error_or(syscall(SYS_io_uring_enter, ring->enter_fd, submit, wait, flags, extra,
+				extra_bytes));
+}
+
+int pu_ring_submit(struct pu_ring *ring, uint32_t wait, int64_t timeout_ns, uint32_t min_wait_us)
+{
+	int total = 0;
+
+	__atomic_store_n(ring->k_sq_tail, ring->sq_tail, __ATOMIC_RELEASE);
+	for (;;) {
+		uint32_t pending = pu_ring_unsubmitted(ring);
+		int done = enter(ring, pending, wait, timeout_ns, min_wait_us);
+
+		if (done < 0)
+			return total ? total : done;
+		total += done;
+		if ((uint32_t)done == pending)
+			return total;
+		/* A short submission did not wait either: out of memory, or an entry was refused
+		 * (its completion says so). The rest is still in the queue. */
+		if (done == 0)
+			return total ? total : -EAGAIN;
+	}
+}
+
+uint32_t pu_ring_ready(const struct pu_ring *ring)
+{
+	return __atomic_load_n(ring->k_cq_tail, __ATOMIC_ACQUIRE) - *ring->k_cq_head;
+}

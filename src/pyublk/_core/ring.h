@@ -1,0 +1,135 @@
+/* SPDX-License-Identifier: MIT
+ * An io_uring by raw system calls: mapping, submission, completion. Knows nothing of ublk.
+ *
+ * One thread owns a ring: only the calls marked [any thread] may come from another.
+ */
+#ifndef PU_RING_H
+#define PU_RING_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+enum { /* io_uring_setup(2) */
+	PU_SETUP_CQSIZE = 1u << 3,
+	PU_SETUP_CLAMP = 1u << 4,
+	PU_SETUP_R_DISABLED = 1u << 6,
+	PU_SETUP_SUBMIT_ALL = 1u << 7,
+	PU_SETUP_COOP_TASKRUN = 1u << 8,
+	PU_SETUP_TASKRUN_FLAG = 1u << 9,
+	PU_SETUP_SQE128 = 1u << 10,
+	PU_SETUP_CQE32 = 1u << 11,
+	PU_SETUP_SINGLE_ISSUER = 1u << 12,
+	PU_SETUP_DEFER_TASKRUN = 1u << 13,
+	PU_SETUP_NO_SQARRAY = 1u << 16,
+};
+
+enum {
+	PU_FEAT_SINGLE_MMAP = 1u << 0,
+	PU_FEAT_NODROP = 1u << 1,
+	PU_FEAT_EXT_ARG = 1u << 8,
+	PU_FEAT_MIN_TIMEOUT = 1u << 15,
+};
+
+enum {
+	PU_OPCODE_NOP = 0,
+	PU_OPCODE_POLL_ADD = 6,
+	PU_OPCODE_TIMEOUT = 11,
+	PU_OPCODE_READ = 22,
+	PU_OPCODE_WRITE = 23,
+	PU_OPCODE_MSG_RING = 40,
+	PU_OPCODE_URING_CMD = 46,
+};
+
+enum {
+	PU_REGISTER_FILES = 2,
+	PU_UNREGISTER_FILES = 3,
+	PU_REGISTER_ENABLE_RINGS = 12,
+	PU_REGISTER_RING_FDS = 20,
+	PU_UNREGISTER_RING_FDS = 21,
+};
+
+#define PU_SQE_FIXED_FILE 1u
+
+struct pu_sqe { /* io_uring_sqe; a 128-byte entry continues behind it */
+	uint8_t opcode;
+	uint8_t flags;
+	uint16_t ioprio;
+	int32_t fd;
+	uint64_t off; /* URING_CMD: cmd_op in the low half */
+	uint64_t addr;
+	uint32_t len;
+	uint32_t op_flags;
+	uint64_t user_data;
+	uint16_t buf_index;
+	uint16_t personality;
+	int32_t file_index;
+	uint64_t cmd[2]; /* URING_CMD: the payload; else addr3 */
+};
+_Static_assert(sizeof(struct pu_sqe) == 64, "io_uring_sqe");
+
+struct pu_cqe { /* io_uring_cqe; a 32-byte entry continues behind it */
+	uint64_t user_data;
+	int32_t res;
+	uint32_t flags;
+};
+_Static_assert(sizeof(struct pu_cqe) == 16, "io_uring_cqe");
+
+struct pu_ring {
+	int fd;
+	int enter_fd; /* fd, or its registered index */
+	uint32_t enter_flags;
+	uint32_t setup_flags; /* what the kernel accepted */
+	uint32_t features;
+	uint32_t sq_entries, cq_entries;
+	uint32_t sq_mask, cq_mask;
+	uint32_t sq_tail; /* filled so far; published by pu_ring_submit */
+	uint8_t sqe_shift, cqe_shift;
+	uint32_t *k_sq_head, *k_sq_tail, *k_sq_flags;
+	uint32_t *k_cq_head, *k_cq_tail, *k_cq_overflow;
+	uint8_t *sqes, *cqes;
+	void *ring_map;
+	size_t ring_bytes, sqe_bytes;
+	uint64_t enters;
+};
+
+/* Opens a ring. `required` setup flags must be had; each of `wanted` is dropped when this kernel
+ * does not know it (setup_flags tells). cq_entries 0: the kernel's choice. 0 or -errno. */
+int pu_ring_open(struct pu_ring *ring, uint32_t entries, uint32_t cq_entries, uint32_t required,
+		 uint32_t wanted);
+void pu_ring_close(struct pu_ring *ring);
+
+/* Replaces the ring under its (stuck) owner by inert memory and a dead descriptor, so that the
+ * kernel lets go of it and the owner's next call fails instead of touching freed memory.
+ * [any thread] The owner still calls pu_ring_close. 0 or -errno. */
+int pu_ring_sever(struct pu_ring *ring);
+
+int pu_ring_register(struct pu_ring *ring, uint32_t opcode, const void *arg, uint32_t count);
+/* Saves a descriptor look-up per enter; holds the ring until its thread ends or closes it. */
+int pu_ring_register_self(struct pu_ring *ring);
+
+/* The next free entry, zeroed, or NULL when the queue is full (submit, then ask again). */
+struct pu_sqe *pu_ring_get_sqe(struct pu_ring *ring);
+uint32_t pu_ring_unsubmitted(const struct pu_ring *ring);
+
+#define PU_FOREVER (-1)
+/* Submits everything filled and waits until `wait` completions are there, for at most timeout_ns
+ * (PU_FOREVER: no limit). min_wait_us > 0 (Linux 6.12): after that time one completion is enough.
+ * Returns the number submitted, or -ETIME, -EINTR, -EAGAIN, -EBUSY (reap first), other -errno. */
+int pu_ring_submit(struct pu_ring *ring, uint32_t wait, int64_t timeout_ns, uint32_t min_wait_us);
+
+uint32_t pu_ring_ready(const struct pu_ring *ring);
+
+static inline const struct pu_cqe *pu_ring_cqe(const struct pu_ring *ring, uint32_t nth)
+{
+	uint32_t index = (*ring->k_cq_head + nth) & ring->cq_mask;
+
+	return (const struct pu_cqe *)(const void *)(ring->cqes + ((size_t)index << ring->cqe_shift));
+}
+
+static inline void pu_ring_advance(struct pu_ring *ring, uint32_t count)
+{
+	__atomic_store_n(ring->k_cq_head, *ring->k_cq_head + count, __ATOMIC_RELEASE);
+}
+
+#endif

@@ -1,0 +1,170 @@
+/* SPDX-License-Identifier: MIT
+ * The queue's state machine in loopback: everything but the kernel.
+ */
+#define _GNU_SOURCE
+#include "queue.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <string.h>
+
+#include "check.h"
+
+#define DEPTH 8
+
+static int64_t fail_odd_sectors(void *context, uint32_t op, uint32_t flags, uint64_t offset,
+				uint64_t length, void *buffer)
+{
+	uint64_t *calls = context;
+
+	(void)flags;
+	++*calls;
+	if (op == PU_OP_READ)
+		memset(buffer, (int)(offset >> 9), length);
+	return offset >> 9 & 1 ? -ENOSPC : 0;
+}
+
+static void every_request_is_answered_once(void)
+{
+	struct pu_queue q;
+	struct pu_counters counters;
+	uint64_t calls = 0;
+
+	CHECK_EQUAL(pu_queue_open(&q, -1, 3, DEPTH, 4096), 0);
+	CHECK_EQUAL(pu_queue_inject(&q, 0, PU_OP_READ, 0, 1), -EINVAL); /* not fetched */
+	CHECK_EQUAL(pu_queue_fetch(&q), 0);
+	for (int round = 0; round < 100; round++) {
+		for (uint16_t tag = 0; tag < DEPTH; tag++)
+			CHECK_EQUAL(pu_queue_inject(&q, tag, PU_OP_READ, tag, 2), 0);
+		CHECK_EQUAL(pu_queue_inject(&q, 0, PU_OP_READ, 0, 2), -EINVAL); /* still ours */
+		CHECK_EQUAL(pu_queue_serve(&q, fail_odd_sectors, &calls), 0);
+		for (uint16_t tag = 0; tag < DEPTH; tag++) {
+			uint8_t *buffer = pu_queue_buffer(&q, tag);
+
+			CHECK_EQUAL(q.tags[tag].state, PU_TAG_FETCHING);
+			CHECK_EQUAL(q.tags[tag].result, tag & 1 ? -ENOSPC : 1024);
+			CHECK_EQUAL(q.tags[tag].generation, (uint32_t)round + 1);
+			CHECK_EQUAL(buffer[0], tag);
+			CHECK_EQUAL(buffer[1023], tag);
+		}
+	}
+	pu_queue_counters(&q, &counters);
+	CHECK_EQUAL(calls, 100 * DEPTH);
+	CHECK_EQUAL(counters.requests[PU_OP_READ], 100 * DEPTH);
+	CHECK_EQUAL(counters.bytes[PU_OP_READ], 100 * DEPTH * 1024);
+	CHECK_EQUAL(counters.errors, 100 * DEPTH / 2);
+	CHECK_EQUAL(counters.largest_batch, DEPTH);
+	pu_queue_close(&q);
+	CHECK(!pu_queue_holds(&q, 0, 100)); /* late readers still may ask */
+	pu_queue_free(&q);
+}
+
+static void a_second_answer_is_refused(void)
+{
+	struct pu_queue q;
+
+	CHECK_EQUAL(pu_queue_open(&q, -1, 0, DEPTH, 4096), 0);
+	CHECK_EQUAL(pu_queue_fetch(&q), 0);
+	CHECK_EQUAL(pu_queue_answer(&q, 0, 0), -EALREADY);
+	CHECK_EQUAL(pu_queue_inject(&q, 0, PU_OP_FLUSH, 0, 0), 0);
+	CHECK_EQUAL(pu_queue_wait(&q, 0), 1);
+	CHECK(pu_queue_holds(&q, 0, 1));
+	CHECK_EQUAL(pu_queue_post(&q, 0, -EIO), 0);
+	CHECK(!pu_queue_holds(&q, 0, 1));
+	CHECK_EQUAL(pu_queue_answer(&q, 0, 0), -EALREADY);
+	CHECK_EQUAL(pu_queue_post(&q, 0, 0), -EALREADY);
+	CHECK_EQUAL(pu_queue_wait(&q, 0), 0); /* reads the post */
+	CHECK_EQUAL(q.tags[0].result, -EIO);
+	CHECK_EQUAL(q.owned, 0);
+	/* an errno that is none becomes EIO, a flush has no length */
+	CHECK_EQUAL(pu_queue_inject(&q, 0, PU_OP_FLUSH, 0, 0), 0);
+	CHECK_EQUAL(pu_queue_wait(&q, 0), 1);
+	CHECK_EQUAL(pu_queue_answer(&q, 0, -100000), 0);
+	CHECK_EQUAL(q.tags[0].result, -EIO);
+	pu_queue_close(&q);
+	pu_queue_free(&q);
+}
+
+struct poster {
+	struct pu_queue *queue;
+	pthread_barrier_t start;
+	int64_t result;
+	unsigned won;
+};
+
+static void *post_all(void *argument)
+{
+	struct poster *poster = argument;
+
+	pthread_barrier_wait(&poster->start);
+	for (uint16_t tag = 0; tag < DEPTH; tag++)
+		if (pu_queue_post(poster->queue, tag, 0) == 0)
+			__atomic_add_fetch(&poster->won, 1, __ATOMIC_RELAXED);
+	return NULL;
+}
+
+static void threads_race_to_answer_and_one_wins(void)
+{
+	struct pu_queue q;
+	pthread_t threads[3];
+
+	CHECK_EQUAL(pu_queue_open(&q, -1, 0, DEPTH, 4096), 0);
+	CHECK_EQUAL(pu_queue_fetch(&q), 0);
+	for (int round = 0; round < 50; round++) {
+		struct poster poster = { .queue = &q };
+
+		pthread_barrier_init(&poster.start, NULL, 3);
+		for (uint16_t tag = 0; tag < DEPTH; tag++)
+			CHECK_EQUAL(pu_queue_inject(&q, tag, PU_OP_WRITE, 0, 8), 0);
+		CHECK_EQUAL(pu_queue_wait(&q, 0), DEPTH);
+		for (int i = 0; i < 3; i++)
+			CHECK_EQUAL(pthread_create(&threads[i], NULL, post_all, &poster), 0);
+		while (q.owned)
+			CHECK(pu_queue_wait(&q, 5000000000) >= 0);
+		for (int i = 0; i < 3; i++)
+			pthread_join(threads[i], NULL);
+		CHECK_EQUAL(poster.won, DEPTH);
+		pthread_barrier_destroy(&poster.start);
+	}
+	pu_queue_close(&q);
+	pu_queue_wake(&q); /* late callers are harmless */
+	pu_queue_free(&q);
+}
+
+static void held_requests_can_be_failed_from_outside(void)
+{
+	struct pu_queue q;
+
+	CHECK_EQUAL(pu_queue_open(&q, -1, 0, DEPTH, 4096), 0);
+	CHECK_EQUAL(pu_queue_fetch(&q), 0);
+	for (uint16_t tag = 0; tag < DEPTH; tag++)
+		CHECK_EQUAL(pu_queue_inject(&q, tag, PU_OP_READ, 0, 8), 0);
+	CHECK_EQUAL(pu_queue_wait(&q, 0), DEPTH);
+	CHECK_EQUAL(pu_queue_answer(&q, 5, 0), 0);
+	pu_queue_fail_held(&q, EIO);
+	CHECK_EQUAL(pu_queue_wait(&q, 0), 0);
+	for (uint16_t tag = 0; tag < DEPTH; tag++)
+		CHECK_EQUAL(q.tags[tag].result, tag == 5 ? 4096 : -EIO);
+	CHECK_EQUAL(q.owned, 0);
+	pu_queue_close(&q);
+	pu_queue_free(&q);
+}
+
+static void opening_fails_clean(void)
+{
+	struct pu_queue q;
+
+	/* standard input is no char device: the map is refused, nothing stays */
+	CHECK(pu_queue_open(&q, 0, 0, DEPTH, 4096) < 0);
+	CHECK(!q.tags && !q.buffers && !q.desc);
+}
+
+int main(void)
+{
+	every_request_is_answered_once();
+	a_second_answer_is_refused();
+	threads_race_to_answer_and_one_wins();
+	held_requests_can_be_failed_from_outside();
+	opening_fails_clean();
+	return 0;
+}

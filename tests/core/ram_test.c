@@ -1,0 +1,162 @@
+/* SPDX-License-Identifier: MIT */
+#define _GNU_SOURCE
+#include "ram.h"
+
+#include <errno.h>
+#include <string.h>
+#include <time.h>
+
+#include "check.h"
+#include "ublk.h"
+
+#define PAGE 4096u
+#define MIB (1u << 20)
+#ifdef __SANITIZE_THREAD__
+#define HUGE (1ull << 34) /* its shadow memory leaves less room */
+#else
+#define HUGE (1ull << 40)
+#endif
+
+static uint8_t buffer[4 * MIB];
+
+static int64_t request(struct pu_ram *ram, uint32_t op, uint32_t flags, uint64_t offset,
+		       uint64_t length)
+{
+	return pu_ram_handle(ram, op, flags, offset, length, buffer);
+}
+
+static void check_bytes(struct pu_ram *ram, uint64_t offset, uint64_t length, uint8_t wanted)
+{
+	memset(buffer, 0xee, length);
+	CHECK_EQUAL(request(ram, PU_OP_READ, 0, offset, length), 0);
+	for (uint64_t i = 0; i < length; i++)
+		if (buffer[i] != wanted)
+			CHECK_EQUAL(buffer[i], wanted);
+}
+
+static void fill(struct pu_ram *ram, uint64_t offset, uint64_t length, uint8_t value)
+{
+	memset(buffer, value, length);
+	CHECK_EQUAL(request(ram, PU_OP_WRITE, 0, offset, length), 0);
+}
+
+static void holes_read_as_zeroes_and_stay_holes(void)
+{
+	struct pu_ram ram;
+
+	CHECK_EQUAL(pu_ram_init(&ram, HUGE), 0);
+	check_bytes(&ram, HUGE - MIB, MIB, 0);
+	CHECK_EQUAL(pu_ram_resident(&ram), 0);
+	fill(&ram, HUGE / 2 + 512, 512, 7);
+	check_bytes(&ram, HUGE / 2 + 512, 512, 7);
+	CHECK_EQUAL(pu_ram_resident(&ram), PAGE);
+	pu_ram_destroy(&ram);
+}
+
+static void freed_pages_are_given_back(uint32_t op)
+{
+	struct pu_ram ram;
+
+	CHECK_EQUAL(pu_ram_init(&ram, 4 * MIB), 0);
+	fill(&ram, 0, 4 * MIB, 9);
+	CHECK_EQUAL(pu_ram_resident(&ram), 4 * MIB);
+	/* from inside page 0 to inside page 256: both edges stay, zeroed */
+	CHECK_EQUAL(request(&ram, op, 0, 512, MIB), 0);
+	CHECK_EQUAL(pu_ram_resident(&ram), 3 * MIB + PAGE);
+	check_bytes(&ram, 0, 512, 9);
+	check_bytes(&ram, 512, MIB, 0);
+	check_bytes(&ram, 512 + MIB, 4 * MIB - 512 - MIB, 9);
+	/* inside one page: nothing to give back */
+	CHECK_EQUAL(request(&ram, op, 0, 2 * MIB + 512, 1024), 0);
+	check_bytes(&ram, 2 * MIB, 512, 9);
+	check_bytes(&ram, 2 * MIB + 512, 1024, 0);
+	check_bytes(&ram, 2 * MIB + 1536, 512, 9);
+	pu_ram_destroy(&ram);
+}
+
+static void nounmap_keeps_the_memory(void)
+{
+	struct pu_ram ram;
+	uint64_t before;
+
+	CHECK_EQUAL(pu_ram_init(&ram, 4 * MIB), 0);
+	fill(&ram, 0, 2 * MIB, 1);
+	before = pu_ram_resident(&ram);
+	CHECK_EQUAL(request(&ram, PU_OP_WRITE_ZEROES, PU_FLAG_NOUNMAP, 0, 2 * MIB), 0);
+	check_bytes(&ram, 0, 2 * MIB, 0);
+	CHECK_EQUAL(pu_ram_resident(&ram), before);
+	pu_ram_destroy(&ram);
+}
+
+static void what_cannot_be_is_refused(void)
+{
+	struct pu_ram ram;
+
+	CHECK_EQUAL(pu_ram_init(&ram, MIB), 0);
+	CHECK_EQUAL(request(&ram, PU_OP_READ, 0, MIB - 512, 1024), -EIO);
+	CHECK_EQUAL(request(&ram, PU_OP_WRITE, 0, UINT64_MAX - 511, 1024), -EIO);
+	CHECK_EQUAL(request(&ram, 13, 0, 0, 512), -EOPNOTSUPP);
+	CHECK_EQUAL(request(&ram, PU_OP_FLUSH, 0, 0, 0), 0);
+	pu_ram_destroy(&ram);
+	CHECK_EQUAL(pu_ram_init(&ram, 1ull << 60), -ENOMEM);
+}
+
+struct writer {
+	struct pu_ram *ram;
+	uint8_t value;
+};
+
+#define SPAN (3 * MIB / 2) /* over two shards */
+
+static void *write_over_and_over(void *argument)
+{
+	struct writer *writer = argument;
+	uint8_t *mine = malloc(SPAN);
+
+	memset(mine, writer->value, SPAN);
+	for (int i = 0; i < 30; i++)
+		CHECK_EQUAL(pu_ram_handle(writer->ram, PU_OP_WRITE, 0, MIB / 2, SPAN, mine), 0);
+	free(mine);
+	return NULL;
+}
+
+static void *read_over_and_over(void *argument)
+{
+	struct writer *reader = argument;
+	uint8_t *mine = malloc(SPAN);
+
+	for (int i = 0; i < 30; i++) {
+		CHECK_EQUAL(pu_ram_handle(reader->ram, PU_OP_READ, 0, MIB / 2, SPAN, mine), 0);
+		CHECK(!memcmp(mine, mine + 1, SPAN - 1)); /* one writer's bytes, whole */
+	}
+	free(mine);
+	return NULL;
+}
+
+static void overlapping_requests_stay_whole(void)
+{
+	struct pu_ram ram;
+	pthread_t threads[4];
+	struct writer roles[4] = { { &ram, 1 }, { &ram, 2 }, { &ram, 0 }, { &ram, 0 } };
+
+	CHECK_EQUAL(pu_ram_init(&ram, 4 * MIB), 0);
+	for (int i = 0; i < 4; i++)
+		CHECK_EQUAL(pthread_create(&threads[i], NULL,
+					   i < 2 ? write_over_and_over : read_over_and_over,
+					   &roles[i]),
+			    0);
+	for (int i = 0; i < 4; i++)
+		pthread_join(threads[i], NULL);
+	pu_ram_destroy(&ram);
+}
+
+int main(void)
+{
+	holes_read_as_zeroes_and_stay_holes();
+	freed_pages_are_given_back(PU_OP_DISCARD);
+	freed_pages_are_given_back(PU_OP_WRITE_ZEROES);
+	nounmap_keeps_the_memory();
+	what_cannot_be_is_refused();
+	overlapping_requests_stay_whole();
+	return 0;
+}

@@ -1,0 +1,241 @@
+/* SPDX-License-Identifier: MIT */
+#define _GNU_SOURCE
+#include "ring.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/time.h>
+#include <unistd.h>
+
+#include "check.h"
+
+#define WANTED                                                                                   \
+	(PU_SETUP_SUBMIT_ALL | PU_SETUP_COOP_TASKRUN | PU_SETUP_SINGLE_ISSUER |                  \
+	 PU_SETUP_DEFER_TASKRUN | PU_SETUP_NO_SQARRAY)
+
+static void nop(struct pu_ring *ring, uint64_t user_data)
+{
+	struct pu_sqe *sqe = pu_ring_get_sqe(ring);
+
+	CHECK(sqe);
+	sqe->opcode = PU_OPCODE_NOP;
+	sqe->user_data = user_data;
+}
+
+static void every_shape_round_trips(void)
+{
+	static const uint32_t shapes[] = { 0, PU_SETUP_SQE128, PU_SETUP_CQE32,
+					   PU_SETUP_SQE128 | PU_SETUP_CQE32 };
+	static const uint32_t wishes[] = { 0, WANTED, WANTED & ~(uint32_t)PU_SETUP_NO_SQARRAY };
+
+	for (size_t s = 0; s < 4; s++)
+		for (size_t w = 0; w < 3; w++) {
+			struct pu_ring ring;
+			uint64_t next = 0;
+
+			CHECK_EQUAL(pu_ring_open(&ring, 8, 0, shapes[s], wishes[w]), 0);
+			CHECK_EQUAL(ring.setup_flags & shapes[s], shapes[s]);
+			/* several times round the ring, in batches that do not divide it */
+			for (int round = 0; round < 20; round++) {
+				for (uint64_t i = 0; i < 5; i++)
+					nop(&ring, next + i);
+				CHECK_EQUAL(pu_ring_submit(&ring, 5, PU_FOREVER, 0), 5);
+				CHECK_EQUAL(pu_ring_ready(&ring), 5);
+				for (uint32_t i = 0; i < 5; i++) {
+					CHECK_EQUAL(pu_ring_cqe(&ring, i)->user_data, next + i);
+					CHECK_EQUAL(pu_ring_cqe(&ring, i)->res, 0);
+				}
+				pu_ring_advance(&ring, 5);
+				next += 5;
+			}
+			pu_ring_close(&ring);
+		}
+}
+
+static void unknown_wanted_flags_are_dropped_required_ones_are_not(void)
+{
+	struct pu_ring ring;
+
+	CHECK_EQUAL(pu_ring_open(&ring, 8, 0, 1u << 31, WANTED), -EINVAL);
+	/* DEFER_TASKRUN alone is refused by every kernel: as if the kernel did not know it */
+	CHECK_EQUAL(pu_ring_open(&ring, 8, 0, 0, PU_SETUP_DEFER_TASKRUN), 0);
+	CHECK_EQUAL(ring.setup_flags & PU_SETUP_DEFER_TASKRUN, 0);
+	nop(&ring, 1);
+	CHECK_EQUAL(pu_ring_submit(&ring, 1, PU_FOREVER, 0), 1);
+	pu_ring_close(&ring);
+}
+
+static void full_submission_queue_gives_no_entry(void)
+{
+	struct pu_ring ring;
+
+	CHECK_EQUAL(pu_ring_open(&ring, 4, 0, 0, WANTED), 0);
+	for (uint64_t i = 0; i < 4; i++)
+		nop(&ring, i);
+	CHECK(!pu_ring_get_sqe(&ring));
+	CHECK_EQUAL(pu_ring_unsubmitted(&ring), 4);
+	CHECK_EQUAL(pu_ring_submit(&ring, 0, 0, 0), 4);
+	CHECK(pu_ring_get_sqe(&ring));
+	pu_ring_close(&ring);
+}
+
+static void overflown_completions_are_all_delivered(void)
+{
+	struct pu_ring ring;
+	uint64_t seen = 0;
+
+	CHECK_EQUAL(pu_ring_open(&ring, 4, 4, 0, PU_SETUP_SUBMIT_ALL), 0);
+	for (uint64_t i = 0; i < 16; i++) {
+		nop(&ring, i);
+		CHECK_EQUAL(pu_ring_submit(&ring, 0, 0, 0), 1);
+	}
+	while (seen < 16) {
+		uint32_t there = pu_ring_ready(&ring);
+
+		for (uint32_t i = 0; i < there; i++)
+			CHECK_EQUAL(pu_ring_cqe(&ring, i)->user_data, seen++);
+		pu_ring_advance(&ring, there);
+		if (seen < 16)
+			CHECK(pu_ring_submit(&ring, 1, 1000000000, 0) >= 0);
+	}
+	CHECK_EQUAL(*ring.k_cq_overflow, 0);
+	pu_ring_close(&ring);
+}
+
+static void waits_end_in_time(void)
+{
+	struct pu_ring ring;
+
+	CHECK_EQUAL(pu_ring_open(&ring, 4, 0, 0, WANTED), 0);
+	CHECK_EQUAL(pu_ring_submit(&ring, 1, 20000000, 0), -ETIME);
+	if (ring.features & PU_FEAT_MIN_TIMEOUT) {
+		/* two wanted, one there: good enough once the minimum wait is over */
+		nop(&ring, 7);
+		CHECK_EQUAL(pu_ring_submit(&ring, 2, 60000000000, 1000), 1);
+		CHECK_EQUAL(pu_ring_ready(&ring), 1);
+	}
+	pu_ring_close(&ring);
+}
+
+static void on_alarm(int number)
+{
+	(void)number;
+}
+
+static void a_signal_ends_a_wait(void)
+{
+	struct pu_ring ring;
+	struct sigaction action = { .sa_handler = on_alarm };
+	struct itimerval soon = { { 0, 0 }, { 0, 20000 } };
+
+	CHECK_EQUAL(pu_ring_open(&ring, 4, 0, 0, WANTED), 0);
+	sigaction(SIGALRM, &action, NULL);
+	setitimer(ITIMER_REAL, &soon, NULL);
+	CHECK_EQUAL(pu_ring_submit(&ring, 1, PU_FOREVER, 0), -EINTR);
+	pu_ring_close(&ring);
+}
+
+static void a_refused_entry_does_not_stop_the_batch(uint32_t wanted)
+{
+	struct pu_ring ring;
+	int failed = 0;
+
+	CHECK_EQUAL(pu_ring_open(&ring, 8, 0, 0, wanted), 0);
+	nop(&ring, 0);
+	pu_ring_get_sqe(&ring)->opcode = 250; /* no such operation */
+	nop(&ring, 2);
+	/* Without SUBMIT_ALL the kernel stops behind the bad one; submit goes on by itself. */
+	CHECK_EQUAL(pu_ring_submit(&ring, 3, PU_FOREVER, 0), 3);
+	CHECK_EQUAL(pu_ring_ready(&ring), 3);
+	for (uint32_t i = 0; i < 3; i++)
+		failed += pu_ring_cqe(&ring, i)->res == -EINVAL;
+	CHECK_EQUAL(failed, 1);
+	pu_ring_close(&ring);
+}
+
+static void registered_ring_and_files_work(void)
+{
+	struct pu_ring ring;
+	char text[4] = "";
+	int fd = open("/proc/self/exe", O_RDONLY | O_CLOEXEC);
+	struct pu_sqe *sqe;
+
+	CHECK(fd >= 0);
+	CHECK_EQUAL(pu_ring_open(&ring, 8, 0, 0, WANTED), 0);
+	CHECK_EQUAL(pu_ring_register(&ring, PU_REGISTER_FILES, &fd, 1), 0);
+	close(fd);
+	CHECK_EQUAL(pu_ring_register_self(&ring), 0);
+	sqe = pu_ring_get_sqe(&ring);
+	sqe->opcode = PU_OPCODE_READ;
+	sqe->flags = PU_SQE_FIXED_FILE;
+	sqe->fd = 0;
+	sqe->addr = (uint64_t)(uintptr_t)text;
+	sqe->len = sizeof(text);
+	CHECK_EQUAL(pu_ring_submit(&ring, 1, PU_FOREVER, 0), 1);
+	CHECK_EQUAL(pu_ring_cqe(&ring, 0)->res, sizeof(text));
+	CHECK(!memcmp(text, "\177ELF", sizeof(text)));
+	pu_ring_close(&ring);
+}
+
+static void *post_to(void *argument)
+{
+	struct pu_ring *target = argument, ring;
+	struct pu_sqe *sqe;
+
+	CHECK_EQUAL(pu_ring_open(&ring, 4, 0, 0, WANTED), 0);
+	sqe = pu_ring_get_sqe(&ring);
+	sqe->opcode = PU_OPCODE_MSG_RING;
+	sqe->fd = target->fd;
+	sqe->off = 4711;
+	sqe->len = 42;
+	CHECK_EQUAL(pu_ring_submit(&ring, 1, PU_FOREVER, 0), 1);
+	CHECK_EQUAL(pu_ring_cqe(&ring, 0)->res, 0);
+	pu_ring_close(&ring);
+	return NULL;
+}
+
+static void another_thread_can_post(void)
+{
+	struct pu_ring ring;
+	pthread_t thread;
+
+	CHECK_EQUAL(pu_ring_open(&ring, 4, 0, 0, WANTED), 0);
+	CHECK_EQUAL(pthread_create(&thread, NULL, post_to, &ring), 0);
+	while (!pu_ring_ready(&ring))
+		CHECK(pu_ring_submit(&ring, 1, 10000000000, 0) >= 0);
+	CHECK_EQUAL(pu_ring_cqe(&ring, 0)->user_data, 4711);
+	CHECK_EQUAL(pu_ring_cqe(&ring, 0)->res, 42);
+	pthread_join(thread, NULL);
+	pu_ring_close(&ring);
+}
+
+static void a_severed_ring_fails_and_closes(void)
+{
+	struct pu_ring ring;
+
+	CHECK_EQUAL(pu_ring_open(&ring, 4, 0, 0, WANTED), 0);
+	CHECK_EQUAL(pu_ring_sever(&ring), 0);
+	CHECK(pu_ring_submit(&ring, 1, PU_FOREVER, 0) < 0);
+	CHECK_EQUAL(pu_ring_ready(&ring), 0);
+	pu_ring_close(&ring);
+	pu_ring_close(&ring); /* once is enough, twice is harmless */
+}
+
+int main(void)
+{
+	every_shape_round_trips();
+	unknown_wanted_flags_are_dropped_required_ones_are_not();
+	full_submission_queue_gives_no_entry();
+	overflown_completions_are_all_delivered();
+	waits_end_in_time();
+	a_signal_ends_a_wait();
+	a_refused_entry_does_not_stop_the_batch(WANTED);
+	a_refused_entry_does_not_stop_the_batch(0);
+	registered_ring_and_files_work();
+	another_thread_can_post();
+	a_severed_ring_fails_and_closes();
+	return 0;
+}

@@ -1,0 +1,51 @@
+"""Builds the C core's tests plain and under each sanitizer, and runs them."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+CORE = HERE.parents[1] / "src" / "pyublk" / "_core"
+PROGRAMS = sorted(path.stem for path in HERE.glob("*_test.c"))
+BUILDS = {
+    "plain": ["-O2", "-Wconversion", "-Werror"],
+    "address,undefined": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-O1", "-fsanitize=thread"],
+}
+
+
+def compile_with(flags: list[str], source: Path, program: Path) -> None:
+    command = ["cc", "-std=gnu11", "-Wall", "-Wextra", "-g", *flags, "-I", CORE, "-o", program]
+    core = sorted(CORE.glob("*.c"))
+    done = subprocess.run(
+        [*command, source, *core, "-pthread"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="session")
+def sanitizers(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """The builds that this compiler can do at all."""
+    folder = tmp_path_factory.mktemp("sanitizers")
+    source = folder / "empty.c"
+    source.write_text("int main(void) { return 0; }\n")
+    able = set()
+    for name, flags in BUILDS.items():
+        command = ["cc", *flags, "-o", folder / "empty", source]
+        if subprocess.run(command, capture_output=True, check=False).returncode == 0:
+            able.add(name)
+    return able
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_core(program: str, build: str, sanitizers: set[str], tmp_path: Path) -> None:
+    if build not in sanitizers:
+        pytest.skip(f"this compiler cannot build with {' '.join(BUILDS[build])}")
+    binary = tmp_path / program
+    compile_with(BUILDS[build], HERE / f"{program}.c", binary)
+    done = subprocess.run(
+        [binary], capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL, check=False
+    )
+    assert done.returncode == 0, done.stderr
