@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: MIT
+"""Linux block devices written in Python, over ublk.
+
+General layout, from the bottom up; a module imports only from the lines above its own:
+
+    uapi, uring              the kernel's numbers and layouts
+    errors                   what is raised, and the sentences for it
+    _native (over _core/)    Ring, Queue, IO; control commands; native targets
+    features, params, stats  what the kernel can do; device parameters; counters
+    control                  Controller: one method per control command
+    target, serving          what a target implements; the ways requests reach it
+    device                   Device: queues, threads, start in step, clean stop
+    targets/, vm/, testing/  targets that ship; a kernel for machines without; disks without a kernel
+    cli/                     the command
+"""
+
+from pyublk._native import IO, Queue, Ring, ShardedLock
+from pyublk.control import Controller, DeviceInfo
+from pyublk.device import Device, DeviceState
+from pyublk.errors import (
+    DeviceBusy,
+    DeviceClosed,
+    DeviceLost,
+    FeatureMissing,
+    HandlerTimeout,
+    InternalError,
+    InvalidTarget,
+    StaleIO,
+    UblkError,
+)
+from pyublk.features import Features
+from pyublk.params import Params
+from pyublk.stats import DeviceStats, QueueStats
+from pyublk.target import NativeTarget, Target
+
+__all__ = [
+    "IO",
+    "Controller",
+    "Device",
+    "DeviceBusy",
+    "DeviceClosed",
+    "DeviceInfo",
+    "DeviceLost",
+    "DeviceState",
+    "DeviceStats",
+    "FeatureMissing",
+    "Features",
+    "HandlerTimeout",
+    "InternalError",
+    "InvalidTarget",
+    "NativeTarget",
+    "Params",
+    "Queue",
+    "QueueStats",
+    "Ring",
+    "ShardedLock",
+    "StaleIO",
+    "Target",
+    "UblkError",
+]

@@ -1,0 +1,300 @@
+"""The binding of the C core: `Ring`, `Queue`, `IO`, control commands, native targets."""
+
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any, Literal, Self, final
+
+from typing_extensions import Buffer
+
+from pyublk.uapi import Op
+from pyublk.uring import Completion
+
+__all__ = [
+    "IO",
+    "NULL_HANDLER",
+    "Guard",
+    "Handlers",
+    "Queue",
+    "Ram",
+    "Ring",
+    "ShardedLock",
+    "control",
+]
+
+NULL_HANDLER: int
+
+@final
+class Ring:
+    """An io_uring: fill entries, submit, take completions.
+
+    Args:
+        entries: room in the submission queue, 1 to 32768 (the kernel rounds up to a power of two).
+        cq_entries: room in the completion queue; 0: twice `entries`.
+        required: `SetupFlag`s that must be had (OSError EINVAL if not).
+        wanted: `SetupFlag`s of which each is dropped by itself on a kernel that lacks it;
+            the default is `uring.RECOMMENDED`. `flags` tells what was accepted.
+
+    With SINGLE_ISSUER (part of the default), only the thread that made the ring may submit; others
+    get OSError EEXIST. Raises OSError with one clear sentence where io_uring is forbidden or absent.
+    Documents: io_uring_setup(2), io_uring_enter(2), io_uring_register(2).
+    """
+
+    def __init__(
+        self,
+        entries: int = 64,
+        *,
+        cq_entries: int = 0,
+        required: int = 0,
+        wanted: int = ...,
+    ) -> None: ...
+    def close(self) -> None:
+        """Closes the ring; the kernel cancels what is in flight."""
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None = ...,
+        value: BaseException | None = ...,
+        trace: TracebackType | None = ...,
+        /,
+    ) -> None: ...
+    def fileno(self) -> int:
+        """The ring's descriptor: readable when completions, or deferred work, are there."""
+    @property
+    def flags(self) -> int:
+        """The `SetupFlag`s the kernel accepted."""
+    @property
+    def features(self) -> int:
+        """The kernel's `RingFeature` bits."""
+    @property
+    def entries(self) -> int: ...
+    @property
+    def cq_entries(self) -> int: ...
+    @property
+    def enters(self) -> int:
+        """io_uring_enter calls so far."""
+    @property
+    def overflows(self) -> int:
+        """Completions that did not fit and were lost (0 on every kernel with NODROP)."""
+    @property
+    def unsubmitted(self) -> int:
+        """Entries filled but not yet taken by the kernel."""
+    @property
+    def ready(self) -> int:
+        """Completions waiting to be taken."""
+    def prepare(
+        self,
+        opcode: int,
+        *,
+        fd: int = -1,
+        offset: int = 0,
+        address: int = 0,
+        length: int = 0,
+        op_flags: int = 0,
+        user_data: int = 0,
+        sqe_flags: int = 0,
+        ioprio: int = 0,
+        buf_index: int = 0,
+        file_index: int = 0,
+        command: bytes = b"",
+    ) -> None:
+        """Fills any entry by hand (struct io_uring_sqe); memory at `address` is yours to keep.
+
+        `command` (16 bytes, 80 in an SQE128 ring) goes to offset 48. A full queue is submitted
+        first; BlockingIOError if the kernel takes nothing then either.
+        """
+    def nop(self, user_data: int = 0) -> None: ...
+    def timeout(self, seconds: float, user_data: int = 0) -> None:
+        """Completes with -ETIME after `seconds`."""
+    def read(self, fd: int, buffer: Buffer, offset: int, user_data: int = 0) -> None:
+        """Reads at `offset` (bytes) into a writable buffer, which is kept until completion.
+
+        `user_data` must not be that of another read, write or timeout in flight (ValueError).
+        """
+    def write(self, fd: int, buffer: Buffer, offset: int, user_data: int = 0) -> None:
+        """Writes the buffer at `offset` (bytes); it is kept until completion."""
+    def msg_ring(
+        self, fd: int, *, target_user_data: int, result: int = 0, user_data: int = 0
+    ) -> None:
+        """Posts a completion to the ring whose descriptor is `fd`."""
+    def submit(
+        self, wait: int = 0, timeout: float | None = None, min_wait: float | None = None
+    ) -> int:
+        """Submits what was filled and waits for `wait` completions; returns how many it submitted.
+
+        `timeout` and `min_wait` are seconds; after `min_wait` one completion is enough (Linux
+        6.12, FeatureMissing before). Returns 0 on a time-out; signal handlers run. OSError EBUSY:
+        take completions first.
+        """
+    def completions(self) -> list[Completion]:
+        """Takes every completion that is there."""
+    def for_each(self, callback: Callable[[int, int], object]) -> int:
+        """Calls `callback(user_data, result)` for every completion that is there; returns how many.
+
+        An exception stops it; what was called is taken, the rest stays.
+        """
+    def register_files(self, fds: Iterable[int]) -> None:
+        """Registers descriptors: entries with sqe_flags 1 then name them by their index."""
+    def unregister_files(self) -> None: ...
+    def register_self(self) -> None:
+        """Registers the ring's own descriptor with the calling thread: cheaper submits."""
+
+@final
+class IO:
+    """One request, as `Target.handle` and the iteration over a `Queue` get it.
+
+    Valid until it is completed: then every use but `completed`, `tag` and `queue_id` raises
+    StaleIO, also when the tag carries its next request already.
+    """
+
+    @property
+    def op(self) -> Op: ...
+    @property
+    def flags(self) -> int:
+        """The request's `IOFlag` bits."""
+    @property
+    def fua(self) -> bool:
+        """Whether this write must be durable before it is completed."""
+    @property
+    def unmap(self) -> bool:
+        """Whether a write-zeroes may deallocate."""
+    @property
+    def offset(self) -> int:
+        """Bytes from the start of the disk."""
+    @property
+    def length(self) -> int:
+        """Bytes."""
+    @property
+    def tag(self) -> int: ...
+    @property
+    def queue_id(self) -> int: ...
+    @property
+    def buffer(self) -> memoryview:
+        """The request's bytes: to fill for a READ, read-only for a WRITE, empty for the others.
+
+        Released when the request is completed.
+        """
+    @property
+    def completed(self) -> bool: ...
+    @property
+    def deferred(self) -> bool: ...
+    def complete(self) -> None:
+        """Ends the request with success, whole. From any thread."""
+    def fail(self, error: int) -> None:
+        """Ends the request with an errno (positive). From any thread."""
+    def defer(self) -> None:
+        """In `handle`: the request will be completed after the method returned."""
+
+@final
+class Handlers:
+    def __init__(self, target: object, report: Callable[[object, IO], int]) -> None: ...
+    def start(self, io: IO) -> Coroutine[Any, Any, object]: ...
+    def answer_from_here(self, io: IO) -> None: ...
+
+@final
+class Queue:
+    """One queue of an open char device (`/dev/ublkcN`), served by the thread that makes it.
+
+    Args: `fd` of the char device, the queue's number, its `depth` (1 to 4096, as the device was
+    added with), and `buffer_size` in bytes for each tag (the device's max_io_size).
+
+    By hand: ``queue.fetch()``, then START_DEV from another thread, then ``for io in queue: ...``
+    with ``io.complete()`` or ``io.fail(errno)``. Commits are submitted with the next wait.
+    """
+
+    def __init__(
+        self, fd: int, queue_id: int = 0, *, depth: int = 128, buffer_size: int = 524288
+    ) -> None: ...
+    @classmethod
+    def loopback(cls, *, depth: int = 128, buffer_size: int = 524288) -> Self:
+        """A queue without kernel: requests are injected, answers read back (pyublk.testing)."""
+    def close(self) -> None: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None = ...,
+        value: BaseException | None = ...,
+        trace: TracebackType | None = ...,
+        /,
+    ) -> None: ...
+    @property
+    def id(self) -> int: ...
+    @property
+    def depth(self) -> int: ...
+    @property
+    def held(self) -> int:
+        """Requests taken and not yet committed."""
+    @property
+    def ring_flags(self) -> int:
+        """The `SetupFlag`s of the queue's ring."""
+    def fileno(self) -> int:
+        """Readable when there is something to `wait` for."""
+    def fetch(self) -> None:
+        """Fetches every tag; the queue is primed when this returns."""
+    def wait(self, timeout: float | None = None) -> list[IO] | None:
+        """Submits the commits and waits for requests, at most `timeout` seconds.
+
+        An empty list after a time-out or a wake; None when the kernel has taken every tag back.
+        """
+    def __iter__(self) -> Iterator[IO]: ...
+    def serve_native(self, handler: int, context: int = 0) -> None:
+        """Serves by a C function (see NativeTarget) until the device stops."""
+    def serve(
+        self, handlers: Handlers, lock: AbstractContextManager[object] | None = None
+    ) -> None: ...
+    def counters(self) -> tuple[tuple[int, ...], tuple[int, ...], int, int, int]: ...
+    def wake(self) -> None:
+        """Makes a `wait` return. From any thread."""
+    def fail_held(self, error: int = 5) -> None:
+        """Fails every request not yet answered. From any thread."""
+    def sever(self) -> None:
+        """Takes the device away from a serving thread that is stuck. From any thread."""
+    def inject(self, tag: int, op_flags: int, offset: int, length: int) -> None:
+        """Loopback: a request (bytes) appears on a tag."""
+    def answered(self, tag: int) -> int | None:
+        """Loopback: the tag's result, or None while it is unanswered."""
+    def memory(self, tag: int, length: int) -> memoryview:
+        """The tag's buffer as the kernel sees it."""
+
+def control(
+    fd: int,
+    command: int,
+    device: int,
+    *,
+    queue: int = 0xFFFF,
+    data: int = 0,
+    payload: bytearray | None = None,
+    path_length: int = 0,
+    deadline: float = 30.0,
+) -> tuple[Literal["ring", "enter", "command", "deadline"], int]: ...
+
+@final
+class Guard:
+    def __init__(self, control_fd: int, device: int, cookie: int) -> None: ...
+    @property
+    def pid(self) -> int: ...
+    def stop(self) -> None: ...
+
+@final
+class Ram:
+    def __init__(self, size: int) -> None: ...
+    @property
+    def handler(self) -> int: ...
+    @property
+    def context(self) -> int: ...
+    def resident(self) -> int: ...
+
+@final
+class ShardedLock:
+    """Reader-writer locks over byte ranges, for `parallel` targets.
+
+    A range locks each of `shards` it touches, `granule` bytes apiece, in one order everywhere: ranges
+    that overlap exclude each other as readers and writers do, distant ones rarely meet. The GIL is
+    released while waiting. Not reentrant.
+    """
+
+    def __init__(self, shards: int = 64, granule: int = 1048576) -> None: ...
+    def reading(self, offset: int, length: int) -> AbstractContextManager[None]:
+        """``with lock.reading(offset, length):`` shares the range with other readers."""
+    def writing(self, offset: int, length: int) -> AbstractContextManager[None]:
+        """``with lock.writing(offset, length):`` has the range alone."""

@@ -1,0 +1,28 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+# cython: initializedcheck=False, infer_types=True
+# SPDX-License-Identifier: MIT
+"""The binding of the C core: Ring, Queue, IO, control commands, native targets.
+
+The core owns rings, tags and buffers and never sees Python; this module owns object lifetime, takes
+the GIL once per batch of requests, and turns exceptions into errno values. Policy is elsewhere.
+"""
+
+from cpython.buffer cimport PyBuffer_FillInfo
+from cpython.exc cimport PyErr_CheckSignals
+from cpython.ref cimport PyObject
+from libc.errno cimport EALREADY, EINTR, EIO, ENODEV, EOPNOTSUPP, EOVERFLOW, ESHUTDOWN, ETIME
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.string cimport memcpy, memset
+
+import errno as _errno
+import os
+from time import monotonic
+
+from pyublk import errors, uapi
+from pyublk.uring import Completion
+
+include "_native_core.pxi"
+include "_native_ring.pxi"
+include "_native_queue.pxi"
+include "_native_control.pxi"
+include "_native_targets.pxi"

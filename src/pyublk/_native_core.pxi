@@ -1,0 +1,183 @@
+# What the C core offers (see the headers in _core/ for the contracts).
+
+cdef extern from "Python.h":
+    unsigned long PyThread_get_thread_ident()
+
+cdef extern from *:
+    """
+    #ifdef Py_GIL_DISABLED
+    #define PU_REFERENCES(o) INT_MAX  /* another thread may be about to take one */
+    #else
+    #define PU_REFERENCES(o) Py_REFCNT(o)
+    #endif
+    """
+    int PU_REFERENCES(PyObject *o)
+
+cdef extern from "_core/ring.h" nogil:
+    int PU_SQE_FIXED_FILE
+    int PU_OPCODE_NOP
+    int PU_OPCODE_TIMEOUT
+    int PU_OPCODE_READ
+    int PU_OPCODE_WRITE
+    int PU_OPCODE_MSG_RING
+    int PU_REGISTER_FILES
+    int PU_UNREGISTER_FILES
+    int PU_SETUP_SQE128
+    int PU_SETUP_CQE32
+    int PU_FEAT_MIN_TIMEOUT
+
+    struct pu_sqe:
+        uint8_t opcode
+        uint8_t flags
+        uint16_t ioprio
+        int32_t fd
+        uint64_t off
+        uint64_t addr
+        uint32_t len
+        uint32_t op_flags
+        uint64_t user_data
+        uint16_t buf_index
+        int32_t file_index
+        uint64_t cmd[2]
+
+    struct pu_cqe:
+        uint64_t user_data
+        int32_t res
+        uint32_t flags
+
+    struct pu_ring:
+        int fd
+        uint32_t setup_flags
+        uint32_t features
+        uint32_t sq_entries
+        uint32_t cq_entries
+        uint32_t *k_cq_overflow
+        uint64_t enters
+
+    int pu_ring_open(pu_ring *, uint32_t, uint32_t, uint32_t, uint32_t)
+    void pu_ring_close(pu_ring *)
+    int pu_ring_register(pu_ring *, uint32_t, const void *, uint32_t)
+    int pu_ring_register_self(pu_ring *)
+    pu_sqe *pu_ring_get_sqe(pu_ring *)
+    uint32_t pu_ring_unsubmitted(const pu_ring *)
+    int pu_ring_submit(pu_ring *, uint32_t, int64_t, uint32_t)
+    uint32_t pu_ring_ready(const pu_ring *)
+    const pu_cqe *pu_ring_cqe(const pu_ring *, uint32_t)
+    void pu_ring_advance(pu_ring *, uint32_t)
+
+cdef extern from "_core/ublk.h" nogil:
+    int PU_OP_READ
+    int PU_OP_WRITE
+    int PU_OP_FLUSH
+    int PU_OP_DISCARD
+    int PU_OP_WRITE_ZEROES
+    int PU_OP_COUNT
+    uint32_t PU_FLAG_FUA
+    uint32_t PU_FLAG_NOUNMAP
+
+    struct pu_desc:
+        uint32_t op_flags
+        uint32_t nr_sectors
+        uint64_t start_sector
+
+    struct pu_ctrl_cmd:
+        uint32_t dev_id
+        uint16_t queue_id
+        uint16_t len
+        uint64_t addr
+        uint64_t data
+        uint16_t dev_path_len
+
+cdef extern from "_core/queue.h" nogil:
+    ctypedef int64_t (*pu_handler)(void *, uint32_t, uint32_t, uint64_t, uint64_t, void *) noexcept nogil
+
+    struct pu_tag:
+        uint32_t generation
+        uint8_t state
+        int32_t result
+
+    struct pu_counters:
+        uint64_t requests[32]
+        uint64_t bytes[32]
+        uint64_t errors
+        uint64_t enters
+        uint64_t largest_batch
+
+    struct pu_queue:
+        pu_ring ring
+        pu_desc *desc
+        pu_tag *tags
+        uint16_t *ready
+        uint32_t nr_ready
+        uint32_t owned
+        uint16_t id
+        uint16_t depth
+        bint loopback
+        bint severed
+        int wake_fd
+
+    int pu_queue_open(pu_queue *, int, uint16_t, uint16_t, size_t)
+    void pu_queue_close(pu_queue *)
+    void pu_queue_free(pu_queue *)
+    int pu_queue_sever(pu_queue *)
+    int pu_queue_fetch(pu_queue *)
+    int pu_queue_wait(pu_queue *, int64_t)
+    int pu_queue_answer(pu_queue *, uint16_t, int64_t)
+    int pu_queue_post(pu_queue *, uint16_t, int64_t)
+    void pu_queue_fail_held(pu_queue *, int)
+    void pu_queue_wake(pu_queue *)
+    int pu_queue_serve(pu_queue *, pu_handler, void *)
+    int pu_queue_inject(pu_queue *, uint16_t, uint32_t, uint64_t, uint32_t)
+    void pu_queue_counters(const pu_queue *, pu_counters *)
+    void *pu_queue_buffer(const pu_queue *, uint16_t)
+    bint pu_queue_holds(const pu_queue *, uint16_t, uint32_t)
+
+cdef extern from "_core/control.h" nogil:
+    int PU_CONTROL_RING
+    int PU_CONTROL_SUBMIT
+    int PU_CONTROL_DONE
+
+    struct pu_control_reply:
+        int32_t stage
+        int32_t result
+        uint8_t buffer[1]
+
+    struct pu_control:
+        pu_control_reply *reply
+
+    int pu_control_begin(pu_control *, int, uint32_t, const pu_ctrl_cmd *, const void *, size_t)
+    int pu_control_wait(pu_control *, int)
+    bint pu_control_end(pu_control *)
+    int pu_guard_start(int, uint32_t, uint64_t, int *)
+    void pu_guard_stop(int, int)
+
+cdef extern from "_core/lock.h" nogil:
+    struct pu_lock:
+        pass
+
+    int pu_lock_init(pu_lock *, unsigned int, uint64_t)
+    void pu_lock_destroy(pu_lock *)
+    void pu_lock_read(pu_lock *, uint64_t, uint64_t)
+    void pu_lock_write(pu_lock *, uint64_t, uint64_t)
+    void pu_lock_unlock(pu_lock *, uint64_t, uint64_t)
+
+cdef extern from "_core/ram.h" nogil:
+    struct pu_ram:
+        pass
+
+    int pu_ram_init(pu_ram *, uint64_t)
+    void pu_ram_destroy(pu_ram *)
+    int64_t pu_ram_handle(void *, uint32_t, uint32_t, uint64_t, uint64_t, void *)
+    uint64_t pu_ram_resident(pu_ram *)
+
+cdef extern from "_core/null.h" nogil:
+    int64_t pu_null_handle(void *, uint32_t, uint32_t, uint64_t, uint64_t, void *)
+
+
+cdef int64_t nanoseconds(object seconds) except? -2:
+    """None: for ever (-1)."""
+    if seconds is None:
+        return -1
+    if seconds < 0:
+        raise ValueError(f"timeout must not be negative, not {seconds!r} seconds")
+    return <int64_t>(<double>seconds * 1e9)

@@ -1,0 +1,390 @@
+# SPDX-License-Identifier: MIT
+"""Control commands: one method each.
+
+Each command runs in a child process that holds nothing but the control node (`_core/control.h` says
+why). So every call keeps its deadline, and a caller can always be killed, even one that waits for
+the stop of its own device while one of its handlers hangs.
+"""
+
+import ctypes
+import errno
+import os
+import secrets
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from pyublk import _native, errors, uapi
+from pyublk.features import Features
+from pyublk.params import Params
+from pyublk.uapi import ControlCommand, DeviceStatus, Feature
+
+CONTROL_NODE = "/dev/ublk-control"
+
+#: The high half of a device's cookie (ublksrv_flags) when pyublk made it: "pyub".
+COOKIE_MAGIC = 0x70797562
+
+
+def new_cookie() -> int:
+    """A number that tells this device from every other of the same id."""
+    return COOKIE_MAGIC << 32 | secrets.randbits(32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceInfo:
+    """What the kernel knows of a device (struct ublksrv_ctrl_dev_info).
+
+    `queues` and `depth` as granted, `max_io_size` in bytes, `flags` as negotiated; `server_pid` is
+    None when no server is there; `cookie` is the number its creator stored (ublksrv_flags).
+    """
+
+    id: int
+    queues: int
+    depth: int
+    status: DeviceStatus
+    max_io_size: int
+    flags: Feature
+    server_pid: int | None
+    cookie: int
+    owner_uid: int
+    owner_gid: int
+
+    @property
+    def path(self) -> str:
+        """The block device's node."""
+        return f"/dev/ublkb{self.id}"
+
+    @property
+    def char_path(self) -> str:
+        """The node that the server opens."""
+        return f"/dev/ublkc{self.id}"
+
+    @property
+    def ours(self) -> bool:
+        """Whether pyublk made this device."""
+        return self.cookie >> 32 == COOKIE_MAGIC
+
+
+def _check_granted(info: DeviceInfo, *, queues: int, flags: Feature) -> None:
+    if info.queues < queues:
+        raise errors.negotiation_error(
+            f"queues of device {info.id}",
+            str(queues),
+            str(info.queues),
+            f"ask for at most {info.queues}: one for each CPU of this machine",
+        )
+    if dropped := flags & ~info.flags:
+        names = ", ".join(flag.name or hex(flag) for flag in dropped)
+        raise errors.negotiation_error(
+            f"flags of device {info.id}",
+            names,
+            "none of them" if dropped == flags else "only the others",
+            "see `pyublk features` for what this kernel has, and what excludes what",
+        )
+
+
+def _device_info(raw: bytes | bytearray) -> DeviceInfo:
+    info = uapi.ublksrv_ctrl_dev_info.from_buffer_copy(raw)
+    return DeviceInfo(
+        id=info.dev_id,
+        queues=info.nr_hw_queues,
+        depth=info.queue_depth,
+        status=DeviceStatus(info.state),
+        max_io_size=info.max_io_buf_bytes,
+        flags=Feature(info.flags),
+        server_pid=info.ublksrv_pid if info.ublksrv_pid > 0 else None,
+        cookie=info.ublksrv_flags,
+        owner_uid=info.owner_uid,
+        owner_gid=info.owner_gid,
+    )
+
+
+class Controller:
+    """The driver's control node. Safe to share between threads; close it or use `with`.
+
+    `deadline` (seconds) holds for every command that is not given its own. Refusals are OSError, of
+    the subclass that fits the errno: the message names command, device and likely cause, the notes
+    whose doing it was and what to do.
+
+    Raises FileNotFoundError or PermissionError when the control node is missing or closed to us.
+    """
+
+    def __init__(self, *, deadline: float = 30.0) -> None:
+        self.deadline = deadline
+        self._fd = -1
+        try:
+            self._fd = os.open(CONTROL_NODE, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise errors.control_missing_error(error.errno or errno.ENOENT) from None
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def fileno(self) -> int:
+        """The control node's descriptor."""
+        if self._fd < 0:
+            raise errors.DeviceClosed("this Controller is closed")
+        return self._fd
+
+    def _run(
+        self,
+        command: ControlCommand,
+        device: int | None,
+        *,
+        queue: int = 0xFFFF,
+        data: int = 0,
+        payload: bytearray | None = None,
+        path_length: int = 0,
+        deadline: float | None = None,
+    ) -> int:
+        if device is not None and not 0 <= device < uapi.MAX_DEVICES:
+            raise ValueError(f"device id must be 0 to {uapi.MAX_DEVICES - 1}, not {device}")
+        limit = self.deadline if deadline is None else deadline
+        stage, result = _native.control(
+            self.fileno(),
+            command,
+            0xFFFFFFFF if device is None else device,
+            queue=queue,
+            data=data,
+            payload=payload,
+            path_length=path_length,
+            deadline=limit,
+        )
+        if stage == "deadline":
+            detail = f"not answered within {limit:g} s"
+            if result:
+                detail += "; the kernel still works on it, in a process that was left behind"
+            raise errors.command_error(command, errno.ETIMEDOUT, device=device, detail=detail)
+        if stage != "command":
+            raise errors.io_uring_error(-result)
+        if result < 0:
+            raise errors.command_error(command, -result, device=device)
+        return result
+
+    def add(
+        self,
+        *,
+        queues: int = 1,
+        depth: int = 128,
+        max_io_size: int = 512 * 1024,
+        flags: Feature = Feature(0),
+        id: int | None = None,
+        cookie: int = 0,
+        deadline: float | None = None,
+    ) -> DeviceInfo:
+        """ADD_DEV: makes the char device; the answer is what the kernel granted.
+
+        `max_io_size` is in bytes, `id` None lets the kernel choose. The kernel lowers `queues` to
+        the number of CPUs and clears flags that it does not know, both without a word: then the
+        device is deleted again, and OSError (EOPNOTSUPP) says what was dropped.
+        """
+        if not 1 <= queues <= uapi.MAX_QUEUES:
+            raise ValueError(f"queues must be 1 to {uapi.MAX_QUEUES}, not {queues}")
+        if not 1 <= depth <= uapi.MAX_QUEUE_DEPTH:
+            raise ValueError(f"depth must be 1 to {uapi.MAX_QUEUE_DEPTH}, not {depth}")
+        wish = uapi.ublksrv_ctrl_dev_info(
+            nr_hw_queues=queues,
+            queue_depth=depth,
+            max_io_buf_bytes=max_io_size,
+            dev_id=0xFFFFFFFF if id is None else id,
+            flags=flags,
+            ublksrv_flags=cookie,
+        )
+        payload = bytearray(wish)
+        self._run(ControlCommand.ADD_DEV, id, payload=payload, deadline=deadline)
+        granted = _device_info(payload)
+        try:
+            _check_granted(granted, queues=queues, flags=flags)
+        except OSError:
+            self.delete(granted.id, deadline=deadline)
+            raise
+        return granted
+
+    def delete(self, device: int, *, wait: bool = True, deadline: float | None = None) -> None:
+        """DEL_DEV: stops the device if need be and frees its id.
+
+        With `wait` false (DEL_DEV_ASYNC) the id may stay taken until the last user of the nodes
+        has gone.
+        """
+        command = ControlCommand.DEL_DEV if wait else ControlCommand.DEL_DEV_ASYNC
+        self._run(command, device, deadline=deadline)
+
+    def start(self, device: int, pid: int, *, deadline: float | None = None) -> None:
+        """START_DEV: makes the block device; ends when `pid`, the server, has fetched every tag."""
+        self._run(ControlCommand.START_DEV, device, data=pid, deadline=deadline)
+
+    def stop(self, device: int, *, deadline: float | None = None) -> None:
+        """STOP_DEV: removes the block device, having written back what its page cache holds.
+
+        A recovery-enabled device loses that page cache instead: flush first. Ends when every
+        request in flight was answered.
+        """
+        self._run(ControlCommand.STOP_DEV, device, deadline=deadline)
+
+    def safe_stop(self, device: int, *, deadline: float | None = None) -> None:
+        """TRY_STOP_DEV (Linux 7.0): stops only if nobody has the block device open."""
+        self._run(ControlCommand.TRY_STOP_DEV, device, deadline=deadline)
+
+    def set_params(self, device: int, params: Params, *, deadline: float | None = None) -> None:
+        """SET_PARAMS: replaces all parameters; only before the device is started."""
+        payload = bytearray(params.pack())
+        self._run(ControlCommand.SET_PARAMS, device, payload=payload, deadline=deadline)
+
+    def get_params(self, device: int, *, deadline: float | None = None) -> Params:
+        """GET_PARAMS: what the kernel stored, which may be less than was set."""
+        payload = bytearray(uapi.ublk_params(len=ctypes.sizeof(uapi.ublk_params)))
+        self._run(ControlCommand.GET_PARAMS, device, payload=payload, deadline=deadline)
+        return Params.unpack(bytes(payload))
+
+    def info(self, device: int, *, deadline: float | None = None) -> DeviceInfo:
+        """GET_DEV_INFO."""
+        payload = bytearray(64)
+        self._run(ControlCommand.GET_DEV_INFO, device, payload=payload, deadline=deadline)
+        return _device_info(payload)
+
+    def info2(self, device: int, *, deadline: float | None = None) -> DeviceInfo:
+        """GET_DEV_INFO2: as `info`, but checked against our rights on the char device's node."""
+        path = f"/dev/ublkc{device}".encode()
+        path += bytes(16 - len(path) % 16)
+        payload = bytearray(path) + bytearray(64)
+        self._run(
+            ControlCommand.GET_DEV_INFO2,
+            device,
+            payload=payload,
+            path_length=len(path),
+            deadline=deadline,
+        )
+        return _device_info(payload[len(path) :])
+
+    def features(self, *, deadline: float | None = None) -> Features:
+        """GET_FEATURES: what this driver can do."""
+        payload = bytearray(8)
+        mask: int | None
+        try:
+            self._run(ControlCommand.GET_FEATURES, 0, payload=payload, deadline=deadline)
+            mask = int.from_bytes(payload, "little")
+        except OSError as error:
+            if error.errno not in (errno.ENODEV, errno.EOPNOTSUPP):
+                raise
+            mask = None  # Linux before 6.5 does not know the command
+        return Features.of_this_machine(mask)
+
+    def queue_affinity(
+        self, device: int, queue: int, *, deadline: float | None = None
+    ) -> frozenset[int]:
+        """GET_QUEUE_AFFINITY: the CPUs whose requests come to this queue."""
+        payload = bytearray(128)
+        self._run(
+            ControlCommand.GET_QUEUE_AFFINITY,
+            device,
+            queue=queue,
+            data=queue,
+            payload=payload,
+            deadline=deadline,
+        )
+        mask = int.from_bytes(payload, "little")
+        return frozenset(cpu for cpu in range(mask.bit_length()) if mask >> cpu & 1)
+
+    def start_recovery(self, device: int, *, deadline: float | None = None) -> None:
+        """START_USER_RECOVERY: a new server may now open the char device and fetch."""
+        self._run(ControlCommand.START_USER_RECOVERY, device, deadline=deadline)
+
+    def end_recovery(self, device: int, pid: int, *, deadline: float | None = None) -> None:
+        """END_USER_RECOVERY: the device is live again, served by `pid`."""
+        self._run(ControlCommand.END_USER_RECOVERY, device, data=pid, deadline=deadline)
+
+    def update_size(self, device: int, size: int, *, deadline: float | None = None) -> None:
+        """UPDATE_SIZE (Linux 6.16): gives a live device a new `size` in bytes.
+
+        Refused here when the device is not live: some kernels crash on it.
+        """
+        if size <= 0 or size % 512:
+            raise ValueError(f"size must be a positive multiple of 512 bytes, not {size}")
+        status = self.info(device, deadline=deadline).status
+        if status is not DeviceStatus.LIVE:
+            raise errors.command_error(
+                ControlCommand.UPDATE_SIZE,
+                errno.ENODEV,
+                device=device,
+                detail=f"the device is {status.name}, and only a LIVE one can be resized",
+            )
+        self._run(ControlCommand.UPDATE_SIZE, device, data=size // 512, deadline=deadline)
+
+    def quiesce(self, device: int, *, timeout: float = 0.0, deadline: float | None = None) -> None:
+        """QUIESCE_DEV (Linux 6.16): new requests wait, so that the server can be replaced.
+
+        `timeout` (seconds) limits the kernel's wait for an idle moment; 0 does not.
+        """
+        self._run(ControlCommand.QUIESCE_DEV, device, data=int(timeout * 1000), deadline=deadline)
+
+    def register_buffer(
+        self,
+        device: int,
+        address: int,
+        length: int,
+        *,
+        read_only: bool = False,
+        deadline: float | None = None,
+    ) -> int:
+        """REG_BUF (Linux 7.1): shares `length` bytes of shared memory at `address` with the device.
+
+        Both are multiples of the page size. Returns the buffer's index.
+        """
+        wish = uapi.ublk_shmem_buf_reg(
+            addr=address, len=length, flags=uapi.SHMEM_BUF_READ_ONLY if read_only else 0
+        )
+        return self._run(ControlCommand.REG_BUF, device, payload=bytearray(wish), deadline=deadline)
+
+    def unregister_buffer(self, device: int, index: int, *, deadline: float | None = None) -> None:
+        """UNREG_BUF (Linux 7.1)."""
+        self._run(ControlCommand.UNREG_BUF, device, data=index, deadline=deadline)
+
+    def devices(self, *, deadline: float | None = None) -> list[DeviceInfo]:
+        """Every device of this machine, by id. The kernel has no call for it; sysfs has the ids."""
+        found = []
+        for node in sorted(Path("/sys/class/ublk-char").glob("ublkc*"), key=_node_id):
+            try:
+                found.append(self.info(_node_id(node), deadline=deadline))
+            except OSError as error:
+                if error.errno != errno.ENODEV:  # else: deleted since
+                    raise
+        return found
+
+    def wait_for_status(
+        self, device: int, *wanted: DeviceStatus, timeout: float = 10.0
+    ) -> DeviceInfo:
+        """Waits until the device is in one of the `wanted` states (a server's end takes a moment).
+
+        Raises TimeoutError after `timeout` seconds.
+        """
+        until = time.monotonic() + timeout
+        while (info := self.info(device)).status not in wanted:
+            if time.monotonic() > until:
+                names = " or ".join(status.name for status in wanted)
+                raise TimeoutError(
+                    f"device {device} is {info.status.name}, not {names}, after {timeout:g} s"
+                )
+            time.sleep(0.02)
+        return info
+
+
+def _node_id(node: Path) -> int:
+    return int(node.name.removeprefix("ublkc"))

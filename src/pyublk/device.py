@@ -1,0 +1,591 @@
+# SPDX-License-Identifier: MIT
+"""A disk from start to stop: queues and their servants, in step with the control commands."""
+
+import asyncio
+import atexit
+import errno
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from functools import partial
+from types import FrameType, TracebackType
+from typing import Literal, Self
+
+from pyublk import errors, serving
+from pyublk._native import Guard, Handlers, Queue
+from pyublk.control import Controller, DeviceInfo, new_cookie
+from pyublk.params import Params
+from pyublk.stats import DeviceStats, QueueStats
+from pyublk.target import FailureLog, NativeTarget, Target, dispatch_of
+from pyublk.uapi import ControlCommand
+
+log = logging.getLogger("pyublk.device")
+
+Affinity = Literal["auto"] | Sequence[Iterable[int]] | None
+
+
+class DeviceState(StrEnum):
+    """Where a `Device` is in its life; a stopped one cannot be started again."""
+
+    CREATED = "created"
+    CONFIGURED = "configured"
+    STARTING = "starting"
+    LIVE = "live"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+
+
+class Device:
+    """A target served as `/dev/ublkbN`.
+
+    ::
+
+        with pyublk.Device(target, queues=2) as disk:
+            print(disk.path)
+            disk.wait()
+
+    Args:
+        target: what to serve; its methods decide how (see `Target`).
+        queues: hardware queues, each with its own thread. More than CPUs are refused.
+        depth: requests in flight per queue, 1 to 4096.
+        id: the N in `/dev/ublkbN`; None takes the lowest free.
+        max_io_size: bytes of the largest request and of each tag's buffer; a multiple of 4096 up
+            to 32 MiB. Kernels before 6.18 split at 1280 KiB whatever is asked, later ones at 4 MiB.
+        workers: threads that run the handlers of a sync `parallel` target, beside the queues'
+            own threads; for handlers that block. 0: the queues' threads run them.
+        affinity: "auto" keeps each queue's thread to the CPUs whose requests it gets (the kernel
+            allocates its buffers on their NUMA node, on first use); a sequence of CPU sets, one
+            for each queue; or None, the scheduler's choice.
+        stop_timeout: seconds without progress after which `stop` gives a hanging handler up.
+        deadline: seconds for each control command.
+
+    With `with`, the disk is usable inside the block and deleted at its end. With `async with`, an
+    async target is served on the running event loop, which several devices may share.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        *,
+        queues: int = 1,
+        depth: int = 128,
+        id: int | None = None,
+        max_io_size: int = 512 * 1024,
+        workers: int = 0,
+        affinity: Affinity = "auto",
+        stop_timeout: float = 10.0,
+        deadline: float = 30.0,
+    ) -> None:
+        self._state = DeviceState.CREATED
+        self._dispatch = dispatch_of(target)
+        if max_io_size % 4096 or not 4096 <= max_io_size <= 32 << 20:
+            raise ValueError(
+                f"max_io_size must be a multiple of 4096 from 4096 to {32 << 20}, not {max_io_size}"
+            )
+        if workers < 0:
+            raise ValueError(f"workers must be 0 or more, not {workers}")
+        if workers and (self._dispatch != "sync" or target.concurrency != "parallel"):
+            raise ValueError(
+                f"workers={workers} needs a target with plain methods and concurrency 'parallel'; "
+                f"{type(target).__name__} is {self._dispatch} and {target.concurrency!r}"
+            )
+        if affinity not in ("auto", None) and len(affinity) != queues:
+            raise ValueError(
+                f"affinity must be 'auto', None, or a set of CPUs for each of the {queues} queues"
+            )
+        self.target = target
+        self._wish = {"queues": queues, "depth": depth, "max_io_size": max_io_size, "id": id}
+        self._workers = workers
+        self._affinity = affinity
+        self._stop_timeout = stop_timeout
+        self._deadline = deadline
+        self._params: Params | None = None
+        self._info: DeviceInfo | None = None
+        self._controller: Controller | None = None
+        self._guard: Guard | None = None
+        self._char_fd = -1
+        self._opened = False
+        self._pool: serving.WorkerPool | None = None
+        self._async_server: serving.AsyncServer | None = None
+        self._servants: list[serving.Servant] = []
+        self._final_stats: DeviceStats | None = None
+        self._attention = threading.Event()  # a servant ended, or a signal came
+        self._stopped = threading.Event()
+        self._stop_lock = threading.Lock()
+        self._made_at = _caller()
+
+    # ---- looking at it ----
+
+    @property
+    def state(self) -> DeviceState:
+        return self._state
+
+    @property
+    def id(self) -> int:
+        """The N in `/dev/ublkbN`. Raises DeviceClosed before the device exists."""
+        return self._device_info().id
+
+    @property
+    def path(self) -> str:
+        """The block device, such as `/dev/ublkb0`."""
+        return self._device_info().path
+
+    @property
+    def char_path(self) -> str:
+        """The server's node, such as `/dev/ublkc0`."""
+        return self._device_info().char_path
+
+    @property
+    def params(self) -> Params:
+        """The parameters as the kernel took them."""
+        if self._params is None:
+            raise errors.DeviceClosed("the device has no parameters before it is started")
+        return self._params
+
+    def _device_info(self) -> DeviceInfo:
+        if self._info is None:
+            raise errors.DeviceClosed("the device does not exist before it is started")
+        return self._info
+
+    def info(self) -> DeviceInfo:
+        """What the kernel says of the device now."""
+        if self._controller is None or self._state is DeviceState.STOPPED:
+            raise errors.DeviceClosed(f"the device is {self._state}")
+        return self._controller.info(self.id)
+
+    def stats(self) -> DeviceStats:
+        """Counters since the start; after the stop, the last ones."""
+        if self._final_stats is not None:
+            return self._final_stats
+        queues = sorted(self._queues(), key=lambda queue: queue.id)
+        return DeviceStats(tuple(QueueStats.from_counters(queue.counters()) for queue in queues))
+
+    def _queues(self) -> list[Queue]:
+        return [queue for servant in self._servants for queue in servant.queues]
+
+    def __repr__(self) -> str:
+        where = self._info.path if self._info else "no node yet"
+        return f"<Device {where} {self._state} target {type(self.target).__name__}>"
+
+    # ---- starting ----
+
+    def start(self) -> None:
+        """Makes the disk; returns when it is usable. On failure nothing is left behind."""
+        with self._starting():
+            self._configure()
+            self._begin_serving(on_this_loop=False)
+            self._go_live()
+
+    async def _start_on_loop(self) -> None:
+        with self._starting():
+            await asyncio.to_thread(self._configure)
+            self._begin_serving(on_this_loop=self._dispatch == "async")
+            await asyncio.to_thread(self._go_live)
+
+    @contextmanager
+    def _starting(self) -> Iterator[None]:
+        if self._state is not DeviceState.CREATED:
+            raise errors.DeviceClosed(
+                f"the device is {self._state}: a Device starts once, make a new one"
+            )
+        _open_devices.add(self)
+        try:
+            yield
+        except BaseException:
+            self._finish_quietly()
+            raise
+
+    def _configure(self) -> None:
+        self._controller = Controller(deadline=self._deadline)
+        self.target.open()
+        self._opened = True
+        params = self.target.params(self._wish["max_io_size"] or 0)
+        cookie = new_cookie()
+        self._info = self._controller.add(cookie=cookie, **self._wish)  # type: ignore[arg-type]
+        self._guard = Guard(self._controller.fileno(), self.id, cookie)
+        self._controller.set_params(self.id, params)
+        self._params = self._controller.get_params(self.id)
+        if dropped := params.difference(self._params):
+            raise errors.negotiation_error(
+                f"parameters of device {self.id}",
+                "what the target announces",
+                "; ".join(dropped),
+                "announce less, or use a newer kernel",
+            )
+        self._state = DeviceState.CONFIGURED
+        self._char_fd = self._open_char_device()
+
+    def _open_char_device(self) -> int:
+        until = time.monotonic() + 5.0
+        while True:
+            try:
+                return os.open(self.char_path, os.O_RDWR | os.O_CLOEXEC)
+            except OSError as error:
+                # The node and its rights come a moment after the device.
+                transient = error.errno in (errno.ENOENT, errno.EACCES, errno.EBUSY)
+                if not transient or time.monotonic() > until:
+                    raise
+            time.sleep(0.005)
+
+    def _begin_serving(self, *, on_this_loop: bool) -> None:
+        self._state = DeviceState.STARTING
+        info = self._device_info()
+        report = FailureLog(self.target)
+        handlers = Handlers(self.target, report)
+        every_queue = list(range(info.queues))
+        if on_this_loop:
+            self._async_server = serving.AsyncServer(handlers, report)
+            make_queues = partial(_make_queues, self._char_fd, info, every_queue)
+            self._servants = [serving.ServingLoop(make_queues, self._attention, self._async_server)]
+            return
+        one_thread = self._dispatch == "async" and self.target.concurrency == "serial"
+        groups = [every_queue] if one_thread else [[queue] for queue in every_queue]
+        if self._workers:
+            self._pool = serving.WorkerPool(handlers, self._workers, f"ublk{info.id}")
+        serve = self._serve_function(handlers, report)
+        for group in groups:
+            self._servants.append(
+                serving.ServingThread(
+                    partial(_make_queues, self._char_fd, info, group),
+                    self._attention,
+                    serve,
+                    name=f"ublk{info.id}-q{group[0]}",
+                    cpus=self._cpus_of(group),
+                )
+            )
+
+    def _serve_function(
+        self, handlers: Handlers, report: FailureLog
+    ) -> Callable[[list[Queue]], None]:
+        """The dispatcher, bound to what it needs; must not hold this Device (see __del__)."""
+        target, pool = self.target, self._pool
+        if isinstance(target, NativeTarget):
+            handler, context = target.handler, target.context
+            if not handler:
+                raise errors.InvalidTarget(
+                    f"{type(target).__name__}.handler is 0: set it before open() returns"
+                )
+            return lambda queues: queues[0].serve_native(handler, context)
+        if self._dispatch == "async":
+            return lambda queues: serving.serve_on_own_loop(queues, handlers, report)
+        if pool is not None:
+            return lambda queues: serving.serve_with_workers(queues[0], pool)
+        several = self._device_info().queues > 1
+        lock = threading.Lock() if several and target.concurrency == "serial" else None
+        return lambda queues: queues[0].serve(handlers, lock)
+
+    def _cpus_of(self, queues: list[int]) -> frozenset[int] | None:
+        if self._affinity is None:
+            return None
+        if self._affinity != "auto":
+            return frozenset(cpu for queue in queues for cpu in self._affinity[queue])
+        assert self._controller is not None
+        wanted = frozenset[int]().union(
+            *(self._controller.queue_affinity(self.id, queue) for queue in queues)
+        )
+        return (wanted & os.sched_getaffinity(0)) or None
+
+    def _go_live(self) -> None:
+        """START_DEV, once every tag is fetched; the partition scan in it is served already."""
+        assert self._controller is not None
+        until = time.monotonic() + self._deadline
+        for servant in self._servants:
+            if not servant.primed.wait(max(0.0, until - time.monotonic())):
+                raise errors.InternalError(f"a queue was not primed within {self._deadline:g} s")
+            self._raise_servant_error()
+        self._controller.start(self.id, os.getpid())
+        self._raise_servant_error()
+        while not os.path.exists(self.path):
+            if time.monotonic() > until:
+                raise errors.DeviceLost(
+                    f"{self.path} did not appear: is devtmpfs mounted on /dev, or udev running?"
+                )
+            time.sleep(0.005)
+        self._info = self._controller.info(self.id)
+        self._state = DeviceState.LIVE
+
+    def _raise_servant_error(self) -> None:
+        for servant in self._servants:
+            if servant.error is not None:
+                raise servant.error
+
+    # ---- while it lives ----
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Waits until the disk ends; for ever, or `timeout` seconds (then returns False).
+
+        Returns True when the device was stopped from elsewhere, and, in the main thread, on SIGINT
+        and SIGTERM (whose handlers are put back afterwards). Raises what ended a queue by failure.
+        """
+        with _signals_set(self._attention) as signalled:
+            until = None if timeout is None else time.monotonic() + timeout
+            while not self._stopped.is_set():
+                left = None if until is None else until - time.monotonic()
+                if not self._attention.wait(left):
+                    return False
+                self._attention.clear()
+                self._raise_servant_error()
+                if signalled or any(servant.ended.is_set() for servant in self._servants):
+                    return True
+        return True
+
+    def resize(self, size: int) -> None:
+        """Gives the live disk a new `size` in bytes (Linux 6.16), once the target has it too."""
+        block_size = self.target.block_size
+        if size <= 0 or size % block_size:
+            raise ValueError(f"size must be a positive multiple of {block_size}, not {size}")
+        if self._controller is None or self._state is not DeviceState.LIVE:
+            raise errors.DeviceClosed(f"the device is {self._state}, only a live one is resized")
+        self._controller.update_size(self.id, size)
+        self._params = self._controller.get_params(self.id)
+
+    # ---- stopping ----
+
+    def stop(self, timeout: float | None = None) -> None:
+        """Stops and deletes the disk: written data is flushed through the target first.
+
+        `timeout`: seconds without progress (default: the device's stop_timeout) after which
+        handlers that hang are given up: their requests fail, the disk goes away all the same, and
+        HandlerTimeout tells where they hang. From a handler's own thread, the stop goes on in the
+        background. Stopping twice is allowed; stopping a mounted disk takes it from its users.
+        """
+        if threading.get_ident() in self._serving_threads():
+            threading.Thread(target=self.stop, args=(timeout,), name="ublk-stop").start()
+            return
+        with self._stop_lock:
+            if self._state is DeviceState.STOPPED:
+                return
+            started = self._state is not DeviceState.CREATED
+            self._state = DeviceState.STOPPING
+            hung: list[str] = []
+            try:
+                if started and self._info is not None:
+                    hung = self._stop_serving(self._stop_timeout if timeout is None else timeout)
+            finally:
+                self._release()
+        if hung:
+            error = errors.HandlerTimeout(
+                f"{len(hung)} handler thread(s) of {type(self.target).__name__} never returned: "
+                f"their requests were failed and {self.path} was deleted without them"
+            )
+            for stack in hung:
+                error.add_note(stack)
+            raise error
+
+    def _stop_serving(self, patience: float) -> list[str]:
+        """STOP_DEV beside the serving threads; returns the stacks of those given up."""
+        controller, device = self._controller, self.id
+        assert controller is not None
+        failure: list[BaseException] = []
+
+        def stop_device() -> None:
+            try:
+                controller.stop(device, deadline=max(self._deadline, patience) + 24 * 3600)
+            except BaseException as error:
+                failure.append(error)
+
+        stopper = threading.Thread(target=stop_device, name=f"ublk{device}-stop", daemon=True)
+        stopper.start()
+        hung: list[str] = []
+        if not self._progress_until(lambda: not stopper.is_alive() and self._all_ended(), patience):
+            hung = self._give_up_hanging()
+            stopper.join(self._deadline)
+        if stopper.is_alive():
+            raise errors.command_error(
+                ControlCommand.STOP_DEV, errno.ETIMEDOUT, device=device, detail="still waiting"
+            )
+        if failure and getattr(failure[0], "errno", None) != errno.ENODEV:  # else: deleted already
+            raise failure[0]
+        return hung
+
+    def _all_ended(self) -> bool:
+        return all(servant.ended.is_set() for servant in self._servants)
+
+    def _progress_until(self, done: Callable[[], bool], patience: float) -> bool:
+        """Waits for `done` while requests keep coming; False after `patience` seconds of silence."""
+        last = -1
+        until = 0.0
+        while not done():
+            if (now := self.stats().total.requests) != last:
+                last, until = now, time.monotonic() + patience
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.005)
+        return True
+
+    def _give_up_hanging(self) -> list[str]:
+        """Fails what handlers hold, then cuts off the threads that still do not return."""
+        frames = sys._current_frames()
+        stacks = {
+            ident: "".join(traceback.format_stack(frames[ident]))
+            for ident in self._serving_threads()
+            if ident in frames
+        }
+        if self._async_server is not None:
+            self._async_server.cancel_held()
+        for queue in self._queues():
+            queue.fail_held()
+        if self._progress_until(self._all_ended, 1.0):
+            names = [] if self._pool is None else self._pool.thread_ids
+            return [stack for ident, stack in stacks.items() if ident in names]
+        stuck = [servant for servant in self._servants if not servant.ended.is_set()]
+        for servant in stuck:
+            for queue in servant.queues:
+                queue.sever()
+        self._close_char_device()
+        return [stacks.get(ident, "(no Python frame)") for one in stuck for ident in one.thread_ids]
+
+    def _serving_threads(self) -> set[int]:
+        threads = {ident for servant in self._servants for ident in servant.thread_ids}
+        if self._pool is not None:
+            threads.update(self._pool.thread_ids)
+        if self._async_server is not None:
+            threads.clear()  # the loop's thread is the user's, and it awaits the stop
+        return threads
+
+    def _close_char_device(self) -> None:
+        if self._char_fd >= 0:
+            os.close(self._char_fd)
+            self._char_fd = -1
+
+    def _release(self) -> None:
+        """Gives everything back, also after a start that failed half-way."""
+        self._close_char_device()
+        try:
+            if self._controller is not None and self._info is not None:
+                self._delete()
+        finally:
+            if self._guard is not None:
+                self._guard.stop()
+            if self._controller is not None:
+                self._controller.close()
+            if self._pool is not None:
+                self._pool.close()
+            self._final_stats = self.stats()
+            self._servants = []
+            self._state = DeviceState.STOPPED
+            self._stopped.set()
+            self._attention.set()
+            _open_devices.discard(self)
+            if self._opened:
+                self._opened = False
+                self.target.close()
+
+    def _delete(self) -> None:
+        assert self._controller is not None
+        try:
+            self._controller.delete(self.id)
+        except OSError as error:
+            if error.errno != errno.ENODEV:  # somebody else deleted it
+                raise
+
+    def _finish_quietly(self) -> None:
+        """After a failed start: the first error is the one to tell."""
+        try:
+            self.stop()
+        except Exception as error:
+            log.warning("cleaning up after a failed start: %s", error)
+
+    # ---- scopes ----
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    async def __aenter__(self) -> Self:
+        await self._start_on_loop()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await asyncio.to_thread(self.stop)
+
+    def __del__(self) -> None:
+        if getattr(self, "_state", DeviceState.STOPPED) in (
+            DeviceState.CREATED,
+            DeviceState.STOPPED,
+        ):
+            return
+        warnings.warn(
+            f"{self!r}, made at {self._made_at}, was dropped while open: use `with` or stop()",
+            ResourceWarning,
+            source=self,
+            stacklevel=2,
+        )
+        self._finish_quietly()
+
+
+def _make_queues(char_fd: int, info: DeviceInfo, ids: list[int]) -> list[Queue]:
+    queues: list[Queue] = []
+    try:
+        for number in ids:
+            queues.append(Queue(char_fd, number, depth=info.depth, buffer_size=info.max_io_size))
+    except BaseException:
+        for queue in queues:
+            queue.close()
+        raise
+    return queues
+
+
+def _caller() -> str:
+    """The place outside this package that is making a Device."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("pyublk."):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else "an unknown place"
+
+
+@contextmanager
+def _signals_set(attention: threading.Event) -> Iterator[list[int]]:
+    """In the main thread, lets SIGINT and SIGTERM set `attention`; yields those that came.
+
+    Only where they still have Python's own behaviour: a program's handlers are its business.
+    """
+    came: list[int] = []
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    replaced = {}
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        came.append(number)
+        attention.set()
+
+    if threading.current_thread() is threading.main_thread():
+        for number, default in defaults.items():
+            if signal.getsignal(number) == default:
+                replaced[number] = signal.signal(number, note)
+    try:
+        yield came
+    finally:
+        for number, handler in replaced.items():
+            signal.signal(number, handler)
+
+
+_open_devices: "weakref.WeakSet[Device]" = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_open_devices() -> None:
+    """A disk left open at exit is stopped while its threads still run: its page cache counts."""
+    for device in list(_open_devices):
+        device._finish_quietly()

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: MIT
+"""The ways a queue's requests reach a target: one function for each dispatcher.
+
+Each runs on the thread that opened the queue and returns when the kernel has taken every tag back.
+"""
+
+import asyncio
+import os
+import queue as queues
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from pyublk._native import IO, Handlers, Queue
+
+
+class WorkerPool:
+    """Threads for handlers that block. They are daemons: one that hangs holds up no exit."""
+
+    def __init__(self, handlers: Handlers, count: int, name: str) -> None:
+        self._inbox: queues.SimpleQueue[IO | None] = queues.SimpleQueue()
+        self._threads = [
+            threading.Thread(
+                target=self._work, args=(handlers,), name=f"{name}-worker-{n}", daemon=True
+            )
+            for n in range(count)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _work(self, handlers: Handlers) -> None:
+        while (io := self._inbox.get()) is not None:
+            handlers.answer_from_here(io)
+            del io  # kept, it would make the tag need a new one
+
+    def submit(self, io: IO) -> None:
+        self._inbox.put(io)
+
+    def close(self) -> None:
+        """Lets the threads end when they are idle; does not wait for one that is not."""
+        for _ in self._threads:
+            self._inbox.put(None)
+
+    @property
+    def thread_ids(self) -> list[int]:
+        return [thread.ident for thread in self._threads if thread.ident is not None]
+
+
+def serve_with_workers(queue: Queue, pool: WorkerPool) -> None:
+    """The queue's thread takes and commits, the pool's threads handle."""
+    while (batch := queue.wait()) is not None:
+        for io in batch:
+            pool.submit(io)
+        del batch[:]
+
+
+class AsyncServer:
+    """Serves queues on one event loop: requests finish in any order.
+
+    The loop watches each ring's descriptor. Commits of one turn of the loop are submitted together.
+    """
+
+    def __init__(self, handlers: Handlers, report: Callable[[object, IO], int]) -> None:
+        self._handlers = handlers
+        self._report = report
+        self._loop = asyncio.get_running_loop()
+        self._ended: dict[Queue, asyncio.Future[None]] = {}
+        self._flushing: set[Queue] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def attach(self, queue: Queue) -> "asyncio.Future[None]":
+        """Serves a fetched queue from now on; the future ends with it."""
+        self._ended[queue] = self._loop.create_future()
+        self._loop.add_reader(queue.fileno(), self._turn, queue)
+        self._loop.call_soon(self._turn, queue)
+        return self._ended[queue]
+
+    def detach(self, queue: Queue, error: BaseException | None = None) -> None:
+        """Stops watching a queue, before it is closed."""
+        future = self._ended.pop(queue, None)
+        if future is None:
+            return
+        self._loop.remove_reader(queue.fileno())
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+
+    def _turn(self, queue: Queue) -> None:
+        """Submits what was committed and takes what has come."""
+        self._flushing.discard(queue)
+        if queue not in self._ended:
+            return
+        try:
+            batch = queue.wait(0)
+        except Exception as error:
+            self.detach(queue, error)
+            return
+        if batch is None:
+            self.detach(queue)
+            return
+        for io in batch:
+            task = self._loop.create_task(self._answer(queue, io))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _answer(self, queue: Queue, io: IO) -> None:
+        error = 0
+        try:
+            handler: Coroutine[Any, Any, object] = self._handlers.start(io)
+            outcome = await handler
+            if outcome is not None:
+                error = self._report(outcome, io)
+        except asyncio.CancelledError:
+            error = self._report(OSError(5, "cancelled"), io)
+        except BaseException as raised:
+            error = self._report(raised, io)
+        if not io.completed and not io.deferred:
+            if error:
+                io.fail(error)
+            else:
+                io.complete()
+        if queue not in self._flushing:
+            self._flushing.add(queue)
+            self._loop.call_soon(self._turn, queue)
+
+    def cancel_held(self) -> None:
+        """Cancels every coroutine that still runs; its request fails with EIO. [any thread]"""
+
+        def cancel() -> None:
+            for task in self._tasks:
+                task.cancel()
+
+        self._loop.call_soon_threadsafe(cancel)
+
+
+class Servant:
+    """Whoever serves some queues of a device: a thread, or an event loop that was there before.
+
+    `primed` is set when every tag of these queues was fetched, `ended` when they are closed; a
+    failure before either is in `error`, and sets both.
+    """
+
+    def __init__(self, make_queues: Callable[[], list[Queue]], ended: threading.Event) -> None:
+        self._make_queues = make_queues
+        self._device_ended = ended
+        self.queues: list[Queue] = []
+        self.error: BaseException | None = None
+        self.primed = threading.Event()
+        self.ended = threading.Event()
+        self.thread_ids: list[int] = []
+
+    def _open(self) -> None:
+        self.thread_ids.append(threading.get_ident())
+        self.queues = self._make_queues()
+        for queue in self.queues:
+            queue.fetch()
+        self.primed.set()
+
+    def _close(self, error: BaseException | None = None) -> None:
+        self.error = self.error or error
+        for queue in self.queues:
+            queue.close()
+        self.primed.set()
+        self.ended.set()
+        self._device_ended.set()
+
+
+class ServingThread(Servant):
+    """Queues served by `serve` on a thread of their own, kept to `cpus` if given."""
+
+    def __init__(
+        self,
+        make_queues: Callable[[], list[Queue]],
+        ended: threading.Event,
+        serve: Callable[[list[Queue]], None],
+        *,
+        name: str,
+        cpus: frozenset[int] | None,
+    ) -> None:
+        super().__init__(make_queues, ended)
+        # A daemon: a handler that hangs must not keep the process from ending.
+        self._thread = threading.Thread(
+            target=self._run, args=(serve, cpus), name=name, daemon=True
+        )
+        self._thread.start()
+
+    def _run(self, serve: Callable[[list[Queue]], None], cpus: frozenset[int] | None) -> None:
+        error: BaseException | None = None
+        try:
+            if cpus:
+                os.sched_setaffinity(0, cpus)
+            self._open()
+            serve(self.queues)
+        except BaseException as raised:
+            error = raised
+        self._close(error)
+
+
+class ServingLoop(Servant):
+    """Queues served on the running event loop."""
+
+    def __init__(
+        self,
+        make_queues: Callable[[], list[Queue]],
+        ended: threading.Event,
+        server: AsyncServer,
+    ) -> None:
+        super().__init__(make_queues, ended)
+        try:
+            self._open()
+        except BaseException as error:
+            self._close(error)
+            return
+        done = asyncio.gather(*map(server.attach, self.queues))
+        done.add_done_callback(self._finish)
+
+    def _finish(self, done: "asyncio.Future[list[None]]") -> None:
+        self._close(None if done.cancelled() else done.exception())
+
+
+def serve_on_own_loop(
+    queues: list[Queue], handlers: Handlers, report: Callable[[object, IO], int]
+) -> None:
+    """An event loop for these queues on the calling thread."""
+
+    async def main() -> None:
+        server = AsyncServer(handlers, report)
+        await asyncio.gather(*map(server.attach, queues))
+
+    asyncio.run(main())

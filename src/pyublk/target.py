@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: MIT
+"""What a target implements, and how its methods become device parameters."""
+
+import errno
+import inspect
+import logging
+import threading
+import time
+import traceback
+from typing import ClassVar, Literal
+
+from pyublk._native import IO
+from pyublk.errors import InvalidTarget
+from pyublk.params import Basic, Discard, Params
+
+Concurrency = Literal["serial", "per_queue", "parallel"]
+Dispatch = Literal["native", "sync", "async"]
+
+log = logging.getLogger("pyublk.target")
+
+#: The methods a kernel request can call; their presence announces the operation.
+METHODS = ("read", "write", "write_fua", "flush", "discard", "write_zeroes", "handle")
+
+#: The most one DISCARD or WRITE_ZEROES request covers unless the target says otherwise (bytes).
+MAX_DISCARD = 1 << 30
+
+
+class Target:
+    """Where a disk's bytes live. Subclass it, define `read` and `write`, serve it with `Device`.
+
+    Args of the constructor: `size` of the disk in bytes, a multiple of `block_size` (bytes, a
+    power of two from 512 to the page size: the smallest unit clients read and write).
+    `physical_block_size`, `io_min` and `io_opt` (bytes, powers of two) are hints to file systems.
+    `discard_granularity` and `max_discard` (bytes) shape discard and write-zeroes requests.
+
+    These methods are called by the kernel's requests; all are plain functions, or all `async def`:
+
+    - ``read(offset, buffer)``: fill `buffer`, a writable memoryview of the request's length.
+    - ``write(offset, data)``: take `data`, a read-only memoryview; copy what you keep.
+    - ``flush()``: make completed writes durable. Defining it declares a volatile write cache.
+    - ``write_fua(offset, data)``: write and make durable at once. Without it, the kernel sends
+      write and flush instead.
+    - ``discard(offset, length)``: the client needs these bytes no more.
+    - ``write_zeroes(offset, length, unmap)``: make them read as zeroes; with `unmap` false they must
+      stay allocated.
+    - ``handle(io)``: instead of all of these, every request as an `IO`.
+
+    `offset` and `length` are bytes, always multiples of the block size, inside the disk. A method
+    returns None. An OSError it raises becomes that errno at the client (the kernel passes on only
+    a few, the others as EIO); any other exception becomes EIO and its traceback is logged.
+
+    `concurrency` is a promise, and is enforced:
+
+    - ``"serial"`` (the default): one call at a time over all queues. An async target runs on one
+      event loop; its coroutines interleave where they await.
+    - ``"per_queue"``: one call at a time for each queue; queues run beside each other.
+    - ``"parallel"``: any number of calls at once, from any thread; needed for `workers`.
+    """
+
+    concurrency: ClassVar[Concurrency] = "serial"
+
+    #: What a target with `handle`, or a native one, takes beside reads and writes. Other targets
+    #: say it by defining the method.
+    flushes: ClassVar[bool] = False
+    discards: ClassVar[bool] = False
+    writes_zeroes: ClassVar[bool] = False
+    takes_fua: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        size: int,
+        block_size: int = 512,
+        read_only: bool = False,
+        rotational: bool = False,
+        physical_block_size: int | None = None,
+        io_min: int | None = None,
+        io_opt: int | None = None,
+        discard_granularity: int | None = None,
+        max_discard: int | None = None,
+    ) -> None:
+        self.size = size
+        self.block_size = block_size
+        self.read_only = read_only
+        self.rotational = rotational
+        self.physical_block_size = physical_block_size
+        self.io_min = io_min
+        self.io_opt = io_opt
+        self.discard_granularity = discard_granularity
+        self.max_discard = max_discard
+
+    def open(self) -> None:
+        """Called in the serving process before the device appears: open files here, not before."""
+
+    def close(self) -> None:
+        """Called once after the last request, also when start-up failed after `open`."""
+
+    def announces(self, method: str) -> bool:
+        """Whether this target takes the requests behind `method` (a name of METHODS)."""
+        if not callable(getattr(self, "handle", None)) and not isinstance(self, NativeTarget):
+            return callable(getattr(self, method, None))
+        return {
+            "read": True,
+            "write": not self.read_only,
+            "flush": self.flushes,
+            "discard": self.discards,
+            "write_zeroes": self.writes_zeroes,
+            "write_fua": self.takes_fua,
+        }[method]
+
+    def params(self, max_io_size: int) -> Params:
+        """The device parameters that follow from attributes and methods.
+
+        Raises ValueError, naming field, value and what is allowed.
+        """
+        flushes = self.announces("flush")
+        discards = self.announces("discard")
+        zeroes = self.announces("write_zeroes")
+        physical = self.physical_block_size or self.block_size
+        discard = None
+        if (discards or zeroes) and not self.read_only:
+            granularity = self.discard_granularity or self.block_size
+            limit = self.max_discard or MAX_DISCARD
+            limit -= limit % granularity
+            discard = Discard(
+                granularity=granularity,
+                max_discard_size=limit if discards else 0,
+                max_write_zeroes_size=limit if zeroes else 0,
+            )
+        return Params(
+            basic=Basic(
+                size=self.size,
+                logical_block_size=self.block_size,
+                physical_block_size=physical,
+                io_min=self.io_min or physical,
+                io_opt=self.io_opt or 0,
+                max_io_size=max_io_size,
+                read_only=self.read_only,
+                rotational=self.rotational,
+                volatile_cache=flushes or self.announces("write_fua"),
+                fua=self.announces("write_fua"),
+            ),
+            discard=discard,
+        )
+
+
+class NativeTarget(Target):
+    """A target served by a C function pointer, without the GIL, from every queue's thread at once.
+
+    Set `handler` (the address of a function) and `context` (passed as its first argument) before
+    `open` returns, and keep alive what they point to. The function is::
+
+        int64_t handler(void *context, uint32_t op, uint32_t flags,
+                        uint64_t offset, uint64_t length, void *buffer);
+
+    `op` is a `pyublk.uapi.Op`, `flags` are `pyublk.uapi.IOFlag` bits, `offset` and `length` bytes;
+    0 or more means done, a negative errno fails the request. `flushes`, `discards`, `writes_zeroes`
+    and `takes_fua` say which optional requests it takes.
+    """
+
+    concurrency = "parallel"
+
+    handler: int = 0
+    context: int = 0
+
+
+def dispatch_of(target: Target) -> Dispatch:
+    """How a target is served; raises InvalidTarget for one that cannot be."""
+    name = type(target).__name__
+    if not isinstance(target, Target):
+        raise InvalidTarget(f"{name} is not a pyublk.Target: subclass it and define read and write")
+    if target.concurrency not in ("serial", "per_queue", "parallel"):
+        raise InvalidTarget(
+            f"{name}.concurrency is {target.concurrency!r}: use 'serial', 'per_queue' or 'parallel'"
+        )
+    if isinstance(target, NativeTarget):
+        return "native"
+    methods = {m: f for m in METHODS if (f := getattr(target, m, None)) is not None}
+    for method, function in methods.items():
+        if not callable(function):
+            raise InvalidTarget(f"{name}.{method} is {function!r}, not a method: rename it")
+    if "handle" in methods:
+        if extra := sorted(methods.keys() - {"handle"}):
+            raise InvalidTarget(
+                f"{name} defines handle and {', '.join(extra)}: handle gets every request, "
+                "define either it or the others"
+            )
+    elif "read" not in methods:
+        raise InvalidTarget(f"{name} has no read method: define read(self, offset, buffer)")
+    elif not ({"write", "write_fua"} & methods.keys()) and not target.read_only:
+        raise InvalidTarget(
+            f"{name} has no write method: define write(self, offset, data), or pass read_only=True"
+        )
+    coroutines = {m for m, f in methods.items() if inspect.iscoroutinefunction(f)}
+    if coroutines and coroutines != methods.keys():
+        plain = ", ".join(sorted(methods.keys() - coroutines))
+        raise InvalidTarget(
+            f"{name} mixes async methods ({', '.join(sorted(coroutines))}) with plain ones "
+            f"({plain}): make all of them async, or none"
+        )
+    return "async" if coroutines else "sync"
+
+
+class FailureLog:
+    """Turns what a handler raised into an errno, and tells of it once per place and minute."""
+
+    INTERVAL = 60.0  # seconds between two reports from the same line of code
+
+    def __init__(self, target: Target) -> None:
+        self._name = type(target).__name__
+        self._lock = threading.Lock()
+        self._last: dict[tuple[str, int], float] = {}
+        self._silent: dict[tuple[str, int], int] = {}
+
+    def __call__(self, outcome: object, io: IO) -> int:
+        """The errno (positive) for an exception, or for a return value that is not None."""
+        if isinstance(outcome, OSError) and outcome.errno and 0 < outcome.errno < 4096:
+            return outcome.errno
+        operation = getattr(io.op, "name", io.op) if not io.completed else "request"
+        if not isinstance(outcome, BaseException):
+            if inspect.iscoroutine(outcome):
+                outcome.close()
+            self._report(
+                (f"return {operation}", 0),
+                "%s: the handler of a %s returned %s instead of None (to read, fill the buffer); "
+                "the client gets EIO",
+                self._name,
+                operation,
+                type(outcome).__name__,
+            )
+            return errno.EIO
+        frames = traceback.extract_tb(outcome.__traceback__)
+        place = (frames[-1].filename, frames[-1].lineno or 0) if frames else ("", 0)
+        self._report(
+            place,
+            "%s: the handler of a %s raised %s; the client gets EIO",
+            self._name,
+            operation,
+            type(outcome).__name__,
+            exc_info=outcome,
+        )
+        return errno.EIO
+
+    def _report(
+        self,
+        place: tuple[str, int],
+        message: str,
+        *args: object,
+        exc_info: BaseException | None = None,
+    ) -> None:
+        now = time.monotonic()
+        with self._lock:
+            if now - self._last.get(place, -self.INTERVAL) < self.INTERVAL:
+                self._silent[place] = self._silent.get(place, 0) + 1
+                return
+            self._last[place] = now
+            silent = self._silent.pop(place, 0)
+        if silent:
+            message += f" ({silent} more since the last report)"
+        log.error(message, *args, exc_info=exc_info)
