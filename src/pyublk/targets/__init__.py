@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: MIT
+"""The targets that ship, and how a name and options become a target."""
+
+import difflib
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+
+from pyublk.errors import InvalidTarget
+from pyublk.target import Target
+from pyublk.targets.file import File
+from pyublk.targets.null import Null
+from pyublk.targets.ram import Ram
+from pyublk.targets.sizes import format_size, parse_size
+
+__all__ = ["File", "Null", "Ram", "build", "format_size", "names", "parse_size", "resolve"]
+
+BUILT_IN: dict[str, type[Target]] = {"file": File, "null": Null, "ram": Ram}
+ENTRY_POINTS = "pyublk.targets"
+
+
+def names() -> list[str]:
+    """Every target that has a short name: the built-in ones, and other packages' entry points."""
+    others = importlib.metadata.entry_points(group=ENTRY_POINTS)
+    return sorted({*BUILT_IN, *(point.name for point in others)})
+
+
+def resolve(text: str) -> type[Target]:
+    """The class that `text` names: a short name, "package.module:Class", or "file.py:Class".
+
+    Raises ValueError when there is no such thing (with what is near), InvalidTarget when it is no
+    Target. What a user's module raises while it is imported comes through as it is.
+    """
+    if text in BUILT_IN:
+        return BUILT_IN[text]
+    module_name, colon, class_name = text.rpartition(":")
+    if not colon:
+        for point in importlib.metadata.entry_points(group=ENTRY_POINTS, name=text):
+            return _checked(point.load(), text)
+        raise ValueError(
+            f"there is no target {text!r}{_near(text, names())}; the targets are "
+            f"{', '.join(names())}, or write package.module:Class or file.py:Class"
+        )
+    module = _load(module_name)
+    found = getattr(module, class_name, None)
+    if found is None:
+        classes = [
+            name
+            for name, thing in vars(module).items()
+            if inspect.isclass(thing) and issubclass(thing, Target) and thing is not Target
+        ]
+        raise ValueError(
+            f"{module_name} has no {class_name!r}{_near(class_name, classes)}; "
+            f"its targets are: {', '.join(sorted(classes)) or 'none'}"
+        )
+    return _checked(found, text)
+
+
+def _near(text: str, choices: Sequence[str]) -> str:
+    close = difflib.get_close_matches(text, choices, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _checked(found: object, text: str) -> type[Target]:
+    if inspect.isclass(found) and issubclass(found, Target):
+        return found
+    raise InvalidTarget(f"{text} is not a subclass of pyublk.Target")
+
+
+def _load(name: str) -> types.ModuleType:
+    if name.endswith(".py"):
+        path = Path(name)
+        if not path.is_file():
+            raise ValueError(f"there is no file {name!r}")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses and pickling look a class's module up
+        spec.loader.exec_module(module)
+        return module
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # as `python -m` does
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and (name == error.name or name.startswith(f"{error.name}.")):
+            raise ValueError(f"there is no module {name!r} (looked in {Path.cwd()} too)") from None
+        raise
+
+
+def build(
+    cls: type[Target], options: Mapping[str, str], arguments: Sequence[str] = (), **given: object
+) -> Target:
+    """Makes a target from text: `options` by name, `arguments` by position, converted as the
+    class's own signature says. What is in `given` and not None is passed on as it is.
+
+    Raises ValueError, naming the option and what is allowed.
+    """
+    parameters = dict(inspect.signature(cls).parameters)
+    positional = [
+        name for name, p in parameters.items() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    ]
+    if len(arguments) > len(positional):
+        raise ValueError(
+            f"{cls.__name__} takes {len(positional)} argument(s) "
+            f"({', '.join(positional) or 'none'}), not {len(arguments)}"
+        )
+    texts = dict(zip(positional, arguments, strict=False))
+    if twice := texts.keys() & options.keys():
+        raise ValueError(f"{sorted(twice)[0]} is given twice")
+    texts.update(options)
+    values: dict[str, object] = {n: v for n, v in given.items() if v is not None}
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    for name in [*texts, *values]:
+        if name not in parameters and not open_ended:
+            allowed = sorted(parameters)
+            raise ValueError(
+                f"{cls.__name__} has no option {name!r}{_near(name, allowed)}; "
+                f"it takes {', '.join(allowed) or 'none'}"
+            )
+    hints = typing.get_type_hints(cls.__init__)
+    for name, text in texts.items():
+        values[name] = _convert(name, text, hints.get(name, str))
+    missing = [
+        name
+        for name, p in parameters.items()
+        if p.default is p.empty
+        and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        and name not in values
+    ]
+    if missing:
+        raise ValueError(f"{cls.__name__} needs {' and '.join(missing)}")
+    return cls(**values)  # type: ignore[arg-type]
+
+
+def _boolean(text: str) -> bool:
+    words = {"yes": True, "true": True, "on": True, "1": True}
+    words |= {"no": False, "false": False, "off": False, "0": False}
+    if text.lower() not in words:
+        raise ValueError("yes or no")
+    return words[text.lower()]
+
+
+def _convert(name: str, text: str, hint: object) -> object:
+    """`text` as a value of the annotated type."""
+    choices = [a for a in typing.get_args(hint) if a is not type(None)]
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        hint = choices[0]
+    if typing.get_origin(hint) is typing.Literal:
+        allowed = {str(choice): choice for choice in choices}
+        return _choose(name, text, allowed)
+    if inspect.isclass(hint) and issubclass(hint, Enum):
+        return _choose(name, text, {member.name.lower(): member for member in hint})
+    converters: dict[object, tuple[Callable[[str], object], str]] = {
+        int: (parse_size, "a whole number, or a size such as 512MiB or 1G"),
+        float: (float, "a number"),
+        bool: (_boolean, "yes or no"),
+        Path: (Path, "a path"),
+        str: (str, "text"),
+    }
+    convert, allowed_text = converters.get(hint, converters[str])
+    try:
+        return convert(text)
+    except ValueError:
+        raise ValueError(f"option {name} is {text!r}: it must be {allowed_text}") from None
+
+
+def _choose(name: str, text: str, allowed: Mapping[str, object]) -> object:
+    if text in allowed:
+        return allowed[text]
+    if text.lower() in allowed:
+        return allowed[text.lower()]
+    raise ValueError(f"option {name} is {text!r}: it must be one of {', '.join(allowed)}")

@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: MIT
+"""A disk that swallows what is written and gives back nothing in particular: for measuring."""
+
+from pyublk._native import NULL_HANDLER
+from pyublk.target import NativeTarget
+
+
+class Null(NativeTarget):
+    """Answers every request at once, in C, and moves no byte; reads give what the buffer held."""
+
+    flushes = True
+    discards = True
+    writes_zeroes = True
+
+    def __init__(self, *, size: int = 250 << 30, block_size: int = 512) -> None:
+        super().__init__(size=size, block_size=block_size)
+        self.handler = NULL_HANDLER

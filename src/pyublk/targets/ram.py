@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: MIT
+"""A disk in memory, served in C."""
+
+from pyublk import _native
+from pyublk.target import NativeTarget
+
+
+class Ram(NativeTarget):
+    """Memory that is sparse until written; discard and write-zeroes give it back.
+
+    What is in it lives as long as the object: stopped and served again by another Device, the
+    disk has its bytes. A sharded reader-writer lock keeps overlapping requests of different queues
+    whole.
+    """
+
+    discards = True
+    writes_zeroes = True
+
+    def __init__(self, *, size: int, block_size: int = 512) -> None:
+        super().__init__(
+            size=size, block_size=block_size, discard_granularity=max(4096, block_size)
+        )
+        self._memory: _native.Ram | None = None
+
+    def open(self) -> None:
+        if self._memory is None:
+            self._memory = _native.Ram(self.size)
+        self.handler = self._memory.handler
+        self.context = self._memory.context
+
+    def resident(self) -> int:
+        """Bytes of memory that the disk's content occupies now."""
+        return self._memory.resident() if self._memory else 0

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: MIT
+"""Sizes as people write them: 512, 64K, 512MiB, 1G. Every unit is a power of 1024."""
+
+import re
+
+UNITS = "KMGTPE"
+
+
+def parse_size(text: str) -> int:
+    """The bytes that `text` means. Raises ValueError, saying what is allowed."""
+    match = re.fullmatch(rf"\s*(\d+(?:\.\d+)?)\s*(?:([{UNITS}])(?:iB|B)?|B)?\s*", text, re.I)
+    if not match:
+        raise ValueError(
+            f"{text!r} is no size: write bytes, or a number with a unit as in 1G or 512MiB"
+        )
+    number, unit = match[1], match[2]
+    scale = 1024 ** (UNITS.index(unit.upper()) + 1) if unit else 1
+    size = float(number) * scale if "." in number else int(number) * scale
+    if size != int(size):
+        raise ValueError(f"{text!r} is not a whole number of bytes")
+    return int(size)
+
+
+def format_size(size: int) -> str:
+    """The shortest exact way to write a number of bytes; parse_size reads it back."""
+    exponent = 0
+    while size and size % 1024 == 0 and exponent < len(UNITS):
+        size //= 1024
+        exponent += 1
+    return f"{size}{UNITS[exponent - 1]}iB" if exponent else str(size)

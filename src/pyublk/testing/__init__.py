@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: MIT
+"""Targets tested anywhere: disks without a kernel, faults, and a shadow to compare with."""
+
+from pyublk.testing.disk import Disk
+from pyublk.testing.faults import Faulty
+from pyublk.testing.shadow import Shadow
+
+__all__ = ["Disk", "Faulty", "Shadow"]
