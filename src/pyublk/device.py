@@ -118,7 +118,7 @@ class Device:
         self._async_server: serving.AsyncServer | None = None
         self._servants: list[serving.Servant] = []
         self._final_stats: DeviceStats | None = None
-        self._attention = threading.Event()  # a servant ended, or a signal came
+        self._attention = threading.Event()  # a servant ended
         self._stopped = threading.Event()
         self._stop_lock = threading.Lock()
         self._made_at = _caller()
@@ -326,16 +326,19 @@ class Device:
         Returns True when the device was stopped from elsewhere, and, in the main thread, on SIGINT
         and SIGTERM (whose handlers are put back afterwards). Raises what ended a queue by failure.
         """
-        with _signals_set(self._attention) as signalled:
-            until = None if timeout is None else time.monotonic() + timeout
-            while not self._stopped.is_set():
-                left = None if until is None else until - time.monotonic()
-                if not self._attention.wait(left):
-                    return False
-                self._attention.clear()
-                self._raise_servant_error()
-                if signalled or any(servant.ended.is_set() for servant in self._servants):
-                    return True
+        until = None if timeout is None else time.monotonic() + timeout
+        try:
+            with _signals_raised():
+                while not self._stopped.is_set():
+                    left = None if until is None else until - time.monotonic()
+                    if not self._attention.wait(left):
+                        return False
+                    self._attention.clear()
+                    self._raise_servant_error()
+                    if any(servant.ended.is_set() for servant in self._servants):
+                        return True
+        except _Signalled:
+            pass
         return True
 
     def resize(self, size: int) -> None:
@@ -556,27 +559,35 @@ def _caller() -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else "an unknown place"
 
 
-@contextmanager
-def _signals_set(attention: threading.Event) -> Iterator[list[int]]:
-    """In the main thread, lets SIGINT and SIGTERM set `attention`; yields those that came.
+class _Signalled(BaseException):
+    """SIGINT or SIGTERM came while the main thread waited."""
 
-    Only where they still have Python's own behaviour: a program's handlers are its business.
+
+@contextmanager
+def _signals_raised() -> Iterator[None]:
+    """In the main thread, turns the first SIGINT or SIGTERM into _Signalled.
+
+    Only where they still have Python's own behaviour: a program's handlers are its business. Not by
+    setting an event: its lock may be held by the very wait that the signal interrupts.
     """
-    came: list[int] = []
     defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     replaced = {}
+    came = False
 
-    def note(number: int, _frame: FrameType | None) -> None:
-        came.append(number)
-        attention.set()
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        nonlocal came
+        if not came:
+            came = True
+            raise _Signalled
 
     if threading.current_thread() is threading.main_thread():
         for number, default in defaults.items():
             if signal.getsignal(number) == default:
-                replaced[number] = signal.signal(number, note)
+                replaced[number] = signal.signal(number, interrupt)
     try:
-        yield came
+        yield
     finally:
+        came = True
         for number, handler in replaced.items():
             signal.signal(number, handler)
 

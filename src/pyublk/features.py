@@ -1,90 +1,126 @@
 # SPDX-License-Identifier: MIT
-"""What this kernel and these rights allow, and why not where they do not.
+"""What this kernel and these rights allow, with the reason for what is missing.
 
-What counts is the kernel's own mask (GET_FEATURES); versions are only named to explain.
+The driver clears flags that it does not know, and those that do not go together, without a word.
+So features are asked for once (GET_FEATURES) and a wish is checked against the answer. Releases are
+named to explain, never compared: distributions move features between them.
 """
 
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 from pyublk.errors import FeatureMissing
 from pyublk.uapi import Feature
 
-CAP_SYS_ADMIN = 21
+_CAP_SYS_ADMIN = 21
+#: Inode of the first user namespace (include/uapi/linux/nsfs.h, USER_NS_INIT_INO).
+_FIRST_USER_NAMESPACE = 0xEFFFFFFD
 
-#: Feature -> (the Linux release that brought it, what it buys).
-_KNOWN: dict[Feature, tuple[str, str]] = {
-    Feature.SUPPORT_ZERO_COPY: ("6.15", "requests' memory as fixed buffers of the server's ring"),
-    Feature.URING_CMD_COMP_IN_TASK: ("6.0", "nothing today; always reported"),
-    Feature.NEED_GET_DATA: ("6.0", "a buffer chosen after a write is known"),
-    Feature.USER_RECOVERY: ("6.1", "the disk outlives its server: new requests wait"),
-    Feature.USER_RECOVERY_REISSUE: ("6.1", "and requests in flight are sent again"),
-    Feature.UNPRIVILEGED_DEV: ("6.3", "disks without root"),
-    Feature.CMD_IOCTL_ENCODE: ("6.4", "today's command numbers; always reported"),
-    Feature.USER_COPY: ("6.5", "the server copies what it needs, by pread and pwrite"),
+#: The Linux release that brought a feature, and what it buys.
+_ABOUT: dict[Feature, tuple[str, str]] = {
+    Feature.SUPPORT_ZERO_COPY: ("6.15", "requests' memory as io_uring buffers, never copied"),
+    Feature.URING_CMD_COMP_IN_TASK: ("6.0", "nothing any more; always on"),
+    Feature.NEED_GET_DATA: ("6.0", "a buffer for each write only once it is there"),
+    Feature.USER_RECOVERY: ("6.1", "the disk outlives its server; new requests wait"),
+    Feature.USER_RECOVERY_REISSUE: ("6.1", "with recovery: the dead server's requests come again"),
+    Feature.UNPRIVILEGED_DEV: ("6.3", "devices for users without CAP_SYS_ADMIN"),
+    Feature.CMD_IOCTL_ENCODE: ("6.4", "the command numbers that are used here; always on"),
+    Feature.USER_COPY: ("6.5", "only the bytes that are looked at are copied, by pread and pwrite"),
     Feature.ZONED: ("6.6", "zoned disks"),
     Feature.USER_RECOVERY_FAIL_IO: ("6.13", "with recovery: new requests fail instead of waiting"),
-    Feature.UPDATE_SIZE: ("6.16", "resizing a live disk"),
-    Feature.AUTO_BUF_REG: ("6.16", "zero copy without a command for each request"),
-    Feature.QUIESCE: ("6.16", "replacing a server on purpose"),
-    Feature.PER_IO_DAEMON: ("6.16", "several threads serving one queue"),
-    Feature.BUF_REG_OFF_DAEMON: ("6.17", "registering buffers from any thread"),
-    Feature.BATCH_IO: ("7.0", "many tags per command, committed from any thread"),
-    Feature.INTEGRITY: ("7.0", "metadata beside the data"),
-    Feature.SAFE_STOP_DEV: ("7.0", "a stop that refuses while the disk is open"),
+    Feature.UPDATE_SIZE: ("6.16", "live disks change their size"),
+    Feature.AUTO_BUF_REG: ("6.16", "zero copy without a command to register each request's memory"),
+    Feature.QUIESCE: ("6.16", "with recovery: the server is replaced without a failed request"),
+    Feature.PER_IO_DAEMON: ("6.16", "each tag may have its own thread; always on"),
+    Feature.BUF_REG_OFF_DAEMON: ("6.17", "any thread registers requests' memory; always on"),
+    Feature.BATCH_IO: ("7.0", "many tags in one command, committed by any thread"),
+    Feature.INTEGRITY: ("7.0", "metadata and protection information beside the data"),
+    Feature.SAFE_STOP_DEV: ("7.0", "a stop that refuses while the disk is open; always on"),
     Feature.NO_AUTO_PART_SCAN: ("7.0", "no partition scan at the start"),
-    Feature.SHMEM_ZC: ("7.1", "zero copy of memory that clients share"),
-    Feature.IO_DESC_SIZE: ("7.3", "larger descriptors, for fields to come"),
+    Feature.SHMEM_ZC: ("7.1", "clients that share memory with the server are not copied for"),
+    Feature.IO_DESC_SIZE: ("7.3", "room in the descriptors for what is to come"),
 }
 
-_RECOVERY = Feature.USER_RECOVERY | Feature.USER_RECOVERY_REISSUE | Feature.USER_RECOVERY_FAIL_IO
-_RECOVERY_SETS = (
-    Feature(0),
-    Feature.USER_RECOVERY,
-    Feature.USER_RECOVERY | Feature.USER_RECOVERY_REISSUE,
-    Feature.USER_RECOVERY | Feature.USER_RECOVERY_FAIL_IO,
-)
+#: Features that rest on others: any of the right-hand side will do.
+_NEEDS: dict[Feature, Feature] = {
+    Feature.USER_RECOVERY_REISSUE: Feature.USER_RECOVERY,
+    Feature.USER_RECOVERY_FAIL_IO: Feature.USER_RECOVERY,
+    Feature.QUIESCE: Feature.USER_RECOVERY,
+    Feature.INTEGRITY: Feature.USER_COPY,
+    Feature.ZONED: Feature.USER_COPY | Feature.SUPPORT_ZERO_COPY,
+}
 
-#: One of the left needs one of the right.
-_NEEDS = (
-    (Feature.QUIESCE, Feature.USER_RECOVERY),
-    (Feature.INTEGRITY, Feature.USER_COPY),
-    (Feature.ZONED, Feature.USER_COPY | Feature.SUPPORT_ZERO_COPY),
-)
-#: The left excludes any of the right (the kernel refuses, or drops the left without a word).
-_EXCLUDES = (
-    (
-        Feature.UNPRIVILEGED_DEV,
-        Feature.USER_COPY | Feature.SUPPORT_ZERO_COPY | Feature.AUTO_BUF_REG | _RECOVERY,
+#: Features that exclude others: the kernel refuses the pair, or clears one of them silently.
+_EXCLUDES: dict[Feature, Feature] = {
+    Feature.USER_RECOVERY_REISSUE: Feature.USER_RECOVERY_FAIL_IO,
+    Feature.UNPRIVILEGED_DEV: (
+        Feature.USER_COPY
+        | Feature.SUPPORT_ZERO_COPY
+        | Feature.AUTO_BUF_REG
+        | Feature.USER_RECOVERY
+        | Feature.USER_RECOVERY_REISSUE
+        | Feature.USER_RECOVERY_FAIL_IO
     ),
-    (
-        Feature.NEED_GET_DATA,
-        Feature.USER_COPY | Feature.SUPPORT_ZERO_COPY | Feature.AUTO_BUF_REG | Feature.BATCH_IO,
+    Feature.NEED_GET_DATA: (
+        Feature.USER_COPY | Feature.SUPPORT_ZERO_COPY | Feature.AUTO_BUF_REG | Feature.BATCH_IO
     ),
+    Feature.BATCH_IO: Feature.PER_IO_DAEMON,
+}
+
+#: What devices of users without CAP_SYS_ADMIN cannot have, directly or because of what it needs.
+_PRIVILEGED = (
+    _EXCLUDES[Feature.UNPRIVILEGED_DEV] | Feature.QUIESCE | Feature.INTEGRITY | Feature.ZONED
 )
-
-
-def _names(flags: Feature) -> str:
-    return ", ".join(flag.name or hex(flag) for flag in flags)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FeatureRow:
-    """One line of a table of features."""
+class FeatureInfo:
+    """One feature, as a row of a table.
+
+    `since` is the Linux release that brought it, `buys` what it is good for, `reason` why it is
+    missing (None when it is there).
+    """
 
     feature: Feature
+    name: str
+    bit: int
     available: bool
     since: str
     buys: str
     reason: str | None
 
 
+#: Features that a kernel of the right release can be built without.
+_BUILT_WITH = {Feature.INTEGRITY: "CONFIG_BLK_DEV_INTEGRITY"}
+
+_KNOWN = Feature(sum(_ABOUT))
+
+
+def _names(features: Feature, conjunction: str) -> str:
+    *others, last = [one.name or "" for one in features]
+    return f"{', '.join(others)} {conjunction} {last}" if others else last
+
+
+def _is_privileged() -> bool:
+    """Whether the kernel's capable(CAP_SYS_ADMIN) says yes: the first user namespace counts."""
+    if os.stat("/proc/self/ns/user").st_ino != _FIRST_USER_NAMESPACE:
+        return False
+    with open("/proc/self/status") as status:
+        effective = next(line.split()[1] for line in status if line.startswith("CapEff:"))
+    return bool(int(effective, 16) >> _CAP_SYS_ADMIN & 1)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Features:
-    """The driver's features, as of `mask` (None: older than Linux 6.5, which cannot say)."""
+    """What can be asked of ADD_DEV here. Iterating gives a FeatureInfo for each known feature.
+
+    Args:
+        mask: what GET_FEATURES answered; None for a kernel without that command (before 6.5).
+        kernel_release: as `uname -r` says it, for the explanations.
+        privileged: whether the caller has CAP_SYS_ADMIN in the first user namespace.
+    """
 
     mask: int | None
     kernel_release: str
@@ -92,79 +128,90 @@ class Features:
 
     @classmethod
     def of_this_machine(cls, mask: int | None) -> Self:
-        """With this kernel's name and this process's rights."""
-        return cls(mask=mask, kernel_release=os.uname().release, privileged=_has_sys_admin())
-
-    @property
-    def available(self) -> Feature:
-        """Every feature the driver has, also bits without a name here."""
-        return Feature(self.mask or 0)
+        """For this process on this kernel, whose GET_FEATURES answered `mask`."""
+        return cls(mask=mask, kernel_release=os.uname().release, privileged=_is_privileged())
 
     def has(self, feature: Feature) -> bool:
-        """Whether it can be used here, with these rights."""
-        return self.reason(feature) is None
+        """Whether all bits of `feature` are there, for this caller."""
+        return self._missing(feature) is None
 
     def reason(self, feature: Feature) -> str | None:
-        """Why `feature` cannot be used, in a sentence; None if it can."""
-        since, _ = _KNOWN[feature]
-        if self.mask is None:
-            return f"needs Linux {since}; this kernel ({self.kernel_release}) cannot list features"
-        if not self.mask & feature:
-            return f"needs Linux {since}; this kernel ({self.kernel_release}) lacks it"
-        if feature is Feature.UNPRIVILEGED_DEV and self.privileged:
-            return "a caller with CAP_SYS_ADMIN always gets a privileged device"
-        if feature is not Feature.UNPRIVILEGED_DEV and not self.privileged:
-            forbidden = dict(_EXCLUDES)[Feature.UNPRIVILEGED_DEV]
-            if feature & forbidden:
-                return "needs CAP_SYS_ADMIN: unprivileged devices do without it"
-        return None
+        """Why `feature` is missing: what it needs and what is here; None if it is there."""
+        missing = self._missing(feature)
+        return None if missing is None else f"needs {missing.needed}, here is {missing.found}"
 
     def require(self, feature: Feature) -> None:
-        """Raises FeatureMissing unless `feature` can be used."""
-        if (reason := self.reason(feature)) is not None:
-            needed, _, found = reason.partition("; ")
-            raise FeatureMissing(
-                _names(feature), needed.removeprefix("needs "), found or "a caller that differs"
-            )
+        """Raises FeatureMissing unless all bits of `feature` are there."""
+        if missing := self._missing(feature):
+            raise missing
 
-    def check(self, flags: Feature) -> None:
-        """Refuses a combination of device flags that the kernel would refuse or silently change.
+    def check(self, combination: Feature) -> None:
+        """Checks the flags of a device to be added: what each needs, and what excludes what.
 
-        Raises ValueError for a contradiction, FeatureMissing for what this kernel lacks.
+        Raises ValueError for flags that do not go together on any kernel, FeatureMissing for those
+        that this kernel or these rights lack. Otherwise the kernel would answer EINVAL, or clear
+        them without a word.
         """
-        if flags & _RECOVERY not in _RECOVERY_SETS:
-            raise ValueError(
-                f"{_names(flags & _RECOVERY)} do not go together: recovery is USER_RECOVERY alone, "
-                "or with either USER_RECOVERY_REISSUE or USER_RECOVERY_FAIL_IO"
+        for feature, needed in _NEEDS.items():
+            if feature in combination and not needed & combination:
+                raise ValueError(f"{feature.name} needs {_names(needed, 'or')} beside it")
+        for feature, excluded in _EXCLUDES.items():
+            if feature in combination and (both := excluded & combination):
+                raise ValueError(f"{feature.name} does not go together with {_names(both, 'and')}")
+        self.require(combination)
+        if not self.privileged and Feature.UNPRIVILEGED_DEV not in combination:
+            raise FeatureMissing(
+                "a device without UNPRIVILEGED_DEV", "CAP_SYS_ADMIN", "a caller without it"
             )
-        for feature, needed in _NEEDS:
-            if feature in flags and not flags & needed:
-                choices = _names(needed).replace(", ", " or ")
-                raise ValueError(f"{_names(feature)} needs {choices} as well")
-        for feature, excluded in _EXCLUDES:
-            if feature in flags and flags & excluded:
-                raise ValueError(
-                    f"{_names(feature)} does not go together with {_names(flags & excluded)}"
-                )
-        for feature in flags:
-            if feature in _KNOWN:
-                self.require(feature)
 
-    def __iter__(self) -> Iterator[FeatureRow]:
-        for feature, (since, buys) in _KNOWN.items():
+    def __iter__(self) -> Iterator[FeatureInfo]:
+        for feature, (since, buys) in _ABOUT.items():
             reason = self.reason(feature)
-            yield FeatureRow(
-                feature=feature, available=reason is None, since=since, buys=buys, reason=reason
+            yield FeatureInfo(
+                feature=feature,
+                name=_names(feature, "and"),
+                bit=feature.bit_length() - 1,
+                available=reason is None,
+                since=since,
+                buys=buys,
+                reason=reason,
             )
 
-    def __str__(self) -> str:
+    @property
+    def unknown(self) -> int:
+        """The bits of the kernel's answer that this pyublk has no name for."""
+        return (self.mask or 0) & ~_KNOWN.value
+
+    def _missing(self, features: Feature) -> FeatureMissing | None:
+        if unknown := features.value & ~_KNOWN.value:
+            return FeatureMissing(
+                f"the feature {unknown:#x}", "a newer pyublk", "one that has no name for it"
+            )
+        for feature in features:
+            if missing := self._one_missing(feature):
+                return missing
+        return None
+
+    def _one_missing(self, feature: Feature) -> FeatureMissing | None:
+        name = _names(feature, "and")
+        needed = f"Linux {_ABOUT[feature][0]}"
+        if option := _BUILT_WITH.get(feature):
+            needed += f" with {option}"
+        here = f"Linux {self.kernel_release}"
         if self.mask is None:
-            return "unknown (before Linux 6.5)"
-        return f"{self.mask:#x} ({_names(self.available)})"
-
-
-def _has_sys_admin() -> bool:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("CapEff:"):
-            return bool(int(line.split()[1], 16) >> CAP_SYS_ADMIN & 1)
-    return os.geteuid() == 0
+            return FeatureMissing(
+                name, needed, f"{here}, which cannot tell its features (6.5 and newer can)"
+            )
+        if not self.mask & feature:
+            return FeatureMissing(
+                name, needed, f"{here}, whose driver offers {self.mask:#x} without it"
+            )
+        if not self.privileged and feature in _PRIVILEGED:
+            return FeatureMissing(name, "CAP_SYS_ADMIN", "a caller without it")
+        if self.privileged and feature is Feature.UNPRIVILEGED_DEV:
+            return FeatureMissing(
+                name,
+                "a caller without CAP_SYS_ADMIN",
+                "one with it, for whom the kernel drops the flag",
+            )
+        return None

@@ -57,7 +57,7 @@ def serve_with_workers(queue: Queue, pool: WorkerPool) -> None:
 class AsyncServer:
     """Serves queues on one event loop: requests finish in any order.
 
-    The loop watches each ring's descriptor. Commits of one turn of the loop are submitted together.
+    The loop watches each queue's descriptor. Commits of one turn of the loop are submitted together.
     """
 
     def __init__(self, handlers: Handlers, report: Callable[[object, IO], int]) -> None:
@@ -104,6 +104,11 @@ class AsyncServer:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
+    def _flush(self, queue: Queue) -> None:
+        """A turn for commits, unless a turn that came before has taken them along."""
+        if queue in self._flushing:
+            self._turn(queue)
+
     async def _answer(self, queue: Queue, io: IO) -> None:
         error = 0
         try:
@@ -122,7 +127,7 @@ class AsyncServer:
                 io.complete()
         if queue not in self._flushing:
             self._flushing.add(queue)
-            self._loop.call_soon(self._turn, queue)
+            self._loop.call_soon(self._flush, queue)
 
     def cancel_held(self) -> None:
         """Cancels every coroutine that still runs; its request fails with EIO. [any thread]"""

@@ -8,8 +8,13 @@
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <time.h>
 #include <unistd.h>
+
+#ifndef PR_SET_IO_FLUSHER
+#define PR_SET_IO_FLUSHER 57
+#endif
 
 /* user_data: a tag, or this */
 #define WAKE (UINT64_C(1) << 63)
@@ -86,9 +91,14 @@ int pu_queue_open(struct pu_queue *q, int cdev, uint16_t id, uint16_t depth, siz
 {
 	int error;
 
+	/* Memory this thread allocates must not wait for dirty pages that only it can write. Needs
+	 * CAP_SYS_RESOURCE; without it the disk works, but not below heavy memory pressure. */
+	if (cdev >= 0)
+		prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0);
 	memset(q, 0, sizeof(*q));
 	q->ring.fd = -1;
 	q->wake_fd = -1;
+	q->event_fd = -1;
 	q->cdev = cdev;
 	q->id = id;
 	q->depth = depth;
@@ -132,6 +142,9 @@ void pu_queue_close(struct pu_queue *q)
 	if (q->wake_fd >= 0)
 		close(q->wake_fd);
 	q->wake_fd = -1;
+	if (q->event_fd >= 0)
+		close(q->event_fd);
+	q->event_fd = -1;
 	pthread_mutex_unlock(&q->inbox_lock);
 }
 
@@ -156,7 +169,14 @@ int pu_queue_sever(struct pu_queue *q)
 	if (mmap(q->desc, q->desc_bytes, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) ==
 	    MAP_FAILED)
 		return -errno;
-	return pu_ring_sever(&q->ring);
+
+	int error = pu_ring_sever(&q->ring);
+
+	pthread_mutex_lock(&q->inbox_lock);
+	if (q->event_fd >= 0)
+		eventfd_write(q->event_fd, 1);
+	pthread_mutex_unlock(&q->inbox_lock);
+	return error;
 }
 
 static struct pu_sqe *get_sqe(struct pu_queue *q)
@@ -374,10 +394,33 @@ static int end_of(const struct pu_queue *q)
 	return q->error ? q->error : -ENODEV;
 }
 
+int pu_queue_event_fd(struct pu_queue *q)
+{
+	int fd, error;
+
+	if (q->loopback)
+		return q->wake_fd;
+	if (q->event_fd >= 0)
+		return q->event_fd;
+	fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	if (fd < 0)
+		return -errno;
+	error = pu_ring_register(&q->ring, PU_REGISTER_EVENTFD, &fd, 1);
+	if (error < 0)
+		close(fd);
+	else
+		q->event_fd = fd;
+	return error < 0 ? error : fd;
+}
+
 static int wait_kernel(struct pu_queue *q, int64_t timeout_ns)
 {
+	eventfd_t events;
 	int done;
 
+	/* Before the enter: what comes after it is told anew. */
+	if (q->event_fd >= 0)
+		eventfd_read(q->event_fd, &events);
 	done = pu_ring_submit(&q->ring, timeout_ns != 0, timeout_ns, 0);
 	count(&q->counters.enters, 1);
 	if (__atomic_load_n(&q->severed, __ATOMIC_ACQUIRE))

@@ -74,6 +74,7 @@ struct pu_queue {
 	uint32_t nr_inbox;
 	int wake_fd;
 	uint64_t wake_value;
+	int event_fd; /* -1 until somebody asks for it */
 
 	struct pu_counters counters;
 };
@@ -95,6 +96,10 @@ int pu_queue_fetch(struct pu_queue *q);
  * Returns how many are in q->ready; 0 after a time-out, a signal or a wake; -ENODEV when the kernel
  * has taken every tag back (the normal end); -ESHUTDOWN when severed; other -errno. */
 int pu_queue_wait(struct pu_queue *q, int64_t timeout_ns);
+
+/* A descriptor that becomes readable when there is something to wait for, or -errno. Not the ring's
+ * own: a ring that defers its work does not wake those who poll it. Owner thread only. */
+int pu_queue_event_fd(struct pu_queue *q);
 
 /* Answers a request. result < 0: -errno; else success. Owner thread only.
  * 0, or -EALREADY when the tag holds no unanswered request. */

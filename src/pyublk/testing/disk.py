@@ -49,6 +49,7 @@ class Disk:
         self._queue: Queue | None = None
         self._depth = depth
         self._params: Params | None = None
+        self._opened = False
         self._pool: serving.WorkerPool | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -57,6 +58,7 @@ class Disk:
     def open(self) -> None:
         """Opens the target; `with` does it too."""
         self.target.open()
+        self._opened = True
         try:
             self._params = self.target.params(self._max_io_size)
             self._queue = Queue.loopback(depth=self._depth, buffer_size=self._max_io_size)
@@ -90,8 +92,9 @@ class Disk:
         if self._queue is not None:
             self._queue.close()
             self._queue = None
-        if self._params is not None:
-            self._params = None
+        self._params = None
+        if self._opened:
+            self._opened = False
             self.target.close()
 
     def __enter__(self) -> Self:

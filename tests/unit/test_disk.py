@@ -1,0 +1,362 @@
+"""Every kind of target behind the kernel-free driver: what goes in comes out, rules are kept."""
+
+import asyncio
+import errno
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+import pyublk
+from pyublk import targets
+from pyublk.testing import Disk, Faulty, Shadow
+from pyublk.uapi import Op
+
+SIZE = 256 << 10
+
+
+class Memory(pyublk.Target):
+    def __init__(self, size: int = SIZE, **options: Any) -> None:
+        super().__init__(size=size, **options)
+        self.data = bytearray(size)
+        self.flushed = 0
+
+    def read(self, offset: int, buffer: memoryview) -> None:
+        buffer[:] = self.data[offset : offset + len(buffer)]
+
+    def write(self, offset: int, data: memoryview) -> None:
+        self.data[offset : offset + len(data)] = data
+
+    def flush(self) -> None:
+        self.flushed += 1
+
+
+class Parallel(Memory):
+    concurrency = "parallel"
+
+
+class Async(pyublk.Target):
+    def __init__(self, size: int = SIZE) -> None:
+        super().__init__(size=size)
+        self.data = bytearray(size)
+
+    async def read(self, offset: int, buffer: memoryview) -> None:
+        await asyncio.sleep(0)
+        buffer[:] = self.data[offset : offset + len(buffer)]
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        await asyncio.sleep(0)
+        self.data[offset : offset + len(data)] = data
+
+
+class Handle(pyublk.Target):
+    discards = writes_zeroes = flushes = True
+
+    def __init__(self, size: int = SIZE) -> None:
+        super().__init__(size=size)
+        self.data = bytearray(size)
+        self.seen: list[str] = []
+
+    def handle(self, io: pyublk.IO) -> None:
+        self.seen.append(repr(io))
+        span = slice(io.offset, io.offset + io.length)
+        if io.op is Op.READ:
+            io.buffer[:] = self.data[span]
+        elif io.op is Op.WRITE:
+            assert io.buffer.readonly
+            self.data[span] = io.buffer
+        elif io.op in (Op.WRITE_ZEROES, Op.DISCARD):
+            assert len(io.buffer) == 0
+            self.data[span] = bytes(io.length)
+
+
+def make(kind: str, folder: Path) -> tuple[pyublk.Target, dict[str, Any]]:
+    return {
+        "sync": lambda: (Memory(), {}),
+        "workers": lambda: (Parallel(), {"workers": 3}),
+        "async": lambda: (Async(), {}),
+        "handle": lambda: (Handle(), {}),
+        "ram": lambda: (targets.Ram(size=SIZE), {}),
+        "file": lambda: (targets.File(folder / "disk.img", size=SIZE), {}),
+        "file-workers": lambda: (targets.File(folder / "disk.img", size=SIZE), {"workers": 2}),
+        "faulty": lambda: (Faulty(Memory()), {}),
+    }[kind]()
+
+
+KINDS = ["sync", "workers", "async", "handle", "ram", "file", "file-workers", "faulty"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_operations_agree_with_a_shadow(
+    kind: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    spans = st.tuples(st.integers(0, SIZE // 512), st.integers(0, 64)).map(
+        lambda pair: (min(pair[0] * 512, SIZE), min(pair[1] * 512, SIZE - min(pair[0] * 512, SIZE)))
+    )
+
+    class Operations(RuleBasedStateMachine):
+        def __init__(self) -> None:
+            super().__init__()
+            target, options = make(kind, tmp_path_factory.mktemp("disk"))
+            self.disk = Disk(target, max_io_size=8192, depth=4, **options)
+            self.disk.open()
+            self.shadow = Shadow(self.disk)
+
+        @rule(span=spans, seed=st.integers(1, 255), fua=st.booleans())
+        def write(self, span: tuple[int, int], seed: int, fua: bool) -> None:
+            offset, length = span
+            data = bytes((seed + at // 512) % 256 for at in range(length))
+            self.shadow.write(offset, data, fua=fua)
+
+        @rule(span=spans)
+        def read(self, span: tuple[int, int]) -> None:
+            self.shadow.read(*span)
+
+        @rule(span=spans, unmap=st.booleans())
+        def write_zeroes(self, span: tuple[int, int], unmap: bool) -> None:
+            self.shadow.write_zeroes(*span, unmap=unmap)
+
+        @rule(span=spans)
+        def discard(self, span: tuple[int, int]) -> None:
+            if self.disk.params.discard and self.disk.params.discard.max_discard_size:
+                self.shadow.discard(*span)
+
+        @rule()
+        def flush(self) -> None:
+            self.disk.flush()
+
+        @invariant()
+        def nothing_is_held(self) -> None:
+            assert self.disk.stats().total.errors == 0
+
+        def teardown(self) -> None:
+            self.shadow.check()
+            self.disk.close()
+
+    Operations.TestCase.settings = settings(
+        max_examples=15,
+        stateful_step_count=25,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    Operations.TestCase().runTest()
+
+
+def test_requests_are_split_and_counted(ublk_disk: Callable[..., Disk]) -> None:
+    disk = ublk_disk(Memory(), max_io_size=4096, depth=8)
+    disk.pwrite(bytes(40960), 512)
+    disk.pread(4096, 0)
+    total = disk.stats().total
+    assert (total.writes, total.bytes_written) == (10, 40960)
+    assert (total.reads, total.bytes_read) == (1, 4096)
+    assert total.largest_batch == 8
+    assert total.requests == 11
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda disk: disk.pread(100, 0), errno.EINVAL, "must be multiples of the block size, 512"),
+        (lambda disk: disk.pread(512, 7), errno.EINVAL, "must be multiples of the block size, 512"),
+        (lambda disk: disk.pread(1024, SIZE - 512), errno.EIO, "reach past the end"),
+        (lambda disk: disk.pwrite(bytes(512), SIZE), errno.ENOSPC, "reach past the end"),
+        (lambda disk: disk.discard(0, 512), errno.EOPNOTSUPP, "does not take discards"),
+    ],
+)
+def test_what_a_block_device_refuses_is_refused(
+    call: Callable[[Disk], object], error: int, message: str, ublk_disk: Callable[..., Disk]
+) -> None:
+    with pytest.raises(OSError, match=message) as raised:
+        call(ublk_disk(Memory()))
+    assert raised.value.errno == error
+
+
+def test_fua_is_emulated_by_flush_unless_the_target_takes_it(
+    ublk_disk: Callable[..., Disk],
+) -> None:
+    class Durable(Memory):
+        durable = 0
+
+        def write_fua(self, offset: int, data: memoryview) -> None:
+            self.durable += 1
+            self.write(offset, data)
+
+    plain, durable = Memory(), Durable()
+    assert not ublk_disk(plain).params.basic.fua
+    ublk_disk_durable = ublk_disk(durable)
+    assert ublk_disk_durable.params.basic.fua
+    ublk_disk(plain).pwrite(bytes(512), 0, fua=True)
+    ublk_disk_durable.pwrite(bytes(512), 0, fua=True)
+    assert plain.flushed == 1
+    assert (durable.durable, durable.flushed) == (1, 0)
+
+
+def test_an_os_error_is_the_clients_errno(ublk_disk: Callable[..., Disk]) -> None:
+    target = Faulty(Memory())
+    disk = ublk_disk(target)
+    target.fail("read", errno.ENOSPC, nth=2)
+    disk.pread(512, 0)
+    with pytest.raises(OSError, match="READ at 0 failed") as raised:
+        disk.pread(512, 0)
+    assert raised.value.errno == errno.ENOSPC
+    disk.pread(512, 0)
+    target.fail("write", every=True)
+    for _ in range(2):
+        with pytest.raises(OSError, match="WRITE at 0 failed"):
+            disk.pwrite(bytes(512), 0)
+    target.heal()
+    disk.pwrite(bytes(512), 0)
+
+
+@pytest.mark.parametrize(
+    "raised", [ValueError("x"), KeyboardInterrupt(), SystemExit(3), MemoryError()]
+)
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_anything_raised_is_eio_and_told_once(
+    raised: BaseException,
+    kind: str,
+    ublk_disk: Callable[..., Disk],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Raising(Memory):
+        def read(self, offset: int, buffer: memoryview) -> None:
+            raise raised
+
+    class RaisingAsync(Async):
+        async def read(self, offset: int, buffer: memoryview) -> None:
+            raise raised
+
+    disk = ublk_disk(Raising() if kind == "sync" else RaisingAsync())
+    with caplog.at_level(logging.ERROR, "pyublk.target"):
+        for _ in range(3):
+            with pytest.raises(OSError, match="READ at 0 failed") as seen:
+                disk.pread(512, 0)
+            assert seen.value.errno == errno.EIO
+    assert len(caplog.records) == 1
+    assert f"the handler of a READ raised {type(raised).__name__}" in caplog.text
+    assert disk.stats().total.errors == 3
+
+
+def test_returning_bytes_is_told(
+    ublk_disk: Callable[..., Disk], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Returning(Memory):
+        def read(self, offset: int, buffer: memoryview) -> Any:
+            return bytes(buffer)
+
+    with pytest.raises(OSError, match="READ at 0 failed"):
+        ublk_disk(Returning()).pread(512, 0)
+    assert "returned bytes instead of None (to read, fill the buffer)" in caplog.text
+
+
+def test_a_buffer_kept_too_long_cannot_be_used(ublk_disk: Callable[..., Disk]) -> None:
+    class Keeping(Memory):
+        kept: memoryview
+
+        def write(self, offset: int, data: memoryview) -> None:
+            self.kept = data
+            with pytest.raises(TypeError, match="read-only"):
+                data[0] = 1
+
+    target = Keeping()
+    ublk_disk(target).pwrite(bytes(512), 0)
+    with pytest.raises(ValueError, match="released memoryview"):
+        target.kept[0]
+
+
+def test_a_stale_io_raises_even_when_its_tag_serves_again(ublk_disk: Callable[..., Disk]) -> None:
+    class Keeping(Handle):
+        kept: list[pyublk.IO]
+
+        def handle(self, io: pyublk.IO) -> None:
+            if hasattr(self, "kept"):
+                with pytest.raises(pyublk.StaleIO, match="was completed already"):
+                    self.kept[0].offset  # noqa: B018
+                return
+            self.kept = [io]
+            io.complete()
+            with pytest.raises(pyublk.StaleIO, match="complete it once"):
+                io.complete()
+            assert io.completed
+
+    target = Keeping()
+    disk = ublk_disk(target, depth=1)
+    disk.pread(512, 0)
+    disk.pread(512, 512)
+    assert repr(target.kept[0]) == "<IO tag 0 (completed)>"
+
+
+def test_a_deferred_request_is_completed_from_another_thread() -> None:
+    class Deferring(Handle):
+        def handle(self, io: pyublk.IO) -> None:
+            io.defer()
+            if io.op is Op.READ:
+                io.buffer[:5] = b"later"
+                threading.Timer(0.01, io.complete).start()
+            else:
+                threading.Timer(0.01, io.fail, (errno.ENOSPC,)).start()
+
+    with Disk(Deferring()) as disk:
+        assert disk.pread(512, 0)[:5] == b"later"
+        with pytest.raises(OSError, match="WRITE at 0 failed") as raised:
+            disk.pwrite(bytes(512), 0)
+        assert raised.value.errno == errno.ENOSPC
+
+
+def test_requests_of_an_async_target_overlap(ublk_disk: Callable[..., Disk]) -> None:
+    class Meeting(Async):
+        """Reads end only when two are there."""
+
+        waiting: asyncio.Future[None] | None = None
+
+        async def read(self, offset: int, buffer: memoryview) -> None:
+            if self.waiting is None:
+                self.waiting = asyncio.get_running_loop().create_future()
+                await self.waiting
+            else:
+                self.waiting.set_result(None)
+
+    ublk_disk(Meeting(), max_io_size=4096).pread(8192, 0)
+
+
+def test_workers_run_beside_each_other(ublk_disk: Callable[..., Disk]) -> None:
+    class Meeting(Parallel):
+        barrier = threading.Barrier(2, timeout=10)
+
+        def read(self, offset: int, buffer: memoryview) -> None:
+            self.barrier.wait()
+
+    ublk_disk(Meeting(), workers=2, max_io_size=4096).pread(8192, 0)
+
+
+def test_a_hanging_request_is_released() -> None:
+    target = Faulty(Parallel())
+    target.hang("read")
+    with Disk(target, workers=1) as disk:
+        threading.Timer(0.05, target.release).start()
+        assert disk.pread(512, 0) == bytes(512)
+
+
+def test_a_closed_disk_says_so() -> None:
+    disk = Disk(Memory())
+    with pytest.raises(pyublk.DeviceClosed, match="not open: use `with`"):
+        disk.pread(512, 0)
+
+
+def test_a_start_that_fails_closes_the_target() -> None:
+    class Refusing(Memory):
+        closed = 0
+
+        def close(self) -> None:
+            self.closed += 1
+
+    target = Refusing(size=1000)
+    with pytest.raises(ValueError, match="size"), Disk(target):
+        pass
+    assert target.closed == 1

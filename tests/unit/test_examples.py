@@ -1,0 +1,70 @@
+"""Every example's target, served without a kernel; tests/kernel/test_examples.py has real disks."""
+
+import importlib.util
+import os
+import struct
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pyublk.testing import Disk
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def load(name: str) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def round_trip(disk: Disk) -> None:
+    data = os.urandom(100 * 512)
+    disk.pwrite(data, 512)
+    assert disk.pread(len(data), 512) == data
+    assert disk.pread(512, 0) == bytes(512)
+
+
+def test_rot13(ublk_disk: Callable[..., Disk]) -> None:
+    target = load("rot13").Rot13(1 << 20)
+    disk = ublk_disk(target)
+    target.data[:512] = bytes([13]) * 512  # as a zero is kept
+    round_trip(disk)
+    disk.pwrite(b"uryyb" + bytes(507), 0)
+    assert bytes(target.data[:5]) == bytes(byte + 13 for byte in b"uryyb")
+
+
+def test_async_disk(ublk_disk: Callable[..., Disk]) -> None:
+    round_trip(ublk_disk(load("async_disk").Slow(1 << 20, delay=0.001)))
+
+
+def test_pointer_ctypes(ublk_disk: Callable[..., Disk]) -> None:
+    target = load("pointer_ctypes").Pattern()
+    disk = ublk_disk(target)
+    pattern = struct.pack("<64Q", *range(4096, 4096 + 512, 8))
+    assert disk.pread(512, 4096) == pattern
+    disk.pwrite(pattern, 4096)
+    with pytest.raises(OSError, match="WRITE at 0 failed"):
+        disk.pwrite(pattern, 0)
+    assert target.served.value == 3
+
+
+def test_pointer_cffi(ublk_disk: Callable[..., Disk]) -> None:
+    pytest.importorskip("cffi", reason="cffi is not installed")
+    round_trip(ublk_disk(load("pointer_cffi").Mirrored(size=1 << 20)))
+
+
+def test_pointer_numba(ublk_disk: Callable[..., Disk]) -> None:
+    pytest.importorskip("numba", reason="numba is not installed")
+    round_trip(ublk_disk(load("pointer_numba").Inverted(size=1 << 20)))
+
+
+def test_no_example_is_forgotten() -> None:
+    """A new example needs a test here, or in the kernel suite."""
+    named = {"rot13", "async_disk", "pointer_ctypes", "pointer_cffi", "pointer_numba"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == named | {"queue_by_hand"}

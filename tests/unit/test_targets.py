@@ -1,0 +1,241 @@
+"""Names and options of targets, and the file target's own cases; test_disk.py moves the bytes."""
+
+import enum
+import os
+import stat
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+import pyublk
+from pyublk import targets
+from pyublk.testing import Disk
+
+
+class Colour(enum.Enum):
+    RED = 1
+    GREEN = 2
+
+
+class Picky(pyublk.Target):
+    def __init__(
+        self,
+        path: Path,
+        count: int = 1,
+        *,
+        size: int = 4096,
+        ratio: float = 0.5,
+        quick: bool = False,
+        mode: Literal["left", "right"] = "left",
+        colour: Colour = Colour.RED,
+        note: str | None = None,
+    ) -> None:
+        super().__init__(size=size)
+        self.got = (path, count, ratio, quick, mode, colour, note)
+
+    def read(self, offset: int, buffer: memoryview) -> None:
+        pass
+
+    def write(self, offset: int, data: memoryview) -> None:
+        pass
+
+
+def test_options_are_converted_as_the_signature_says() -> None:
+    options = {
+        "count": "2K",
+        "size": "1M",
+        "ratio": "0.25",
+        "quick": "yes",
+        "mode": "right",
+        "colour": "green",
+        "note": "hello",
+    }
+    made = targets.build(Picky, options, ["disk.img"])
+    assert isinstance(made, Picky)
+    assert made.got == (Path("disk.img"), 2048, 0.25, True, "right", Colour.GREEN, "hello")
+    assert made.size == 1 << 20
+
+
+def test_what_is_given_beside_the_options_is_passed_on_unless_none() -> None:
+    made = targets.build(Picky, {"path": "x"}, size=8192, block_size=None)
+    assert made.size == 8192
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "message"),
+    [
+        (
+            {"path": "x", "cuont": "1"},
+            [],
+            r"Picky has no option 'cuont' \(did you mean 'count'\?\)",
+        ),
+        ({"path": "x", "count": "many"}, [], "option count is 'many': it must be a whole number"),
+        ({"path": "x", "ratio": "half"}, [], "option ratio is 'half': it must be a number"),
+        ({"path": "x", "quick": "maybe"}, [], "option quick is 'maybe': it must be yes or no"),
+        ({"path": "x", "mode": "up"}, [], "option mode is 'up': it must be one of left, right"),
+        (
+            {"path": "x", "colour": "blue"},
+            [],
+            "option colour is 'blue': it must be one of red, green",
+        ),
+        ({}, [], "Picky needs path"),
+        ({"path": "x"}, ["y"], "path is given twice"),
+        ({}, ["x", "1", "2"], r"Picky takes 2 argument\(s\) \(path, count\), not 3"),
+    ],
+)
+def test_wrong_options_are_told_in_a_sentence(
+    options: dict[str, str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        targets.build(Picky, options, arguments)
+
+
+def test_targets_are_found_by_name_module_and_file(tmp_path: Path) -> None:
+    assert targets.resolve("ram") is targets.Ram
+    assert targets.resolve("pyublk.targets.null:Null") is targets.Null
+    source = tmp_path / "mine.py"
+    source.write_text(
+        "import pyublk\nclass Mine(pyublk.Target):\n    def read(self, o, b): pass\nthing = 1\n"
+    )
+    assert targets.resolve(f"{source}:Mine").__name__ == "Mine"
+    with pytest.raises(ValueError, match=r"has no 'Mien' \(did you mean 'Mine'\?\); its targets"):
+        targets.resolve(f"{source}:Mien")
+    with pytest.raises(pyublk.InvalidTarget, match=r":thing is not a subclass of pyublk\.Target"):
+        targets.resolve(f"{source}:thing")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "rma",
+            r"there is no target 'rma' \(did you mean 'ram'\?\); the targets are file, null, ram",
+        ),
+        ("nowhere.at.all:X", "there is no module 'nowhere.at.all'"),
+        ("missing.py:X", r"there is no file 'missing\.py'"),
+    ],
+)
+def test_unknown_targets_are_told_with_what_is_near(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        targets.resolve(text)
+
+
+# ---- the file target ----
+
+
+def test_a_file_is_made_and_its_content_stays(
+    tmp_path: Path, ublk_disk: Callable[..., Disk]
+) -> None:
+    path = tmp_path / "disk.img"
+    disk = ublk_disk(targets.File(path, size=1 << 20))
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    disk.pwrite(b"kept" + bytes(508), 4096)
+    disk.close()
+    assert path.read_bytes()[4096:4100] == b"kept"
+    again = ublk_disk(targets.File(path))
+    assert again.size == 1 << 20
+    assert again.pread(512, 4096)[:4] == b"kept"
+
+
+def test_discard_and_write_zeroes_give_blocks_back(
+    tmp_path: Path, ublk_disk: Callable[..., Disk]
+) -> None:
+    path = tmp_path / "disk.img"
+    disk = ublk_disk(targets.File(path, size=1 << 20))
+    disk.pwrite(b"x" * (1 << 20), 0)
+    disk.flush()
+    full = path.stat().st_blocks
+    disk.discard(0, 512 << 10)
+    assert path.stat().st_blocks <= full - (512 << 10) // 512
+    disk.write_zeroes(512 << 10, 256 << 10)
+    assert path.stat().st_blocks <= full - (768 << 10) // 512
+    disk.write_zeroes(768 << 10, 128 << 10, unmap=False)
+    assert disk.pread((1 << 20) - (128 << 10), 0) == bytes((1 << 20) - (128 << 10))
+    assert disk.pread(128 << 10, 896 << 10) == b"x" * (128 << 10)
+
+
+def test_a_read_only_file_is_a_read_only_disk(
+    tmp_path: Path, ublk_disk: Callable[..., Disk]
+) -> None:
+    path = tmp_path / "disk.img"
+    path.write_bytes(b"fixed" + bytes(1019))
+    disk = ublk_disk(targets.File(path, read_only=True))
+    assert disk.pread(512, 0)[:5] == b"fixed"
+    with pytest.raises(PermissionError, match="read-only"):
+        disk.pwrite(bytes(512), 0)
+
+
+def test_direct_io_round_trips(ublk_disk: Callable[..., Disk]) -> None:
+    folder = Path(__file__).parent  # tmp_path may be on a file system without direct I/O
+    path = folder / f"direct-{os.getpid()}.img"
+    try:
+        disk = ublk_disk(targets.File(path, size=1 << 20, direct=True))
+        data = os.urandom(64 << 10)
+        disk.pwrite(data, 8192)
+        disk.write_zeroes(8192, 4096, unmap=False)
+        assert disk.pread(64 << 10, 8192) == bytes(4096) + data[4096:]
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def test_file_errors_are_told_and_leave_nothing(tmp_path: Path) -> None:
+    missing = tmp_path / "missing.img"
+    with pytest.raises(
+        FileNotFoundError, match=r"missing\.img does not exist: give a size to make it"
+    ):
+        targets.File(missing).open()
+    with pytest.raises(ValueError, match="is neither a regular file nor a block device"):
+        targets.File(tmp_path).open()
+    odd = tmp_path / "odd.img"
+    odd.write_bytes(bytes(1000))
+    with pytest.raises(ValueError, match="has 1000 bytes: a disk needs a positive multiple of its"):
+        targets.File(odd).open()
+    with pytest.raises(ValueError, match=r"size 2048 is more than .*odd\.img has, 1000 bytes"):
+        targets.File(odd, size=2048, read_only=True).open()
+    half_made = tmp_path / "half.img"
+    with pytest.raises(ValueError, match="a positive multiple of its block size, 4096"):
+        targets.File(half_made, size=5000, block_size=4096).open()
+    assert not half_made.exists()
+
+
+def test_direct_io_is_refused_where_it_cannot_be(tmp_path: Path) -> None:
+    proc = Path("/proc/version")
+    with pytest.raises((OSError, ValueError)):
+        targets.File(proc, direct=True, read_only=True).open()
+
+
+def test_a_file_cut_short_fails_reads_only_there(
+    tmp_path: Path, ublk_disk: Callable[..., Disk]
+) -> None:
+    path = tmp_path / "disk.img"
+    disk = ublk_disk(targets.File(path, size=8192))
+    os.truncate(path, 4096)
+    assert disk.pread(4096, 0) == bytes(4096)
+    with pytest.raises(OSError, match="READ at 4096 failed"):
+        disk.pread(4096, 4096)
+
+
+def test_ram_is_sparse_and_keeps_its_bytes_between_servings() -> None:
+    ram = targets.Ram(size=1 << 40)
+    with Disk(ram) as disk:
+        assert ram.resident() == 0
+        disk.pwrite(b"y" * 4096, 1 << 39)
+        assert ram.resident() == 4096
+    with Disk(ram) as disk:
+        assert disk.pread(4096, 1 << 39) == b"y" * 4096
+        disk.discard(1 << 39, 4096)
+        assert ram.resident() == 0
+
+
+def test_importing_targets_runs_nothing_else() -> None:
+    program = "import pyublk.targets, sys; print('numpy' in sys.modules, 'click' in sys.modules)"
+    done = subprocess.run(
+        [os.sys.executable, "-c", program],  # type: ignore[attr-defined]
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["False", "False"]
