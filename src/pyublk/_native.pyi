@@ -59,7 +59,11 @@ class Ring:
         /,
     ) -> None: ...
     def fileno(self) -> int:
-        """The ring's descriptor: readable when completions, or deferred work, are there."""
+        """The ring's descriptor: readable when completions are there.
+
+        With DEFER_TASKRUN, what arrives becomes a completion only in `submit`, and a poller is not
+        woken for it: give an event loop an eventfd instead (`register_eventfd`).
+        """
     @property
     def flags(self) -> int:
         """The `SetupFlag`s the kernel accepted."""
@@ -136,6 +140,8 @@ class Ring:
     def register_files(self, fds: Iterable[int]) -> None:
         """Registers descriptors: entries with sqe_flags 1 then name them by their index."""
     def unregister_files(self) -> None: ...
+    def register_eventfd(self, fd: int) -> None:
+        """Has the kernel write to an eventfd when completions, or work for `submit`, are there."""
     def register_self(self) -> None:
         """Registers the ring's own descriptor with the calling thread: cheaper submits."""
 
@@ -228,7 +234,7 @@ class Queue:
     def ring_flags(self) -> int:
         """The `SetupFlag`s of the queue's ring."""
     def fileno(self) -> int:
-        """Readable when there is something to `wait` for."""
+        """An eventfd, readable when there is something to `wait` for; every `wait` resets it."""
     def fetch(self) -> None:
         """Fetches every tag; the queue is primed when this returns."""
     def wait(self, timeout: float | None = None) -> list[IO] | None:

@@ -22,6 +22,7 @@ cdef extern from "_core/ring.h" nogil:
     int PU_OPCODE_MSG_RING
     int PU_REGISTER_FILES
     int PU_UNREGISTER_FILES
+    int PU_REGISTER_EVENTFD
     int PU_SETUP_SQE128
     int PU_SETUP_CQE32
     int PU_FEAT_MIN_TIMEOUT
@@ -114,7 +115,6 @@ cdef extern from "_core/queue.h" nogil:
         uint16_t depth
         bint loopback
         bint severed
-        int wake_fd
 
     int pu_queue_open(pu_queue *, int, uint16_t, uint16_t, size_t)
     void pu_queue_close(pu_queue *)
@@ -122,6 +122,7 @@ cdef extern from "_core/queue.h" nogil:
     int pu_queue_sever(pu_queue *)
     int pu_queue_fetch(pu_queue *)
     int pu_queue_wait(pu_queue *, int64_t)
+    int pu_queue_event_fd(pu_queue *)
     int pu_queue_answer(pu_queue *, uint16_t, int64_t)
     int pu_queue_post(pu_queue *, uint16_t, int64_t)
     void pu_queue_fail_held(pu_queue *, int)

@@ -273,7 +273,10 @@ cdef class Queue:
 
     def fileno(self):
         self.alive()
-        return self.q.wake_fd if self.q.loopback else self.q.ring.fd
+        cdef int fd = pu_queue_event_fd(&self.q)
+        if fd < 0:
+            raise OSError(-fd, f"queue {self.q.id} cannot have an eventfd: {os.strerror(-fd)}")
+        return fd
 
     @property
     def ring_flags(self):

@@ -213,6 +213,10 @@ cdef class Ring:
         self.alive()
         self.register(PU_UNREGISTER_FILES, None, 0)
 
+    def register_eventfd(self, int fd):
+        self.alive()
+        self.register(PU_REGISTER_EVENTFD, int(fd).to_bytes(4, "little"), 1)
+
     cdef object register(self, uint32_t opcode, bytes argument, uint32_t count):
         cdef const char *where = <const char *>argument if argument is not None else NULL
         cdef int error = pu_ring_register(&self.ring, opcode, where, count)

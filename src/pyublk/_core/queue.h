@@ -72,7 +72,7 @@ struct pu_queue {
 	pthread_mutex_t inbox_lock; /* guards inbox and nr_inbox */
 	struct pu_message *inbox;
 	uint32_t nr_inbox;
-	int wake_fd;
+	int wake_fd; /* written by other threads, read by the ring */
 	uint64_t wake_value;
 	int event_fd; /* -1 until somebody asks for it */
 
