@@ -1,0 +1,30 @@
+"""A disposable virtual machine with a ublk kernel, for machines whose kernel has none.
+
+`Machine` boots a Debian kernel in QEMU and runs a command on the caller's own files; what the
+command writes stays in the guest's memory. `find_kernel` fetches kernels through apt. This room
+uses nothing else of pyublk, and no native code.
+"""
+
+from pyublk.vm.errors import (
+    GuestFailed,
+    GuestTimeout,
+    Interrupted,
+    KernelUnavailable,
+    MissingProgram,
+    VMError,
+)
+from pyublk.vm.kernels import Kernel, find_kernel
+from pyublk.vm.machine import Completed, Machine
+
+__all__ = (
+    "Completed",
+    "GuestFailed",
+    "GuestTimeout",
+    "Interrupted",
+    "Kernel",
+    "KernelUnavailable",
+    "Machine",
+    "MissingProgram",
+    "VMError",
+    "find_kernel",
+)

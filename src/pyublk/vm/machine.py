@@ -1,0 +1,244 @@
+"""Machines: boot a kernel, run a command on the caller's files, throw everything away."""
+
+import os
+import secrets
+import subprocess
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyublk.vm import (
+    accelerators,
+    architecture,
+    guest_scripts,
+    initramfs,
+    programs,
+    qemu,
+    signals,
+)
+from pyublk.vm.apt import Progress
+from pyublk.vm.emulator import CONTROL, ERRORS, INPUT, OUTPUT, TERMINAL, Emulator
+from pyublk.vm.errors import VMError
+from pyublk.vm.kernels import find_kernel, quiet
+from pyublk.vm.session import Patience, Session
+from pyublk.vm.streams import Input, Output, Sink
+
+GIB = 1 << 30
+
+# Where the guest mounts something of its own over the host's directory.
+_GUEST_OWN = ("/dev", "/proc", "/run", "/sys")
+_PATIENCE = Patience(boot=120, ping_interval=10, ping_answer=60, output=10)
+# A guest that counts instructions runs ten to twenty times slower than the clock on the wall.
+_PATIENCE_COUNTING = Patience(boot=600, ping_interval=60, ping_answer=300, output=60)
+
+
+@dataclass(frozen=True)
+class Completed:
+    """A command that ended in a machine.
+
+    Attributes:
+        args: the command.
+        returncode: its exit code; 128 + n when signal n ended it, 127 when it was not found.
+        stdout: what it wrote, with `stdout=PIPE`; else None.
+        stderr: the same for its errors.
+        console: what the guest's kernel wrote to its console: warnings and worse.
+        boot_time: seconds from the start of the machine to the start of the command.
+        accelerator: `kvm`, `tcg` or `count`.
+        release: the kernel's release.
+    """
+
+    args: tuple[str, ...]
+    returncode: int
+    stdout: bytes | None
+    stderr: bytes | None
+    console: str
+    boot_time: float
+    accelerator: str
+    release: str
+
+
+class Machine:
+    """A virtual machine that boots afresh for every command.
+
+    The guest's root is the host's, read-only, under a file system in memory: the command sees
+    all files at their places and may write anywhere, and nothing of that reaches the host. The
+    exception are the directories in `outputs`. The command runs as root. There is no network.
+
+    Args:
+        kernel: `latest`, `host`, or a series such as `6.12`; fetched if need be.
+        cpus: number of processors; counting instructions takes exactly one.
+        memory: bytes; the guest's files in memory may take three quarters of it.
+        count_instructions: run so that an instruction takes a nanosecond of the guest's time:
+            measurements repeat within a tenth of a percent, and take ten to twenty times longer.
+        outputs: directories of the host that the guest may write to.
+        refresh: ask the mirror for a newer kernel of that name.
+        progress: told what is being done to get the kernel.
+
+    Raises:
+        VMError: a value is out of range, or an output is no directory.
+        KernelUnavailable: the kernel cannot be had.
+        MissingProgram: QEMU or busybox is not installed.
+    """
+
+    def __init__(
+        self,
+        kernel: str = "latest",
+        *,
+        cpus: int | None = None,
+        memory: int = 2 * GIB,
+        count_instructions: bool = False,
+        outputs: Sequence[str | os.PathLike[str]] = (),
+        refresh: bool = False,
+        progress: Progress = quiet,
+    ) -> None:
+        if count_instructions and cpus not in (None, 1):
+            raise VMError(f"counting instructions takes one processor, not {cpus}: leave out cpus")
+        limit = 255
+        if cpus is not None and not 1 <= cpus <= limit:
+            raise VMError(f"a machine has 1 to {limit} processors, not {cpus}")
+        if memory < GIB // 4:
+            raise VMError(f"a machine needs at least 256 MiB of memory, not {memory} bytes")
+        self.cpus = 1 if count_instructions else (cpus or 2)
+        self.memory = memory
+        self.count_instructions = count_instructions
+        self.outputs = tuple(Path(output).resolve() for output in outputs)
+        for output in self.outputs:
+            if not output.is_dir():
+                raise VMError(f"the output {output} is not a directory: make it first")
+        self._architecture = architecture.native()
+        self._busybox = Path(programs.find("busybox", "busybox-static")).resolve()
+        programs.find(self._architecture.qemu, self._architecture.package)
+        self.kernel = find_kernel(kernel, refresh=refresh, progress=progress)
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        cwd: str | os.PathLike[str] | None = None,
+        env: Mapping[str, str] | None = None,
+        input: bytes | None = None,  # noqa: A002 -- as subprocess.run calls it
+        stdin: int | None = None,
+        stdout: int | None = None,
+        stderr: int | None = None,
+        timeout: float | None = None,
+        terminal: bool = False,
+        forward_signals: bool = False,
+    ) -> Completed:
+        """Boot, run a command, throw the machine away.
+
+        Args:
+            argv: the command and its arguments.
+            cwd: its working directory; this process's by default.
+            env: its environment; this process's by default.
+            input: what it reads from its standard input.
+            stdin: descriptor it reads instead, or `subprocess.DEVNULL`; this process's own
+                standard input by default.
+            stdout: descriptor its output goes to, or `subprocess.PIPE` or `DEVNULL`; this
+                process's own by default.
+            stderr: the same for its errors.
+            timeout: seconds it may take, not counting the boot.
+            terminal: give it a terminal of its own, joined to this process's standard input and
+                output, which must be a terminal; it should be raw.
+            forward_signals: pass SIGINT on to it, and end the machine on a second one within
+                3 s, on SIGTERM and on SIGHUP. For the main thread only.
+
+        Raises:
+            GuestFailed: the guest panicked, hung, or stopped; holds the kernel's console.
+            GuestTimeout: the command took longer than `timeout`.
+            Interrupted: a forwarded signal ended the machine.
+            VMError: the emulator did not start.
+        """
+        if not argv:
+            raise VMError("no command was given")
+        if forward_signals and threading.current_thread() is not threading.main_thread():
+            raise VMError("signals can be forwarded from the main thread only")
+        directory = self._directory(Path.cwd() if cwd is None else Path(cwd).absolute())
+        accelerator = self._accelerator()
+        mark = secrets.token_hex(16)
+        with ExitStack() as stack:
+            emulator = Emulator(stack, terminal=terminal)
+            settings = guest_scripts.settings(
+                self.kernel,
+                self._busybox,
+                mark,
+                os.get_terminal_size(0) if terminal else None,
+                self.outputs,
+            )
+            job = guest_scripts.job(argv, directory, os.environ if env is None else env)
+            emulator.initramfs.write_bytes(
+                initramfs.build(self.kernel, self._busybox, settings, job)
+            )
+            ports = emulator.ports
+            out, err = Sink(1 if stdout is None else stdout), Sink(2 if stderr is None else stderr)
+            if terminal:
+                outputs = [Output(ports[TERMINAL], mark, out)]
+                # A descriptor of its own, as each is waited for separately.
+                source = Input(stack.enter_context(ports[TERMINAL].dup()), 0, b"")
+            else:
+                outputs = [Output(ports[OUTPUT], mark, out), Output(ports[ERRORS], mark, err)]
+                descriptor = None if input is not None else _input_descriptor(stdin)
+                source = Input(ports[INPUT], descriptor, b"go\n" + (input or b""))
+            session = Session(
+                ports[CONTROL],
+                outputs,
+                source,
+                emulator.console,
+                _PATIENCE_COUNTING if self.count_instructions else _PATIENCE,
+                timeout,
+                raw=terminal,
+            )
+            command = qemu.command(
+                self._architecture,
+                accelerator,
+                self.kernel,
+                emulator.initramfs,
+                emulator.channels(),
+                cpus=self.cpus,
+                memory=self.memory,
+                outputs=self.outputs,
+            )
+            if forward_signals:
+                stack.enter_context(signals.forwarded(session, terminal=terminal))
+            with emulator.running(command):
+                code = session.run()
+            return Completed(
+                tuple(argv),
+                code,
+                out.content(),
+                err.content(),
+                session.console(),
+                session.boot_time,
+                accelerator,
+                self.kernel.release,
+            )
+
+    def _accelerator(self) -> str:
+        if self.count_instructions:
+            return "count"
+        return accelerators.choose(self.kernel, self._busybox, self._architecture)
+
+    def _directory(self, directory: Path) -> Path:
+        """Check that the guest has this directory of the host."""
+        resolved = directory.resolve()
+        shared = any(resolved.is_relative_to(output) for output in self.outputs)
+        for own in _GUEST_OWN:
+            if resolved.is_relative_to(own) and not shared:
+                raise VMError(
+                    f"the working directory {resolved} is not in the machine, which has a {own} "
+                    "of its own: choose another, or make it an output"
+                )
+        return directory
+
+
+def _input_descriptor(stdin: int | None) -> int | None:
+    if stdin == subprocess.DEVNULL:
+        return None
+    descriptor = 0 if stdin is None else stdin
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        # A process started without a standard input has none to pass on.
+        return None
+    return descriptor
