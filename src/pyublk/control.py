@@ -362,11 +362,19 @@ class Controller:
         found = []
         for node in sorted(Path("/sys/class/ublk-char").glob("ublkc*"), key=_node_id):
             try:
-                found.append(self.info(_node_id(node), deadline=deadline))
+                found.append(self._info_of_any(_node_id(node), deadline))
             except OSError as error:
                 if error.errno != errno.ENODEV:  # else: deleted since
                     raise
         return found
+
+    def _info_of_any(self, device: int, deadline: float | None) -> DeviceInfo:
+        try:
+            return self.info(device, deadline=deadline)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # else: unprivileged, which wants its node's path
+                raise
+        return self.info2(device, deadline=deadline)
 
     def wait_for_status(
         self, device: int, *wanted: DeviceStatus, timeout: float = 10.0

@@ -212,6 +212,7 @@ class Device:
         cookie = new_cookie()
         self._info = self._controller.add(cookie=cookie, **self._wish)  # type: ignore[arg-type]
         self._guard = Guard(self._controller.fileno(), self.id, cookie)
+        params.check_granted(max_io_size=self._info.max_io_size, flags=self._info.flags)
         self._controller.set_params(self.id, params)
         self._params = self._controller.get_params(self.id)
         if dropped := params.difference(self._params):

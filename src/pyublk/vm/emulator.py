@@ -10,8 +10,8 @@ from pathlib import Path
 from pyublk.vm import qemu
 from pyublk.vm.errors import GuestFailed
 
-TERMINAL, CONTROL, INPUT, OUTPUT, ERRORS = range(5)
-"""Numbers of the guest's ports; 0 is the terminal's by the protocol of virtio consoles."""
+CONTROL, INPUT, OUTPUT, ERRORS = range(1, 5)
+"""Numbers of the guest's ports."""
 
 
 class Emulator:
@@ -19,7 +19,6 @@ class Emulator:
 
     Args:
         stack: owner of what is made here.
-        terminal: give the guest a terminal instead of ports for input, output and errors.
 
     Attributes:
         ports: this process's end of every port, by its number.
@@ -27,14 +26,14 @@ class Emulator:
         initramfs: where to put the guest's initial file system.
     """
 
-    def __init__(self, stack: ExitStack, *, terminal: bool) -> None:
+    def __init__(self, stack: ExitStack) -> None:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pyublk-vm-")))
         self.console = directory / "console"
         self.console.touch()
         self.initramfs = directory / "initramfs"
         self.ports: dict[int, socket.socket] = {}
         self._theirs: dict[int, socket.socket] = {}
-        for number in (TERMINAL, CONTROL) if terminal else (CONTROL, INPUT, OUTPUT, ERRORS):
+        for number in (CONTROL, INPUT, OUTPUT, ERRORS):
             ours, theirs = socket.socketpair()
             self.ports[number] = stack.enter_context(ours)
             self._theirs[number] = stack.enter_context(theirs)

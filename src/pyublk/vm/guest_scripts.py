@@ -9,11 +9,7 @@ from pyublk.vm.kernels import Kernel
 
 
 def settings(
-    kernel: Kernel,
-    busybox: Path,
-    end: str,
-    terminal: os.terminal_size | None,
-    outputs: Sequence[Path],
+    kernel: Kernel, busybox: Path, end: str, outputs: Sequence[Path], *, terminal: bool
 ) -> bytes:
     """Return the shell assignments that the guest's own scripts start with.
 
@@ -21,17 +17,15 @@ def settings(
         kernel: the kernel that runs.
         busybox: its path on the host, which is its path in the guest.
         end: mark that ends the command's output.
-        terminal: size of the command's terminal, or None when it gets pipes.
         outputs: directories to be mounted writable.
+        terminal: whether the command gets a terminal instead of pipes.
     """
     values = {
         "busybox": str(busybox),
         "release": kernel.release,
         "modules": str(kernel.modules),
         "end": end,
-        "terminal": str(int(terminal is not None)),
-        "rows": str(terminal.lines if terminal else 0),
-        "columns": str(terminal.columns if terminal else 0),
+        "terminal": str(int(terminal)),
         "outputs": str(len(outputs)),
     }
     values |= {f"output_{number}": str(path) for number, path in enumerate(outputs)}
@@ -39,19 +33,34 @@ def settings(
     return os.fsencode("".join(lines))
 
 
-def job(argv: Sequence[str], cwd: Path, environment: Mapping[str, str]) -> bytes:
+def job(
+    argv: Sequence[str],
+    cwd: Path,
+    environment: Mapping[str, str],
+    terminal: os.terminal_size | None = None,
+) -> bytes:
     """Return the script that turns into the command.
 
     The environment is set by env, which takes names that a shell does not.
+
+    Args:
+        argv: the command and its arguments.
+        cwd: its working directory.
+        environment: all of its environment.
+        terminal: size of its terminal, if it has one.
     """
     directory = shlex.quote(str(cwd))
     words = [f"{name}={value}" for name, value in environment.items()]
-    command = shlex.join([*words, *argv])
-    return os.fsencode(
-        'echo "${group:-$$}" >/run/pyublk/job.group\n'
-        "echo 0 >/proc/$$/oom_score_adj\n"
-        "echo ready >&3\n"
-        "exec 3>&-\n"
-        f"cd -- {directory} || exit 126\n"
-        f"exec /usr/bin/env -i {command}\n"
-    )
+    lines = ["echo $$ >/run/pyublk/job.group", "echo 0 >/proc/$$/oom_score_adj"]
+    if terminal is not None:
+        lines += [
+            f"stty sane rows {terminal.lines} cols {terminal.columns}",
+            "tty >/run/pyublk/job.tty",
+        ]
+    lines += [
+        "echo ready >&3",
+        "exec 3>&-",
+        f"cd -- {directory} || exit 126",
+        f"exec /usr/bin/env -i {shlex.join([*words, *argv])}",
+    ]
+    return os.fsencode("\n".join([*lines, ""]))

@@ -19,7 +19,7 @@ from pyublk.vm import (
     signals,
 )
 from pyublk.vm.apt import Progress
-from pyublk.vm.emulator import CONTROL, ERRORS, INPUT, OUTPUT, TERMINAL, Emulator
+from pyublk.vm.emulator import CONTROL, ERRORS, INPUT, OUTPUT, Emulator
 from pyublk.vm.errors import VMError
 from pyublk.vm.kernels import find_kernel, quiet
 from pyublk.vm.session import Patience, Session
@@ -139,8 +139,8 @@ class Machine:
                 process's own by default.
             stderr: the same for its errors.
             timeout: seconds it may take, not counting the boot.
-            terminal: give it a terminal of its own, joined to this process's standard input and
-                output, which must be a terminal; it should be raw.
+            terminal: give it a terminal of the size of this process's own, to which its input
+                and output belong; this process's terminal should be raw.
             forward_signals: pass SIGINT on to it, and end the machine on a second one within
                 3 s, on SIGTERM and on SIGHUP. For the main thread only.
 
@@ -154,32 +154,30 @@ class Machine:
             raise VMError("no command was given")
         if forward_signals and threading.current_thread() is not threading.main_thread():
             raise VMError("signals can be forwarded from the main thread only")
+        if terminal:
+            programs.find("script", "bsdutils")
         directory = self._directory(Path.cwd() if cwd is None else Path(cwd).absolute())
         accelerator = self._accelerator()
         mark = secrets.token_hex(16)
         with ExitStack() as stack:
-            emulator = Emulator(stack, terminal=terminal)
+            emulator = Emulator(stack)
             settings = guest_scripts.settings(
-                self.kernel,
-                self._busybox,
-                mark,
-                os.get_terminal_size(0) if terminal else None,
-                self.outputs,
+                self.kernel, self._busybox, mark, self.outputs, terminal=terminal
             )
-            job = guest_scripts.job(argv, directory, os.environ if env is None else env)
+            job = guest_scripts.job(
+                argv,
+                directory,
+                os.environ if env is None else env,
+                os.get_terminal_size(0) if terminal else None,
+            )
             emulator.initramfs.write_bytes(
                 initramfs.build(self.kernel, self._busybox, settings, job)
             )
             ports = emulator.ports
             out, err = Sink(1 if stdout is None else stdout), Sink(2 if stderr is None else stderr)
-            if terminal:
-                outputs = [Output(ports[TERMINAL], mark, out)]
-                # A descriptor of its own, as each is waited for separately.
-                source = Input(stack.enter_context(ports[TERMINAL].dup()), 0, b"")
-            else:
-                outputs = [Output(ports[OUTPUT], mark, out), Output(ports[ERRORS], mark, err)]
-                descriptor = None if input is not None else _input_descriptor(stdin)
-                source = Input(ports[INPUT], descriptor, b"go\n" + (input or b""))
+            descriptor = None if input is not None else _input_descriptor(stdin)
+            source = Input(ports[INPUT], descriptor, b"go\n" + (input or b""))
+            outputs = [Output(ports[OUTPUT], mark, out), Output(ports[ERRORS], mark, err)]
             session = Session(
                 ports[CONTROL],
                 outputs,

@@ -22,7 +22,7 @@ class Channels:
     """Descriptors and files through which the emulator and this process talk.
 
     Attributes:
-        ports: socket descriptor by the number of its port in the guest; 0 is a terminal.
+        ports: socket descriptor by the number of its port in the guest.
         console: file that receives what the kernel writes to its console.
     """
 
@@ -52,10 +52,9 @@ def _channel_options(channels: Channels) -> list[str]:
         *("-device", "virtio-serial-pci,id=ports"),
     ]
     for number, descriptor in channels.ports.items():
-        device = "virtserialport" if number else "virtconsole"
         options += [
             *("-chardev", f"socket,id=port{number},fd={descriptor}"),
-            *("-device", f"{device},bus=ports.0,nr={number},chardev=port{number}"),
+            *("-device", f"virtserialport,bus=ports.0,nr={number},chardev=port{number}"),
         ]
     return options
 

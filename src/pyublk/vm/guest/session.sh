@@ -1,8 +1,8 @@
 # Process 1 of the guest, once it sees the host's files: runs the command, reports how it ended.
 #
-# The ports to the host, by number: 1 control, 2 standard input, 3 output, 4 errors; with a
-# terminal, hvc0 stands for 2, 3 and 4. Control carries lines: from the host `ping`,
-# `signal NAME`, `size ROWS COLUMNS`, `blocked`; from here `ready`, `pong`, `exit CODE`.
+# The ports to the host, by number: 1 control, 2 standard input, 3 output, 4 errors. Control
+# carries lines: from the host `ping`, `signal NAME`, `size ROWS COLUMNS`, `blocked`; from here
+# `ready`, `pong`, `shown`, `exit CODE`.
 . /run/pyublk/settings
 bb=$busybox
 here=/run/pyublk
@@ -55,24 +55,19 @@ await() {
 
 for port in 1 2 3 4; do
     until set -- /dev/vport*p$port && [ -c "$1" ]; do
-        [ $port = 2 ] && [ "$terminal" = 1 ] && break 2
         $bb usleep 2000
     done
     eval "port_$port=\$1"
 done
 
 exec 3<>"$port_1"
-if [ "$terminal" = 1 ]; then
-    # Kept open from here on: the first opening of a terminal resets its size, a moment later.
-    exec 6<>/dev/hvc0
-fi
 await <&3
 {
     while read -r verb first second; do
         case $verb in
         ping) echo pong ;;
         signal) kill -s "$first" -- "-$($bb cat $here/job.group)" ;;
-        size) $bb stty -F /dev/hvc0 rows "$first" cols "$second" ;;
+        size) $bb stty -F "$($bb cat $here/job.tty)" rows "$first" cols "$second" ;;
         blocked)
             $bb dmesg -n 8
             echo w >/proc/sysrq-trigger
@@ -84,37 +79,29 @@ await <&3
     $bb poweroff -f
 } <&3 >&3 2>/dev/null &
 
-# The command runs in the foreground of this shell: one in the background would ignore SIGINT.
-# It gets pipes rather than the ports, which can be opened only once (`> /dev/stderr`).
-if [ "$terminal" = 1 ]; then
-    $bb stty -F /dev/hvc0 rows "$rows" cols "$columns"
-    # When the leader of a terminal's session ends, the terminal is hung up, and loses what it had
-    # not sent. So the leader is not the command, and waits until everything is sent (stty does).
-    $bb setsid -c "$busybox" sh -c '
-        trap : INT QUIT
-        export group=$$
-        "$1" sh "$2"
-        code=$?
-        printf %s "$3"
-        "$1" stty sane
-        exit $code
-    ' sh "$busybox" $here/job "$end" <&6 >&6 2>&6 6>&-
-    code=$?
-else
-    $bb mkfifo $here/in $here/out $here/err
-    $bb cat <$here/out >"$port_3" &
-    $bb cat <$here/err >"$port_4" &
-    exec 4>$here/out 5>$here/err
-    {
-        await
-        exec $bb cat >$here/in
-    } <"$port_2" 3>&- 4>&- 5>&- &
-    $bb setsid "$busybox" sh $here/job <$here/in >$here/out 2>$here/err 4>&- 5>&-
-    code=$?
-    # Programs left behind may hold the pipes open: what the command wrote ends with this mark.
-    printf %s "$end" >&4
-    printf %s "$end" >&5
-fi
+# The command gets pipes rather than the ports, which can be opened only once (`> /dev/stderr`).
+$bb mkfifo $here/in $here/out $here/err
+$bb cat <$here/out >"$port_3" &
+$bb cat <$here/err >"$port_4" &
+exec 4>$here/out 5>$here/err
+{
+    await
+    exec $bb cat >$here/in
+} <"$port_2" 3>&- 4>&- 5>&- &
+
+# It runs in the foreground of this shell: one in the background would ignore SIGINT.
+run() {
+    if [ "$terminal" = 1 ]; then
+        SHELL=/bin/sh /usr/bin/script -qefc "exec $busybox sh $here/job" /dev/null
+    else
+        $bb setsid "$busybox" sh $here/job
+    fi
+}
+run <$here/in >$here/out 2>$here/err 4>&- 5>&-
+code=$?
+# Programs left behind may hold the pipes open: what the command wrote ends with this mark.
+printf %s "$end" >&4
+printf %s "$end" >&5
 number=0
 while [ $number -lt "$outputs" ]; do
     eval "directory=\$output_$number"
