@@ -10,7 +10,7 @@ the GIL once per batch of requests, and turns exceptions into errno values. Poli
 from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.ref cimport PyObject
-from libc.errno cimport EALREADY, EINTR, EIO, ENODEV, EOPNOTSUPP, EOVERFLOW, ESHUTDOWN, ETIME
+from libc.errno cimport EALREADY, EINTR, EIO, ENODEV, EOPNOTSUPP, ESHUTDOWN, ETIME
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcpy, memset
 
@@ -20,6 +20,18 @@ from time import monotonic
 
 from pyublk import errors, uapi
 from pyublk.uring import Completion
+
+__all__ = [
+    "IO",
+    "NULL_HANDLER",
+    "Guard",
+    "Handlers",
+    "Queue",
+    "Ram",
+    "Ring",
+    "ShardedLock",
+    "control",
+]
 
 include "_native_core.pxi"
 include "_native_ring.pxi"

@@ -22,7 +22,7 @@ def control(int fd, uint32_t command, uint32_t device, *, uint16_t queue=0xFFFF,
     cmd.dev_path_len = path_length
     cdef int error = pu_control_begin(&call, fd, command, &cmd, source, size)
     if error < 0:
-        raise OSError(-error, f"cannot start a process for a control command: {os.strerror(-error)}")
+        raise OSError(-error, f"no process for a control command: {os.strerror(-error)}")
     try:
         until = monotonic() + deadline
         while not waited:

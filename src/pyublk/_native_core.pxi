@@ -90,7 +90,9 @@ cdef extern from "_core/ublk.h" nogil:
         uint16_t dev_path_len
 
 cdef extern from "_core/queue.h" nogil:
-    ctypedef int64_t (*pu_handler)(void *, uint32_t, uint32_t, uint64_t, uint64_t, void *) noexcept nogil
+    ctypedef int64_t (*pu_handler)(
+        void *, uint32_t, uint32_t, uint64_t, uint64_t, void *
+    ) noexcept nogil
 
     struct pu_tag:
         uint32_t generation

@@ -86,7 +86,8 @@ cdef class Ring:
             sqe = pu_ring_get_sqe(&self.ring)
         if sqe is NULL:
             raise BlockingIOError(
-                _errno.EAGAIN, "the submission queue is full and the kernel takes nothing: reap first"
+                _errno.EAGAIN,
+                "the submission queue is full and the kernel takes nothing: take completions first",
             )
         sqe.opcode = opcode
         sqe.fd = -1

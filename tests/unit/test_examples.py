@@ -1,7 +1,7 @@
 """Every example's target, served without a kernel; tests/kernel/test_examples.py has real disks."""
 
-import importlib.util
 import os
+import runpy
 import struct
 import types
 from collections.abc import Callable
@@ -14,13 +14,8 @@ from pyublk.testing import Disk
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def load(name: str) -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def load(name: str) -> types.SimpleNamespace:
+    return types.SimpleNamespace(**runpy.run_path(str(EXAMPLES / f"{name}.py")))
 
 
 def round_trip(disk: Disk) -> None:
