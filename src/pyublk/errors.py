@@ -19,7 +19,6 @@ A wrong argument is a ValueError that names argument, value and what is allowed.
 the command, the device and the likely cause; its notes say whose doing it was and what to do.
 """
 
-# ruff: noqa: N818 -- named for what happened; the base class says that it is an exception
 import errno
 import os
 from pathlib import Path
