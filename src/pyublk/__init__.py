@@ -10,7 +10,9 @@ General layout, from the bottom up; a module imports only from the lines above i
     control                  Controller: one method per control command
     target, serving          what a target implements; the ways requests reach it
     device                   Device: queues, threads, start in step, clean stop
-    targets/, vm/, testing/  targets that ship; a kernel for machines without; disks without a kernel
+    targets/, testing/       the targets that ship; disks without a kernel
+    vm/                      a kernel with ublk for machines without
+    service/                 daemons that serve a disk: started, recorded, found, stopped
     cli/                     the command
 """
 

@@ -36,7 +36,7 @@ class Ring:
             the default is `uring.RECOMMENDED`. `flags` tells what was accepted.
 
     With SINGLE_ISSUER (part of the default), only the thread that made the ring may submit; others
-    get OSError EEXIST. Raises OSError with one clear sentence where io_uring is forbidden or absent.
+    get OSError EEXIST. Raises OSError, in one sentence, where io_uring is forbidden.
     Documents: io_uring_setup(2), io_uring_enter(2), io_uring_register(2).
     """
 
@@ -294,8 +294,8 @@ class Ram:
 class ShardedLock:
     """Reader-writer locks over byte ranges, for `parallel` targets.
 
-    A range locks each of `shards` it touches, `granule` bytes apiece, in one order everywhere: ranges
-    that overlap exclude each other as readers and writers do, distant ones rarely meet. The GIL is
+    A range locks each of `shards` it touches, `granule` bytes apiece, in one order everywhere:
+    ranges that overlap exclude each other as readers and writers do, distant ones rarely meet. The GIL is
     released while waiting. Not reentrant.
     """
 

@@ -23,6 +23,8 @@ from pyublk.uapi import ControlCommand, DeviceStatus, Feature
 
 CONTROL_NODE = "/dev/ublk-control"
 
+NO_FLAGS = Feature(0)
+
 #: The high half of a device's cookie (ublksrv_flags) when pyublk made it: "pyub".
 COOKIE_MAGIC = 0x70797562
 
@@ -185,7 +187,7 @@ class Controller:
         queues: int = 1,
         depth: int = 128,
         max_io_size: int = 512 * 1024,
-        flags: Feature = Feature(0),
+        flags: Feature = NO_FLAGS,
         id: int | None = None,
         cookie: int = 0,
         deadline: float | None = None,

@@ -415,7 +415,7 @@ class Device:
         return all(servant.ended.is_set() for servant in self._servants)
 
     def _progress_until(self, done: Callable[[], bool], patience: float) -> bool:
-        """Waits for `done` while requests keep coming; False after `patience` seconds of silence."""
+        """Waits for `done` while requests keep coming; False after `patience` quiet seconds."""
         last = -1
         until = 0.0
         while not done():

@@ -57,7 +57,7 @@ def serve_with_workers(queue: Queue, pool: WorkerPool) -> None:
 class AsyncServer:
     """Serves queues on one event loop: requests finish in any order.
 
-    The loop watches each queue's descriptor. Commits of one turn of the loop are submitted together.
+    The loop watches each queue's descriptor. The commits of one turn go together.
     """
 
     def __init__(self, handlers: Handlers, report: Callable[[object, IO], int]) -> None:

@@ -41,8 +41,8 @@ class Target:
     - ``write_fua(offset, data)``: write and make durable at once. Without it, the kernel sends
       write and flush instead.
     - ``discard(offset, length)``: the client needs these bytes no more.
-    - ``write_zeroes(offset, length, unmap)``: make them read as zeroes; with `unmap` false they must
-      stay allocated.
+    - ``write_zeroes(offset, length, unmap)``: make them read as zeroes; with `unmap` false they
+      must stay allocated.
     - ``handle(io)``: instead of all of these, every request as an `IO`.
 
     `offset` and `length` are bytes, always multiples of the block size, inside the disk. A method
