@@ -295,8 +295,8 @@ class ShardedLock:
     """Reader-writer locks over byte ranges, for `parallel` targets.
 
     A range locks each of `shards` it touches, `granule` bytes apiece, in one order everywhere:
-    ranges that overlap exclude each other as readers and writers do, distant ones rarely meet. The GIL is
-    released while waiting. Not reentrant.
+    ranges that overlap exclude each other as readers and writers do, distant ones rarely meet.
+    The GIL is released while waiting. Not reentrant.
     """
 
     def __init__(self, shards: int = 64, granule: int = 1048576) -> None: ...
