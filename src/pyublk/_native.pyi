@@ -31,8 +31,8 @@ class Ring:
     Args:
         entries: room in the submission queue, 1 to 32768 (the kernel rounds up to a power of two).
         cq_entries: room in the completion queue; 0: twice `entries`.
-        required: `SetupFlag`s that must be had (OSError EINVAL if not).
-        wanted: `SetupFlag`s of which each is dropped by itself on a kernel that lacks it;
+        required: `SetupFlag` bits that must be had (OSError EINVAL if not).
+        wanted: `SetupFlag` bits of which each is dropped by itself on a kernel that lacks it;
             the default is `uring.RECOMMENDED`. `flags` tells what was accepted.
 
     With SINGLE_ISSUER (part of the default), only the thread that made the ring may submit; others
@@ -66,7 +66,7 @@ class Ring:
         """
     @property
     def flags(self) -> int:
-        """The `SetupFlag`s the kernel accepted."""
+        """The `SetupFlag` bits the kernel accepted."""
     @property
     def features(self) -> int:
         """The kernel's `RingFeature` bits."""
@@ -232,7 +232,7 @@ class Queue:
         """Requests taken and not yet committed."""
     @property
     def ring_flags(self) -> int:
-        """The `SetupFlag`s of the queue's ring."""
+        """The `SetupFlag` bits of the queue's ring."""
     def fileno(self) -> int:
         """An eventfd, readable when there is something to `wait` for; every `wait` resets it."""
     def fetch(self) -> None:

@@ -130,7 +130,7 @@ def _collect_files() -> dict[str, bytes]:
 def _content(path: str) -> bytes:
     """What a file holds, or a little of it when it is too large; nothing where we may not look."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return b""
     try:
