@@ -80,6 +80,9 @@ cdef class Ring:
 
     cdef pu_sqe *sqe(self, uint8_t opcode, uint64_t user_data) except NULL:
         self.alive()
+        # Its completion would let go of what is held for the other.
+        if len(self.held) and user_data in self.held:
+            raise ValueError(f"user_data {user_data} is in flight: choose another number")
         sqe = pu_ring_get_sqe(&self.ring)
         if sqe is NULL:
             self.submit()
@@ -93,11 +96,6 @@ cdef class Ring:
         sqe.fd = -1
         sqe.user_data = user_data
         return sqe
-
-    cdef object hold(self, uint64_t user_data, object what):
-        if user_data in self.held:
-            raise ValueError(f"user_data {user_data} is in flight: choose another number")
-        self.held[user_data] = what
 
     def prepare(self, uint8_t opcode, *, int fd=-1, uint64_t offset=0, uint64_t address=0,
                 uint32_t length=0, uint32_t op_flags=0, uint64_t user_data=0, uint8_t sqe_flags=0,
@@ -126,16 +124,16 @@ cdef class Ring:
         spec[0] = ns // 1000000000
         spec[1] = ns % 1000000000
         timespec = (<const char *>spec)[:16]
-        self.hold(user_data, timespec)
         sqe = self.sqe(PU_OPCODE_TIMEOUT, user_data)
+        self.held[user_data] = timespec
         sqe.addr = <uint64_t><uintptr_t><const char *>timespec
         sqe.len = 1
 
     cdef object transfer(self, uint8_t opcode, int fd, object buffer, bint writable,
                          uint64_t offset, uint64_t user_data):
         span = Span.borrow(buffer, writable)
-        self.hold(user_data, span)
         sqe = self.sqe(opcode, user_data)
+        self.held[user_data] = span
         sqe.fd = fd
         sqe.off = offset
         sqe.addr = <uint64_t><uintptr_t>(<Span>span).data

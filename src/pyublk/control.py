@@ -69,6 +69,20 @@ class DeviceInfo:
         return self.cookie >> 32 == COOKIE_MAGIC
 
 
+def _check_id(device: int | None) -> None:
+    if device is not None and not 0 <= device < uapi.MAX_DEVICES:
+        raise ValueError(f"device id must be 0 to {uapi.MAX_DEVICES - 1}, not {device}")
+
+
+def check_wish(*, queues: int, depth: int, id: int | None) -> None:
+    """Raises ValueError for what no kernel would add."""
+    _check_id(id)
+    if not 1 <= queues <= uapi.MAX_QUEUES:
+        raise ValueError(f"queues must be 1 to {uapi.MAX_QUEUES}, not {queues}")
+    if not 1 <= depth <= uapi.MAX_QUEUE_DEPTH:
+        raise ValueError(f"depth must be 1 to {uapi.MAX_QUEUE_DEPTH}, not {depth}")
+
+
 def _check_granted(info: DeviceInfo, *, queues: int, flags: Feature) -> None:
     if info.queues < queues:
         raise errors.negotiation_error(
@@ -157,8 +171,7 @@ class Controller:
         path_length: int = 0,
         deadline: float | None = None,
     ) -> int:
-        if device is not None and not 0 <= device < uapi.MAX_DEVICES:
-            raise ValueError(f"device id must be 0 to {uapi.MAX_DEVICES - 1}, not {device}")
+        _check_id(device)
         limit = self.deadline if deadline is None else deadline
         stage, result = _native.control(
             self.fileno(),
@@ -198,10 +211,7 @@ class Controller:
         the number of CPUs and clears flags that it does not know, both without a word: then the
         device is deleted again, and OSError (EOPNOTSUPP) says what was dropped.
         """
-        if not 1 <= queues <= uapi.MAX_QUEUES:
-            raise ValueError(f"queues must be 1 to {uapi.MAX_QUEUES}, not {queues}")
-        if not 1 <= depth <= uapi.MAX_QUEUE_DEPTH:
-            raise ValueError(f"depth must be 1 to {uapi.MAX_QUEUE_DEPTH}, not {depth}")
+        check_wish(queues=queues, depth=depth, id=id)
         wish = uapi.ublksrv_ctrl_dev_info(
             nr_hw_queues=queues,
             queue_depth=depth,

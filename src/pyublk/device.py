@@ -22,13 +22,16 @@ from typing import Literal, Self
 
 from pyublk import errors, serving
 from pyublk._native import Guard, Handlers, Queue
-from pyublk.control import Controller, DeviceInfo, new_cookie
+from pyublk.control import Controller, DeviceInfo, check_wish, new_cookie
 from pyublk.params import Params
 from pyublk.stats import DeviceStats, QueueStats
 from pyublk.target import FailureLog, NativeTarget, Target, dispatch_of
 from pyublk.uapi import ControlCommand
 
 log = logging.getLogger("pyublk.device")
+
+#: Seconds for the id of a deleted device to become free; it does at once when nobody has it open.
+ID_FREED = 2.0
 
 Affinity = Literal["auto"] | Sequence[Iterable[int]] | None
 
@@ -87,6 +90,7 @@ class Device:
     ) -> None:
         self._state = DeviceState.CREATED
         self._dispatch = dispatch_of(target)
+        check_wish(queues=queues, depth=depth, id=id)
         if max_io_size % 4096 or not 4096 <= max_io_size <= 32 << 20:
             raise ValueError(
                 f"max_io_size must be a multiple of 4096 from 4096 to {32 << 20}, not {max_io_size}"
@@ -98,14 +102,10 @@ class Device:
                 f"workers={workers} needs a target with plain methods and concurrency 'parallel'; "
                 f"{type(target).__name__} is {self._dispatch} and {target.concurrency!r}"
             )
-        if affinity not in ("auto", None) and len(affinity) != queues:
-            raise ValueError(
-                f"affinity must be 'auto', None, or a set of CPUs for each of the {queues} queues"
-            )
         self.target = target
         self._wish = {"queues": queues, "depth": depth, "max_io_size": max_io_size, "id": id}
         self._workers = workers
-        self._affinity = affinity
+        self._affinity = _checked_affinity(affinity, queues)
         self._stop_timeout = stop_timeout
         self._deadline = deadline
         self._params: Params | None = None
@@ -288,7 +288,7 @@ class Device:
         if self._affinity is None:
             return None
         if self._affinity != "auto":
-            return frozenset(cpu for queue in queues for cpu in self._affinity[queue])
+            return frozenset[int]().union(*(self._affinity[queue] for queue in queues))
         assert self._controller is not None
         wanted = frozenset[int]().union(
             *(self._controller.queue_affinity(self.id, queue) for queue in queues)
@@ -327,6 +327,8 @@ class Device:
         Returns True when the device was stopped from elsewhere, and, in the main thread, on SIGINT
         and SIGTERM (whose handlers are put back afterwards). Raises what ended a queue by failure.
         """
+        if self._state is DeviceState.CREATED:
+            raise errors.DeviceClosed("the device is created: start it first")
         until = None if timeout is None else time.monotonic() + timeout
         try:
             with _signals_raised():
@@ -487,10 +489,17 @@ class Device:
     def _delete(self) -> None:
         assert self._controller is not None
         try:
-            self._controller.delete(self.id)
+            # Not DEL_DEV, which waits until everybody has closed the disk.
+            self._controller.delete(self.id, wait=False)
+            until = time.monotonic() + ID_FREED
+            while time.monotonic() < until:
+                self._controller.info(self.id)
+                time.sleep(0.005)
         except OSError as error:
-            if error.errno != errno.ENODEV:  # somebody else deleted it
+            if error.errno != errno.ENODEV:  # else: it is gone, or somebody else deleted it
                 raise
+        else:
+            log.warning("%s is deleted, but its id is taken until its users close it", self.path)
 
     def _finish_quietly(self) -> None:
         """After a failed start: the first error is the one to tell."""
@@ -538,6 +547,22 @@ class Device:
             stacklevel=2,
         )
         self._finish_quietly()
+
+
+def _checked_affinity(
+    affinity: Affinity, queues: int
+) -> Literal["auto"] | list[frozenset[int]] | None:
+    if affinity is None or affinity == "auto":
+        return affinity
+    if isinstance(affinity, str) or len(affinity) != queues:
+        raise ValueError(
+            f"affinity must be 'auto', None, or a set of CPUs for each of the {queues} queues"
+        )
+    sets = [frozenset(cpus) for cpus in affinity]
+    if frozenset() in sets:
+        queue = sets.index(frozenset())
+        raise ValueError(f"affinity must name at least one CPU for queue {queue}")
+    return sets
 
 
 def _make_queues(char_fd: int, info: DeviceInfo, ids: list[int]) -> list[Queue]:

@@ -194,12 +194,23 @@ class ServingThread(Servant):
         error: BaseException | None = None
         try:
             if cpus:
-                os.sched_setaffinity(0, cpus)
+                _keep_to(cpus)
             self._open()
             serve(self.queues)
         except BaseException as raised:
             error = raised
         self._close(error)
+
+
+def _keep_to(cpus: frozenset[int]) -> None:
+    try:
+        os.sched_setaffinity(0, cpus)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"a queue's thread cannot be kept to CPUs {sorted(cpus)}: {error.strerror}; this "
+            f"process may use {sorted(os.sched_getaffinity(0))}",
+        ) from None
 
 
 class ServingLoop(Servant):

@@ -2,7 +2,7 @@
 """The kernel's ublk interface: numbers, flags and layouts (linux/ublk_cmd.h of Linux 7.3).
 
 A leaf: imports nothing of pyublk. Structs and their fields keep the kernel's names; enum members
-drop its UBLK_ prefixes. Integers are in the machine's byte order; a name that ends in `_sectors`
+drop its `UBLK_` prefixes. Integers are in the machine's byte order; a name that ends in `_sectors`
 counts sectors of 512 bytes, whatever the device's logical block size.
 """
 

@@ -171,12 +171,13 @@ def shell(script: bytes) -> bytes:
 
 def test_settings_survive_the_shell() -> None:
     outputs = [Path("/a b/c'd"), Path('/e"f/$HOME')]
-    size = os.terminal_size((80, 24))
-    script = guest_scripts.settings(KERNEL, Path("/bin/busybox"), "mark", size, outputs)
-    shown = shell(script + b'printf "%s\\n" "$release" "$rows" "$outputs" "$output_0" "$output_1"')
+    script = guest_scripts.settings(KERNEL, Path("/bin/busybox"), "mark", outputs, terminal=True)
+    shown = shell(
+        script + b'printf "%s\\n" "$release" "$terminal" "$outputs" "$output_0" "$output_1"'
+    )
     assert shown.decode().splitlines() == [
         "6.12.1-test",
-        "24",
+        "1",
         "2",
         "/a b/c'd",
         '/e"f/$HOME',
@@ -229,7 +230,7 @@ def test_the_archive_unpacks(tmp_path: Path) -> None:
 
 
 def emulator_command(accelerator: str, outputs: list[Path]) -> str:
-    channels = qemu.Channels({0: 10, 1: 11}, Path("/tmp/console"))
+    channels = qemu.Channels({1: 11}, Path("/tmp/console"))
     return " ".join(
         qemu.command(
             architecture.native(),
@@ -259,7 +260,6 @@ def test_the_root_is_read_only_and_outputs_are_not() -> None:
     assert "local,id=host,path=/,security_model=none,multidevs=remap,readonly=on" in command
     assert "local,id=output0,path=/a,,b,security_model=none,multidevs=remap -device" in command
     assert "-m 3072M" in command
-    assert "virtconsole,bus=ports.0,nr=0" in command
     assert "virtserialport,bus=ports.0,nr=1" in command
     assert "--pdeathsig KILL" in command
 

@@ -53,10 +53,10 @@ def job(
     words = [f"{name}={value}" for name, value in environment.items()]
     lines = ["echo $$ >/run/pyublk/job.group", "echo 0 >/proc/$$/oom_score_adj"]
     if terminal is not None:
-        lines += [
-            f"stty sane rows {terminal.lines} cols {terminal.columns}",
-            "tty >/run/pyublk/job.tty",
-        ]
+        lines += ["tty >/run/pyublk/job.tty", "stty sane"]
+        # A terminal may not know its size; then it says zero, which stty does not take.
+        if terminal.lines and terminal.columns:
+            lines.append(f"stty rows {terminal.lines} cols {terminal.columns}")
     lines += [
         "echo ready >&3",
         "exec 3>&-",

@@ -2,7 +2,7 @@
 #
 # The ports to the host, by number: 1 control, 2 standard input, 3 output, 4 errors. Control
 # carries lines: from the host `ping`, `signal NAME`, `size ROWS COLUMNS`, `blocked`; from here
-# `ready`, `pong`, `shown`, `exit CODE`.
+# `ready`, `pong`, `exit CODE`.
 . /run/pyublk/settings
 bb=$busybox
 here=/run/pyublk
@@ -71,7 +71,7 @@ await <&3
         blocked)
             $bb dmesg -n 8
             echo w >/proc/sysrq-trigger
-            echo shown
+            echo "pyublk: these tasks are blocked" >/dev/kmsg
             ;;
         esac
     done
