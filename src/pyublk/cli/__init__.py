@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: MIT
+"""The command `pyublk`: reads the command line and prints; what it does, the library does.
+
+Each command is imported when it is called, so that a slow or broken one troubles no other.
+"""
+
+import difflib
+import importlib
+
+import click
+
+from pyublk.cli.failures import reported
+
+#: Command -> (module in this package, its short help).
+_COMMANDS = {
+    "add": ("adding", "Serve a target as a disk."),
+    "list": ("listing", "List the disks of this machine."),
+    "info": ("listing", "Tell everything about disks."),
+    "stop": ("stopping", "Flush disks and stop them."),
+    "del": ("stopping", "Delete devices of any server, orphans too."),
+    "features": ("features", "Tell what this kernel's ublk can do, and why not."),
+    "doctor": ("doctor", "Find out what keeps this machine from serving disks."),
+    "vm": ("vm", "Run a command in a virtual machine with a ublk kernel."),
+    "completion": ("completion", "Print the script that completes this command in a shell."),
+}
+
+
+class _Commands(click.Group):
+    """A group that knows its commands' names and short helps without importing them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module = importlib.import_module(f"pyublk.cli.{_COMMANDS[cmd_name][0]}")
+        return next(
+            value
+            for value in vars(module).values()
+            if isinstance(value, click.Command) and value.name == cmd_name
+        )
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in _COMMANDS and not args[0].startswith("-") and not ctx.resilient_parsing:
+            close = difflib.get_close_matches(args[0], _COMMANDS)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            ctx.fail(f"No such command {args[0]!r}.{hint}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, what) for name, (_, what) in _COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> object:
+        with reported(traceback=ctx.params["traceback"]):
+            return super().invoke(ctx)
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 3 no ublk driver, 4 no permission, "
+    "5 no such device, 6 in use, 7 timed out, 130 interrupted.",
+)
+@click.version_option(package_name="pyublk")
+@click.option(
+    "--traceback",
+    is_flag=True,
+    envvar="PYUBLK_TRACEBACK",
+    show_envvar=True,
+    help="Show where in the code a failure came from.",
+)
+def main(traceback: bool) -> None:
+    """Linux block devices written in Python."""

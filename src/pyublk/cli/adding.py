@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: MIT
+"""`pyublk add`."""
+
+import click
+from click.shell_completion import CompletionItem
+
+from pyublk import targets
+from pyublk.cli.failures import ExitCode, open_controller
+from pyublk.cli.output import message, print_json
+from pyublk.cli.parameters import Size, json_option
+from pyublk.service import daemon
+from pyublk.service.plan import Plan
+from pyublk.service.records import Record
+from pyublk.service.server import Served, serve
+
+
+class _TargetName(click.ParamType[str]):
+    """A target by name, or a class by its place."""
+
+    name = "target"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        names = [CompletionItem(name) for name in targets.names() if name.startswith(incomplete)]
+        return names or [CompletionItem(incomplete, type="file")]
+
+
+def _split_options(
+    ctx: click.Context, param: click.Parameter, texts: tuple[str, ...]
+) -> dict[str, str]:
+    options: dict[str, str] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise click.BadParameter(f"{text!r} is no KEY=VALUE", ctx, param)
+        options[key] = value
+    return options
+
+
+@click.command()
+@click.argument("target", type=_TargetName())
+@click.argument("arguments", metavar="[ARGUMENT]...", nargs=-1, type=click.Path())
+@click.option("--size", type=Size(), help="Size of the disk, such as 1G or 512MiB.")
+@click.option(
+    "-o",
+    "--option",
+    "options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    callback=_split_options,
+    help="A parameter of the target's class; may be repeated.",
+)
+@click.option("--read-only", is_flag=True, help="Refuse writes.")
+@click.option("--block-size", type=Size(), help="Smallest unit of I/O.  [default: the target's]")
+@click.option("--queues", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
+              help="Hardware queues, a thread each; at most one for each CPU.")  # fmt: skip
+@click.option("--depth", type=click.IntRange(1, 4096), default=128, show_default=True, metavar="N",
+              help="Requests in flight for each queue.")  # fmt: skip
+@click.option("--max-io-size", type=Size(), default="512K", show_default=True,
+              help="Largest request, and buffer of each.")  # fmt: skip
+@click.option("--workers", type=click.IntRange(min=0), default=0, metavar="N",
+              help="Threads for a parallel target whose methods block.")  # fmt: skip
+@click.option("--id", "device_id", type=click.IntRange(min=0), metavar="N",
+              help="The N of /dev/ublkbN.  [default: the lowest free]")  # fmt: skip
+@click.option("-f", "--foreground", is_flag=True,
+              help="Serve in this process until Ctrl-C, instead of in the background.")  # fmt: skip
+@json_option
+def add(
+    target: str,
+    arguments: tuple[str, ...],
+    size: int | None,
+    options: dict[str, str],
+    read_only: bool,
+    block_size: int | None,
+    queues: int,
+    depth: int,
+    max_io_size: int,
+    workers: int,
+    device_id: int | None,
+    foreground: bool,
+    as_json: bool,
+) -> None:
+    """Serve TARGET as a disk, and print the disk's path once it can be used.
+
+    TARGET is `null`, `ram`, `file`, another installed target, `package.module:Class`, or
+    `file.py:Class`. ARGUMENTs are the class's first parameters, --option names any of them.
+
+    \b
+    pyublk add ram --size 4G
+    pyublk add file disk.img
+    pyublk add mydisk.py:Rot13 --size 1G --option key=13
+
+    A server process stays in the background until `pyublk stop`; `pyublk info` names its log.
+    """
+    plan = Plan(
+        target=target,
+        arguments=arguments,
+        options=options,
+        size=size,
+        block_size=block_size,
+        read_only=read_only or None,
+        queues=queues,
+        depth=depth,
+        id=device_id,
+        max_io_size=max_io_size,
+        workers=workers,
+    )
+    open_controller().close()  # no driver, no rights: said before anything is started
+    if not foreground:
+        _show(daemon.start(plan), as_json=as_json)
+        return
+    served = serve(plan, log_file=None, ready=lambda record: _show(record, as_json=as_json))
+    if served is None:
+        click.get_current_context().exit(ExitCode.INTERRUPTED)
+    if as_json:
+        print_json({"requests": served.total.requests, "seconds": round(served.seconds, 3)})
+    message(_summary(served))
+
+
+def _show(record: Record, *, as_json: bool) -> None:
+    if not as_json:
+        click.echo(record.path)
+        return
+    print_json(
+        {
+            "id": record.id,
+            "path": record.path,
+            "target": record.plan.target,
+            "server_pid": record.server.pid,
+            "log": str(record.log) if record.log else None,
+        }
+    )
+
+
+def _summary(served: Served) -> str:
+    total = served.total
+    rate = total.requests / served.seconds if served.seconds else 0.0
+    return (
+        f"{total.requests} requests served in {served.seconds:.1f} s ({rate:.0f} per second), "
+        f"{total.errors} failed"
+    )

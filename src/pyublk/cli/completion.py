@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: MIT
+"""`pyublk completion`."""
+
+import click
+from click.shell_completion import get_completion_class
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.pass_context
+def completion(ctx: click.Context, shell: str) -> None:
+    """Print the script that completes this command in SHELL.
+
+    \b
+    bash:  eval "$(pyublk completion bash)"              in ~/.bashrc
+    zsh:   eval "$(pyublk completion zsh)"               in ~/.zshrc
+    fish:  pyublk completion fish | source               in ~/.config/fish/config.fish
+    """
+    made = get_completion_class(shell)
+    assert made is not None
+    click.echo(made(ctx.find_root().command, {}, "pyublk", "_PYUBLK_COMPLETE").source())

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: MIT
+"""`pyublk doctor`."""
+
+import sys
+from dataclasses import asdict
+
+import click
+
+from pyublk.cli.failures import ExitCode
+from pyublk.cli.output import message, print_json, print_table
+from pyublk.cli.parameters import json_option
+from pyublk.service.doctor import Check, Status, examine, repair
+
+
+@click.command()
+@click.option("--repair", "repairs", is_flag=True, help="Delete orphaned devices and old records.")
+@json_option
+def doctor(repairs: bool, as_json: bool) -> None:
+    """Find out what keeps this machine from serving disks, or may go wrong with them.
+
+    Ends with 1 when something prevents disks, with 0 when all is well or there are only warnings.
+    """
+    repaired = list(repair()) if repairs else []
+    checks = list(examine())
+    if as_json:
+        print_json({"checks": [asdict(check) for check in checks], "repaired": repaired})
+    else:
+        for sentence in repaired:
+            message(sentence)
+        print_table(["CHECK", "STATUS", "FINDING", "WHAT TO DO"], [_row(check) for check in checks])
+    if any(check.status is Status.FAILED for check in checks):
+        sys.exit(ExitCode.FAILED)
+
+
+def _row(check: Check) -> list[str]:
+    return [check.name, check.status.value, check.finding, check.remedy or ""]

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: MIT
+"""How a failure is told on the command line: a sentence, what to do, an exit code for its kind."""
+
+import errno
+import sys
+import traceback as tracebacks
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+from typing import IO, Any
+
+import click
+
+from pyublk import errors
+from pyublk.control import CONTROL_NODE, Controller
+
+
+class ExitCode(IntEnum):
+    """What the command ends with. The comments are the table in docs/cli.md."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    NO_DRIVER = 3
+    PERMISSION = 4
+    NO_DEVICE = 5
+    BUSY = 6
+    TIMEOUT = 7
+    INTERRUPTED = 130
+
+
+class NoDriver(errors.UblkError):
+    """There is no ublk driver."""
+
+
+class NoDevice(errors.UblkError):
+    """There is no such device."""
+
+
+def exit_code(error: BaseException) -> ExitCode:
+    """The kind of failure that an exception stands for."""
+    match error:
+        case NoDriver():
+            return ExitCode.NO_DRIVER
+        case NoDevice():
+            return ExitCode.NO_DEVICE
+        case errors.DeviceBusy():
+            return ExitCode.BUSY
+        case TimeoutError():
+            return ExitCode.TIMEOUT
+        case PermissionError():
+            return ExitCode.PERMISSION
+        case OSError(errno=errno.ENODEV):
+            return ExitCode.NO_DEVICE
+        case OSError(errno=errno.EBUSY | errno.EEXIST):
+            return ExitCode.BUSY
+        case errors.InvalidTarget() | ValueError():
+            return ExitCode.USAGE
+        case _:
+            return ExitCode.FAILED
+
+
+class Failure(click.ClickException):
+    """What click shows instead of a traceback."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(_sentence(error))
+        self.notes: list[str] = list(getattr(error, "__notes__", ()))
+        self.exit_code = exit_code(error)  # type: ignore[misc]  # made to be set by subclasses
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        click.echo(f"pyublk: {self.message}", err=True)
+        for note in self.notes:
+            click.echo(f"  {note}", err=True)
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        place = "" if error.filename is None else f": {error.filename!r}"
+        return f"{error.strerror}{place}"
+    if isinstance(error, errors.UblkError | ValueError | TimeoutError):
+        return str(error)
+    return f"{type(error).__name__}: {error} (pyublk --traceback ... shows where)"
+
+
+@contextmanager
+def reported(*, traceback: bool) -> Iterator[None]:
+    """Turns every exception into a `Failure`, having shown its traceback if that is wanted."""
+    try:
+        yield
+    except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+        raise
+    except KeyboardInterrupt:
+        click.echo("pyublk: interrupted", err=True)
+        sys.exit(ExitCode.INTERRUPTED)
+    except Exception as error:
+        if traceback:
+            tracebacks.print_exception(error)
+        raise Failure(error) from error
+
+
+def open_controller() -> Controller:
+    """The driver's control node, or the failure that says that there is no driver."""
+    try:
+        return Controller()
+    except FileNotFoundError as error:
+        missing = NoDriver(error.strerror or CONTROL_NODE)
+        for note in getattr(error, "__notes__", ()):
+            missing.add_note(note)
+        raise missing from error

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: MIT
+"""`pyublk list` and `pyublk info`: what disks there are."""
+
+import errno
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from pyublk.cli.failures import NoDevice, open_controller
+from pyublk.cli.output import message, print_json, print_table
+from pyublk.cli.parameters import DeviceId, json_option
+from pyublk.control import Controller, DeviceInfo
+from pyublk.service.inventory import Disk, disk
+from pyublk.targets.sizes import format_size
+from pyublk.uapi import Feature
+
+
+def find(controller: Controller, number: int) -> DeviceInfo:
+    """The device, or the failure that says which ones there are."""
+    try:
+        return controller.info(number)
+    except OSError as error:
+        if error.errno != errno.ENODEV:
+            raise
+        others = ", ".join(str(device.id) for device in controller.devices())
+        raise NoDevice(
+            f"there is no device {number}"
+            + (f"; there are: {others}" if others else ", nor any other")
+        ) from error
+
+
+@click.command("list")
+@json_option
+def list_(as_json: bool) -> None:
+    """List the disks of this machine.
+
+    Disks of other servers are listed too; the target is known only of those that `pyublk add`
+    made.
+    """
+    with open_controller() as controller:
+        disks = [disk(controller, device) for device in controller.devices()]
+    if as_json:
+        print_json([_summary(one) for one in disks])
+    elif disks:
+        print_table(
+            ["ID", "PATH", "TARGET", "SIZE", "STATE", "QUEUES", "SERVER", "USED BY"],
+            [_row(one) for one in disks],
+        )
+    else:
+        message("there are no disks")
+
+
+def _row(one: Disk) -> list[str]:
+    device = one.device
+    return [
+        str(device.id),
+        device.path,
+        one.record.plan.target if one.record else "-",
+        format_size(one.size) if one.size else "-",
+        device.status.name.lower(),
+        f"{device.queues} x {device.depth}",
+        f"{one.server_name or '?'} ({device.server_pid})" if device.server_pid else "-",
+        ", ".join(str(use).partition(" is ")[2] for use in one.uses) or "-",
+    ]
+
+
+def _summary(one: Disk) -> dict[str, Any]:
+    device, record = one.device, one.record
+    return {
+        "id": device.id,
+        "path": device.path,
+        "target": record.plan.target if record else None,
+        "size": one.size,
+        "state": device.status.name.lower(),
+        "queues": device.queues,
+        "depth": device.depth,
+        "server_pid": device.server_pid,
+        "used_by": [asdict(use) for use in one.uses],
+        "log": str(record.log) if record and record.log else None,
+        "ours": device.ours,
+    }
+
+
+@click.command()
+@click.argument("ids", metavar="ID...", nargs=-1, required=True, type=DeviceId())
+@json_option
+def info(ids: tuple[int, ...], as_json: bool) -> None:
+    """Tell everything about disks: queues, flags, parameters, server, log, users, I/O so far.
+
+    ID is a number or a node such as /dev/ublkb0. With --json, prints a list.
+    """
+    with open_controller() as controller:
+        disks = [disk(controller, find(controller, number)) for number in ids]
+    if as_json:
+        print_json([_details(one) for one in disks])
+        return
+    for place, one in enumerate(disks):
+        if place:
+            click.echo()
+        print_table(["DISK", one.device.path], _lines(one))
+
+
+def _details(one: Disk) -> dict[str, Any]:
+    device, record = one.device, one.record
+    return _summary(one) | {
+        "char_path": device.char_path,
+        "max_io_size": device.max_io_size,
+        "flags": _flags(device),
+        "server_name": one.server_name,
+        "cookie": device.cookie,
+        "owner": {"uid": device.owner_uid, "gid": device.owner_gid},
+        "plan": asdict(record.plan) if record else None,
+        "params": asdict(one.params) if one.params else None,
+        "served": asdict(one.served) if one.served else None,
+    }
+
+
+def _flags(device: DeviceInfo) -> list[str]:
+    return [flag.name or hex(flag) for flag in Feature(device.flags)]
+
+
+def _lines(one: Disk) -> list[tuple[str, str]]:
+    device, record = one.device, one.record
+    lines = [
+        ("server node", device.char_path),
+        ("state", device.status.name.lower()),
+        ("size", f"{format_size(one.size)} ({one.size} bytes)" if one.size else "-"),
+        ("queues", f"{device.queues}, depth {device.depth}"),
+        ("largest request", format_size(device.max_io_size)),
+        ("flags", ", ".join(_flags(device)) or "-"),
+        ("server", f"{one.server_name or '?'}, process {device.server_pid or '-'}"),
+        ("owner", f"uid {device.owner_uid}, gid {device.owner_gid}"),
+    ]
+    if record:
+        words = [record.plan.target, *record.plan.arguments]
+        words += [f"{key}={value}" for key, value in record.plan.options.items()]
+        lines.append(("target", " ".join(words)))
+        lines.append(("log", str(record.log) if record.log else "on the server's terminal"))
+    else:
+        lines.append(("target", "unknown: not made by `pyublk add`"))
+    lines += [("used by", str(use)) for use in one.uses] or [("used by", "nobody")]
+    if one.served:
+        lines += [
+            (name.replace("_", " "), format_size(value) if name.startswith("bytes") else str(value))
+            for name, value in asdict(one.served).items()
+        ]
+    if one.params:
+        for group, fields in asdict(one.params).items():
+            for name, value in (fields or {}).items():
+                lines.append((f"{group}: {name.replace('_', ' ')}", str(value)))
+    return lines

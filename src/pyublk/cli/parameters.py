@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: MIT
+"""The kinds of arguments that several commands take, each with its completion."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from click.shell_completion import CompletionItem
+
+from pyublk.targets.sizes import parse_size
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def json_option(command: F) -> F:
+    """`--json`, as the parameter `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes, such as 1G or 512MiB."""
+
+    name = "size"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_size(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class DeviceId(click.ParamType[int | str]):
+    """A device by its id, `0`, or by one of its nodes, `/dev/ublkb0` or `ublkc0`."""
+
+    name = "device"
+
+    def __init__(self, *, all_allowed: bool = False) -> None:
+        self._all_allowed = all_allowed
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | str:
+        text = str(value)
+        if self._all_allowed and text == "all":
+            return text
+        match = re.fullmatch(r"(?:(?:/dev/)?ublk[bc])?(\d{1,7})", text)
+        if match is None:
+            others = " or `all`" if self._all_allowed else ""
+            self.fail(f"{text!r} is no device: give an id, /dev/ublkbN{others}", param, ctx)
+        return int(match[1])
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        nodes = Path("/sys/class/ublk-char").glob("ublkc*")
+        ids = sorted((node.name.removeprefix("ublkc") for node in nodes), key=int)
+        wanted = [*ids, *(f"/dev/ublkb{number}" for number in ids), *(["all"] * self._all_allowed)]
+        return [CompletionItem(name) for name in wanted if name.startswith(incomplete)]

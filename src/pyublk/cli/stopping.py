@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: MIT
+"""`pyublk stop` and `pyublk del`."""
+
+from collections.abc import Callable
+
+import click
+
+from pyublk.cli.failures import Failure, open_controller
+from pyublk.cli.listing import find
+from pyublk.cli.output import print_json
+from pyublk.cli.parameters import DeviceId, json_option
+from pyublk.control import Controller, DeviceInfo
+from pyublk.service.stopping import delete, stop
+
+_force = click.option(
+    "--force", is_flag=True, help="Also one in use, or one that cannot be flushed."
+)
+_timeout = click.option(
+    "--timeout",
+    type=click.FloatRange(min=0.1),
+    default=30.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long a server may be silent before it is given up.",
+)
+
+
+@click.command("stop")
+@click.argument("ids", metavar="ID...", nargs=-1, required=True, type=DeviceId(all_allowed=True))
+@_force
+@_timeout
+@json_option
+def stop_(ids: tuple[int | str, ...], force: bool, timeout: float, as_json: bool) -> None:
+    """Flush disks and stop them; those made by pyublk are deleted as well.
+
+    ID is a number, a node such as /dev/ublkb0, or `all` for every disk made by pyublk. A disk that
+    is mounted, used as swap or held by another device is left alone, and its users are named.
+
+    A server started by `pyublk add` that does not end is killed after the timeout: the disk goes
+    away, and the command ends with the code of a timeout.
+    """
+    _each(ids, lambda c, d: stop(c, d, timeout=timeout, force=force), as_json=as_json)
+
+
+@click.command("del")
+@click.argument("ids", metavar="ID...", nargs=-1, required=True, type=DeviceId(all_allowed=True))
+@_force
+@_timeout
+@json_option
+def del_(ids: tuple[int | str, ...], force: bool, timeout: float, as_json: bool) -> None:
+    """Delete devices: as `stop`, but of any server, and also those whose server is gone.
+
+    ID is a number, a node such as /dev/ublkb0, or `all` for every device made by pyublk.
+    """
+    _each(ids, lambda c, d: delete(c, d, timeout=timeout, force=force), as_json=as_json)
+
+
+def _each(
+    ids: tuple[int | str, ...],
+    action: Callable[[Controller, DeviceInfo], None],
+    *,
+    as_json: bool,
+) -> None:
+    """Does it to each device; one that fails does not keep the others from their turn."""
+    done: list[int] = []
+    failures: list[Failure] = []
+    with open_controller() as controller:
+        wanted: list[int] = []
+        for one in ids:
+            ours = [device.id for device in controller.devices() if device.ours]
+            wanted += ours if isinstance(one, str) else [one]
+        for number in dict.fromkeys(wanted):
+            try:
+                action(controller, find(controller, number))
+                done.append(number)
+            except Exception as error:
+                if len(wanted) == 1:
+                    raise
+                failures.append(Failure(error))
+    if as_json:
+        print_json({"done": done})
+    for failure in failures[:-1]:
+        failure.show()
+    if failures:
+        raise failures[-1]

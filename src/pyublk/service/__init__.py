@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: MIT
+"""What the command does, as a library: disks that are planned, served by daemons, stopped, listed.
+
+From the bottom up:
+
+    processes, usage   processes beyond pid reuse; who uses a block device
+    plan, records      what to serve; what is kept of it while it is served
+    reports, server    failures that cross processes; serving a plan until told to stop
+    daemon             a server process of its own
+    stopping           flushing, stopping, deleting, with users asked first
+    inventory          all about a disk
+    doctor             what keeps this machine from serving disks
+"""

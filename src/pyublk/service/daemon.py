@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: MIT
+"""Disks that outlive the command that made them: a server process with a record and a log."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import TextIO
+
+from pyublk import errors
+from pyublk.service import reports
+from pyublk.service.plan import Plan
+from pyublk.service.records import Record, make_run_directory, recorded_ids, run_directory
+
+Server = subprocess.Popen[bytes]
+
+#: Seconds that a server gets to clean up when its start is given up.
+CLEANUP = 30.0
+#: Seconds for the first read of a new disk.
+FIRST_READ = 30.0
+
+
+def start(plan: Plan) -> Record:
+    """Starts a server in a new session and returns when its disk can be read.
+
+    The server is a fresh interpreter, so that it shares neither threads nor descriptors with the
+    caller. It starts in the caller's directory, where the target's class and files are looked up,
+    and goes to `/` once the disk is there. Its output goes to the record's log.
+
+    Raises what kept the disk from being made (see `reports.revive`); then, as after a
+    KeyboardInterrupt, no device, process, record or log is left.
+    """
+    log, name = tempfile.mkstemp(prefix="starting-", suffix=".log", dir=make_run_directory())
+    try:
+        server, report = _spawn(log, name)
+        try:
+            with report:
+                record = _await_report(server, plan, report, name)
+            _check_readable(record)
+        except BaseException:
+            _end(server)
+            raise
+    except BaseException:
+        _remove(log)
+        raise
+    finally:
+        os.close(log)
+    # Reaps the server in callers that live on; init does it for the others.
+    threading.Thread(target=server.wait, daemon=True).start()
+    return record
+
+
+def _spawn(log: int, name: str) -> tuple[Server, TextIO]:
+    """Starts the server. Its standard input takes the plan, the file gives its report."""
+    report, report_end = os.pipe()
+    try:
+        server = subprocess.Popen(
+            [sys.executable, "-P", "-m", "pyublk.service.server", str(report_end), name],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            pass_fds=[report_end],
+            start_new_session=True,
+            # The server changes its directory, and the variable may be relative to ours.
+            env=os.environ | {"PYUBLK_RUN_DIR": str(run_directory())},
+        )
+    except BaseException:
+        os.close(report)
+        raise
+    finally:
+        os.close(report_end)
+    return server, open(report)
+
+
+def _await_report(server: Server, plan: Plan, report: TextIO, name: str) -> Record:
+    assert server.stdin is not None
+    with suppress(BrokenPipeError):  # it has died; what follows tells of it
+        server.stdin.write(plan.to_json().encode())
+        server.stdin.close()
+    text = report.read()
+    if not text:
+        raise _died(server, name)
+    told = json.loads(text)
+    if "failed" in told:
+        raise reports.revive(told["failed"])
+    record = Record.read(told["ready"])
+    if record is None:
+        raise errors.DeviceLost(f"/dev/ublkb{told['ready']} was deleted as soon as it was there")
+    return record
+
+
+def _died(server: Server, log_name: str) -> errors.DeviceLost:
+    code = server.wait()
+    how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
+    error = errors.DeviceLost(f"the server ended {how} before the disk was there")
+    _add_last_lines(error, Path(log_name))
+    return error
+
+
+def _add_last_lines(error: Exception, log: Path) -> None:
+    for line in log.read_text(errors="replace").splitlines()[-20:]:
+        error.add_note(line)
+
+
+def _check_readable(record: Record) -> None:
+    """Reads the first block, beside this thread: a target that hangs must not hang us."""
+    failures: list[OSError] = []
+
+    def read() -> None:
+        try:
+            descriptor = os.open(record.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.pread(descriptor, 4096, 0)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            failures.append(error)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    reader.join(FIRST_READ)
+    if reader.is_alive():
+        raise TimeoutError(
+            f"{record.plan.target} did not answer the first read of {record.path} "
+            f"within {FIRST_READ:g} s"
+        )
+    if failures:
+        error = OSError(
+            failures[0].errno,
+            f"the first block of {record.path} cannot be read: {failures[0].strerror}",
+        )
+        if record.log is not None:
+            _add_last_lines(error, record.log)
+        raise error
+
+
+def _end(server: Server) -> None:
+    """Ends a server that is not wanted; its guardian deletes what it could not."""
+    server.terminate()
+    try:
+        server.wait(CLEANUP)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
+    for number in recorded_ids():
+        record = Record.read(number)
+        if record is not None and record.server.pid == server.pid:
+            record.remove()
+
+
+def _remove(log: int) -> None:
+    """Removes the log wherever it is: a server that came far has moved it beside its record."""
+    for path in run_directory().glob("*.log"):
+        with suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), os.fstat(log)):
+                path.unlink()

@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: MIT
+"""What keeps this machine from serving disks, or could go wrong with them: one function a check."""
+
+import gzip
+import os
+import re
+import resource
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from pyublk._native import Ring
+from pyublk.control import CONTROL_NODE, Controller, DeviceInfo
+from pyublk.service import records
+from pyublk.service.stopping import delete, has_server
+from pyublk.uapi import DeviceStatus
+
+#: Seconds after its making in which a device without a server may just be starting.
+_STARTING = 3.0
+
+
+class Status(StrEnum):
+    """What a check means for disks: none trouble, possible trouble, no disks."""
+
+    OK = "ok"
+    WARNING = "warning"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A thing looked at: what was found, and what to do unless it is ok."""
+
+    name: str
+    status: Status
+    finding: str
+    remedy: str | None = None
+
+
+def examine() -> Iterator[Check]:
+    """Makes every check in turn; changes nothing."""
+    release = os.uname().release
+    yield check_driver(release)
+    yield check_control_node()
+    yield check_io_uring()
+    yield check_open_files()
+    yield check_locked_memory()
+    yield check_nodes()
+    yield from check_kernel(release, in_pid_namespace=_in_pid_namespace())
+    if os.access(CONTROL_NODE, os.R_OK | os.W_OK):
+        yield from check_devices()
+    yield from check_records()
+
+
+# ---- the driver ----
+
+
+def check_driver(release: str, root: Path = Path("/")) -> Check:
+    """Whether the running kernel, `release`, has the ublk driver; `root` is where to look."""
+    name = "driver"
+    if (root / "sys/module/ublk_drv").exists():
+        return Check(name, Status.OK, "ublk_drv is loaded")
+    modules = root / "lib/modules" / release
+    if any(modules.rglob("ublk_drv.ko*")):
+        return Check(
+            name,
+            Status.FAILED,
+            "ublk_drv is there, but not loaded",
+            "modprobe ublk_drv; to load it at every boot: echo ublk_drv > "
+            "/etc/modules-load.d/ublk.conf",
+        )
+    built = _kernel_option(release, root)
+    wanted = "use a kernel with CONFIG_BLK_DEV_UBLK, or `pyublk vm`, which runs one"
+    if built == "y":
+        return Check(name, Status.OK, "ublk_drv is part of the kernel")
+    if built == "m":
+        return Check(
+            name,
+            Status.FAILED,
+            f"kernel {release} has ublk as a module, which is not in {modules}",
+            f"install the package with the modules of kernel {release}",
+        )
+    if built == "n":
+        return Check(name, Status.FAILED, f"kernel {release} is built without ublk", wanted)
+    return Check(name, Status.FAILED, f"kernel {release} seems to have no ublk_drv", wanted)
+
+
+def _kernel_option(release: str, root: Path) -> str | None:
+    """CONFIG_BLK_DEV_UBLK of the running kernel: "y", "m", "n", or None where nothing tells."""
+    texts: list[Callable[[], str]] = [
+        lambda: gzip.decompress((root / "proc/config.gz").read_bytes()).decode(),
+        lambda: (root / "boot" / f"config-{release}").read_text(),
+        lambda: (root / "lib/modules" / release / "config").read_text(),
+    ]
+    for text in texts:
+        try:
+            found = re.search(r"^CONFIG_BLK_DEV_UBLK=(.)", text(), re.MULTILINE)
+        except OSError:
+            continue
+        return found[1] if found else "n"
+    return None
+
+
+def check_control_node() -> Check:
+    """Whether the control node can be opened and answers."""
+    try:
+        with Controller(deadline=10) as controller:
+            mask = controller.features().mask
+            told = "unknown (before Linux 6.5)" if mask is None else f"{mask:#x}"
+            return Check("control node", Status.OK, f"it answers; the driver's features: {told}")
+    except OSError as error:
+        return _failure("control node", error)
+
+
+def check_io_uring() -> Check:
+    """Whether a ring can be had, as the queues want it."""
+    try:
+        with Ring(8) as ring:
+            ring.nop()
+            ring.submit(wait=1)
+            return Check("io_uring", Status.OK, "a ring could be opened and used")
+    except OSError as error:
+        return _failure("io_uring", error)
+
+
+def _failure(name: str, error: OSError) -> Check:
+    remedies = [
+        note.removeprefix("What to do: ")
+        for note in getattr(error, "__notes__", ())
+        if note.startswith("What to do: ")
+    ]
+    return Check(name, Status.FAILED, error.strerror or str(error), " ".join(remedies) or None)
+
+
+# ---- limits ----
+
+
+def check_open_files() -> Check:
+    """RLIMIT_NOFILE: a queue takes two or three descriptors, a target takes its own."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit == resource.RLIM_INFINITY or limit >= 256:
+        return Check("open files", Status.OK, f"limit {_limit(limit)}")
+    return Check(
+        "open files", Status.WARNING, f"limit {limit}: few queues fit in it", "ulimit -n 1024"
+    )
+
+
+def check_locked_memory() -> Check:
+    """RLIMIT_MEMLOCK, which only counts for registered memory and without CAP_IPC_LOCK."""
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    if limit == resource.RLIM_INFINITY or limit >= 8 << 20 or os.geteuid() == 0:
+        return Check("locked memory", Status.OK, f"limit {_limit(limit)}")
+    return Check(
+        "locked memory",
+        Status.WARNING,
+        f"limit {limit} bytes: registering rings and buffers may be refused",
+        "ulimit -l 65536, or LimitMEMLOCK= of the service",
+    )
+
+
+def _limit(value: int) -> str:
+    return "none" if value == resource.RLIM_INFINITY else str(value)
+
+
+def check_nodes(root: Path = Path("/")) -> Check:
+    """Whether device nodes appear in /dev by themselves."""
+    for line in (root / "proc/self/mountinfo").read_text().splitlines():
+        place, _, kind = line.partition(" - ")
+        if place.split(" ")[4] == "/dev" and kind.split(" ")[0] == "devtmpfs":
+            return Check("device nodes", Status.OK, "/dev is a devtmpfs")
+    if (root / "run/udev/control").exists():
+        return Check("device nodes", Status.OK, "udev makes them")
+    return Check(
+        "device nodes",
+        Status.WARNING,
+        "/dev is no devtmpfs and no udev runs: nodes of new disks may not appear",
+        "mount -t devtmpfs devtmpfs /dev; for a container, pass the host's /dev",
+    )
+
+
+# ---- the kernel ----
+
+
+@dataclass(frozen=True, slots=True)
+class _Trouble:
+    """What is known of the kernels from `first` to before `fixed` (major, minor)."""
+
+    first: tuple[int, int]
+    fixed: tuple[int, int]
+    what: str
+    remedy: str
+    only_in_pid_namespace: bool = False
+
+
+#: Seen in, or read from, the kernels of these releases; distributions may have repaired theirs.
+_TROUBLES = (
+    _Trouble(
+        (0, 0),
+        (6, 8),
+        "older than Linux 6.8, the oldest that pyublk is made for",
+        "use a newer kernel, or `pyublk vm`",
+    ),
+    _Trouble(
+        (6, 8),
+        (6, 15),
+        "a killed server that held requests on every tag is noticed only after 30 seconds",
+        "wait, or use Linux 6.15 or newer",
+    ),
+    _Trouble(
+        (6, 16),
+        (7, 0),
+        "UPDATE_SIZE on a device that is not live crashes some of these kernels (seen in 6.18.15)",
+        "pyublk refuses to; do not let other programs",
+    ),
+    _Trouble(
+        (6, 17),
+        (6, 19),
+        "in a pid namespace no disk starts on those without a repair of January 2026",
+        "run the server in the machine's own pid namespace, or use a newer kernel",
+        only_in_pid_namespace=True,
+    ),
+    _Trouble(
+        (6, 8),
+        (7, 3),
+        "START_DEV after STOP_DEV hangs or crashes the kernel",
+        "pyublk never sends it; do not let other programs",
+    ),
+)
+
+
+def check_kernel(release: str, *, in_pid_namespace: bool) -> Iterator[Check]:
+    """Warns of what is known of kernels like `release`; the name is all that is looked at."""
+    match = re.match(r"(\d+)\.(\d+)", release)
+    version = (int(match[1]), int(match[2])) if match else (0, 0)
+    troubles = [
+        trouble
+        for trouble in _TROUBLES
+        if trouble.first <= version < trouble.fixed
+        and (in_pid_namespace or not trouble.only_in_pid_namespace)
+    ]
+    for trouble in troubles:
+        yield Check("kernel", Status.WARNING, f"{release}: {trouble.what}", trouble.remedy)
+    if not troubles:
+        yield Check("kernel", Status.OK, release)
+
+
+def _in_pid_namespace() -> bool:
+    # The first namespace has this inode on every machine: include/linux/proc_ns.h.
+    return os.readlink("/proc/self/ns/pid") != "pid:[4026531836]"
+
+
+# ---- what was left behind ----
+
+
+def orphans(controller: Controller) -> list[DeviceInfo]:
+    """Our devices that have no server and never will: both it and its guardian were killed."""
+    return [device for device in controller.devices() if _is_orphan(device)]
+
+
+def _is_orphan(device: DeviceInfo) -> bool:
+    if not device.ours or device.status is not DeviceStatus.DEAD or has_server(device):
+        return False
+    try:
+        return time.time() - os.stat(device.char_path).st_ctime > _STARTING
+    except FileNotFoundError:
+        return True
+
+
+def check_devices() -> Iterator[Check]:
+    """Looks for orphaned devices, and for ours that wait for a server."""
+    try:
+        with Controller(deadline=10) as controller:
+            devices = controller.devices()
+    except OSError as error:
+        yield _failure("devices", error)
+        return
+    troubled = False
+    for device in devices:
+        if _is_orphan(device):
+            troubled = True
+            yield Check(
+                "devices",
+                Status.WARNING,
+                f"device {device.id} is an orphan: its server is gone",
+                "pyublk doctor --repair",
+            )
+        elif device.status in (DeviceStatus.QUIESCED, DeviceStatus.FAIL_IO):
+            troubled = True
+            yield Check(
+                "devices",
+                Status.WARNING,
+                f"device {device.id} is {device.status.name}: it waits for a new server",
+                f"start its server again, or give it up: pyublk del --force {device.id}",
+            )
+    if not troubled:
+        yield Check("devices", Status.OK, f"{len(devices)} devices, none orphaned")
+
+
+def stale_records() -> list[Path]:
+    """Records whose server is gone, and their logs."""
+    found = []
+    for number in records.recorded_ids():
+        record = records.Record.read(number)
+        server = record.server.open() if record is not None else None
+        if server is not None:
+            with server:
+                continue
+        found += [p for p in (records.place(number), records.log_place(number)) if p.exists()]
+    return found
+
+
+def check_records() -> Iterator[Check]:
+    """Looks for records of servers that are gone."""
+    directory = records.run_directory()
+    stale = stale_records()
+    if not stale:
+        yield Check("records", Status.OK, f"{directory}: none left behind")
+    for path in stale:
+        yield Check(
+            "records",
+            Status.WARNING,
+            f"{path} was left behind by a server that was killed",
+            "pyublk doctor --repair",
+        )
+
+
+def repair() -> Iterator[str]:
+    """Removes stale records and deletes orphaned devices; tells of each in a sentence.
+
+    Raises OSError when the driver does not let it.
+    """
+    for path in stale_records():
+        path.unlink(missing_ok=True)
+        yield f"{path} was removed"
+    if os.path.exists(CONTROL_NODE):
+        with Controller() as controller:
+            for device in orphans(controller):
+                delete(controller, device)
+                yield f"device {device.id} was deleted"

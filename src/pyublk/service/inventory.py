@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: MIT
+"""The disks of this machine, each with what the kernel, the run directory and its users tell."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyublk.control import Controller, DeviceInfo
+from pyublk.params import Params
+from pyublk.service.processes import command_name
+from pyublk.service.records import Record
+from pyublk.service.usage import Use, uses
+from pyublk.uapi import DeviceStatus
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What a disk's clients did since it was started, by the kernel's own counters."""
+
+    reads: int
+    writes: int
+    discards: int
+    flushes: int
+    bytes_read: int
+    bytes_written: int
+    bytes_discarded: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disk:
+    """One ublk device.
+
+    `record` is there when `pyublk add` made it; `params` None if none were set; `size` in bytes,
+    0 while there is no block device; `server_name` None when there is no server.
+    """
+
+    device: DeviceInfo
+    params: Params | None
+    record: Record | None
+    size: int
+    uses: tuple[Use, ...]
+    served: Served | None
+    server_name: str | None
+
+
+def disk(controller: Controller, device: DeviceInfo) -> Disk:
+    """All about one device. Raises OSError ENODEV when it was deleted meanwhile."""
+    try:
+        params = controller.get_params(device.id)
+    except ValueError:  # none were set
+        params = None
+    name = f"ublkb{device.id}"
+    live = device.status is not DeviceStatus.DEAD
+    return Disk(
+        device=device,
+        params=params,
+        record=Record.of(device),
+        size=_size(name) if live else 0,
+        uses=tuple(uses(name)),
+        served=_served(name) if live else None,
+        server_name=command_name(device.server_pid) if device.server_pid is not None else None,
+    )
+
+
+def _size(name: str, sys: Path = Path("/sys")) -> int:
+    try:
+        return int((sys / "class/block" / name / "size").read_text()) * 512
+    except FileNotFoundError:
+        return 0
+
+
+def _served(name: str, sys: Path = Path("/sys")) -> Served | None:
+    """Documentation/block/stat.rst: counts of requests and of 512-byte sectors."""
+    try:
+        fields = [int(field) for field in (sys / "class/block" / name / "stat").read_text().split()]
+    except FileNotFoundError:
+        return None
+    return Served(
+        reads=fields[0],
+        writes=fields[4],
+        discards=fields[11],
+        flushes=fields[15],
+        bytes_read=fields[2] * 512,
+        bytes_written=fields[6] * 512,
+        bytes_discarded=fields[13] * 512,
+    )

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: MIT
+"""Processes named so that a reused pid is never taken for the one that was meant."""
+
+import os
+import select
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+
+def start_time(pid: int) -> int | None:
+    """When the process began, in clock ticks since boot; None if it has ended (proc(5), stat)."""
+    try:
+        line = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    after_name = line.rpartition(")")[2].split()  # the name may hold spaces and parentheses
+    return None if after_name[0] in "ZX" else int(after_name[19])  # dead, but not reaped yet
+
+
+def command_name(pid: int) -> str | None:
+    """The process's name as the kernel has it; None if there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessId:
+    """A pid and its start time: together they name one process for as long as the machine runs."""
+
+    pid: int
+    started: int
+
+    @classmethod
+    def own(cls) -> Self:
+        """The calling process."""
+        started = start_time(os.getpid())
+        assert started is not None
+        return cls(os.getpid(), started)
+
+    def open(self) -> "Process | None":
+        """A handle on it, or None when it has ended."""
+        try:
+            pidfd = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return None
+        # Looked at with the handle in hand: from here on the pid cannot change its meaning.
+        if start_time(self.pid) != self.started:
+            os.close(pidfd)
+            return None
+        return Process(self.pid, pidfd)
+
+
+class Process:
+    """A handle on a process, which need not be a child (pidfd_open(2)). Use `with`."""
+
+    def __init__(self, pid: int, pidfd: int) -> None:
+        self.pid = pid
+        self._pidfd = pidfd
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        os.close(self._pidfd)
+
+    def wait(self, timeout: float) -> bool:
+        """Whether it ended within `timeout` seconds."""
+        poller = select.poll()
+        poller.register(self._pidfd, select.POLLIN)
+        return bool(poller.poll(timeout * 1000))
+
+    def send(self, number: signal.Signals) -> None:
+        """Sends a signal; a process that has ended is left in peace."""
+        try:
+            signal.pidfd_send_signal(self._pidfd, number)
+        except ProcessLookupError:
+            return

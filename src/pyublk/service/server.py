@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: MIT
+"""Serving a plan until a signal comes or the disk ends; also the program that a daemon runs."""
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from pyublk.device import Device
+from pyublk.service import reports
+from pyublk.service.plan import Plan
+from pyublk.service.processes import ProcessId
+from pyublk.service.records import Record, log_place, make_run_directory
+from pyublk.stats import QueueStats
+
+log = logging.getLogger("pyublk.server")
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Terminated(BaseException):
+    """SIGINT or SIGTERM came."""
+
+
+class _Termination:
+    """Lets the first SIGINT or SIGTERM raise Terminated inside `raising`; others are only noted.
+
+    Stopping a disk must not be cut short, and every signal after the first asks for no more.
+    """
+
+    def __init__(self) -> None:
+        self.came = False
+        self._raises = False
+
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        self.came = True
+        if self._raises:
+            self._raises = False
+            raise Terminated
+
+    @contextmanager
+    def handled(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def raising(self) -> Iterator[None]:
+        self._raises = True
+        try:
+            if self.came:
+                raise Terminated
+            yield
+        finally:
+            self._raises = False
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What a server did: counters summed over its queues, and for how many `seconds`."""
+
+    total: QueueStats
+    seconds: float
+
+
+def serve(plan: Plan, *, log_file: Path | None, ready: Callable[[Record], None]) -> Served | None:
+    """Serves until SIGINT, SIGTERM, or the end of the disk by another hand. Main thread only.
+
+    `ready` is called, once the disk is there, with its record, which is in the run directory while
+    the disk is. `log_file` is moved to its place beside the record. Returns None when a signal came
+    before the disk was there. Raises what `Plan.device` and `Device` raise.
+    """
+    make_run_directory()
+    termination = _Termination()
+    device: Device | None = None
+    record: Record | None = None
+    began: float | None = None
+    with termination.handled():
+        try:
+            with termination.raising():
+                device = plan.device()
+                device.start()
+            began = time.monotonic()
+            record = _record(plan, device, log_file)
+            record.write()
+            ready(record)
+            with termination.raising():
+                device.wait()
+        except Terminated:
+            pass
+        finally:
+            if device is not None:
+                device.stop()
+            if record is not None:
+                record.remove()
+    if device is None or began is None:
+        return None
+    return Served(device.stats().total, time.monotonic() - began)
+
+
+def _record(plan: Plan, device: Device, log_file: Path | None) -> Record:
+    return Record(
+        id=device.id,
+        cookie=device.info().cookie,
+        server=ProcessId.own(),
+        plan=plan,
+        log=log_file and log_file.replace(log_place(device.id)),
+    )
+
+
+def _run_daemon(report_fd: int, log_file: Path) -> int:
+    """Reads a plan from the standard input, serves it, and reports to a pipe how its start went."""
+    os.set_inheritable(report_fd, False)
+    plan = Plan.from_json(sys.stdin.read())
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    report = open(report_fd, "w")  # noqa: SIM115 - closed by the report, when it is known
+    live: Record | None = None
+
+    def ready(record: Record) -> None:
+        nonlocal live
+        log.info("serving %s as %s", plan.target, record.path)
+        # The target has opened its files by now; no directory is to be kept busy for ever.
+        os.chdir("/")
+        with report:
+            json.dump({"ready": record.id}, report)
+        live = record
+
+    try:
+        served = serve(plan, log_file=log_file, ready=ready)
+    except BaseException as error:
+        log.error("the server ends with an error", exc_info=error)
+        if live is None and not report.closed:
+            with report:
+                json.dump({"failed": reports.describe(error)}, report)
+        return 1
+    if served is not None:
+        log.info("stopped after %d requests", served.total.requests)
+    if live is not None and live.log is not None:
+        live.log.unlink(missing_ok=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_run_daemon(int(sys.argv[1]), Path(sys.argv[2])))

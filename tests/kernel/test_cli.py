@@ -1,0 +1,578 @@
+"""The command with real disks: what it prints, what it ends with, and what it leaves behind."""
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from conftest import Serve
+from memory import Memory
+
+import pyublk
+from pyublk.cli import main
+from pyublk.cli.failures import ExitCode
+from pyublk.service import doctor
+from pyublk.service.processes import Process, ProcessId, start_time
+from pyublk.service.records import Record, recorded_ids
+from pyublk.uapi import DeviceStatus
+
+pytestmark = pytest.mark.timeout(180)
+
+COMMAND = [sys.executable, "-m", "pyublk"]
+MIB = 1 << 20
+
+TARGETS = '''\
+import os
+import threading
+
+import pyublk
+
+
+class Xor(pyublk.Target):
+    """Keeps its bytes xored with a key: what it keeps shows which options arrived."""
+
+    def __init__(self, size: int = 1 << 20, *, key: int, keep: str):
+        super().__init__(size=size)
+        self.key, self.keep = key, keep
+
+    def open(self):
+        self.file = open(self.keep, "w+b")
+        self.file.truncate(self.size)
+
+    def close(self):
+        self.file.close()
+
+    def read(self, offset, buffer):
+        data = os.pread(self.file.fileno(), len(buffer), offset)
+        buffer[:] = bytes(byte ^ self.key for byte in data)
+
+    def write(self, offset, data):
+        os.pwrite(self.file.fileno(), bytes(byte ^ self.key for byte in data), offset)
+
+
+class Raises(pyublk.Target):
+    def __init__(self):
+        super().__init__(size=1 << 20)
+
+    def read(self, offset, buffer):
+        raise KeyError("lost")
+
+    def write(self, offset, data):
+        pass
+
+
+class FailsToOpen(Raises):
+    def open(self):
+        raise PermissionError(13, "the vault is closed")
+
+
+class NoRead(pyublk.Target):
+    def __init__(self):
+        super().__init__(size=1 << 20)
+
+
+class HangsAt(pyublk.Target):
+    """Never answers a read at `place`; tells of it through a pipe with a name."""
+
+    def __init__(self, place: int, told: str):
+        super().__init__(size=1 << 20)
+        self.place, self.told = place, os.path.abspath(told)
+
+    def read(self, offset, buffer):
+        if offset == self.place:
+            with open(self.told, "w") as pipe:
+                pipe.write("hanging")
+            threading.Event().wait()
+
+    def write(self, offset, data):
+        pass
+'''
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory with the classes above and a run directory; no server outlives the test."""
+    monkeypatch.setenv("PYUBLK_RUN_DIR", "run")  # relative to the directory below
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "disks.py").write_text(TARGETS)
+    yield tmp_path
+    for number in recorded_ids():
+        record = Record.read(number)
+        server = record.server.open() if record is not None else None
+        if server is not None:
+            with server:
+                server.send(signal.SIGKILL)
+                server.wait(10)
+
+
+def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [*COMMAND, *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def run_here(*arguments: str) -> Result:
+    """The command in this process, which saves the start of an interpreter."""
+    return CliRunner().invoke(main, arguments, prog_name="pyublk")
+
+
+def added(*arguments: str) -> dict[str, Any]:
+    done = run_here("add", *arguments, "--json")
+    assert done.exit_code == 0, done.stderr
+    made: dict[str, Any] = json.loads(done.stdout)
+    return made
+
+
+def process(pid: int) -> Process:
+    started = start_time(pid)
+    assert started is not None
+    handle = ProcessId(pid, started).open()
+    assert handle is not None
+    return handle
+
+
+def left(place: Path) -> list[str]:
+    """What is in the run directory."""
+    run_directory = place / "run"
+    return sorted(os.listdir(run_directory)) if run_directory.exists() else []
+
+
+def until(true: Callable[[], bool], seconds: float = 45.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.02)
+
+
+@contextmanager
+def mounted(node: str, place: Path) -> Iterator[Path]:
+    place.mkdir(exist_ok=True)
+    subprocess.run(["mount", node, place], check=True, timeout=60)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", place], check=True, timeout=60)
+
+
+def mkfs(node: str) -> None:
+    subprocess.run(["mkfs.ext4", "-q", "-F", node], check=True, timeout=60)
+
+
+# ---- from add to stop ----
+
+
+def test_a_disk_from_add_to_stop(place: Path) -> None:
+    done = run("add", "ram", "--size", "32M")
+    assert (done.returncode, done.stderr) == (0, "")
+    path = done.stdout.strip()
+    number = path.removeprefix("/dev/ublkb")
+    assert Path(path).is_block_device()
+
+    [listed] = json.loads(run("list", "--json").stdout)
+    pid = listed.pop("server_pid")
+    log = Path(listed.pop("log"))
+    assert listed == {
+        "id": int(number),
+        "path": path,
+        "target": "ram",
+        "size": 32 * MIB,
+        "state": "live",
+        "queues": 1,
+        "depth": 128,
+        "used_by": [],
+        "ours": True,
+    }
+    assert log == place / "run" / f"{number}.log"
+    assert f"serving ram as {path}" in log.read_text()
+    assert os.getsid(pid) == pid
+    assert os.readlink(f"/proc/{pid}/cwd") == "/"
+    assert os.readlink(f"/proc/{pid}/fd/0") == "/dev/null"
+
+    mkfs(path)
+    with mounted(path, place / "mnt") as files, process(pid) as server:
+        (files / "greeting").write_text("hello")
+        refused = run("stop", number)
+        assert refused.returncode == ExitCode.BUSY
+        assert refused.stderr == f"pyublk: {path} is mounted at {files}\n"
+        assert (files / "greeting").read_text() == "hello"
+        assert not server.wait(0)
+
+    with process(pid) as server:
+        done = run("stop", path)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        assert server.wait(0), "the server outlived the stop"
+    assert not Path(path).exists()
+    assert left(place) == []
+
+
+def test_tables_for_people() -> None:
+    made = added("null", "--size", "1G")
+    head, row = run_here("list").stdout.splitlines()
+    assert head.split()[:6] == ["ID", "PATH", "TARGET", "SIZE", "STATE", "QUEUES"]
+    assert row.split()[:5] == [str(made["id"]), made["path"], "null", "1GiB", "live"]
+    assert row.endswith("  -"), "nobody uses it"
+    lines = run_here("info", made["path"]).stdout.splitlines()
+    assert lines[0].split() == ["DISK", made["path"]]
+    assert any(line.split() == ["size", "1GiB", "(1073741824", "bytes)"] for line in lines)
+    assert run_here("stop", "all").exit_code == 0
+    assert run_here("list").stderr == "pyublk: there are no disks\n"
+
+
+def test_all_about_a_disk() -> None:
+    made = added("null", "--size", "1G", "--block-size", "4K", "--depth", "16", "--id", "7")
+    assert (made["id"], made["path"]) == (7, "/dev/ublkb7")
+    done = run_here("info", "/dev/ublkb7", "--json")
+    [told] = json.loads(done.stdout)
+    assert told["log"] == made["log"]
+    assert told["depth"] == 16
+    assert told["params"]["basic"]["size"] == 1 << 30
+    assert told["params"]["basic"]["logical_block_size"] == 4096
+    assert told["plan"]["target"] == "null"
+    assert told["served"]["reads"] >= 1, "add reads the disk before it returns"
+    assert "CMD_IOCTL_ENCODE" in told["flags"]
+    assert made["log"] in run_here("info", "7").stdout
+    assert run_here("stop", "7").exit_code == 0
+
+
+def test_a_class_of_the_users_with_its_options(place: Path) -> None:
+    """Relative paths mean the caller's directory, also those opened by the server."""
+    made = added("disks.py:Xor", "--size", "64K", "-o", "key=255", "--option", "keep=kept")
+    with open(made["path"], "r+b") as disk:
+        disk.write(b"\x0f" * 4096)
+    assert run_here("stop", str(made["id"])).exit_code == 0
+    assert (place / "kept").read_bytes() == b"\xf0" * 4096 + bytes(60 * 1024)
+
+
+def test_a_file_by_its_path(place: Path) -> None:
+    (place / "disk.img").write_bytes(b"first block".ljust(1 * MIB, b"\0"))
+    made = added("file", "disk.img", "--read-only")
+    assert Path(made["path"]).read_bytes()[:11] == b"first block"
+    assert Path(f"/sys/class/block/ublkb{made['id']}/ro").read_text() == "1\n"
+    assert run_here("stop", str(made["id"])).exit_code == 0
+
+
+# ---- in use ----
+
+
+def test_force_flushes_a_mounted_disk(place: Path) -> None:
+    made = added("file", "disk.img", "--size", "16M")
+    mkfs(made["path"])
+    with mounted(made["path"], place / "mnt") as files:
+        (files / "kept").write_text("not synced by anybody else")
+        done = run_here("stop", str(made["id"]), "--force")
+        assert (done.exit_code, done.stderr) == (0, "")
+    assert left(place) == []
+    subprocess.run(["e2fsck", "-p", "disk.img"], check=False, timeout=60)  # replays the journal
+    shown = subprocess.run(
+        ["debugfs", "-R", "cat /kept", "disk.img"], capture_output=True, timeout=60, check=True
+    )
+    assert shown.stdout == b"not synced by anybody else"
+
+
+def test_a_mounted_partition_keeps_the_disk(place: Path) -> None:
+    table = bytearray(512)
+    struct.pack_into("<BBBBBBBBII", table, 446, 0, 0, 0, 0, 0x83, 0, 0, 0, 2048, 16384)
+    table[510:] = b"\x55\xaa"
+    (place / "disk.img").write_bytes(bytes(table).ljust(16 * MIB, b"\0"))
+    made = added("file", "disk.img")
+    part = f"{made['path']}p1"
+    until(Path(part).exists)
+    mkfs(part)
+    with mounted(part, place / "mnt") as files:
+        refused = run_here("stop", str(made["id"]))
+        assert refused.exit_code == ExitCode.BUSY
+        assert refused.stderr == f"pyublk: {part} is mounted at {files}\n"
+    assert run_here("stop", str(made["id"])).exit_code == 0
+
+
+def test_swap_and_loop_devices_keep_the_disk(place: Path) -> None:
+    path = added("ram", "--size", "16M")["path"]
+    subprocess.run(["mkswap", path], check=True, timeout=60, capture_output=True)
+    subprocess.run(["swapon", path], check=True, timeout=60)
+    try:
+        refused = run_here("del", path)
+        assert (refused.exit_code, refused.stderr) == (
+            ExitCode.BUSY,
+            f"pyublk: {path} is used as swap\n",
+        )
+    finally:
+        subprocess.run(["swapoff", path], check=True, timeout=60)
+    loop = subprocess.run(
+        ["losetup", "--find", "--show", path],
+        check=True,
+        timeout=60,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    try:
+        refused = run_here("stop", path)
+        assert refused.stderr == f"pyublk: {path} is behind {Path(loop).name}\n"
+    finally:
+        subprocess.run(["losetup", "-d", loop], check=True, timeout=60)
+    assert run_here("del", path).exit_code == 0
+
+
+# ---- several, and other people's ----
+
+
+def test_one_that_fails_does_not_keep_the_others() -> None:
+    first, second = added("null"), added("null")
+    done = run_here("stop", "99", str(first["id"]), second["path"], "--json")
+    assert done.exit_code == ExitCode.NO_DEVICE
+    assert json.loads(done.stdout) == {"done": [first["id"], second["id"]]}
+    assert done.stderr.startswith("pyublk: there is no device 99")
+
+
+def test_the_disk_of_another_program(serve: Serve) -> None:
+    disk = serve(Memory(1 * MIB))
+    [listed] = json.loads(run_here("list", "--json").stdout)
+    assert (listed["target"], listed["log"], listed["ours"]) == (None, None, True)
+    assert listed["server_pid"] == os.getpid()
+    assert run_here("stop", str(disk.id)).exit_code == 0
+    assert disk.wait(10), "the program is told that its disk was stopped"
+
+
+# ---- failures leave nothing ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (["nul"], ExitCode.USAGE, "there is no target 'nul' (did you mean 'null'?)"),
+        (["disks.py:NoRead"], ExitCode.USAGE, "NoRead has no read method"),
+        (["null", "-o", "colour=red"], ExitCode.USAGE, "Null has no option 'colour'"),
+        (["null", "--id", "9999999"], ExitCode.USAGE, "device id must be 0 to 1048575"),
+        (["file", "missing.img"], ExitCode.FAILED, "missing.img does not exist"),
+        (["null", "--queues", "4000"], ExitCode.FAILED, "asked for 4000"),
+        (["disks.py:FailsToOpen"], ExitCode.PERMISSION, "the vault is closed"),
+        (["disks.py:Raises"], ExitCode.FAILED, "the first block of /dev/ublkb"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_an_add_that_fails(
+    arguments: list[str], code: ExitCode, sentence: str, place: Path
+) -> None:
+    done = run_here("add", *arguments)
+    assert (done.exit_code, done.stdout) == (code, "")
+    first, *notes = done.stderr.splitlines()
+    assert first.startswith("pyublk: ")
+    assert sentence in first
+    assert left(place) == []
+    if arguments == ["disks.py:Raises"]:
+        assert "  KeyError: 'lost'" in notes, "the log tells why, and it is gone"
+
+
+def test_an_id_in_use(place: Path) -> None:
+    made = added("null")
+    refused = run_here("add", "null", "--id", str(made["id"]))
+    assert refused.exit_code == ExitCode.BUSY
+    assert "the id is in use" in refused.stderr
+    assert left(place) == [f"{made['id']}.json", f"{made['id']}.log"]
+    assert run_here("stop", str(made["id"])).exit_code == 0
+
+
+def test_a_device_that_does_not_exist() -> None:
+    done = run("info", "0")
+    assert done.returncode == ExitCode.NO_DEVICE
+    assert done.stderr == "pyublk: there is no device 0, nor any other\n"
+
+
+def test_ctrl_c_while_add_waits_leaves_nothing(place: Path) -> None:
+    """The target hangs in the first read, which comes while the disk is being started."""
+    os.mkfifo("told")
+    with subprocess.Popen(
+        [*COMMAND, "add", "disks.py:HangsAt", "-o", "place=0", "-o", "told=told"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as waiting:
+        assert Path("told").read_text() == "hanging"
+        waiting.send_signal(signal.SIGINT)
+        out, err = waiting.communicate(timeout=90)
+    assert (waiting.returncode, out, err) == (ExitCode.INTERRUPTED, "", "pyublk: interrupted\n")
+    assert left(place) == []
+
+
+# ---- foreground ----
+
+
+def test_foreground_until_ctrl_c(place: Path) -> None:
+    with subprocess.Popen(
+        [*COMMAND, "add", "ram", "--size", "1M", "--foreground"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as serving:
+        assert serving.stdout is not None
+        path = serving.stdout.readline().strip()
+        [listed] = json.loads(run_here("list", "--json").stdout)
+        assert (listed["path"], listed["target"], listed["server_pid"], listed["log"]) == (
+            path,
+            "ram",
+            serving.pid,
+            None,
+        )
+        assert Path(path).read_bytes() == bytes(1 * MIB)
+        serving.send_signal(signal.SIGINT)
+        out, err = serving.communicate(timeout=60)
+    assert (serving.returncode, out) == (0, "")
+    words = err.split()
+    assert words[0] == "pyublk:"
+    assert int(words[1]) >= 2
+    assert words[2:4] == ["requests", "served"]
+    assert err.endswith("0 failed\n")
+    assert left(place) == []
+
+
+def test_foreground_is_stopped_by_stop(place: Path) -> None:
+    with subprocess.Popen(
+        [*COMMAND, "add", "null", "--foreground", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as serving:
+        assert serving.stdout is not None
+        made = json.loads(serving.stdout.readline())
+        assert run_here("stop", made["path"]).exit_code == 0
+        out, _ = serving.communicate(timeout=60)
+    assert serving.returncode == 0
+    assert json.loads(out).keys() == {"requests", "seconds"}
+    assert left(place) == []
+
+
+# ---- servers that hang, and servers that are killed ----
+
+
+@contextmanager
+def hanging_read(place: Path) -> Iterator[tuple[dict[str, Any], "subprocess.Popen[bytes]"]]:
+    """A disk of whose requests one is never answered, and the client that waits for it."""
+    os.mkfifo(place / "told")
+    offset = 512 * 1024  # no partition scan looks there
+    made = added("disks.py:HangsAt", "-o", f"place={offset}", "-o", "told=told")
+    with subprocess.Popen(
+        [
+            "dd",
+            f"if={made['path']}",
+            "of=/dev/null",
+            "iflag=direct",
+            "bs=4k",
+            "skip=128",
+            "count=1",
+        ],
+        stderr=subprocess.DEVNULL,
+    ) as client:
+        assert (place / "told").read_text() == "hanging"
+        yield made, client
+        assert client.wait(60) != 0, "the read that was given up fails"
+
+
+def test_a_handler_that_hangs_is_given_up_by_its_server(place: Path) -> None:
+    with hanging_read(place) as (made, _):
+        done = run_here("stop", made["path"])
+    assert done.exit_code == ExitCode.FAILED
+    log = Path(made["log"])
+    assert done.stderr == (
+        f"pyublk: {made['path']} is gone, but its server ended with an error: see {log}\n"
+    )
+    assert "HandlerTimeout" in log.read_text()
+    assert left(place) == [log.name]
+
+
+def test_a_server_that_hangs_is_killed_after_the_timeout(place: Path) -> None:
+    with hanging_read(place) as (made, _), process(made["server_pid"]) as server:
+        done = run_here("stop", made["path"], "--timeout", "1")
+        assert server.wait(0)
+    assert done.exit_code == ExitCode.TIMEOUT
+    assert "did not end within 1 s and was killed" in done.stderr
+    assert not Path(made["path"]).exists()
+    assert left(place) == [Path(made["log"]).name]
+
+
+def test_a_killed_server_leaves_no_device(place: Path) -> None:
+    made = added("null")
+    with process(made["server_pid"]) as server:
+        server.send(signal.SIGKILL)
+        assert server.wait(10)
+    until(lambda: not Path(f"/sys/class/ublk-char/ublkc{made['id']}").exists())
+    assert run_here("list").stderr == "pyublk: there are no disks\n"
+    checks = json.loads(run_here("doctor", "--json").stdout)["checks"]
+    assert [c["status"] for c in checks if c["name"] == "records"] == ["warning"] * 2
+    done = run_here("doctor", "--repair", "--json")
+    assert done.exit_code == 0
+    assert len(json.loads(done.stdout)["repaired"]) == 2
+    assert left(place) == []
+
+
+def test_the_doctor_deletes_an_orphan(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both the server and its guardian are killed."""
+    monkeypatch.setattr(doctor, "_STARTING", 0.0)
+    made = added("null")
+    children = Path(f"/proc/{made['server_pid']}/task/{made['server_pid']}/children")
+    guardians = [
+        int(pid)
+        for pid in children.read_text().split()
+        if Path(f"/proc/{pid}/comm").read_text() == "pyublk-guard\n"
+    ]
+    assert len(guardians) == 1
+    for pid in (*guardians, made["server_pid"]):
+        with process(pid) as victim:
+            victim.send(signal.SIGKILL)
+            assert victim.wait(10)
+    with pyublk.Controller() as controller:
+        controller.wait_for_status(made["id"], DeviceStatus.DEAD, timeout=45)
+    found = json.loads(run_here("doctor", "--json").stdout)["checks"]
+    assert [c["finding"] for c in found if c["name"] == "devices"] == [
+        f"device {made['id']} is an orphan: its server is gone"
+    ]
+    done = run_here("doctor", "--repair")
+    assert done.exit_code == 0
+    assert f"pyublk: device {made['id']} was deleted\n" in done.stderr
+    with pyublk.Controller() as controller:
+        assert controller.devices() == []
+    assert left(place) == []
+
+
+def test_stop_deletes_an_orphan_of_ours(place: Path) -> None:
+    made = added("null")
+    children = Path(f"/proc/{made['server_pid']}/task/{made['server_pid']}/children")
+    for pid in (*map(int, children.read_text().split()), made["server_pid"]):
+        with process(pid) as victim:
+            victim.send(signal.SIGKILL)
+            assert victim.wait(10)
+    with pyublk.Controller() as controller:
+        controller.wait_for_status(made["id"], DeviceStatus.DEAD, timeout=45)
+    assert run_here("stop", str(made["id"])).exit_code == 0
+    assert run_here("list").stderr == "pyublk: there are no disks\n"
+
+
+# ---- looking at the machine ----
+
+
+def test_features() -> None:
+    told = json.loads(run("features", "--json").stdout)
+    assert told["kernel"] == os.uname().release
+    by_name = {feature["name"]: feature for feature in told["features"]}
+    assert by_name["CMD_IOCTL_ENCODE"]["available"]
+    assert by_name["CMD_IOCTL_ENCODE"]["reason"] is None
+    missing = by_name["UNPRIVILEGED_DEV"]
+    assert not missing["available"]
+    assert "CAP_SYS_ADMIN" in missing["reason"]
+    table = run_here("features").stdout
+    assert all(name in table for name in by_name)
+
+
+def test_the_doctor_finds_nothing_that_prevents_disks() -> None:
+    done = run_here("doctor", "--json")
+    assert done.exit_code == 0
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    for name in ("driver", "control node", "io_uring", "devices"):
+        assert checks[name]["status"] == "ok"

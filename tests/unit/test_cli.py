@@ -1,0 +1,303 @@
+"""The command line as far as it goes without a driver: parsing, messages, exit codes, JSON."""
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from pyublk import errors
+from pyublk.cli import _COMMANDS, main
+from pyublk.cli.failures import ExitCode, Failure, NoDevice, NoDriver, exit_code
+from pyublk.service.reports import TargetFailed
+from pyublk.uapi import ControlCommand
+
+COMMANDS = sorted(_COMMANDS)
+
+
+@pytest.fixture(autouse=True)
+def no_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without the driver, whatever this one has."""
+    monkeypatch.setattr("pyublk.control.CONTROL_NODE", str(tmp_path / "no-control"))
+    monkeypatch.setenv("PYUBLK_RUN_DIR", str(tmp_path / "run"))
+
+
+def run(*arguments: str, env: dict[str, str] | None = None) -> Result:
+    return CliRunner(env=env).invoke(main, arguments, prog_name="pyublk")
+
+
+# ---- help ----
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str) -> None:
+    result = run(name, "--help")
+    assert result.exit_code == 0
+    assert result.output.startswith(f"Usage: pyublk {name} ")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_has_help(name: str) -> None:
+    command = main.get_command(click.Context(main), name)
+    assert command is not None
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help, parameter.name
+
+
+def test_the_groups_help_names_every_command() -> None:
+    output = run("--help").output
+    for name, (_, what) in _COMMANDS.items():
+        assert name in output
+        assert what in output
+
+
+def test_the_groups_help_imports_no_command() -> None:
+    program = (
+        "import sys; from pyublk.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(*(m for m in sys.modules if m.startswith(('pyublk.vm', 'pyublk.cli.', 'rich'))))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.splitlines()[-1].split() == ["pyublk.cli.failures"]
+
+
+def test_version() -> None:
+    assert run("--version").output == "pyublk, version 0.1.0\n"
+
+
+def test_python_m_pyublk_is_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pyublk", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert done.stdout == run("--help").output
+
+
+# ---- wrong usage: 2 ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["lst"], "No such command 'lst'. Did you mean 'list'?"),
+        (["frobnicate"], "No such command 'frobnicate'."),
+        (["list", "--jsn"], "--json"),
+        (["add"], "Missing argument 'TARGET'"),
+        (["add", "null", "--size", "1X"], "'1X' is no size: write bytes, or a number with a unit"),
+        (["add", "null", "--depth", "0"], "0 is not in the range 1<=x<=4096"),
+        (["add", "null", "--queues", "none"], "'none' is not a valid integer"),
+        (["add", "null", "-o", "size"], "'size' is no KEY=VALUE"),
+        (["add", "null", "-o", "=1"], "'=1' is no KEY=VALUE"),
+        (["stop"], "Missing argument 'ID...'"),
+        (["stop", "sda"], "'sda' is no device: give an id, /dev/ublkbN or `all`"),
+        (["info", "all"], "'all' is no device: give an id, /dev/ublkbN\n"),
+        (["stop", "0", "--timeout", "0"], "0.0 is not in the range x>=0.1"),
+        (["completion", "tcsh"], "'tcsh' is not one of 'bash', 'zsh', 'fish'"),
+    ],
+)
+def test_wrong_usage(arguments: list[str], words: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == ExitCode.USAGE
+    assert words in result.stderr
+    assert result.stdout == ""
+
+
+# ---- no driver: 3 ----
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["add", "null"],
+        ["add", "null", "--foreground"],
+        ["list"],
+        ["list", "--json"],
+        ["info", "0"],
+        ["stop", "all"],
+        ["del", "/dev/ublkb0"],
+        ["features"],
+    ],
+    ids=" ".join,
+)
+def test_no_driver(arguments: list[str], tmp_path: Path) -> None:
+    result = run(*arguments)
+    assert result.exit_code == ExitCode.NO_DRIVER
+    assert result.stdout == ""
+    first, *rest = result.stderr.splitlines()
+    assert first.startswith("pyublk: /dev/ublk-control does not exist: the ublk driver is not load")
+    assert any(line.startswith("  What to do: ") for line in rest)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_traceback_is_shown_when_asked_for() -> None:
+    assert "Traceback" not in run("list").stderr
+    for shown in (run("--traceback", "list"), run("list", env={"PYUBLK_TRACEBACK": "1"})):
+        assert shown.exit_code == ExitCode.NO_DRIVER
+        assert "Traceback (most recent call last)" in shown.stderr
+        assert "pyublk: /dev/ublk-control does not exist" in shown.stderr
+
+
+# ---- the kinds of failure ----
+
+
+def timed_out() -> OSError:
+    return errors.command_error(ControlCommand.STOP_DEV, errno.ETIMEDOUT, device=1)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (RuntimeError("a bug"), ExitCode.FAILED),
+        (TargetFailed("KeyError: 1"), ExitCode.FAILED),
+        (OSError(errno.EIO, "I/O error"), ExitCode.FAILED),
+        (FileNotFoundError(errno.ENOENT, "No such file"), ExitCode.FAILED),
+        (ValueError("size is 5"), ExitCode.USAGE),
+        (errors.InvalidTarget("X has no read"), ExitCode.USAGE),
+        (NoDriver("no driver"), ExitCode.NO_DRIVER),
+        (errors.control_missing_error(errno.EACCES), ExitCode.PERMISSION),
+        (errors.io_uring_error(errno.EPERM), ExitCode.PERMISSION),
+        (NoDevice("no device 7"), ExitCode.NO_DEVICE),
+        (
+            errors.command_error(ControlCommand.STOP_DEV, errno.ENODEV, device=1),
+            ExitCode.NO_DEVICE,
+        ),
+        (errors.DeviceBusy("mounted"), ExitCode.BUSY),
+        (errors.command_error(ControlCommand.ADD_DEV, errno.EEXIST, device=1), ExitCode.BUSY),
+        (
+            errors.command_error(ControlCommand.TRY_STOP_DEV, errno.EBUSY, device=1),
+            ExitCode.BUSY,
+        ),
+        (timed_out(), ExitCode.TIMEOUT),
+        (errors.HandlerTimeout("it hangs"), ExitCode.TIMEOUT),
+    ],
+)
+def test_each_kind_of_failure_has_its_code(error: Exception, code: ExitCode) -> None:
+    assert exit_code(error) == code
+
+
+def test_a_failure_is_a_sentence_and_its_notes(capsys: pytest.CaptureFixture[str]) -> None:
+    Failure(timed_out()).show()
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines()[0].startswith("pyublk: STOP_DEV on device 1: ")
+    assert err.splitlines()[1].startswith("  Whose doing: ")
+    assert err.splitlines()[2].startswith("  What to do: ")
+    assert "Errno" not in err
+
+
+def test_an_unforeseen_failure_says_how_to_see_more(capsys: pytest.CaptureFixture[str]) -> None:
+    Failure(RuntimeError("a bug")).show()
+    assert capsys.readouterr().err == (
+        "pyublk: RuntimeError: a bug (pyublk --traceback ... shows where)\n"
+    )
+
+
+def test_every_code_is_in_the_documentation() -> None:
+    page = (Path(__file__).parents[2] / "docs/cli.md").read_text()
+    for code in ExitCode:
+        assert f"| {code.value} |" in page
+
+
+# ---- doctor ----
+
+
+def test_the_doctors_json_is_all_that_is_printed() -> None:
+    result = run("doctor", "--json")
+    told = json.loads(result.stdout)
+    assert result.stderr == ""
+    assert told["repaired"] == []
+    checks = {check["name"]: check for check in told["checks"]}
+    assert checks["control node"]["status"] == "failed"
+    assert checks["control node"]["remedy"].startswith("try `modprobe ublk_drv`")
+    assert checks["io_uring"]["status"] == "ok"
+    assert result.exit_code == ExitCode.FAILED
+
+
+def test_the_doctors_table() -> None:
+    result = run("doctor")
+    lines = result.stdout.splitlines()
+    assert lines[0].split() == ["CHECK", "STATUS", "FINDING", "WHAT", "TO", "DO"]
+    assert any(line.startswith("control node") and "failed" in line for line in lines)
+    assert all(line == line.rstrip() for line in lines)
+
+
+def test_a_table_on_a_terminal_is_folded_to_its_width() -> None:
+    ours, theirs = os.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-m", "pyublk", "doctor"],
+        stdout=theirs,
+        env=os.environ | {"COLUMNS": "60", "TERM": "xterm"},
+    ) as command:
+        os.close(theirs)
+        shown = b""
+        with suppress(OSError), open(ours, "rb", buffering=0) as terminal:  # EIO at its end
+            while some := terminal.read(4096):
+                shown += some
+    assert command.wait() in (ExitCode.OK, ExitCode.FAILED)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", shown.decode()).splitlines()
+    assert lines[0].split()[:2] == ["CHECK", "STATUS"]
+    assert b"\x1b[1mCHECK" in shown, "the head is bold"
+    assert max(map(len, lines)) <= 60
+
+
+# ---- completion ----
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_scripts_call_the_command_back(shell: str) -> None:
+    result = run("completion", shell)
+    assert result.exit_code == 0
+    assert "_PYUBLK_COMPLETE" in result.stdout
+    assert f"{shell}_complete" in result.stdout
+
+
+def test_bash_takes_the_script() -> None:
+    script = run("completion", "bash").stdout
+    done = subprocess.run(
+        ["bash", "-c", f"{script}\ncomplete -p pyublk"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout.split()[-3:] == ["-F", "_pyublk_completion", "pyublk"]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("pyublk st", {"stop"}),
+        ("pyublk add n", {"null"}),
+        ("pyublk add null --que", {"--queues"}),
+        ("pyublk completion ", {"bash", "zsh", "fish"}),
+        ("pyublk stop a", {"all"}),
+        ("pyublk info a", set()),
+    ],
+)
+def test_words_are_completed(line: str, expected: set[str]) -> None:
+    assert {entry.partition(",")[2] for entry in completions(line)} == expected
+
+
+def test_a_file_may_follow_where_no_target_fits() -> None:
+    assert completions("pyublk add my") == ["file,my"]
+
+
+def completions(line: str) -> list[str]:
+    """What bash is told at the end of `line`: kinds and words."""
+    place = len(line.split(" ")) - 1
+    env = {"_PYUBLK_COMPLETE": "bash_complete", "COMP_WORDS": line, "COMP_CWORD": str(place)}
+    return [entry for entry in run(env=env).stdout.splitlines() if entry]
