@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: MIT
+"""Who is measured: how to start each one's disk, and how to take it away again.
+
+All are set up alike: so many queues, depth 128, the scheduler the kernel gives them. Those of
+kind "null" move no bytes of their own; those of kind "bytes" keep 64 MiB in the machine's memory.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from . import programs
+from .programs import Unavailable
+
+NULL_SIZE = 250 << 30
+BYTES_SIZE = 64 << 20
+DEPTH = 128
+
+_ROOT = Path(__file__).parent.parent
+_NULL_BLK = Path("/sys/kernel/config/nullb")
+_PATIENCE = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a contender may use: `directory` is on tmpfs, `kublk` a program or None."""
+
+    queues: int
+    directory: Path
+    kublk: str | None
+
+    def file(self, name: str) -> Path:
+        """A new file of `BYTES_SIZE`, all of it written."""
+        path = self.directory / name
+        path.write_bytes(bytes(BYTES_SIZE))
+        return path
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A disk that is served: its path, and the process that serves it if there is one."""
+
+    path: str
+    server: int | None
+
+
+Kind = Literal["null", "bytes"]
+Start = Callable[[Setting, ExitStack], Disk]
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """One who is measured. `start` raises `programs.Unavailable` where it cannot take part."""
+
+    name: str
+    kind: Kind
+    start: Start
+
+
+#: Those the others of their kind are compared with: the limit, kublk, our own native target.
+REFERENCES: dict[Kind, tuple[str, str, str]] = {
+    "null": ("null_blk", "kublk", "pyublk-null"),
+    "bytes": ("null_blk-memory", "kublk-loop", "pyublk-ram"),
+}
+
+
+def _wait_for(path: str, condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + _PATIENCE
+    while not condition():
+        if time.monotonic() > until:
+            raise Unavailable(f"{path} was not there within {_PATIENCE:g} s")
+        time.sleep(0.02)
+
+
+def _null_blk(setting: Setting, stack: ExitStack, *, memory: bool) -> Disk:
+    programs.load_module("null_blk", "nr_devices=0")
+    if not _NULL_BLK.is_dir():
+        mount = programs.find("mount", "mount")
+        programs.run(mount, "-t", "configfs", "none", str(_NULL_BLK.parent))
+    name = "pyublk_bench_memory" if memory else "pyublk_bench"
+    place = _NULL_BLK / name
+    place.mkdir()
+    stack.callback(place.rmdir)
+    size = BYTES_SIZE if memory else NULL_SIZE
+    attributes = {
+        "size": size >> 20,
+        "submit_queues": setting.queues,
+        "hw_queue_depth": DEPTH,
+        "memory_backed": int(memory),
+    }
+    for attribute, value in attributes.items():
+        (place / attribute).write_text(str(value))
+    (place / "power").write_text("1")
+    stack.callback((place / "power").write_text, "0")
+    # Older kernels number these disks, whatever they are called.
+    index = (place / "index").read_text().strip()
+    for path in (f"/dev/{name}", f"/dev/nullb{index}"):
+        if os.path.exists(path):
+            return Disk(path, None)
+    raise Unavailable("the kernel made a null_blk disk without a node in /dev")
+
+
+def _run_at_the_end(stack: ExitStack, *line: str) -> None:
+    """Take a disk away; that it went by itself must not cost what was measured before."""
+    stack.callback(subprocess.run, line, capture_output=True, timeout=60, check=False)
+
+
+def _loop(setting: Setting, stack: ExitStack) -> Disk:
+    programs.load_module("loop")
+    losetup = programs.find("losetup", "mount")
+    file = str(setting.file("loop"))
+    path = programs.run(losetup, "--direct-io=on", "--find", "--show", file).strip()
+    _run_at_the_end(stack, losetup, "-d", path)
+    return Disk(path, None)
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    process.terminate()
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _free_nbd() -> str:
+    for number in range(16):
+        state = Path(f"/sys/block/nbd{number}")
+        if state.is_dir() and not (state / "pid").exists():
+            return f"/dev/nbd{number}"
+    raise Unavailable("every nbd device is in use")
+
+
+def _nbdkit(setting: Setting, stack: ExitStack, *, plugin: list[str], name: str) -> Disk:
+    nbdkit = programs.find("nbdkit", "nbdkit")
+    client = programs.find("nbd-client", "nbd-client")
+    programs.load_module("nbd")
+    socket = str(setting.directory / f"{name}.socket")
+    server = stack.enter_context(
+        subprocess.Popen(
+            [nbdkit, "--foreground", "--unix", socket, *plugin],
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    )
+    stack.callback(_end, server)
+    _wait_for(socket, lambda: os.path.exists(socket) or server.poll() is not None)
+    if server.poll() is not None and server.stderr is not None:
+        raise Unavailable(f"nbdkit ended: {server.stderr.read().strip() or server.returncode}")
+    path = _free_nbd()
+    programs.run(client, "-unix", socket, path, "-connections", str(setting.queues))
+    _run_at_the_end(stack, client, "-d", path)
+    return Disk(path, server.pid)
+
+
+def _kublk(setting: Setting, stack: ExitStack, *, arguments: list[str], file: str = "") -> Disk:
+    if setting.kublk is None:
+        raise Unavailable("kublk takes part only when asked for (--kublk)")
+    programs.load_module("ublk_drv")
+    line = [setting.kublk, "add", "-q", str(setting.queues), "-d", str(DEPTH), *arguments]
+    line += ["-t", "loop", str(setting.file(file))] if file else ["-t", "null"]
+    words = programs.run(*line)
+    found = re.search(r"dev id (\d+):.*?daemon pid (\d+)", words, re.DOTALL)
+    if found is None:
+        raise Unavailable(f"kublk said no device: {words.strip() or 'nothing'}")
+    _run_at_the_end(stack, setting.kublk, "del", "-n", found[1])
+    return Disk(f"/dev/ublkb{found[1]}", int(found[2]))
+
+
+def _pyublk(setting: Setting, stack: ExitStack, *, target: str, file: str = "") -> Disk:
+    programs.load_module("ublk_drv")
+    line = [sys.executable, "-m", "benchmarks.server", target, "--queues", str(setting.queues)]
+    size = BYTES_SIZE if target in ("ram", "file") else NULL_SIZE
+    line += ["--depth", str(DEPTH), "--size", str(size)]
+    if file:
+        line += ["--file", str(setting.file(file))]
+    server = stack.enter_context(
+        subprocess.Popen(
+            line,
+            cwd=_ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    )
+    stack.callback(_end, server)
+    assert server.stdout is not None
+    assert server.stderr is not None
+    path = server.stdout.readline().strip()
+    if not path:
+        words = server.stderr.read().strip().splitlines()
+        raise Unavailable(words[-1] if words else "the server ended without a word")
+    return Disk(path, server.pid)
+
+
+def _all() -> list[Contender]:
+    plugin = str(Path(__file__).with_name("nbdkit_null.py"))
+    null: dict[str, Start] = {
+        "null_blk": partial(_null_blk, memory=False),
+        "nbdkit-null": partial(_nbdkit, plugin=["null", f"size={NULL_SIZE}"], name="null"),
+        "nbdkit-python": partial(_nbdkit, plugin=["python", plugin], name="python"),
+        "kublk": partial(_kublk, arguments=[]),
+        "kublk-zero-copy": partial(_kublk, arguments=["-z"]),
+        "kublk-auto-buffer": partial(_kublk, arguments=["--auto_zc"]),
+        "kublk-batch": partial(_kublk, arguments=["--batch"]),
+        "kublk-batch-auto-buffer": partial(_kublk, arguments=["--batch", "--auto_zc"]),
+        **{
+            f"pyublk-{target}": partial(_pyublk, target=target)
+            for target in ("null", "handle", "handle-fields", "methods", "async")
+        },
+    }
+    files: dict[str, Start] = {
+        "null_blk-memory": partial(_null_blk, memory=True),
+        "loop": _loop,
+        "kublk-loop": partial(_kublk, arguments=[], file="kublk"),
+        "kublk-loop-zero-copy": partial(_kublk, arguments=["-z"], file="kublk-zero-copy"),
+        "pyublk-ram": partial(_pyublk, target="ram"),
+        "pyublk-file": partial(_pyublk, target="file", file="pyublk"),
+    }
+    return [
+        *(Contender(name, "null", start) for name, start in null.items()),
+        *(Contender(name, "bytes", start) for name, start in files.items()),
+    ]
+
+
+CONTENDERS = {contender.name: contender for contender in _all()}

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: MIT
+"""Results as tables with ratios, and what is wanted of them."""
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from .contenders import CONTENDERS, REFERENCES
+from .jobs import JOBS
+from .plan import Measurement, Results
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One contender in one job: medians over the repeats.
+
+    Attributes:
+        spread: difference between the fastest and the slowest repeat, as a part of `iops`.
+        ratios: its `iops` in relation to the references of its kind (limit, kublk, ours); None
+            where the reference was not measured.
+    """
+
+    contender: str
+    iops: float
+    bandwidth: float
+    latency_median: float
+    latency_p99: float
+    server_cpu: float | None
+    spread: float
+    ratios: tuple[float | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """In counting mode, 4k random reads: `contender` at least `ratio` of `reference`."""
+
+    contender: str
+    reference: str
+    ratio: float
+
+
+WANTED = (
+    Wanted("pyublk-null", "kublk", 1.00),
+    Wanted("pyublk-handle", "pyublk-null", 0.94),
+    Wanted("pyublk-handle-fields", "pyublk-null", 0.85),
+)
+
+
+def _taken(results: Results, job: str, contender: str) -> list[Measurement]:
+    return [
+        one for one in results.measurements if one.job == job and one.contender == contender
+    ]
+
+
+def _median_iops(results: Results, job: str, contender: str) -> float | None:
+    rates = [one.iops for one in _taken(results, job, contender)]
+    return statistics.median(rates) if rates else None
+
+
+def ratio(results: Results, job: str, contender: str, reference: str) -> float | None:
+    """Requests a second of one in relation to another, or None when one was not measured."""
+    own, other = (_median_iops(results, job, name) for name in (contender, reference))
+    return own / other if own and other else None
+
+
+def rows(results: Results, job: str) -> list[Row]:
+    """A job's rows, in the order of the plan."""
+    return [
+        _row(results, job, name, taken)
+        for name in results.plan.contenders
+        if (taken := _taken(results, job, name))
+    ]
+
+
+def _row(results: Results, job: str, name: str, taken: list[Measurement]) -> Row:
+    rates = [one.iops for one in taken]
+    iops = statistics.median(rates)
+    cpu = [one.server_cpu for one in taken if one.server_cpu is not None]
+    return Row(
+        contender=name,
+        iops=iops,
+        bandwidth=statistics.median(one.bandwidth for one in taken),
+        latency_median=statistics.median(one.latency_median for one in taken),
+        latency_p99=statistics.median(one.latency_p99 for one in taken),
+        server_cpu=statistics.median(cpu) if cpu else None,
+        spread=(max(rates) - min(rates)) / iops,
+        ratios=tuple(
+            ratio(results, job, name, reference)
+            for reference in REFERENCES[CONTENDERS[name].kind]
+        ),
+    )
+
+
+def _microseconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds * 1e6:,.2f}"
+
+
+def _cells(row: Row) -> Iterable[str]:
+    yield row.contender
+    yield f"{row.iops:,.0f}"
+    yield f"{row.bandwidth / (1 << 20):,.0f}"
+    for value in row.ratios:
+        yield "" if value is None else f"{value:.3f}"
+    yield _microseconds(row.latency_median)
+    yield _microseconds(row.latency_p99)
+    yield _microseconds(row.server_cpu)
+    yield f"{row.spread:.1%}"
+
+
+def table(results: Results, job: str) -> Table:
+    """One job's table: null targets first, then those that keep bytes."""
+    drawn = Table(title=JOBS[job].title, title_justify="left")
+    drawn.add_column("contender")
+    headings = ("IOPS", "MiB/s", "/ limit", "/ kublk", "/ ours", "p50 µs", "p99 µs", "CPU µs", "±")
+    for heading in headings:
+        drawn.add_column(heading, justify="right")
+    previous = None
+    for row in rows(results, job):
+        kind = CONTENDERS[row.contender].kind
+        if previous not in (None, kind):
+            drawn.add_section()
+        previous = kind
+        drawn.add_row(*_cells(row))
+    return drawn
+
+
+def verdicts(results: Results) -> list[tuple[Wanted, float]]:
+    """What is wanted and was measured, with the ratio found; nothing when time was real."""
+    if not results.counting:
+        return []
+    found = [
+        (wanted, ratio(results, "randread", wanted.contender, wanted.reference))
+        for wanted in WANTED
+    ]
+    return [(wanted, value) for wanted, value in found if value is not None]
+
+
+def show(results: Results, console: Console) -> bool:
+    """Print everything; returns whether all that is wanted was reached."""
+    clock = "instructions counted as nanoseconds" if results.counting else "real time"
+    console.print(
+        f"{results.date}, Linux {results.kernel}, {results.processor}, {clock}; "
+        f"{results.plan.repeats} × {results.plan.runtime:g} s each, {results.plan.queues} queue(s)"
+    )
+    for job in results.plan.jobs:
+        console.print(table(results, job))
+    limits, servers, ours = zip(*REFERENCES.values(), strict=True)
+    console.print(
+        f"limit: {limits[0]} ({limits[1]} for those with bytes); kublk: {servers[0]} "
+        f"({servers[1]}); ours: {ours[0]} ({ours[1]}). CPU: the server's threads, for each request."
+    )
+    for name, reason in results.missing.items():
+        console.print(f"not measured: {name}: {reason}")
+    passed = True
+    for wanted, value in verdicts(results):
+        reached = value >= wanted.ratio
+        passed = passed and reached
+        console.print(
+            f"{'reached' if reached else 'MISSED'}: {wanted.contender} is {value:.3f} of "
+            f"{wanted.reference}, wanted {wanted.ratio:.2f}"
+        )
+    return passed
