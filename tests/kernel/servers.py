@@ -1,0 +1,160 @@
+"""Disks served by a process of their own, which a test may signal and kill."""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import pytest
+
+import pyublk
+
+HERE = Path(__file__).parent
+
+#: What every program starts with; `memory` and the other modules of this folder are importable.
+PRELUDE = f"""
+import os
+import signal
+import sys
+import threading
+import time
+sys.path.insert(0, {str(HERE)!r})
+import pyublk
+from memory import Memory
+
+MIB = 1 << 20
+
+def tell(*words):
+    print(*words, flush=True)
+"""
+
+
+def until(true: Callable[[], object], timeout: float = 20.0, what: str = "") -> None:
+    """Waits until `true()` is so; fails after `timeout` seconds."""
+    end = time.monotonic() + timeout
+    pause = 0.001
+    while not true():
+        if time.monotonic() > end:
+            pytest.fail(f"not within {timeout:g} s: {what or true}")
+        time.sleep(pause)
+        pause = min(pause * 2, 0.05)
+
+
+class Server:
+    """A Python program that talks by lines: `line()` is what it told, `say()` what it is told.
+
+    When the `with` block ends it is killed, if it still runs, and so are its children.
+    """
+
+    def __init__(self, program: str, *arguments: object) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", PRELUDE + program, *map(str, arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+        )
+        self._unread = b""
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.process.kill()
+        try:
+            self.process.wait(20)
+        finally:
+            for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
+                if pipe is not None:
+                    pipe.close()
+
+    def line(self, timeout: float = 40.0) -> str:
+        """The next line it prints; fails when none comes."""
+        assert self.process.stdout is not None
+        end = time.monotonic() + timeout
+        while b"\n" not in self._unread:
+            left = max(0.0, end - time.monotonic())
+            if not select.select([self.process.stdout], [], [], left)[0]:
+                pytest.fail(f"the program said nothing for {timeout:g} s")
+            more = os.read(self.process.stdout.fileno(), 65536)
+            if not more:
+                self.process.wait(20)
+                pytest.fail(f"the program ended with {self.process.returncode}: {self.errors()}")
+            self._unread += more
+        line, self._unread = self._unread.split(b"\n", 1)
+        return line.decode()
+
+    def say(self, line: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(line.encode() + b"\n")
+
+    def send(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def ended(self, timeout: float = 40.0) -> int:
+        """Its exit code, once it has ended; fails when it does not."""
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"the program still runs after {timeout:g} s: {self.stacks()}")
+
+    def errors(self) -> str:
+        """What it wrote to stderr; once it has ended."""
+        assert self.process.stderr is not None
+        return self.process.stderr.read().decode()
+
+    def stacks(self) -> str:
+        """Where its threads are in the kernel."""
+        found = []
+        for task in Path(f"/proc/{self.pid}/task").glob("*"):
+            for name in ("comm", "stack"):
+                try:
+                    found.append((task / name).read_text())
+                except OSError as error:
+                    found.append(f"{error}\n")
+        return "".join(found)
+
+
+def run_program(program: str, *arguments: object, timeout: float = 50) -> str:
+    """What a program printed that ended well; fails with what it said otherwise."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", PRELUDE + program, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    return done.stdout
+
+
+def device_is_gone(controller: pyublk.Controller, number: int) -> bool:
+    return not any(device.id == number for device in controller.devices())
+
+
+def sleeping_beyond_signals() -> list[str]:
+    """Processes in the state D, of which a hung disk makes some."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, _, rest = stat.read_text().rpartition(")")
+        except OSError:  # ended meanwhile
+            continue
+        if rest.split()[0] == "D":
+            found.append(name)
+    return found
