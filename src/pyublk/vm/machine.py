@@ -118,7 +118,7 @@ class Machine:
         *,
         cwd: str | os.PathLike[str] | None = None,
         env: Mapping[str, str] | None = None,
-        input: bytes | None = None,  # noqa: A002 -- as subprocess.run calls it
+        input: bytes | None = None,
         stdin: int | None = None,
         stdout: int | None = None,
         stderr: int | None = None,
