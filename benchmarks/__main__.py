@@ -65,9 +65,7 @@ def _plot(results: Results, directory: Path, console: Console) -> None:
 @click.option(
     "--runtime", type=click.FloatRange(0.1), help="Seconds of each run (10; 0.5 when counting)."
 )
-@click.option(
-    "--queues", type=click.IntRange(1), default=1, help="Queues, and fio processes (1)."
-)
+@click.option("--queues", type=click.IntRange(1), default=1, help="Queues, and fio processes (1).")
 @click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),

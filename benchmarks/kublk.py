@@ -53,9 +53,7 @@ class _Archive:
     def _ask(self, *arguments: str) -> list[str]:
         line = [programs.find("apt-cache", "apt"), *arguments]
         environment = {**os.environ, "APT_CONFIG": str(self._directory / "apt" / "apt.conf")}
-        done = subprocess.run(
-            line, env=environment, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
         return done.stdout.splitlines()
 
     def sources(self) -> list[str]:
@@ -135,9 +133,7 @@ def build(release: str) -> Path:
             fresh = scratch / "done"
             for path in (fresh, scratch / "tree"):
                 path.mkdir(mode=0o755)
-            version = _build(
-                _Archive(scratch), place.name, scratch / "tree", fresh / "kublk"
-            )
+            version = _build(_Archive(scratch), place.name, scratch / "tree", fresh / "kublk")
             (fresh / "version").write_text(version + "\n")
             fresh.rename(place)
     return place / "kublk"

@@ -2,6 +2,7 @@
 """Programs that a benchmark needs, found where administrators' programs are too."""
 
 import os
+import platform
 import shutil
 import subprocess
 
@@ -31,5 +32,12 @@ def run(*line: str) -> str:
 
 def load_module(name: str, *parameters: str) -> None:
     """Load a kernel module, unless it is there. Raises Unavailable when it is not to be had."""
-    if not os.path.isdir(f"/sys/module/{name}"):
+    if os.path.isdir(f"/sys/module/{name}"):
+        return
+    try:
         run(find("modprobe", "kmod"), name, *parameters)
+    except Unavailable as error:
+        raise Unavailable(
+            f"the kernel {platform.release()} does not load {name} ({error}); "
+            "the guest of --count-instructions does"
+        ) from None

@@ -50,9 +50,7 @@ WANTED = (
 
 
 def _taken(results: Results, job: str, contender: str) -> list[Measurement]:
-    return [
-        one for one in results.measurements if one.job == job and one.contender == contender
-    ]
+    return [one for one in results.measurements if one.job == job and one.contender == contender]
 
 
 def _median_iops(results: Results, job: str, contender: str) -> float | None:
@@ -88,8 +86,7 @@ def _row(results: Results, job: str, name: str, taken: list[Measurement]) -> Row
         server_cpu=statistics.median(cpu) if cpu else None,
         spread=(max(rates) - min(rates)) / iops,
         ratios=tuple(
-            ratio(results, job, name, reference)
-            for reference in REFERENCES[CONTENDERS[name].kind]
+            ratio(results, job, name, reference) for reference in REFERENCES[CONTENDERS[name].kind]
         ),
     )
 

@@ -24,6 +24,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "leaves_threads: a handler that hangs keeps its thread, also after the test"
+    )
+
+
 def pytest_report_header() -> list[str]:
     lines = [
         f"kernel: {os.uname().release}, {os.cpu_count()} CPUs, python {sys.version.split()[0]}"

@@ -164,6 +164,13 @@ def test_a_program_that_fails_is_named_with_its_last_words() -> None:
         programs.run("/bin/ls", "/no/such/place")
 
 
+def test_a_missing_module_is_named_with_the_way_out() -> None:
+    with pytest.raises(
+        programs.Unavailable, match=r"does not load no_such_module .* --count-instructions does"
+    ):
+        programs.load_module("no_such_module")
+
+
 @pytest.mark.parametrize(
     ("release", "series"),
     [("7.2.13+deb14-amd64", "7.2"), ("6.12.117-amd64", "6.12"), ("7.3", "7.3")],
