@@ -115,7 +115,7 @@ class Device:
         self._char_fd = -1
         self._opened = False
         self._pool: serving.WorkerPool | None = None
-        self._async_server: serving.AsyncServer | None = None
+        self._async_servers: list[serving.AsyncServer] = []
         self._servants: list[serving.Servant] = []
         self._final_stats: DeviceStats | None = None
         self._attention = threading.Event()  # a servant ended
@@ -244,9 +244,10 @@ class Device:
         handlers = Handlers(self.target, report)
         every_queue = list(range(info.queues))
         if on_this_loop:
-            self._async_server = serving.AsyncServer(handlers, report)
+            server = serving.AsyncServer(handlers, report)
+            self._async_servers.append(server)
             make_queues = partial(_make_queues, self._char_fd, info, every_queue)
-            self._servants = [serving.ServingLoop(make_queues, self._attention, self._async_server)]
+            self._servants = [serving.ServingLoop(make_queues, self._attention, server)]
             return
         one_thread = self._dispatch == "async" and self.target.concurrency == "serial"
         groups = [every_queue] if one_thread else [[queue] for queue in every_queue]
@@ -268,7 +269,7 @@ class Device:
         self, handlers: Handlers, report: FailureLog
     ) -> Callable[[list[Queue]], None]:
         """The dispatcher, bound to what it needs; must not hold this Device (see __del__)."""
-        target, pool = self.target, self._pool
+        target, pool, servers = self.target, self._pool, self._async_servers
         if isinstance(target, NativeTarget):
             handler, context = target.handler, target.context
             if not handler:
@@ -277,7 +278,7 @@ class Device:
                 )
             return lambda queues: queues[0].serve_native(handler, context)
         if self._dispatch == "async":
-            return lambda queues: serving.serve_on_own_loop(queues, handlers, report)
+            return lambda queues: serving.serve_on_own_loop(queues, handlers, report, servers)
         if pool is not None:
             return lambda queues: serving.serve_with_workers(queues[0], pool)
         several = self._device_info().queues > 1
@@ -364,7 +365,7 @@ class Device:
         HandlerTimeout tells where they hang. From a handler's own thread, the stop goes on in the
         background. Stopping twice is allowed; stopping a mounted disk takes it from its users.
         """
-        if threading.get_ident() in self._serving_threads():
+        if self._called_by_handler():
             threading.Thread(target=self.stop, args=(timeout,), name="ublk-stop").start()
             return
         with self._stop_lock:
@@ -379,9 +380,10 @@ class Device:
             finally:
                 self._release()
         if hung:
+            who = "a handler" if len(hung) == 1 else f"{len(hung)} handlers"
             error = errors.HandlerTimeout(
-                f"{len(hung)} handler thread(s) of {type(self.target).__name__} never returned: "
-                f"their requests were failed and {self.path} was deleted without them"
+                f"{who} of {type(self.target).__name__} never returned: every request it held was "
+                f"failed, and {self.path} was deleted"
             )
             for stack in hung:
                 error.add_note(stack)
@@ -417,46 +419,44 @@ class Device:
         return all(servant.ended.is_set() for servant in self._servants)
 
     def _progress_until(self, done: Callable[[], bool], patience: float) -> bool:
-        """Waits for `done` while requests keep coming; False after `patience` quiet seconds."""
+        """Waits for `done`; False after `patience` seconds in which requests were held and none
+        came, or after the deadline without any."""
         last = -1
-        until = 0.0
+        since = 0.0
         while not done():
             if (now := self.stats().total.requests) != last:
-                last, until = now, time.monotonic() + patience
-            if time.monotonic() > until:
+                last, since = now, time.monotonic()
+            held = any(servant.holds() for servant in self._servants)
+            if time.monotonic() - since > (patience if held else self._deadline):
                 return False
             time.sleep(0.005)
         return True
 
     def _give_up_hanging(self) -> list[str]:
         """Fails what handlers hold, then cuts off the threads that still do not return."""
-        frames = sys._current_frames()
-        stacks = {
-            ident: "".join(traceback.format_stack(frames[ident]))
-            for ident in self._serving_threads()
-            if ident in frames
-        }
-        if self._async_server is not None:
-            self._async_server.cancel_held()
+        servants = [servant for servant in self._servants if servant.holds()]
+        stacks = {servant: servant.stack() for servant in servants}
+        workers = [] if self._pool is None else self._pool.hanging()
+        coroutines = [stack for server in self._async_servers for stack in server.hanging()]
+        held = [
+            f"queue {queue.id} held {queue.held} request(s) that nobody completed"
+            for queue in self._queues()
+            if queue.held
+        ]
+        for server in self._async_servers:
+            server.cancel_held()
         for queue in self._queues():
             queue.fail_held()
         if self._progress_until(self._all_ended, 1.0):
-            names = [] if self._pool is None else self._pool.thread_ids
-            return [stack for ident, stack in stacks.items() if ident in names]
-        stuck = [servant for servant in self._servants if not servant.ended.is_set()]
-        for servant in stuck:
-            for queue in servant.queues:
-                queue.sever()
+            return workers + coroutines or held
+        for queue in self._queues():
+            queue.sever()
         self._close_char_device()
-        return [stacks.get(ident, "(no Python frame)") for one in stuck for ident in one.thread_ids]
+        return workers + [stacks[servant] for servant in servants if not servant.ended.is_set()]
 
-    def _serving_threads(self) -> set[int]:
-        threads = {ident for servant in self._servants for ident in servant.thread_ids}
-        if self._pool is not None:
-            threads.update(self._pool.thread_ids)
-        if self._async_server is not None:
-            threads.clear()  # the loop's thread is the user's, and it awaits the stop
-        return threads
+    def _called_by_handler(self) -> bool:
+        pool = self._pool is not None and self._pool.runs_here()
+        return pool or any(servant.runs_here() for servant in self._servants)
 
     def _close_char_device(self) -> None:
         if self._char_fd >= 0:

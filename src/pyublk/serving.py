@@ -7,11 +7,18 @@ Each runs on the thread that opened the queue and returns when the kernel has ta
 import asyncio
 import os
 import queue as queues
+import sys
 import threading
+import traceback
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 from pyublk._native import IO, Handlers, Queue
+
+
+def _stack(ident: int) -> traceback.StackSummary:
+    """Where a thread is now; empty when it runs no Python."""
+    return traceback.extract_stack(sys._current_frames().get(ident))
 
 
 class WorkerPool:
@@ -41,9 +48,15 @@ class WorkerPool:
         for _ in self._threads:
             self._inbox.put(None)
 
-    @property
-    def thread_ids(self) -> list[int]:
-        return [thread.ident for thread in self._threads if thread.ident is not None]
+    def runs_here(self) -> bool:
+        """Whether the caller is one of the threads."""
+        return threading.current_thread() in self._threads
+
+    def hanging(self) -> list[str]:
+        """The stacks of the threads that are in a handler now."""
+        stacks = [_stack(thread.ident) for thread in self._threads if thread.ident is not None]
+        idle = self._work.__name__
+        return ["".join(stack.format()) for stack in stacks if stack and stack[-1].name != idle]
 
 
 def serve_with_workers(queue: Queue, pool: WorkerPool) -> None:
@@ -129,6 +142,10 @@ class AsyncServer:
             self._flushing.add(queue)
             self._loop.call_soon(self._flush, queue)
 
+    def hanging(self) -> list[str]:
+        """The stacks of the coroutines that have not answered yet. [any thread]"""
+        return [_stack_of_coroutine(task.get_coro()) for task in list(self._tasks)]
+
     def cancel_held(self) -> None:
         """Cancels every coroutine that still runs; its request fails with EIO. [any thread]"""
 
@@ -136,7 +153,17 @@ class AsyncServer:
             for task in self._tasks:
                 task.cancel()
 
-        self._loop.call_soon_threadsafe(cancel)
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(cancel)
+
+
+def _stack_of_coroutine(coroutine: object) -> str:
+    """Where it waits, from the outside in; a task tells only its outermost frame."""
+    frames = []
+    while (frame := getattr(coroutine, "cr_frame", None)) is not None:
+        frames.append((frame, frame.f_lineno))
+        coroutine = getattr(coroutine, "cr_await", None)
+    return "".join(traceback.StackSummary.extract(iter(frames)).format())
 
 
 class Servant:
@@ -153,10 +180,10 @@ class Servant:
         self.error: BaseException | None = None
         self.primed = threading.Event()
         self.ended = threading.Event()
-        self.thread_ids: list[int] = []
+        self._thread_id = 0
 
     def _open(self) -> None:
-        self.thread_ids.append(threading.get_ident())
+        self._thread_id = threading.get_ident()
         self.queues = self._make_queues()
         for queue in self.queues:
             queue.fetch()
@@ -169,6 +196,18 @@ class Servant:
         self.primed.set()
         self.ended.set()
         self._device_ended.set()
+
+    def runs_here(self) -> bool:
+        """Whether the caller is a handler: on the thread that serves."""
+        return threading.get_ident() == self._thread_id
+
+    def holds(self) -> bool:
+        """Whether requests are unanswered."""
+        return any(queue.held for queue in self.queues)
+
+    def stack(self) -> str:
+        """Where the thread that serves is now."""
+        return "".join(_stack(self._thread_id).format())
 
 
 class ServingThread(Servant):
@@ -231,17 +270,25 @@ class ServingLoop(Servant):
         done = asyncio.gather(*map(server.attach, self.queues))
         done.add_done_callback(self._finish)
 
+    def runs_here(self) -> bool:
+        # The thread is the user's: it serves only while its loop runs.
+        return super().runs_here() and asyncio._get_running_loop() is not None
+
     def _finish(self, done: "asyncio.Future[list[None]]") -> None:
         self._close(None if done.cancelled() else done.exception())
 
 
 def serve_on_own_loop(
-    queues: list[Queue], handlers: Handlers, report: Callable[[object, IO], int]
+    queues: list[Queue],
+    handlers: Handlers,
+    report: Callable[[object, IO], int],
+    servers: list[AsyncServer],
 ) -> None:
-    """An event loop for these queues on the calling thread."""
+    """An event loop for these queues on the calling thread; its server is added to `servers`."""
 
     async def main() -> None:
         server = AsyncServer(handlers, report)
+        servers.append(server)
         await asyncio.gather(*map(server.attach, queues))
 
     asyncio.run(main())
