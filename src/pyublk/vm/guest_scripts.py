@@ -51,9 +51,9 @@ def job(
     """
     directory = shlex.quote(str(cwd))
     words = [f"{name}={value}" for name, value in environment.items()]
-    lines = ["echo $$ >/run/pyublk/job.group", "echo 0 >/proc/$$/oom_score_adj"]
+    lines = ["echo $$ >/run/pyublk-vm/job.group", "echo 0 >/proc/$$/oom_score_adj"]
     if terminal is not None:
-        lines += ["tty >/run/pyublk/job.tty", "stty sane"]
+        lines += ["tty >/run/pyublk-vm/job.tty", "stty sane"]
         # A terminal may not know its size; then it says zero, which stty does not take.
         if terminal.lines and terminal.columns:
             lines.append(f"stty rows {terminal.lines} cols {terminal.columns}")

@@ -28,7 +28,7 @@ $bb mount -o move /dev /root/dev
 $bb mount -o move /proc /root/proc
 $bb mount -o move /sys /root/sys
 $bb mount -t tmpfs -o mode=755,nosuid,nodev run /root/run
-$bb mkdir /root/run/lock /root/run/pyublk
-$bb cp /pyublk/* /root/run/pyublk/
+$bb mkdir /root/run/lock /root/run/pyublk-vm
+$bb cp /pyublk/* /root/run/pyublk-vm/
 
-exec $bb switch_root /root "$busybox" sh /run/pyublk/session.sh
+exec $bb switch_root /root "$busybox" sh /run/pyublk-vm/session.sh

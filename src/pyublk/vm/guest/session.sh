@@ -3,9 +3,9 @@
 # The ports to the host, by number: 1 control, 2 standard input, 3 output, 4 errors. Control
 # carries lines: from the host `ping`, `signal NAME`, `size ROWS COLUMNS`, `blocked`; from here
 # `ready`, `pong`, `exit CODE`.
-. /run/pyublk/settings
+. /run/pyublk-vm/settings
 bb=$busybox
-here=/run/pyublk
+here=/run/pyublk-vm
 
 $bb mkdir -p /dev/pts /dev/shm
 $bb mount -t devpts -o gid=5,mode=620,ptmxmode=666 devpts /dev/pts
