@@ -187,7 +187,9 @@ def test_settings_survive_the_shell() -> None:
 def run_job(argv: list[str], directory: Path, environment: dict[str, str]) -> bytes:
     """Run a job outside a guest, where its directory and its control port are missing."""
     job = guest_scripts.job(argv, directory, environment)
-    own = job.replace(b"/run/pyublk/job.group", b"/dev/null").replace(b"0 >/proc", b"0 >/dev/null#")
+    own = job.replace(b"/run/pyublk-vm/job.group", b"/dev/null").replace(
+        b"0 >/proc", b"0 >/dev/null#"
+    )
     return shell(b"exec 3>/dev/null\n" + own)
 
 
