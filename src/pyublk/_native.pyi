@@ -166,7 +166,7 @@ class IO:
         """Whether a write-zeroes may deallocate."""
     @property
     def offset(self) -> int:
-        """Bytes from the start of the disk."""
+        """Bytes from the start of the disk; 0 for a FLUSH."""
     @property
     def length(self) -> int:
         """Bytes."""
@@ -236,7 +236,7 @@ class Queue:
     def fileno(self) -> int:
         """An eventfd, readable when there is something to `wait` for; every `wait` resets it."""
     def fetch(self) -> None:
-        """Fetches every tag; the queue is primed when this returns."""
+        """Fetches every tag, once; the queue is primed when this returns."""
     def wait(self, timeout: float | None = None) -> list[IO] | None:
         """Submits the commits and waits for requests, at most `timeout` seconds.
 

@@ -81,6 +81,8 @@ cdef extern from "_core/ublk.h" nogil:
         uint32_t nr_sectors
         uint64_t start_sector
 
+    uint64_t pu_desc_offset(const pu_desc *)
+
     struct pu_ctrl_cmd:
         uint32_t dev_id
         uint16_t queue_id

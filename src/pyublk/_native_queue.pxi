@@ -55,7 +55,7 @@ cdef class IO:
     @property
     def offset(self):
         self.current()
-        return self.desc.start_sector << 9
+        return pu_desc_offset(self.desc)
 
     @property
     def length(self):
@@ -205,6 +205,7 @@ cdef class Queue:
     cdef pu_queue q
     cdef list ios
     cdef bint is_open
+    cdef bint fetched
     cdef unsigned long owner
     cdef object __weakref__
 
@@ -284,6 +285,11 @@ cdef class Queue:
 
     def fetch(self):
         self.alive()
+        if self.fetched:
+            raise ValueError(
+                f"queue {self.q.id} is fetched already: its commits fetch the next requests"
+            )
+        self.fetched = True
         cdef int error
         with nogil:
             error = pu_queue_fetch(&self.q)

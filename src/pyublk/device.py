@@ -10,7 +10,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -113,6 +112,7 @@ class Device:
         self._controller: Controller | None = None
         self._guard: Guard | None = None
         self._char_fd = -1
+        self._spare_fd = -1  # the stop needs one, also where none is left
         self._opened = False
         self._pool: serving.WorkerPool | None = None
         self._async_servers: list[serving.AsyncServer] = []
@@ -206,6 +206,7 @@ class Device:
 
     def _configure(self) -> None:
         self._controller = Controller(deadline=self._deadline)
+        self._spare_fd = os.dup(self._controller.fileno())
         self.target.open()
         self._opened = True
         params = self.target.params(self._wish["max_io_size"] or 0)
@@ -300,10 +301,9 @@ class Device:
         """START_DEV, once every tag is fetched; the partition scan in it is served already."""
         assert self._controller is not None
         until = time.monotonic() + self._deadline
-        for servant in self._servants:
-            if not servant.primed.wait(max(0.0, until - time.monotonic())):
-                raise errors.InternalError(f"a queue was not primed within {self._deadline:g} s")
-            self._raise_servant_error()
+        if not self._all_primed():
+            raise errors.InternalError(f"a queue was not primed within {self._deadline:g} s")
+        self._raise_servant_error()
         self._controller.start(self.id, os.getpid())
         self._raise_servant_error()
         while not os.path.exists(self.path):
@@ -314,6 +314,12 @@ class Device:
             time.sleep(0.005)
         self._info = self._controller.info(self.id)
         self._state = DeviceState.LIVE
+
+    def _all_primed(self) -> bool:
+        until = time.monotonic() + self._deadline
+        return all(
+            servant.primed.wait(max(0.0, until - time.monotonic())) for servant in self._servants
+        )
 
     def _raise_servant_error(self) -> None:
         for servant in self._servants:
@@ -373,6 +379,9 @@ class Device:
                 return
             started = self._state is not DeviceState.CREATED
             self._state = DeviceState.STOPPING
+            if self._spare_fd >= 0:
+                os.close(self._spare_fd)
+                self._spare_fd = -1
             hung: list[str] = []
             try:
                 if started and self._info is not None:
@@ -393,6 +402,7 @@ class Device:
         """STOP_DEV beside the serving threads; returns the stacks of those given up."""
         controller, device = self._controller, self.id
         assert controller is not None
+        self._all_primed()  # a fetch that came after the stop would stay
         failure: list[BaseException] = []
 
         def stop_device() -> None:

@@ -18,7 +18,7 @@ import pyublk
 HERE = Path(__file__).parent
 
 #: What every program starts with; `memory` and the other modules of this folder are importable.
-PRELUDE = f"""
+PRELUDE = f'''
 import os
 import signal
 import sys
@@ -30,9 +30,17 @@ from memory import Memory
 
 MIB = 1 << 20
 
-def tell(*words):
-    print(*words, flush=True)
-"""
+def tell(*words, **options):
+    print(*words, flush=True, **options)
+
+def tell_when_waiting(*words):
+    """Once Device.wait has the signals; one that comes before it has Python's own effect."""
+    def look():
+        while signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            time.sleep(0.005)
+        tell(*words)
+    threading.Thread(target=look, daemon=True).start()
+'''
 
 
 def until(true: Callable[[], object], timeout: float = 20.0, what: str = "") -> None:

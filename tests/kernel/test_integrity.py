@@ -233,37 +233,35 @@ def test_overlapping_writes_stay_whole(serve: Serve, tmp_path: Path, kind: str) 
 
 BOTH = ["ram", "file", "sync"]
 
+#: What is written in one call: offset (from the end when negative) and length.
+SPANS = {
+    "the first block": (0, 512),
+    "the last block": (-512, 512),
+    "the last page": (-4096, 4096),
+    "a last part that is no whole request": (-(64 * KIB + 512), 64 * KIB + 512),
+    "across a request's size": (64 * KIB - 512, 1024),
+    "four requests and a bit": (512, 256 * KIB),
+    "everything": (0, None),
+}
+
 
 @pytest.mark.parametrize("kind", BOTH)
-@pytest.mark.parametrize(
-    ("offset", "length"),
-    [
-        (0, 512),  # the first block
-        (-512, 512),  # the last one
-        (-4096, 4096),
-        (-(64 * KIB + 512), 64 * KIB + 512),  # a last part that is no whole request
-        (64 * KIB - 512, 1024),  # across a request's size
-        (512, 256 * KIB),  # four requests and a bit
-        (0, None),  # everything
-    ],
-)
-def test_boundaries(
-    serve: Serve, tmp_path: Path, kind: str, offset: int, length: int | None
-) -> None:
+def test_boundaries(serve: Serve, tmp_path: Path, kind: str) -> None:
     """A write has its bytes, and only those."""
-    size = MIB + 3 * 512
+    size = 512 * KIB + 3 * 512
     target = make(kind, size, tmp_path)
     disk = serve(target, max_io_size=64 * KIB)
     with Blocks(disk.path) as client:
-        background = random.Random(1).randbytes(size)
-        client.write(background, 0)
-        start = offset % size
-        data = random.Random(2).randbytes(length or size)
-        assert client.write(data, start) == len(data)
-        expected = background[:start] + data + background[start + len(data) :]
-        assert client.read(size, 0) == expected
-        assert client.read(len(data), start) == data
-    assert held(target) == expected
+        expected = random.Random(1).randbytes(size)
+        client.write(expected, 0)
+        for name, (offset, length) in SPANS.items():
+            start = offset % size
+            data = random.Random(name).randbytes(length or size)
+            assert client.write(data, start) == len(data), name
+            expected = expected[:start] + data + expected[start + len(data) :]
+            assert client.read(len(data), start) == data, name
+            assert client.read(size, 0) == expected, name
+            assert held(target) == expected, name
 
 
 @pytest.mark.parametrize("kind", BOTH)

@@ -282,6 +282,12 @@ class CallbackStopping(_Stopping, CallbackMemory):
         return super()._handle(context, op, flags, offset, length, buffer)
 
 
+def read_end(path: str) -> bytes:
+    """Not for the thread of a loop that serves: the open would wait for it, beyond signals."""
+    with Blocks(path, os.O_RDONLY) as client:
+        return client.read(4096, MIB - 4096)
+
+
 @pytest.mark.parametrize(
     ("make", "options"),
     [
@@ -301,8 +307,7 @@ def test_stopped_from_a_handler(
     disk = serve(target, **options)
     target.device = disk
     target.data[-4096:] = b"l" * 4096
-    with Blocks(disk.path, os.O_RDONLY) as client:
-        assert client.read(4096, MIB - 4096) == b"l" * 4096
+    assert read_end(disk.path) == b"l" * 4096
     assert disk.wait(30) is True
     disk.stop()  # returns when the other one has
     assert disk.state is DeviceState.STOPPED
@@ -314,9 +319,7 @@ def test_stopped_from_a_coroutine_on_the_users_loop() -> None:
         target = AsyncStopping(MIB)
         async with Device(target) as disk:
             target.device = disk
-            with Blocks(disk.path, os.O_RDONLY) as client:
-                found = await asyncio.to_thread(client.read, 4096, MIB - 4096)
-            assert found == bytes(4096)
+            assert await asyncio.to_thread(read_end, disk.path) == bytes(4096)
             assert await asyncio.to_thread(disk.wait, 30) is True
         assert disk.state is DeviceState.STOPPED
         return disk
@@ -563,7 +566,7 @@ def test_a_program_whose_main_thread_ends_in_wait(controller: pyublk.Controller)
     """The documented shape: `with`, then `wait`, until a signal comes."""
     program = """
 with pyublk.Device(Memory(MIB)) as disk:
-    tell(disk.id)
+    tell_when_waiting(disk.id)
     disk.wait()
 tell(disk.state)
 """

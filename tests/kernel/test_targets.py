@@ -122,8 +122,11 @@ def in_threads(*jobs: Callable[[], object]) -> None:
         raise failures[0]
 
 
-@pytest.mark.parametrize("queues", [1, 2, 4])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "queues"),
+    [(kind, 4) for kind in KINDS]
+    + [(kind, n) for n in (1, 2) for kind in ("sync", "async", "ram")],
+)
 def test_each_queue_carries_its_own_data(
     serve: Serve, controller: pyublk.Controller, tmp_path: Path, kind: str, queues: int
 ) -> None:

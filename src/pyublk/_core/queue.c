@@ -172,7 +172,10 @@ int pu_queue_sever(struct pu_queue *q)
 
 	int error = pu_ring_sever(&q->ring);
 
+	/* An owner that waits in the old ring keeps it. */
 	pthread_mutex_lock(&q->inbox_lock);
+	if (q->wake_fd >= 0)
+		eventfd_write(q->wake_fd, 1);
 	if (q->event_fd >= 0)
 		eventfd_write(q->event_fd, 1);
 	pthread_mutex_unlock(&q->inbox_lock);
@@ -466,7 +469,7 @@ int pu_queue_serve(struct pu_queue *q, pu_handler handler, void *context)
 			const struct pu_desc *desc = &q->desc[tag];
 			int64_t result = handler(context, desc->op_flags & 0xff,
 						 desc->op_flags & ~0xffu,
-						 desc->start_sector << PU_SECTOR_SHIFT,
+						 pu_desc_offset(desc),
 						 (uint64_t)desc->nr_sectors << PU_SECTOR_SHIFT,
 						 pu_queue_buffer(q, tag));
 			int error = pu_queue_answer(q, tag, result);

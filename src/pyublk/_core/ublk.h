@@ -35,6 +35,12 @@ struct pu_desc { /* ublksrv_io_desc */
 	uint64_t addr;
 };
 
+/* Bytes; a FLUSH, which the kernel gives the start -1, has none. */
+static inline uint64_t pu_desc_offset(const struct pu_desc *desc)
+{
+	return (desc->op_flags & 0xff) == PU_OP_FLUSH ? 0 : desc->start_sector << PU_SECTOR_SHIFT;
+}
+
 struct pu_ctrl_cmd { /* ublksrv_ctrl_cmd */
 	uint32_t dev_id;
 	uint16_t queue_id;

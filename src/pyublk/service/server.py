@@ -30,9 +30,10 @@ class Terminated(BaseException):
 
 
 class _Termination:
-    """Lets the first SIGINT or SIGTERM raise Terminated inside `raising`; others are only noted.
+    """Lets SIGINT and SIGTERM raise Terminated inside `raising`; elsewhere they are only noted.
 
-    Stopping a disk must not be cut short, and every signal after the first asks for no more.
+    Stopping a disk must not be cut short. Every signal raises, not just the first: Python drops an
+    exception that happens to be raised in a finalizer.
     """
 
     def __init__(self) -> None:
@@ -42,7 +43,6 @@ class _Termination:
     def _note(self, _number: int, _frame: FrameType | None) -> None:
         self.came = True
         if self._raises:
-            self._raises = False
             raise Terminated
 
     @contextmanager

@@ -1,0 +1,822 @@
+"""Targets that raise, hang or misuse their requests, and servers that are killed: the client gets
+an error, the disk lives on or goes, and nothing waits for ever."""
+
+import asyncio
+import ctypes
+import errno
+import logging
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from blocks import Blocks
+from conftest import Serve, existing
+from memory import HANDLER, AsyncMemory, DeferredMemory, HandleMemory, Memory
+from servers import Server, device_is_gone, sleeping_beyond_signals, until
+
+import pyublk
+from pyublk import Device
+from pyublk.target import FailureLog
+from pyublk.uapi import Feature, Op
+
+pytestmark = pytest.mark.timeout(60)
+
+MIB = 1 << 20
+
+#: What the kernel hands on to clients as it is; everything else becomes EIO.
+PASSED_ON = [
+    errno.EOPNOTSUPP,
+    errno.ETIMEDOUT,
+    errno.ENOSPC,
+    errno.ENOLINK,
+    errno.EREMOTEIO,
+    errno.EBADE,
+    errno.ENODATA,
+    errno.EILSEQ,
+    errno.ENOMEM,
+    errno.EBUSY,
+    errno.EAGAIN,
+    errno.ENODEV,
+    errno.ETIME,
+    errno.EINVAL,
+    errno.EIO,
+]
+
+
+class Seconds:
+    """How long something took."""
+
+    def __init__(self) -> None:
+        self._from = time.monotonic()
+
+    @property
+    def gone(self) -> float:
+        return time.monotonic() - self._from
+
+
+# ---- targets that raise ----
+
+
+class Raising(Memory):
+    """Raises what is in `error` from reads of the second half."""
+
+    error: BaseException | None = None
+
+    def read(self, offset: int, buffer: memoryview) -> None:
+        if offset >= self.size // 2 and self.error is not None:
+            raise self.error
+        super().read(offset, buffer)
+
+
+class ParallelRaising(Raising):
+    concurrency = "parallel"
+
+
+class AsyncRaising(AsyncMemory):
+    error: BaseException | None = None
+
+    async def read(self, offset: int, buffer: memoryview) -> None:
+        await asyncio.sleep(0)
+        if offset >= self.size // 2 and self.error is not None:
+            raise self.error
+        await super().read(offset, buffer)
+
+
+class HandleRaising(HandleMemory):
+    error: BaseException | None = None
+
+    def handle(self, io: pyublk.IO) -> None:
+        if io.op is Op.READ and io.offset >= self.size // 2 and self.error is not None:
+            raise self.error
+        super().handle(io)
+
+
+RAISING: dict[str, tuple[Callable[..., Any], dict[str, int]]] = {
+    "sync": (Raising, {}),
+    "workers": (ParallelRaising, {"workers": 2}),
+    "async": (AsyncRaising, {}),
+    "handle": (HandleRaising, {}),
+}
+
+
+def failure_of(client: Blocks, offset: int = MIB - 4096) -> int:
+    with pytest.raises(OSError, match=r".") as failed:
+        client.read(4096, offset)
+    assert failed.value.errno is not None
+    return failed.value.errno
+
+
+@pytest.mark.parametrize("kind", RAISING)
+def test_an_os_error_reaches_the_client(
+    serve: Serve, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    make, options = RAISING[kind]
+    target = make(MIB)
+    disk = serve(target, **options)
+    seen = {}
+    with Blocks(disk.path, os.O_RDONLY) as client:
+        for number in [*PASSED_ON, errno.ENOENT, errno.EPERM, errno.EROFS]:
+            target.error = OSError(number, "as told")
+            seen[number] = failure_of(client)
+        target.error = None
+        assert client.read(4096, MIB - 4096) == bytes(4096)
+    expected = {number: number for number in PASSED_ON}
+    expected |= dict.fromkeys((errno.ENOENT, errno.EPERM, errno.EROFS), errno.EIO)
+    assert seen == expected
+    assert disk.stats().total.errors == len(seen)
+    assert caplog.records == []  # an errno is an answer, not an accident
+
+
+class Strange(BaseException):
+    pass
+
+
+STRANGE = [
+    ValueError("wrong"),
+    KeyboardInterrupt(),
+    SystemExit(3),
+    MemoryError(),
+    GeneratorExit(),
+    AssertionError("never"),
+    StopIteration(),
+    asyncio.CancelledError(),
+    Strange("who knows"),
+    OSError("without a number"),
+    OSError(0, "zero"),
+    OSError(-5, "negative"),
+    OSError(99999, "no errno"),
+]
+
+
+@pytest.mark.parametrize("kind", RAISING)
+def test_anything_raised_is_eio_and_the_disk_lives_on(
+    serve: Serve, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    make, options = RAISING[kind]
+    target = make(MIB)
+    disk = serve(target, **options)
+    with Blocks(disk.path) as client:
+        for error in STRANGE:
+            target.error = error
+            assert failure_of(client) == errno.EIO, repr(error)
+            assert client.read(4096, 0) == bytes(4096)
+        target.error = None
+        client.write(b"w" * 4096, MIB - 4096)
+        assert client.read(4096, MIB - 4096) == b"w" * 4096
+    assert disk.stats().total.errors == len(STRANGE)
+    assert disk.state == "live"
+    # One place, one report.
+    [record] = caplog.records
+    assert (record.name, record.levelno) == ("pyublk.target", logging.ERROR)
+    assert record.getMessage() == (
+        f"{make.__name__}: the handler of a READ raised ValueError; the client gets EIO"
+    )
+    assert record.exc_info is not None
+    assert record.exc_info[1] is STRANGE[0]
+    assert "raise self.error" in caplog.text
+
+
+@pytest.mark.parametrize("kind", RAISING)
+def test_reports_of_a_place_are_counted_while_they_are_held_back(
+    serve: Serve,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    make, options = RAISING[kind]
+    target = make(MIB)
+    disk = serve(target, **options)
+    target.error = ValueError("again and again")
+    with Blocks(disk.path, os.O_RDONLY) as client:
+        for _ in range(5):
+            failure_of(client)
+        assert len(caplog.records) == 1
+        monkeypatch.setattr(FailureLog, "INTERVAL", 0.0)  # a minute is over
+        failure_of(client)
+    assert [record.getMessage() for record in caplog.records[1:]] == [
+        f"{make.__name__}: the handler of a READ raised ValueError; the client gets EIO "
+        "(4 more since the last report)"
+    ]
+
+
+class Returning(Memory):
+    def read(self, offset: int, buffer: memoryview) -> Any:
+        if offset:
+            return "the data"
+        return super().read(offset, buffer)
+
+
+class AsyncReturning(AsyncMemory):
+    async def read(self, offset: int, buffer: memoryview) -> Any:
+        return b"the data" if offset else None
+
+
+@pytest.mark.parametrize(("make", "what"), [(Returning, "str"), (AsyncReturning, "bytes")])
+def test_a_handler_that_returns_something(
+    serve: Serve, caplog: pytest.LogCaptureFixture, make: type[Memory], what: str
+) -> None:
+    # Clients read nothing here but what the test asks for: partitions were looked for at 0.
+    disk = serve(make(MIB))
+    with Blocks(disk.path, os.O_RDONLY) as client:
+        assert client.read(512, 0) == bytes(512)
+        caplog.clear()
+        first = {failure_of(client, 65536) for _ in range(3)}
+    assert first == {errno.EIO}
+    assert {record.getMessage() for record in caplog.records} <= {
+        f"{make.__name__}: the handler of a READ returned {what} instead of None (to read, fill "
+        "the buffer); the client gets EIO"
+    }
+    assert disk.stats().total.errors >= 3
+
+
+# ---- requests that are misused ----
+
+
+class Keeping(Memory):
+    """Keeps every buffer it is given."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.kept: list[memoryview] = []
+
+    def read(self, offset: int, buffer: memoryview) -> None:
+        super().read(offset, buffer)
+        self.kept.append(buffer)
+
+    def write(self, offset: int, data: memoryview) -> None:
+        with pytest.raises(TypeError, match="read-only"):
+            data[0] = 1
+        super().write(offset, data)
+        self.kept.append(data)
+
+
+def test_a_buffer_kept_after_the_call_is_released(serve: Serve) -> None:
+    target = Keeping(MIB)
+    disk = serve(target)
+    with Blocks(disk.path) as client:
+        client.write(b"k" * 4096, 0)
+        assert client.read(4096, 0) == b"k" * 4096
+    assert disk.stats().total.errors == 0
+    assert len(target.kept) >= 2
+    for kept in target.kept:
+        with pytest.raises(ValueError, match="operation forbidden on released memoryview"):
+            kept[0]
+
+
+class Misusing(HandleMemory):
+    """Does everything wrong that can be done with an IO, and collects what is said about it."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.said: list[BaseException] = []
+        self.kept: pyublk.IO | None = None
+
+    def attempt(self, wrong: Callable[[], object]) -> None:
+        try:
+            wrong()
+        except Exception as error:
+            self.said.append(error)
+
+    def handle(self, io: pyublk.IO) -> None:
+        self.move(io)
+        if io.offset != 65536:
+            return
+        self.attempt(lambda: io.fail(0))
+        self.attempt(lambda: io.fail(-errno.EIO))
+        io.complete()
+        self.attempt(io.complete)
+        self.attempt(lambda: io.fail(errno.EIO))
+        self.attempt(io.defer)
+        for name in ("op", "flags", "fua", "unmap", "offset", "length", "buffer"):
+            self.attempt(lambda name=name: getattr(io, name))
+        self.kept = io
+
+
+def test_a_request_is_completed_once_and_used_no_more(serve: Serve) -> None:
+    target = Misusing(MIB)
+    disk = serve(target, depth=1)
+    target.data[65536:69632] = b"m" * 4096
+    with Blocks(disk.path, os.O_RDONLY) as client:
+        assert client.read(4096, 65536) == b"m" * 4096
+        for said in target.said[:2]:
+            assert type(said) is ValueError
+            assert str(said).startswith("error must be an errno value such as errno.EIO, not ")
+        assert len(target.said) == 12
+        for said in target.said[2:]:
+            assert type(said) is pyublk.StaleIO
+            assert str(said) == (
+                "this IO (tag 0) was completed already: read what you need of it before you "
+                "complete it, and complete it once"
+            )
+        # The only tag carries another request now: the old one stays stale.
+        assert client.read(4096, 0) == bytes(4096)
+        kept = target.kept
+        assert kept is not None
+        assert kept.completed
+        assert (kept.tag, kept.queue_id) == (0, 0)
+        assert repr(kept) == "<IO tag 0 (completed)>"
+        with pytest.raises(pyublk.StaleIO, match="was completed already"):
+            kept.offset  # noqa: B018
+        with pytest.raises(pyublk.StaleIO, match="was completed already"):
+            kept.complete()
+    assert disk.stats().total.errors == 0
+
+
+def test_nobody_makes_an_io() -> None:
+    with pytest.raises(TypeError, match="IO objects come from a Queue"):
+        pyublk.IO()
+
+
+class FailingLater(DeferredMemory):
+    def move(self, io: pyublk.IO) -> None:
+        if io.offset != 65536:
+            super().move(io)
+            return
+        buffer = io.buffer
+        io.fail(errno.ENOSPC)
+        self.late = [io, buffer]
+
+    def _work(self) -> None:
+        while (io := self._inbox.get()) is not None:
+            self.move(io)
+            if not io.completed:
+                io.complete()
+
+
+def test_requests_are_completed_from_another_thread(serve: Serve) -> None:
+    target = FailingLater(MIB)
+    disk = serve(target)
+    with Blocks(disk.path) as client:
+        client.write(b"d" * 65536, 0)
+        assert client.read(65536, 0) == b"d" * 65536
+        assert failure_of(client, 65536) == errno.ENOSPC
+    io, buffer = target.late
+    with pytest.raises(pyublk.StaleIO):
+        io.complete()
+    with pytest.raises(ValueError, match="released memoryview"):
+        buffer[0]
+
+
+# ---- handlers that never return ----
+
+
+class Hanging:
+    """`hang` does not return before `release` is set."""
+
+    def __init__(self) -> None:
+        self.release = threading.Event()
+        self.hanging = threading.Semaphore(0)
+
+    def hang(self, offset: int) -> None:
+        if offset >= MIB // 2:
+            self.hanging.release()
+            self.never_returns()
+
+    def never_returns(self) -> None:
+        self.release.wait()
+
+    def wait_for(self, count: int = 1) -> None:
+        for _ in range(count):
+            assert self.hanging.acquire(timeout=20), "no handler hangs"
+
+
+class SyncHanging(Hanging, Memory):
+    def __init__(self) -> None:
+        Memory.__init__(self, MIB)
+        Hanging.__init__(self)
+
+    def read(self, offset: int, buffer: memoryview) -> None:
+        self.hang(offset)
+        super().read(offset, buffer)
+
+
+class PerQueueHanging(SyncHanging):
+    concurrency = "per_queue"
+
+
+class ParallelHanging(SyncHanging):
+    concurrency = "parallel"
+
+
+class AsyncHanging(Hanging, AsyncMemory):
+    """Hangs in an await: its loop runs on."""
+
+    def __init__(self) -> None:
+        AsyncMemory.__init__(self, MIB)
+        Hanging.__init__(self)
+
+    async def read(self, offset: int, buffer: memoryview) -> None:
+        if offset >= MIB // 2:
+            self.hanging.release()
+            await self.never_returns()
+        await super().read(offset, buffer)
+
+    async def never_returns(self) -> None:  # type: ignore[override]
+        await asyncio.Event().wait()
+
+
+class BlockingCoroutine(AsyncHanging):
+    """Hangs outside of any await, and its loop with it."""
+
+    async def never_returns(self) -> None:  # type: ignore[override]
+        self.release.wait()
+
+
+class NeverCompleting(Hanging, HandleMemory):
+    """Defers a request and forgets it."""
+
+    def __init__(self) -> None:
+        HandleMemory.__init__(self, MIB)
+        Hanging.__init__(self)
+
+    def handle(self, io: pyublk.IO) -> None:
+        if io.op is Op.READ and io.offset >= MIB // 2:
+            io.defer()
+            self.hanging.release()
+        else:
+            super().handle(io)
+
+
+class CallbackHanging(Hanging, pyublk.NativeTarget):
+    """A Python function behind a C pointer."""
+
+    def __init__(self) -> None:
+        pyublk.NativeTarget.__init__(self, size=MIB)
+        Hanging.__init__(self)
+        self._function = HANDLER(self._handle)
+        self.handler = ctypes.cast(self._function, ctypes.c_void_p).value or 0
+
+    def _handle(self, _context: int, _op: int, _flags: int, offset: int, *_rest: int) -> int:
+        self.hang(offset)
+        return 0
+
+
+SLEEPS = """
+#include <stdint.h>
+#include <unistd.h>
+struct context { int hanging, released; };
+int64_t handle(volatile struct context *context, uint32_t op, uint32_t flags, uint64_t offset)
+{
+        (void)op;
+        (void)flags;
+        if (offset < (1 << 19))
+                return 0;
+        context->hanging = 1;
+        while (!context->released)
+                usleep(20000);
+        return 0;
+}
+"""
+
+
+class PointerHanging(pyublk.NativeTarget):
+    """A C function that sleeps, and never sees Python."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(size=MIB)
+        library = directory / "sleeps.so"
+        subprocess.run(
+            ["cc", "-shared", "-fPIC", "-xc", "-", "-o", library],
+            input=SLEEPS.encode(),
+            check=True,
+            timeout=50,
+        )
+        self._library = ctypes.CDLL(str(library))
+        self.handler = ctypes.cast(self._library.handle, ctypes.c_void_p).value or 0
+        self.words = (ctypes.c_int * 2)()
+        self.context = ctypes.addressof(self.words)
+        self.release = self
+
+    def set(self) -> None:
+        self.words[1] = 1
+
+    def wait_for(self, count: int = 1) -> None:
+        until(lambda: self.words[0], what="the C function hangs")
+
+
+class Client(threading.Thread):
+    """Reads one place; `error` is what it got."""
+
+    def __init__(self, path: str, offset: int, direct: bool = True) -> None:
+        super().__init__(daemon=True)
+        self.path, self.offset, self.direct = path, offset, direct
+        self.error: OSError | None = None
+        self.done = False
+        self.start()
+
+    def run(self) -> None:
+        try:
+            with Blocks(self.path, os.O_RDONLY, direct=self.direct) as blocks:
+                blocks.read(4096, self.offset)
+        except OSError as error:
+            self.error = error
+        self.done = True
+
+    def got(self, timeout: float = 20.0) -> int | None:
+        self.join(timeout)
+        assert not self.is_alive(), "the client hangs"
+        return self.error.errno if self.error else None
+
+
+HANGING: dict[str, tuple[Callable[..., Any], dict[str, int], str]] = {
+    "sync": (SyncHanging, {}, "never_returns"),
+    "per_queue": (PerQueueHanging, {"queues": 2}, "never_returns"),
+    "serial": (SyncHanging, {"queues": 2}, "never_returns"),
+    "workers": (ParallelHanging, {"workers": 3}, "never_returns"),
+    "async": (AsyncHanging, {}, "never_returns"),
+    "blocking-coroutine": (BlockingCoroutine, {}, "never_returns"),
+    "deferred": (NeverCompleting, {}, "held 1 request"),
+    "callback": (CallbackHanging, {"queues": 2}, "never_returns"),
+    "pointer": (PointerHanging, {"queues": 2}, "serve_native"),
+}
+
+
+@contextmanager
+def released(target: Any) -> Iterator[None]:
+    """Lets the thread go after the test, and gives it the time to."""
+    before = set(threading.enumerate())
+    try:
+        yield
+    finally:
+        target.release.set()
+        for thread in set(threading.enumerate()) - before:
+            thread.join(10)
+
+
+@pytest.mark.parametrize("kind", HANGING)
+def test_stop_ends_a_disk_whose_handler_hangs(tmp_path: Path, kind: str) -> None:
+    make, options, where = HANGING[kind]
+    target = make(tmp_path) if make is PointerHanging else make()
+    with released(target):
+        disk = Device(target, **options)
+        disk.start()
+        path = disk.path
+        with Blocks(path, os.O_RDONLY) as other:
+            other.read(4096, 0)
+        client = Client(path, MIB - 4096)
+        target.wait_for()
+        took = Seconds()
+        with pytest.raises(pyublk.HandlerTimeout) as hung:
+            disk.stop(0.5)
+        assert took.gone < 20
+        assert client.got() == errno.EIO
+        assert str(hung.value) == (
+            f"a handler of {make.__name__} never returned: every request it held was failed, and "
+            f"{path} was deleted"
+        )
+        [stack] = hung.value.__notes__
+        assert where in stack
+        assert disk.state == "stopped"
+        assert not Path(path).exists()
+        assert existing() == set()
+        disk.stop()  # it is over
+        assert disk.stats().total.reads >= 2
+
+
+def test_a_coroutine_that_hangs_on_the_users_loop() -> None:
+    target = AsyncHanging()
+
+    async def main() -> None:
+        async with Device(target, stop_timeout=0.5) as disk:
+            main.client = Client(disk.path, MIB - 4096)  # type: ignore[attr-defined]
+            await asyncio.to_thread(target.wait_for)
+            assert await asyncio.to_thread(disk.wait, 0) is False
+
+    took = Seconds()
+    with pytest.raises(pyublk.HandlerTimeout, match="a handler of AsyncHanging never") as hung:
+        asyncio.run(main())
+    assert took.gone < 20
+    [stack] = hung.value.__notes__
+    assert "never_returns" in stack
+    assert main.client.got() == errno.EIO  # type: ignore[attr-defined]
+    assert existing() == set()
+
+
+def test_a_slow_handler_is_waited_for(serve: Serve) -> None:
+    """What still makes progress does not hang: time that passes is told by the requests."""
+    target = SyncHanging()
+    disk = serve(target)
+    client = Client(disk.path, MIB - 4096)
+    target.wait_for()
+    stopping = threading.Thread(target=disk.stop, args=(30,))
+    stopping.start()
+    until(lambda: disk.state == "stopping", what="it stops")
+    target.release.set()
+    stopping.join(30)
+    assert not stopping.is_alive()
+    assert client.got() is None
+    assert disk.stats().total.errors == 0
+
+
+@pytest.mark.timeout(150)
+def test_stop_when_every_tag_hangs(controller: pyublk.Controller) -> None:
+    """Linux before 6.16 notices after its block timeout of 30 s, when no tag is left to tell it."""
+    target = SyncHanging()
+    patient = not controller.features().has(Feature.UPDATE_SIZE)
+    with released(target):
+        disk = Device(target, depth=1, deadline=60)
+        disk.start()
+        client = Client(disk.path, MIB - 4096)
+        target.wait_for()
+        took = Seconds()
+        with pytest.raises(pyublk.HandlerTimeout):
+            disk.stop(0.5)
+        assert took.gone < (75 if patient else 20)
+        assert client.got() == errno.EIO
+        assert existing() == set()
+
+
+# ---- servers that are killed ----
+
+SERVES = """
+class Null(pyublk.Target):
+    concurrency = "per_queue"
+
+    def read(self, offset, buffer):
+        pass
+
+    def write(self, offset, data):
+        pass
+
+with pyublk.Device(Null(size=1 << 40), queues=min(2, os.cpu_count()), depth=16) as disk:
+    tell_when_waiting(disk.id, disk._guard.pid)
+    disk.wait()
+tell(disk.state)
+"""
+
+
+class Load:
+    """Clients that read and write until they cannot."""
+
+    COMMANDS = (
+        "dd if={path} of=/dev/null bs=16k iflag=direct",
+        "dd if=/dev/zero of={path} bs=16k oflag=direct",
+        "dd if=/dev/zero of={path} bs=64k seek=65536",  # through the page cache
+    )
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.clients = [
+            subprocess.Popen(
+                command.format(path=path).split(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            for command in self.COMMANDS
+        ]
+
+    def __enter__(self) -> "Load":
+        counters = Path(f"/sys/block/{Path(self.path).name}/stat")
+
+        def busy() -> bool:
+            reads, _, _, _, writes, *_ = map(int, counters.read_text().split())
+            return reads > 20 and writes > 20
+
+        until(busy, what="the clients are at work")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for client in self.clients:
+            client.kill()
+        for client in self.clients:
+            client.wait(20)
+
+    def ended(self) -> None:
+        """Every client ends by itself, for it has lost its disk."""
+        for client in self.clients:
+            assert client.wait(40) != 0
+
+
+def nothing_left(controller: pyublk.Controller, number: int, guard: int) -> None:
+    until(lambda: device_is_gone(controller, number), 40, "the device goes")
+    until(lambda: not Path(f"/proc/{guard}").exists(), what="the guardian ends")
+    assert not Path(f"/dev/ublkb{number}").exists()
+    assert not Path(f"/dev/ublkc{number}").exists()
+    until(lambda: not sleeping_beyond_signals(), what="nobody sleeps beyond signals")
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["idle", "loaded"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_server_that_gets_a_signal(
+    controller: pyublk.Controller, number: signal.Signals, loaded: bool
+) -> None:
+    with Server(SERVES) as server:
+        device, guard = map(int, server.line().split())
+        if loaded:
+            with Load(f"/dev/ublkb{device}") as load:
+                server.send(number)
+                code = server.ended()
+                load.ended()
+        else:
+            server.send(number)
+            code = server.ended()
+        if number is signal.SIGKILL:
+            assert code == -signal.SIGKILL
+        else:
+            assert (code, server.line(), server.errors()) == (0, "stopped", "")
+        nothing_left(controller, device, guard)
+
+
+def test_a_server_without_wait_that_is_terminated(controller: pyublk.Controller) -> None:
+    """SIGTERM's own action ends it at once: what is left is the guardian's."""
+    program = """
+disk = pyublk.Device(Memory(MIB))
+disk.start()
+tell(disk.id, disk._guard.pid)
+sys.stdin.read()
+"""
+    with Server(program) as server:
+        device, guard = map(int, server.line().split())
+        server.send(signal.SIGTERM)
+        assert server.ended() == -signal.SIGTERM
+        nothing_left(controller, device, guard)
+
+
+HANGS = """
+class Hangs(Memory):
+    def read(self, offset, buffer):
+        if offset >= MIB // 2:
+            tell("hangs")
+            threading.Event().wait()
+        super().read(offset, buffer)
+
+disk = pyublk.Device(Hangs(MIB), depth=int(sys.argv[1]))
+disk.start()
+tell(disk.id, disk._guard.pid)
+"""
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "cached"])
+def test_a_killed_server_whose_handler_hangs(controller: pyublk.Controller, direct: bool) -> None:
+    with Server(HANGS + "sys.stdin.read()", 16) as server:
+        device, guard = map(int, server.line().split())
+        client = Client(f"/dev/ublkb{device}", MIB // 2, direct)
+        assert server.line() == "hangs"
+        server.send(signal.SIGKILL)
+        took = Seconds()
+        assert server.ended(20) == -signal.SIGKILL
+        assert client.got() == errno.EIO
+        nothing_left(controller, device, guard)
+        assert took.gone < 20
+
+
+@pytest.mark.timeout(120)
+def test_a_killed_server_whose_every_tag_hangs(controller: pyublk.Controller) -> None:
+    """Linux before 6.16 notices after its block timeout of 30 s."""
+    patient = not controller.features().has(Feature.UPDATE_SIZE)
+    with Server(HANGS + "sys.stdin.read()", 1) as server:
+        device, guard = map(int, server.line().split())
+        client = Client(f"/dev/ublkb{device}", MIB // 2)
+        assert server.line() == "hangs"
+        server.send(signal.SIGKILL)
+        took = Seconds()
+        assert server.ended(20) == -signal.SIGKILL
+        assert client.got(60 if patient else 20) == errno.EIO
+        nothing_left(controller, device, guard)
+        assert took.gone < (60 if patient else 20)
+
+
+@pytest.mark.parametrize("stop", ["disk.stop(3600)", "disk._controller.stop(disk.id)"])
+def test_who_stops_a_hanging_disk_of_its_own_can_be_killed(
+    controller: pyublk.Controller, stop: str
+) -> None:
+    with Server(HANGS + f"sys.stdin.readline()\ntell('stops')\n{stop}\n", 16) as server:
+        device, guard = map(int, server.line().split())
+        client = Client(f"/dev/ublkb{device}", MIB // 2)
+        assert server.line() == "hangs"
+        server.say("stop")
+        assert server.line() == "stops"
+        # The nodes go first: now it waits for the request.
+        until(lambda: not Path(f"/dev/ublkb{device}").exists(), what="the kernel stops it")
+        server.send(signal.SIGKILL)
+        assert server.ended(20) == -signal.SIGKILL
+        assert client.got() == errno.EIO
+        nothing_left(controller, device, guard)
+
+
+def test_the_guardian_leaves_a_stranger_of_the_same_number(
+    serve: Serve, controller: pyublk.Controller
+) -> None:
+    program = """
+disk = pyublk.Device(Memory(MIB), id=5)
+disk.start()
+tell(disk._guard.pid)
+sys.stdin.read()
+"""
+    with Server(program) as server:
+        guard = int(server.line())
+        controller.delete(5)
+        stranger = serve(Memory(MIB), id=5)
+        server.send(signal.SIGKILL)
+        assert server.ended() == -signal.SIGKILL
+        until(lambda: not Path(f"/proc/{guard}").exists(), what="the guardian ends")
+        with Blocks(stranger.path) as client:
+            client.write(b"s" * 512, 0)
+            assert client.read(512, 0) == b"s" * 512
