@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
@@ -140,12 +141,16 @@ def _check_readable(record: Record) -> None:
 
 def _end(server: Server) -> None:
     """Ends a server that is not wanted; its guardian deletes what it could not."""
-    server.terminate()
-    try:
-        server.wait(CLEANUP)
-    except subprocess.TimeoutExpired:
-        server.kill()
-        server.wait()
+    until = time.monotonic() + CLEANUP
+    while time.monotonic() < until:
+        server.terminate()  # again and again: see _Termination in the server
+        try:
+            server.wait(1.0)
+        except subprocess.TimeoutExpired:
+            continue
+        return
+    server.kill()
+    server.wait()
     for number in recorded_ids():
         record = Record.read(number)
         if record is not None and record.server.pid == server.pid:
