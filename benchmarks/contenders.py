@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Who is measured: how to start each one's disk, and how to take it away again.
 
-All are set up alike: so many queues, depth 128, the scheduler the kernel gives them. Those of
-kind "null" move no bytes of their own; those of kind "bytes" keep 64 MiB in the machine's memory.
+All are set up alike: so many queues, depth 128, the scheduler the kernel gives them; ublk servers
+take requests up to 1 MiB, which is kublk's own limit. Those of kind "null" move no bytes of their
+own; those of kind "bytes" keep 64 MiB in the machine's memory.
 """
 
 import os
@@ -23,6 +24,7 @@ from .programs import Unavailable
 NULL_SIZE = 250 << 30
 BYTES_SIZE = 64 << 20
 DEPTH = 128
+MAX_IO_SIZE = 1 << 20
 
 _ROOT = Path(__file__).parent.parent
 _NULL_BLK = Path("/sys/kernel/config/nullb")
@@ -180,7 +182,7 @@ def _pyublk(setting: Setting, stack: ExitStack, *, target: str, file: str = "") 
     programs.load_module("ublk_drv")
     line = [sys.executable, "-m", "benchmarks.server", target, "--queues", str(setting.queues)]
     size = BYTES_SIZE if target in ("ram", "file") else NULL_SIZE
-    line += ["--depth", str(DEPTH), "--size", str(size)]
+    line += ["--depth", str(DEPTH), "--max-io-size", str(MAX_IO_SIZE), "--size", str(size)]
     if file:
         line += ["--file", str(setting.file(file))]
     server = stack.enter_context(

@@ -44,10 +44,10 @@ def processor_time(pid: int) -> float | None:
     return total / 1e9
 
 
-def requests_served(path: str) -> int:
-    """Requests that a disk has completed so far (reads, writes, discards, flushes)."""
+def bytes_moved(path: str) -> int:
+    """Bytes that were read from a disk and written to it so far."""
     fields = Path(f"/sys/block/{os.path.basename(path)}/stat").read_text().split()
-    return sum(int(fields[at]) for at in (0, 4, 11, 15) if at < len(fields))
+    return (int(fields[2]) + int(fields[6])) * 512
 
 
 def _kill(server: int | None) -> None:
@@ -61,23 +61,19 @@ def measure(
 ) -> Measurement:
     """Run one job on one disk. Raises RuntimeError when fio fails or takes `patience` seconds."""
     cpu_before = None if disk.server is None else processor_time(disk.server)
-    served_before = requests_served(disk.path)
+    moved_before = bytes_moved(disk.path)
+    what = jobs.JOBS[job]
     outcome = jobs.run(
-        jobs.command(
-            jobs.JOBS[job],
-            disk.path,
-            runtime=plan.runtime,
-            ramp=plan.ramp,
-            processes=plan.queues,
-        ),
+        jobs.command(what, disk.path, runtime=plan.runtime, ramp=plan.ramp, processes=plan.queues),
         timeout=patience,
         unblock=lambda: _kill(disk.server),
     )
-    served = requests_served(disk.path) - served_before
+    # fio's requests, those of the warm-up too: the kernel may merge them before the server.
+    requests = (bytes_moved(disk.path) - moved_before) / what.block
     cpu_after = None if disk.server is None else processor_time(disk.server)
     cpu = None
-    if cpu_before is not None and cpu_after is not None and served:
-        cpu = (cpu_after - cpu_before) / served
+    if cpu_before is not None and cpu_after is not None and requests:
+        cpu = (cpu_after - cpu_before) / requests
     return Measurement(
         contender=contender,
         job=job,

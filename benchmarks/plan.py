@@ -58,7 +58,7 @@ class Measurement:
         bandwidth: bytes a second.
         latency_mean, latency_median, latency_p99: seconds from submission to completion.
         server_cpu: seconds of processor time, user and system, that the server's threads took for
-            each request; None where no process serves the disk.
+            each of fio's requests; None where no process serves the disk.
     """
 
     contender: str

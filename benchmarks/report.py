@@ -147,7 +147,8 @@ def show(results: Results, console: Console) -> bool:
     limits, servers, ours = zip(*REFERENCES.values(), strict=True)
     console.print(
         f"limit: {limits[0]} ({limits[1]} for those with bytes); kublk: {servers[0]} "
-        f"({servers[1]}); ours: {ours[0]} ({ours[1]}). CPU: the server's threads, for each request."
+        f"({servers[1]}); ours: {ours[0]} ({ours[1]}). CPU: the server's threads, for each of "
+        "fio's requests."
     )
     for name, reason in results.missing.items():
         console.print(f"not measured: {name}: {reason}")

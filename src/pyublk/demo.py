@@ -6,6 +6,7 @@ Runs on this machine's kernel when it has ublk, else in a virtual machine whose 
 
 import argparse
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -58,33 +59,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--kernel", default="latest", help="of the virtual machine, if one is needed"
     )
     options = parser.parse_args(arguments)
-    if not os.path.exists(CONTROL_NODE):
-        return _in_a_machine(options.kernel)
     try:
+        _require_programs()
+        if not os.path.exists(CONTROL_NODE):
+            return _in_a_machine(options.kernel)
+        if os.geteuid() != 0:
+            raise Failed("only root may make disks and mount them: run it with sudo")
         _run_here()
-    except (Failed, OSError, pyublk.UblkError) as error:
+    except VMError as error:
+        attached.report(error)
+        return 1
+    except (Failed, OSError, subprocess.SubprocessError, pyublk.UblkError) as error:
         print(f"the demonstration failed: {error}", file=sys.stderr)
         for note in getattr(error, "__notes__", ()):
             print(note, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("the demonstration was interrupted", file=sys.stderr)
+        return 1
     return 0
 
 
-def _in_a_machine(kernel: str) -> int:
-    print(f"{os.uname().release}, this machine's kernel, has no ublk: starting a virtual one")
-    sys.stdout.flush()
-    try:
-        machine = Machine(kernel, memory=3 << 30)
-        command = (sys.executable, "-m", "pyublk.demo")
-        return attached.run(machine, command, env=attached.environment(), timeout=600)
-    except VMError as error:
-        return attached.report(error)
-
-
-def _run_here() -> None:
+def _require_programs() -> None:
+    path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"  # where a user's may not lead
+    os.environ["PATH"] = path
     for program, package in PROGRAMS.items():
         if not shutil.which(program):
             raise Failed(f"{program} is not installed: apt-get install {package}")
+
+
+def _in_a_machine(kernel: str) -> int:
+    _say(f"{os.uname().release}, this machine's kernel, has no ublk: starting a virtual one")
+    machine = Machine(kernel, memory=3 << 30)
+    command = (sys.executable, "-m", "pyublk.demo")
+    return 1 if attached.run(machine, command, env=attached.environment(), timeout=600) else 0
+
+
+def _run_here() -> None:
     began = time.monotonic()
     files = _collect_files()
     size = sum(map(len, files.values()))
@@ -97,6 +108,8 @@ def _run_here() -> None:
         _say(f"\n{name}: {type(target).__name__}")
         summaries.append(_show(name, target, files))
     _say(f"\nall verified in {time.monotonic() - began:.0f} s")
+    if "QEMU TCG" in Path("/proc/cpuinfo").read_text():
+        _say("this processor is emulated: times and IOPS say little about a real one")
     for summary in summaries:
         _say(summary)
 
@@ -142,12 +155,12 @@ def _content(path: str) -> bytes:
 def _show(name: str, target: pyublk.Target, files: dict[str, bytes]) -> str:
     began = time.monotonic()
     with (
-        pyublk.Device(target, queues=min(2, os.cpu_count() or 1)) as disk,
         tempfile.TemporaryDirectory() as folder,
+        pyublk.Device(target, queues=min(2, os.cpu_count() or 1)) as disk,
     ):
         _say(f"  {disk.path} is there ({time.monotonic() - began:.1f} s)")
         with _step("fio --verify=crc32c is clean"):
-            _verify_with_fio(disk.path)
+            iops = _verify_with_fio(disk.path)
         with _step("mkfs.ext4"):
             _run("mkfs.ext4", "-q", "-F", disk.path)
         with _mounted(disk.path, folder), _step(f"{len(files)} files copied in and synced"):
@@ -157,28 +170,37 @@ def _show(name: str, target: pyublk.Target, files: dict[str, bytes]) -> str:
             _step(f"{len(files)} checksums equal after remounting"),
         ):
             _compare(files, Path(folder))
-        stats = disk.stats().total
-        seconds = time.monotonic() - began
-    _say(f"  stopped and deleted; {stats.errors} errors")
+        stopping = time.monotonic()
+    stats = disk.stats().total
+    if stats.errors or os.path.exists(disk.path):
+        raise Failed(f"{disk.path} was not stopped cleanly: {stats.errors} requests failed")
+    _say(f"  stopped and deleted, no request failed ({time.monotonic() - stopping:.1f} s)")
     return (
-        f"{name}: {stats.requests} requests served in {seconds:.1f} s, "
-        f"{stats.requests / seconds:.0f} IOPS over all steps "
-        f"({stats.bytes_read >> 20} MiB read, {stats.bytes_written >> 20} MiB written)"
+        f"{name}: {stats.requests} requests served "
+        f"({stats.bytes_read >> 20} MiB read, {stats.bytes_written >> 20} MiB written), "
+        f"{iops:.0f} IOPS under fio"
     )
 
 
-def _run(*command: str) -> None:
+def _run(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     if done.returncode:
         raise Failed(f"{' '.join(command)}: {(done.stderr or done.stdout).strip()}")
+    return done.stdout
 
 
-def _verify_with_fio(path: str) -> None:
-    _run(
+def _verify_with_fio(path: str) -> float:
+    """Writes blocks with checksums all over the disk, reads them back; returns its IOPS."""
+    said = _run(
         *("fio", "--name=verify", f"--filename={path}", "--rw=randwrite", "--bsrange=512-64k"),
         *("--size=8M", "--ioengine=libaio", "--iodepth=16", "--direct=1", "--verify=crc32c"),
-        *("--verify_fatal=1", "--randseed=1"),
+        *("--verify_fatal=1", "--randseed=1", "--thread", "--output-format=json"),
     )
+    job = json.loads(said[said.index("{") :])["jobs"][0]  # warnings come before the report
+    done = [job[kind] for kind in ("read", "write")]
+    milliseconds: int = sum(kind["runtime"] for kind in done)
+    requests: int = sum(kind["total_ios"] for kind in done)
+    return requests * 1000 / max(milliseconds, 1)
 
 
 @contextmanager
@@ -186,8 +208,10 @@ def _mounted(path: str, folder: str) -> Iterator[None]:
     _run("mount", "-t", "ext4", path, folder)
     try:
         yield
-    finally:
-        _run("umount", folder)
+    except BaseException:
+        subprocess.run(("umount", "--lazy", folder), timeout=60, check=False)  # whoever is in there
+        raise
+    _run("umount", folder)
 
 
 def _copy(files: dict[str, bytes], folder: Path) -> None:

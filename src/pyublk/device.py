@@ -120,7 +120,11 @@ class Device:
         self._final_stats: DeviceStats | None = None
         self._attention = threading.Event()  # a servant ended
         self._stopped = threading.Event()
+        self._start_over = threading.Event()
+        self._start_over.set()
+        self._start_thread = 0  # which starts it now
         self._stop_lock = threading.Lock()
+        self._stop_thread = 0  # which stops it now
         self._made_at = _caller()
 
     # ---- looking at it ----
@@ -193,16 +197,25 @@ class Device:
 
     @contextmanager
     def _starting(self) -> Iterator[None]:
-        if self._state is not DeviceState.CREATED:
-            raise errors.DeviceClosed(
-                f"the device is {self._state}: a Device starts once, make a new one"
-            )
+        with self._stop_lock:
+            if self._state is not DeviceState.CREATED or self._start_thread:
+                raise errors.DeviceClosed(
+                    f"the device is {self._state}: a Device starts once, make a new one"
+                )
+            self._start_thread = threading.get_ident()
+            self._start_over.clear()
         _open_devices.add(self)
         try:
             yield
         except BaseException:
+            self._end_start()
             self._finish_quietly()
             raise
+        self._end_start()
+
+    def _end_start(self) -> None:
+        self._start_thread = 0
+        self._start_over.set()
 
     def _configure(self) -> None:
         self._controller = Controller(deadline=self._deadline)
@@ -368,26 +381,39 @@ class Device:
 
         `timeout`: seconds without progress (default: the device's stop_timeout) after which
         handlers that hang are given up: their requests fail, the disk goes away all the same, and
-        HandlerTimeout tells where they hang. From a handler's own thread, the stop goes on in the
-        background. Stopping twice is allowed; stopping a mounted disk takes it from its users.
+        HandlerTimeout tells where they hang. From a handler's own thread, and from a start's, the
+        stop goes on in the background. Stopping twice is allowed, also from a signal's handler on
+        top of another stop; stopping a mounted disk takes it from its users.
         """
-        if self._called_by_handler():
+        here = threading.get_ident()
+        if here == self._stop_thread:
+            return
+        if here == self._start_thread or self._called_by_handler():
             threading.Thread(target=self.stop, args=(timeout,), name="ublk-stop").start()
             return
+        # A kernel that gets START_DEV after STOP_DEV may crash.
+        self._start_over.wait()
         with self._stop_lock:
-            if self._state is DeviceState.STOPPED:
-                return
-            started = self._state is not DeviceState.CREATED
-            self._state = DeviceState.STOPPING
-            if self._spare_fd >= 0:
-                os.close(self._spare_fd)
-                self._spare_fd = -1
-            hung: list[str] = []
+            self._stop_thread = here
             try:
-                if started and self._info is not None:
-                    hung = self._stop_serving(self._stop_timeout if timeout is None else timeout)
+                self._stop(timeout)
             finally:
-                self._release()
+                self._stop_thread = 0
+
+    def _stop(self, timeout: float | None) -> None:
+        if self._state is DeviceState.STOPPED:
+            return
+        started = self._state is not DeviceState.CREATED
+        self._state = DeviceState.STOPPING
+        if self._spare_fd >= 0:
+            os.close(self._spare_fd)
+            self._spare_fd = -1
+        hung: list[str] = []
+        try:
+            if started and self._info is not None:
+                hung = self._stop_serving(self._stop_timeout if timeout is None else timeout)
+        finally:
+            self._release()
         if hung:
             who = "a handler" if len(hung) == 1 else f"{len(hung)} handlers"
             error = errors.HandlerTimeout(
@@ -414,8 +440,15 @@ class Device:
         stopper = threading.Thread(target=stop_device, name=f"ublk{device}-stop", daemon=True)
         stopper.start()
         hung: list[str] = []
-        if not self._progress_until(lambda: not stopper.is_alive() and self._all_ended(), patience):
-            hung = self._give_up_hanging()
+        try:
+            if not self._progress_until(
+                lambda: not stopper.is_alive() and self._all_ended(), patience
+            ):
+                hung = self._give_up_hanging()
+        except KeyboardInterrupt:  # another one: the user's patience is over
+            self._give_up_hanging()
+            raise
+        finally:
             stopper.join(self._deadline)
         if stopper.is_alive():
             raise errors.command_error(
@@ -479,9 +512,9 @@ class Device:
         try:
             if self._controller is not None and self._info is not None:
                 self._delete()
-        finally:
-            if self._guard is not None:
+            if self._guard is not None:  # else it deletes the device when this process ends
                 self._guard.stop()
+        finally:
             if self._controller is not None:
                 self._controller.close()
             if self._pool is not None:

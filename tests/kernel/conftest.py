@@ -1,6 +1,6 @@
 """Fixtures for tests that need a kernel with ublk. Every disk comes from `serve`, which leaves
-nothing behind, also when the test fails; a test that leaves a device, a descriptor or a thread
-behind fails for it."""
+nothing behind, also when the test fails; a test that leaves a device, a process, a thread or a
+descriptor behind fails for it."""
 
 import os
 import subprocess
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from servers import running_children, until
 
 import pyublk
 
@@ -69,8 +70,8 @@ def existing() -> set[int]:
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Devices, threads and descriptors after a test are those from before it."""
-    devices, threads = existing(), set(threading.enumerate())
+    """Devices, processes, threads and descriptors after a test are those from before it."""
+    devices, threads, children = existing(), set(threading.enumerate()), running_children()
     fds = len(os.listdir("/proc/self/fd"))
     yield
     if left := existing() - devices:
@@ -78,6 +79,7 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
             for device in left:
                 controller.delete(device)
         pytest.fail(f"devices left behind: {sorted(left)}")
+    until(lambda: running_children() <= children, what="every process of the test ends")
     if request.node.get_closest_marker("leaves_threads"):
         return
     for thread in set(threading.enumerate()) - threads:

@@ -155,6 +155,21 @@ def device_is_gone(controller: pyublk.Controller, number: int) -> bool:
     return not any(device.id == number for device in controller.devices())
 
 
+def running_children() -> set[int]:
+    """The processes that threads of this one started and that still run: no zombies, such as a
+    command that was left behind leaves."""
+    found: set[int] = set()
+    for task in Path("/proc/self/task").glob("*/children"):
+        try:
+            for child in task.read_text().split():
+                stat = Path(f"/proc/{child}/stat").read_text()
+                if stat.rpartition(")")[2].split()[0] != "Z":
+                    found.add(int(child))
+        except OSError:  # ended meanwhile
+            continue
+    return found
+
+
 def sleeping_beyond_signals() -> list[str]:
     """Processes in the state D, of which a hung disk makes some."""
     found = []

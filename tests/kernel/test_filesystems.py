@@ -12,7 +12,7 @@ from memory import device_options, make
 pytestmark = pytest.mark.timeout(60)
 
 EMULATED = "QEMU TCG" in Path("/proc/cpuinfo").read_text()
-FILES = 200 if EMULATED else 3000
+FILES = 150 if EMULATED else 3000
 
 
 def fill(tree: Path, count: int, seed: int) -> None:
@@ -41,7 +41,6 @@ def fill(tree: Path, count: int, seed: int) -> None:
         ("ext4", "sync"),
         ("ext4", "async"),
         ("xfs", "ram"),
-        ("xfs", "file"),
         ("xfs", "workers"),
     ],
 )

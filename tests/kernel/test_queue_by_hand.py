@@ -16,7 +16,7 @@ from pyublk.params import Basic, Discard, Params
 from pyublk.uapi import IOFlag, Op
 from pyublk.uring import SetupFlag
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(120)
 
 MIB = 1 << 20
 CPUS = sorted(os.sched_getaffinity(0))

@@ -223,7 +223,7 @@ def test_waits_end_in_time() -> None:
         assert ring.submit(0, timeout=0) == 1
         for wait in ({"timeout": -1}, {"min_wait": -0.5}):
             with pytest.raises(ValueError, match="timeout must not be negative, not -"):
-                ring.submit(1, **wait)  # type: ignore[arg-type]
+                ring.submit(1, **wait)
 
 
 @needs_io_uring
@@ -523,4 +523,4 @@ def test_a_dropped_ring_is_closed() -> None:
 @needs_io_uring
 def test_a_ring_is_opened_once() -> None:
     with Ring(8) as ring, pytest.raises(RuntimeError, match="this ring is open already"):
-        ring.__init__(8)  # type: ignore[misc]
+        ring.__init__(8)
