@@ -25,6 +25,10 @@ class GuestFailed(VMError):
         self.console = console
 
 
+class BootFailed(GuestFailed):
+    """The guest did not come as far as the command."""
+
+
 class GuestTimeout(GuestFailed):
     """The command ran longer than the caller allowed; the machine was ended."""
 

@@ -5,8 +5,9 @@ import secrets
 import subprocess
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pyublk.vm import (
@@ -20,7 +21,7 @@ from pyublk.vm import (
 )
 from pyublk.vm.apt import Progress
 from pyublk.vm.emulator import CONTROL, ERRORS, INPUT, OUTPUT, Emulator
-from pyublk.vm.errors import VMError
+from pyublk.vm.errors import BootFailed, VMError
 from pyublk.vm.kernels import find_kernel, quiet
 from pyublk.vm.session import Patience, Session
 from pyublk.vm.streams import Input, Output, Sink
@@ -29,7 +30,9 @@ GIB = 1 << 30
 
 # Where the guest mounts something of its own over the host's directory.
 _GUEST_OWN = ("/dev", "/proc", "/run", "/sys")
-_PATIENCE = Patience(boot=120, ping_interval=10, ping_answer=60, output=10)
+# An emulated machine on a busy host now and then stops in its kernel's first second.
+_BOOTS = 3
+_PATIENCE = Patience(boot=60, ping_interval=10, ping_answer=60, output=10)
 # A guest that counts instructions runs ten to twenty times slower than the clock on the wall.
 _PATIENCE_COUNTING = Patience(boot=600, ping_interval=60, ping_answer=300, output=60)
 
@@ -157,6 +160,38 @@ class Machine:
         if terminal:
             programs.find("script", "bsdutils")
         directory = self._directory(Path.cwd() if cwd is None else Path(cwd).absolute())
+        attempt = partial(
+            self._attempt,
+            argv,
+            directory,
+            os.environ if env is None else env,
+            input,
+            stdin,
+            stdout,
+            stderr,
+            timeout,
+            terminal,
+            forward_signals,
+        )
+        for _ in range(_BOOTS - 1):
+            # Nothing of the command has run then, and nothing of its input was read.
+            with suppress(BootFailed):
+                return attempt()
+        return attempt()
+
+    def _attempt(
+        self,
+        argv: Sequence[str],
+        directory: Path,
+        environment: Mapping[str, str],
+        input: bytes | None,
+        stdin: int | None,
+        stdout: int | None,
+        stderr: int | None,
+        timeout: float | None,
+        terminal: bool,
+        forward_signals: bool,
+    ) -> Completed:
         accelerator = self._accelerator()
         mark = secrets.token_hex(16)
         with ExitStack() as stack:
@@ -167,7 +202,7 @@ class Machine:
             job = guest_scripts.job(
                 argv,
                 directory,
-                os.environ if env is None else env,
+                environment,
                 os.get_terminal_size(0) if terminal else None,
             )
             emulator.initramfs.write_bytes(

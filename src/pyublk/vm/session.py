@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyublk.vm.errors import GuestFailed, GuestTimeout, Interrupted
+from pyublk.vm.errors import BootFailed, GuestFailed, GuestTimeout, Interrupted
 from pyublk.vm.streams import Input, Output
 
 # Pressed so often in a row on a raw terminal, this key ends the machine.
@@ -218,13 +218,16 @@ class Session:
                 self.console(),
             )
         if now >= self._deadline:
-            what = (
-                "did not start the command"
-                if self._stage is _Stage.BOOTING
-                else ("did not hand over the rest of the output")
+            if self._stage is _Stage.BOOTING:
+                raise BootFailed(
+                    f"the guest did not start the command within {self._patience.boot:g} s",
+                    self.console(),
+                )
+            raise GuestFailed(
+                f"the guest did not hand over the rest of the output within "
+                f"{self._patience.output:g} s",
+                self.console(),
             )
-            limit = self._patience.boot if self._stage is _Stage.BOOTING else self._patience.output
-            raise GuestFailed(f"the guest {what} within {limit:g} s", self.console())
         if now >= self._next_ping:
             self.tell("ping")
             self._next_ping = float("inf")
