@@ -36,9 +36,7 @@ def carry_out(plan: Plan, kernel: str) -> Results:
         # Seconds of the guest take 5 to 20 here, and fio a third of one beside its run.
         measurements = len(plan.contenders) * len(plan.jobs) * plan.repeats
         limit = 300 + measurements * (plan.runtime + plan.ramp + 0.5) * 20
-        machine = Machine(
-            kernel, count_instructions=True, memory=_MEMORY, outputs=[directory]
-        )
+        machine = Machine(kernel, count_instructions=True, memory=_MEMORY, outputs=[directory])
         line = [sys.executable, "-m", "benchmarks.measure", str(asked), str(answered)]
         try:
             done = machine.run(line, cwd=_ROOT, timeout=limit, forward_signals=True)

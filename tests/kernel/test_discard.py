@@ -14,8 +14,6 @@ from memory import FullMemory, held, make
 import pyublk
 from pyublk.targets import File, Ram
 
-pytestmark = pytest.mark.timeout(60)
-
 MIB = 1 << 20
 KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 1, 2, 16
 

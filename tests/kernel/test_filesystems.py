@@ -9,8 +9,6 @@ from conftest import Serve
 from filesystems import SIZES, check_file_system, checksums, make_file_system, mounted
 from memory import device_options, make
 
-pytestmark = pytest.mark.timeout(60)
-
 EMULATED = "QEMU TCG" in Path("/proc/cpuinfo").read_text()
 FILES = 150 if EMULATED else 3000
 

@@ -20,8 +20,6 @@ from memory import device_options, held, make
 
 import pyublk
 
-pytestmark = pytest.mark.timeout(60)
-
 KIB, MIB = 1 << 10, 1 << 20
 
 #: fio jobs, each on the target that is named: (kind, options of the device, options of fio).

@@ -22,8 +22,6 @@ from memory import KINDS, CompiledMemory, FullMemory, Memory, device_options, he
 import pyublk
 from pyublk.targets import Null
 
-pytestmark = pytest.mark.timeout(60)
-
 MIB = 1 << 20
 CPUS = sorted(os.sched_getaffinity(0))
 
