@@ -49,7 +49,9 @@ static int run_command(int ctl_fd, uint32_t cmd_op, const struct pu_ctrl_cmd *cm
 	int result;
 
 	*stage = PU_CONTROL_RING;
-	result = pu_ring_open(&ring, 4, 0, PU_SETUP_SQE128, 0);
+	/* With an index array, newer kernels would patch their own code, under the feet of every ring
+	 * of the machine, each time such a ring comes or goes. */
+	result = pu_ring_open(&ring, 4, 0, PU_SETUP_SQE128, PU_SETUP_NO_SQARRAY);
 	if (result < 0)
 		return result;
 	*stage = PU_CONTROL_SUBMIT;
