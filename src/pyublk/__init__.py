@@ -7,6 +7,7 @@ General layout, from the bottom up; a module imports only from the lines above i
     errors                   what is raised, and the sentences for it
     _native (over _core/)    Ring, Queue, IO; control commands; native targets
     features, params, stats  what the kernel can do; device parameters; counters
+    paths                    the ways a request's data takes, and the choice among them
     control                  Controller: one method per control command
     target, serving          what a target implements; the ways requests reach it
     device                   Device: queues, threads, start in step, clean stop
@@ -32,12 +33,14 @@ from pyublk.errors import (
 )
 from pyublk.features import Features
 from pyublk.params import Params
+from pyublk.paths import DataPath, PathChoice
 from pyublk.stats import DeviceStats, QueueStats
 from pyublk.target import NativeTarget, Target
 
 __all__ = [
     "IO",
     "Controller",
+    "DataPath",
     "Device",
     "DeviceBusy",
     "DeviceClosed",
@@ -52,6 +55,7 @@ __all__ = [
     "InvalidTarget",
     "NativeTarget",
     "Params",
+    "PathChoice",
     "Queue",
     "QueueStats",
     "Ring",

@@ -13,6 +13,7 @@ from pyublk.uring import Completion
 __all__ = [
     "IO",
     "NULL_HANDLER",
+    "Buffers",
     "Guard",
     "Handlers",
     "Queue",
@@ -178,14 +179,32 @@ class IO:
     def buffer(self) -> memoryview:
         """The request's bytes: to fill for a READ, read-only for a WRITE, empty for the others.
 
+        With user copy they come when this is looked at, and go when the request is completed.
         Released when the request is completed.
         """
+    @property
+    def zones(self) -> int:
+        """How many zones a REPORT_ZONES asks for; 0 for every other request."""
+    @property
+    def metadata(self) -> bool:
+        """Whether the request has integrity metadata beside its data."""
+    def read_into(self, memory: Buffer, at: int = 0, *, metadata: bool = False) -> None:
+        """Copies a write's data, from its byte `at` on, into `memory` (writable, contiguous).
+
+        With user copy only these bytes are copied. `metadata`: its integrity metadata instead.
+        Raises ValueError outside the request or for a read. From any thread.
+        """
+    def write_from(self, memory: Buffer, at: int = 0, *, metadata: bool = False) -> None:
+        """Copies `memory` into a read's data, from its byte `at` on; as `read_into`."""
     @property
     def completed(self) -> bool: ...
     @property
     def deferred(self) -> bool: ...
-    def complete(self) -> None:
-        """Ends the request with success, whole. From any thread."""
+    def complete(self, *, zone_sector: int | None = None) -> None:
+        """Ends the request with success, whole. From any thread.
+
+        `zone_sector`: where a ZONE_APPEND was written, in 512-byte sectors.
+        """
     def fail(self, error: int) -> None:
         """Ends the request with an errno (positive). From any thread."""
     def defer(self) -> None:
@@ -198,21 +217,48 @@ class Handlers:
     def answer_from_here(self, io: IO) -> None: ...
 
 @final
+class Buffers:
+    """Memory for the requests of `depth` tags, `size` bytes each, that several threads share."""
+
+    def __init__(self, depth: int, size: int) -> None: ...
+    @property
+    def depth(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+
+@final
 class Queue:
     """One queue of an open char device (`/dev/ublkcN`), served by the thread that makes it.
 
     Args: `fd` of the char device, the queue's number, its `depth` (1 to 4096, as the device was
-    added with), and `buffer_size` in bytes for each tag (the device's max_io_size).
+    added with), `buffer_size` in bytes for each tag (the device's max_io_size), and the device's
+    `flags`, from which the data path follows. Several of these may serve one queue, each on its own
+    thread with every `tag_step`th tag from `first_tag` on, and with batch I/O the same `buffers`.
+    `faults` makes failures of a path, for
+    tests.
 
     By hand: ``queue.fetch()``, then START_DEV from another thread, then ``for io in queue: ...``
     with ``io.complete()`` or ``io.fail(errno)``. Commits are submitted with the next wait.
     """
 
     def __init__(
-        self, fd: int, queue_id: int = 0, *, depth: int = 128, buffer_size: int = 524288
+        self,
+        fd: int,
+        queue_id: int = 0,
+        *,
+        depth: int = 128,
+        buffer_size: int = 524288,
+        flags: int = 0,
+        first_tag: int = 0,
+        tag_step: int = 1,
+        buffers: Buffers | None = None,
+        extra_entries: int = 0,
+        faults: int = 0,
     ) -> None: ...
     @classmethod
-    def loopback(cls, *, depth: int = 128, buffer_size: int = 524288) -> Self:
+    def loopback(
+        cls, *, depth: int = 128, buffer_size: int = 524288, extra_entries: int = 0
+    ) -> Self:
         """A queue without kernel: requests are injected, answers read back (pyublk.testing)."""
     def close(self) -> None: ...
     def __enter__(self) -> Self: ...
@@ -243,12 +289,12 @@ class Queue:
         An empty list after a time-out or a wake; None when the kernel has taken every tag back.
         """
     def __iter__(self) -> Iterator[IO]: ...
-    def serve_native(self, handler: int, context: int = 0) -> None:
+    def serve_native(self, handler: int, context: int = 0, *, blind: bool = False) -> None:
         """Serves by a C function (see NativeTarget) until the device stops."""
     def serve(
         self, handlers: Handlers, lock: AbstractContextManager[object] | None = None
     ) -> None: ...
-    def counters(self) -> tuple[tuple[int, ...], tuple[int, ...], int, int, int]: ...
+    def counters(self) -> tuple[tuple[int, ...], tuple[int, ...], int, int, int, int]: ...
     def wake(self) -> None:
         """Makes a `wait` return. From any thread."""
     def fail_held(self, error: int = 5) -> None:

@@ -7,7 +7,13 @@ The core owns rings, tags and buffers and never sees Python; this module owns ob
 the GIL once per batch of requests, and turns exceptions into errno values. Policy is elsewhere.
 """
 
-from cpython.buffer cimport PyBuffer_FillInfo
+from cpython.buffer cimport (
+    PyBUF_SIMPLE,
+    PyBUF_WRITABLE,
+    PyBuffer_FillInfo,
+    PyBuffer_Release,
+    PyObject_GetBuffer,
+)
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.ref cimport PyObject
 from libc.errno cimport EALREADY, EINTR, EIO, ENODEV, EOPNOTSUPP, ESHUTDOWN, ETIME
@@ -24,6 +30,7 @@ from pyublk.uring import Completion
 __all__ = [
     "IO",
     "NULL_HANDLER",
+    "Buffers",
     "Guard",
     "Handlers",
     "Queue",

@@ -73,8 +73,14 @@ cdef extern from "_core/ublk.h" nogil:
     int PU_OP_DISCARD
     int PU_OP_WRITE_ZEROES
     int PU_OP_COUNT
+    int PU_OP_ZONE_APPEND
+    int PU_OP_REPORT_ZONES
     uint32_t PU_FLAG_FUA
+    uint64_t PU_USER_COPY_INTEGRITY
+    int PU_SECTOR_SHIFT
+    int PU_ZONE_BYTES
     uint32_t PU_FLAG_NOUNMAP
+    uint32_t PU_FLAG_INTEGRITY
 
     struct pu_desc:
         uint32_t op_flags
@@ -99,7 +105,9 @@ cdef extern from "_core/queue.h" nogil:
     struct pu_tag:
         uint32_t generation
         uint8_t state
+        bint fetched
         int32_t result
+        uint64_t zone_lba
 
     struct pu_counters:
         uint64_t requests[32]
@@ -107,6 +115,18 @@ cdef extern from "_core/queue.h" nogil:
         uint64_t errors
         uint64_t enters
         uint64_t largest_batch
+        uint64_t fallbacks
+
+    struct pu_queue_options:
+        uint16_t id
+        uint16_t depth
+        uint16_t first_tag
+        uint16_t tag_step
+        uint64_t flags
+        size_t buffer_bytes
+        uint8_t *buffers
+        uint32_t extra_entries
+        uint32_t faults
 
     struct pu_queue:
         pu_ring ring
@@ -114,13 +134,16 @@ cdef extern from "_core/queue.h" nogil:
         pu_tag *tags
         uint16_t *ready
         uint32_t nr_ready
-        uint32_t owned
         uint16_t id
         uint16_t depth
         bint loopback
+        bint copies
+        bint user_copy
         bint severed
 
-    int pu_queue_open(pu_queue *, int, uint16_t, uint16_t, size_t)
+    uint8_t *pu_buffers_map(uint16_t, size_t)
+    void pu_buffers_unmap(uint8_t *, uint16_t, size_t)
+    int pu_queue_open(pu_queue *, int, const pu_queue_options *)
     void pu_queue_close(pu_queue *)
     void pu_queue_free(pu_queue *)
     int pu_queue_sever(pu_queue *)
@@ -131,7 +154,10 @@ cdef extern from "_core/queue.h" nogil:
     int pu_queue_post(pu_queue *, uint16_t, int64_t)
     void pu_queue_fail_held(pu_queue *, int)
     void pu_queue_wake(pu_queue *)
-    int pu_queue_serve(pu_queue *, pu_handler, void *)
+    int pu_queue_copy(pu_queue *, uint16_t, void *, uint64_t, uint64_t, uint64_t)
+    int pu_queue_fill_buffer(pu_queue *, uint16_t)
+    int pu_queue_serve(pu_queue *, pu_handler, void *, bint)
+    uint32_t pu_queue_held(const pu_queue *)
     int pu_queue_inject(pu_queue *, uint16_t, uint32_t, uint64_t, uint32_t)
     void pu_queue_counters(const pu_queue *, pu_counters *)
     void *pu_queue_buffer(const pu_queue *, uint16_t)

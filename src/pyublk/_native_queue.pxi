@@ -8,6 +8,11 @@ cdef enum:
     LATER = 1  # a handler's outcome: answered by itself, or to be answered later
 
 
+cdef inline bint takes_data(uint32_t op) noexcept nogil:
+    """Whether a request brings data: not for the server to fill."""
+    return op == <uint32_t>PU_OP_WRITE or op == <uint32_t>PU_OP_ZONE_APPEND
+
+
 cdef class IO:
     """One request. Made once per tag and used again, unless somebody kept it: then that one is
     stale for ever (its generation has passed) and the tag gets a new one."""
@@ -17,6 +22,7 @@ cdef class IO:
     cdef object view         # for the operation that last used it; length bytes
     cdef uint64_t view_length
     cdef bint view_writable
+    cdef bint answer_in_buffer  # user copy: a read's data is in the buffer, to be given at the end
     cdef uint32_t generation
     cdef readonly uint16_t tag
     cdef readonly bint deferred
@@ -67,9 +73,61 @@ cdef class IO:
         return self.queue.q.id
 
     @property
+    def zones(self):
+        self.current()
+        return self.desc.nr_sectors if self.desc.op_flags & 0xFF == <uint32_t>PU_OP_REPORT_ZONES else 0
+
+    @property
+    def metadata(self):
+        self.current()
+        return self.desc.op_flags & PU_FLAG_INTEGRITY != 0
+
+    @property
     def buffer(self):
         self.current()
         return self.get_view()
+
+    def read_into(self, memory, uint64_t at=0, *, bint metadata=False):
+        self.copy(memory, at, True, metadata)
+
+    def write_from(self, memory, uint64_t at=0, *, bint metadata=False):
+        self.copy(memory, at, False, metadata)
+
+    cdef int copy(self, object memory, uint64_t at, bint to_server, bint metadata) except -1:
+        cdef Py_buffer view
+        cdef int error
+        cdef uint64_t length
+        self.current()
+        if to_server != takes_data(self.desc.op_flags & 0xFF):
+            raise ValueError(
+                f"{'read_into' if to_server else 'write_from'} does not fit {self.op!r}: a write's "
+                "data is read into your memory, a read's is written from it"
+            )
+        if metadata and not self.desc.op_flags & PU_FLAG_INTEGRITY:
+            raise ValueError("this request has no metadata")
+        PyObject_GetBuffer(memory, &view, PyBUF_WRITABLE if to_server else PyBUF_SIMPLE)
+        try:
+            length = <uint64_t>view.len
+            if not metadata and (at > self.data_length() or length > self.data_length() - at):
+                raise ValueError(
+                    f"bytes {at} to {at + length} are not in this request of {self.data_length()}"
+                )
+            with nogil:
+                error = pu_queue_copy(&self.queue.q, self.tag, view.buf, at, length,
+                                      PU_USER_COPY_INTEGRITY if metadata else 0)
+        finally:
+            PyBuffer_Release(&view)
+        if error < 0:
+            raise OSError(-error, f"copying a request's data: {os.strerror(-error)}")
+        return 0
+
+    cdef uint64_t data_length(self):
+        cdef uint32_t op = self.desc.op_flags & 0xFF
+        if op == <uint32_t>PU_OP_REPORT_ZONES:
+            return <uint64_t>self.desc.nr_sectors * PU_ZONE_BYTES
+        if op <= <uint32_t>PU_OP_WRITE or op == <uint32_t>PU_OP_ZONE_APPEND:
+            return <uint64_t>self.desc.nr_sectors << PU_SECTOR_SHIFT
+        return 0
 
     @property
     def completed(self):
@@ -77,10 +135,10 @@ cdef class IO:
 
     cdef object get_view(self):
         cdef uint32_t op = self.desc.op_flags & 0xFF
-        cdef bint writable = op != <uint32_t>PU_OP_WRITE
-        cdef uint64_t length = 0
-        if op <= <uint32_t>PU_OP_WRITE:
-            length = <uint64_t>self.desc.nr_sectors << 9
+        cdef bint writable = not takes_data(op)
+        cdef uint64_t length = self.data_length()
+        if not self.queue.q.copies:
+            self.bring_data(writable)
         if self.view is None or self.view_length != length or self.view_writable != writable:
             self.drop_view()
             span = Span.make(self.queue, pu_queue_buffer(&self.queue.q, self.tag), length, writable)
@@ -88,6 +146,20 @@ cdef class IO:
             self.view_length = length
             self.view_writable = writable
         return self.view
+
+    cdef int bring_data(self, bint writable) except -1:
+        """User copy: a write's data comes on the first look, a read's goes at the end."""
+        cdef int error
+        if not self.queue.q.user_copy:
+            raise OSError(EOPNOTSUPP, "this path has no buffer to look at: the kernel moves the data")
+        if writable:
+            self.answer_in_buffer = True
+            return 0
+        with nogil:
+            error = pu_queue_fill_buffer(&self.queue.q, self.tag)
+        if error < 0:
+            raise OSError(-error, f"copying a write's data: {os.strerror(-error)}")
+        return 0
 
     cdef int drop_view(self) except -1:
         """A view that the handler kept must not show the tag's next request."""
@@ -99,7 +171,10 @@ cdef class IO:
             self.view = None
         return 0
 
-    def complete(self):
+    def complete(self, *, zone_sector=None):
+        if zone_sector is not None:
+            self.current()
+            self.queue.q.tags[self.tag].zone_lba = zone_sector
         self.finish(0)
 
     def fail(self, int error):
@@ -114,9 +189,24 @@ cdef class IO:
     cdef int finish(self, int64_t result) except -1:
         self.current()
         self.drop_view()
-        if self.queue.finish(self.tag, result) < 0:
+        if self.queue.finish(self.tag, self.give_answer(result)) < 0:
             self.current()
         return 0
+
+    cdef int64_t give_answer(self, int64_t result) noexcept:
+        """User copy: a successful read's data leaves the buffer. The result to answer with."""
+        cdef int error
+        if not self.answer_in_buffer:
+            return result
+        self.answer_in_buffer = False
+        if result < 0:
+            return result
+        cdef uint64_t length = self.data_length()
+        with nogil:
+            error = pu_queue_copy(
+                &self.queue.q, self.tag, pu_queue_buffer(&self.queue.q, self.tag), 0, length, 0
+            )
+        return error
 
     def __repr__(self):
         if self.completed:
@@ -186,7 +276,7 @@ cdef class Handlers:
         ):
             return LATER
         io.drop_view()
-        return result
+        return io.give_answer(result)
 
     def start(self, IO io):
         """Calls the method and returns what it gives: the coroutine of an async target."""
@@ -199,6 +289,27 @@ cdef class Handlers:
             pu_queue_post(&io.queue.q, io.tag, result)
 
 
+cdef class Buffers:
+    """Memory for the requests of `depth` tags, `size` bytes each, that several threads share."""
+
+    cdef uint8_t *first
+    cdef readonly unsigned int depth
+    cdef readonly size_t size
+
+    def __init__(self, unsigned int depth, size_t size):
+        if self.first != NULL:
+            raise RuntimeError("this memory is made already")
+        self.first = pu_buffers_map(<uint16_t>depth, size)
+        if self.first == NULL:
+            raise MemoryError(f"cannot reserve {depth} buffers of {size} bytes")
+        self.depth = depth
+        self.size = size
+
+    def __dealloc__(self):
+        if self.first != NULL:
+            pu_buffers_unmap(self.first, <uint16_t>self.depth, self.size)
+
+
 cdef class Queue:
     """One queue of an open char device; the thread that makes it serves it."""
 
@@ -207,19 +318,39 @@ cdef class Queue:
     cdef bint is_open
     cdef bint fetched
     cdef unsigned long owner
+    cdef Buffers shared
     cdef object __weakref__
 
     def __init__(self, int fd, uint16_t queue_id=0, *, unsigned int depth=128,
-                 size_t buffer_size=512 * 1024):
+                 size_t buffer_size=512 * 1024, uint64_t flags=0, unsigned int first_tag=0,
+                 unsigned int tag_step=1, Buffers buffers=None, uint32_t extra_entries=0,
+                 uint32_t faults=0):
         if self.ios is not None:
             raise RuntimeError("this queue is open already")
         if not 1 <= depth <= uapi.MAX_QUEUE_DEPTH:
             raise ValueError(f"depth must be 1 to {uapi.MAX_QUEUE_DEPTH}, not {depth}")
         if buffer_size < 512:
             raise ValueError(f"buffer_size must be at least 512 bytes, not {buffer_size}")
+        if first_tag >= depth or not 1 <= tag_step <= depth:
+            raise ValueError(f"first_tag and tag_step must be below the depth, {depth}")
         cdef int error
+        cdef pu_queue_options options
+        memset(&options, 0, sizeof(options))
+        options.id = queue_id
+        options.depth = <uint16_t>depth
+        options.first_tag = <uint16_t>first_tag
+        options.tag_step = <uint16_t>tag_step
+        options.flags = flags
+        options.buffer_bytes = buffer_size
+        if buffers is not None:
+            if buffers.depth != depth or buffers.size != buffer_size:
+                raise ValueError("the shared buffers are not of this queue's depth and size")
+            options.buffers = buffers.first
+            self.shared = buffers
+        options.extra_entries = extra_entries
+        options.faults = faults
         with nogil:
-            error = pu_queue_open(&self.q, fd, queue_id, <uint16_t>depth, buffer_size)
+            error = pu_queue_open(&self.q, fd, &options)
         if error < 0:
             raise errors.queue_error(-error, queue_id)
         self.owner = PyThread_get_thread_ident()
@@ -227,8 +358,8 @@ cdef class Queue:
         self.ios = [self.new_io(tag) for tag in range(depth)]
 
     @classmethod
-    def loopback(cls, *, depth=128, buffer_size=512 * 1024):
-        return cls(-1, depth=depth, buffer_size=buffer_size)
+    def loopback(cls, *, depth=128, buffer_size=512 * 1024, extra_entries=0):
+        return cls(-1, depth=depth, buffer_size=buffer_size, extra_entries=extra_entries)
 
     def __dealloc__(self):
         if self.ios is not None:
@@ -270,7 +401,7 @@ cdef class Queue:
 
     @property
     def held(self):
-        return self.q.owned
+        return pu_queue_held(&self.q)
 
     def fileno(self):
         self.alive()
@@ -318,6 +449,7 @@ cdef class Queue:
             self.ios[tag] = io
         io.generation = self.q.tags[tag].generation
         io.deferred = False
+        io.answer_in_buffer = False
         return io
 
     def wait(self, timeout=None):
@@ -338,11 +470,11 @@ cdef class Queue:
             return pu_queue_answer(&self.q, tag, result)
         return pu_queue_post(&self.q, tag, result)
 
-    def serve_native(self, uintptr_t handler, uintptr_t context=0):
+    def serve_native(self, uintptr_t handler, uintptr_t context=0, *, bint blind=False):
         self.alive()
         cdef int error
         with nogil:
-            error = pu_queue_serve(&self.q, <pu_handler>handler, <void *>context)
+            error = pu_queue_serve(&self.q, <pu_handler>handler, <void *>context, blind)
         if error == -ESHUTDOWN:
             raise errors.DeviceLost(f"queue {self.q.id} was cut off while a handler did not return")
         if error < 0:
@@ -383,6 +515,7 @@ cdef class Queue:
             now.errors,
             now.enters,
             now.largest_batch,
+            now.fallbacks,
         )
 
     def wake(self):

@@ -14,18 +14,20 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from types import FrameType, TracebackType
 from typing import Literal, Self
 
 from pyublk import errors, serving
-from pyublk._native import Guard, Handlers, Queue
+from pyublk._native import Buffers, Guard, Handlers, Queue
 from pyublk.control import Controller, DeviceInfo, check_wish, new_cookie
 from pyublk.params import Params
+from pyublk.paths import DataPath, PathChoice, choose_path
 from pyublk.stats import DeviceStats, QueueStats
 from pyublk.target import FailureLog, NativeTarget, Target, dispatch_of
-from pyublk.uapi import ControlCommand
+from pyublk.uapi import ControlCommand, Feature
 
 log = logging.getLogger("pyublk.device")
 
@@ -64,6 +66,11 @@ class Device:
             to 32 MiB. Kernels before 6.18 split at 1280 KiB whatever is asked, later ones at 4 MiB.
         workers: threads that run the handlers of a sync `parallel` target, beside the queues'
             own threads; for handlers that block. 0: the queues' threads run them.
+        path: how the data travels (`pyublk.DataPath`); "auto" takes the best that target and kernel
+            can; another one that the kernel lacks is refused (FeatureMissing).
+        batch: whether commands carry many tags (Linux 7.0); None where the kernel can.
+        threads: threads that serve each queue together (Linux 6.16), for targets whose calls may
+            run at once; the handlers of a `serial` or `per_queue` target still take turns.
         affinity: "auto" keeps each queue's thread to the CPUs whose requests it gets (the kernel
             allocates its buffers on their NUMA node, on first use); a sequence of CPU sets, one
             for each queue; or None, the scheduler's choice.
@@ -83,6 +90,9 @@ class Device:
         id: int | None = None,
         max_io_size: int = 512 * 1024,
         workers: int = 0,
+        path: DataPath | str = "auto",
+        batch: bool | None = None,
+        threads: int = 1,
         affinity: Affinity = "auto",
         stop_timeout: float = 10.0,
         deadline: float = 30.0,
@@ -101,7 +111,18 @@ class Device:
                 f"workers={workers} needs a target with plain methods and concurrency 'parallel'; "
                 f"{type(target).__name__} is {self._dispatch} and {target.concurrency!r}"
             )
+        if not 1 <= threads <= depth:
+            raise ValueError(f"threads must be 1 to the depth, {depth}, not {threads}")
+        if threads > 1 and self._dispatch == "async":
+            raise ValueError(
+                f"threads={threads} needs a target without coroutines, which one event loop runs; "
+                f"{type(target).__name__} is async"
+            )
         self.target = target
+        self._path_wish = path
+        self._batch_wish = batch
+        self._threads = threads
+        self._choice: PathChoice | None = None
         self._wish = {"queues": queues, "depth": depth, "max_io_size": max_io_size, "id": id}
         self._workers = workers
         self._affinity = _checked_affinity(affinity, queues)
@@ -149,6 +170,13 @@ class Device:
         return self._device_info().char_path
 
     @property
+    def data_path(self) -> PathChoice:
+        """How the data travels, and why."""
+        if self._choice is None:
+            raise errors.DeviceClosed("the device has no data path before it is started")
+        return self._choice
+
+    @property
     def params(self) -> Params:
         """The parameters as the kernel took them."""
         if self._params is None:
@@ -170,8 +198,10 @@ class Device:
         """Counters since the start; after the stop, the last ones."""
         if self._final_stats is not None:
             return self._final_stats
-        queues = sorted(self._queues(), key=lambda queue: queue.id)
-        return DeviceStats(tuple(QueueStats.from_counters(queue.counters()) for queue in queues))
+        parts: dict[int, list[QueueStats]] = {}
+        for queue in self._queues():
+            parts.setdefault(queue.id, []).append(QueueStats.from_counters(queue.counters()))
+        return DeviceStats(tuple(QueueStats.sum(parts[queue]) for queue in sorted(parts)))
 
     def _queues(self) -> list[Queue]:
         return [queue for servant in self._servants for queue in servant.queues]
@@ -223,8 +253,18 @@ class Device:
         self.target.open()
         self._opened = True
         params = self.target.params(self._wish["max_io_size"] or 0)
+        features = self._controller.features()
+        if self._threads > 1:
+            features.require(Feature.PER_IO_DAEMON)
+        self._choice = choose_path(
+            self.target.paths, features, path=self._path_wish, batch=self._batch_wish
+        )
         cookie = new_cookie()
-        self._info = self._controller.add(cookie=cookie, **self._wish)  # type: ignore[arg-type]
+        self._info = self._controller.add(
+            cookie=cookie,
+            flags=self._choice.flags,
+            **self._wish,  # type: ignore[arg-type]
+        )
         self._guard = Guard(self._controller.fileno(), self.id, cookie)
         params.check_granted(max_io_size=self._info.max_io_size, flags=self._info.flags)
         self._controller.set_params(self.id, params)
@@ -256,15 +296,19 @@ class Device:
         info = self._device_info()
         report = FailureLog(self.target)
         handlers = Handlers(self.target, report)
-        every_queue = list(range(info.queues))
+        shares = []
+        for queue in range(info.queues):
+            buffers = Buffers(info.depth, info.max_io_size) if self._threads > 1 else None
+            for thread in range(self._threads):
+                shares.append(_Share(queue, thread, self._threads, buffers))
         if on_this_loop:
             server = serving.AsyncServer(handlers, report)
             self._async_servers.append(server)
-            make_queues = partial(_make_queues, self._char_fd, info, every_queue)
+            make_queues = partial(_make_queues, self._char_fd, info, shares)
             self._servants = [serving.ServingLoop(make_queues, self._attention, server)]
             return
         one_thread = self._dispatch == "async" and self.target.concurrency == "serial"
-        groups = [every_queue] if one_thread else [[queue] for queue in every_queue]
+        groups = [shares] if one_thread else [[share] for share in shares]
         if self._workers:
             self._pool = serving.WorkerPool(handlers, self._workers, f"ublk{info.id}")
         serve = self._serve_function(handlers, report)
@@ -274,8 +318,8 @@ class Device:
                     partial(_make_queues, self._char_fd, info, group),
                     self._attention,
                     serve,
-                    name=f"ublk{info.id}-q{group[0]}",
-                    cpus=self._cpus_of(group),
+                    name=f"ublk{info.id}-q{group[0].queue}",
+                    cpus=self._cpus_of([share.queue for share in group]),
                 )
             )
 
@@ -290,14 +334,23 @@ class Device:
                 raise errors.InvalidTarget(
                     f"{type(target).__name__}.handler is 0: set it before open() returns"
                 )
-            return lambda queues: queues[0].serve_native(handler, context)
+            blind = target.blind
+            return lambda queues: queues[0].serve_native(handler, context, blind=blind)
         if self._dispatch == "async":
             return lambda queues: serving.serve_on_own_loop(queues, handlers, report, servers)
         if pool is not None:
             return lambda queues: serving.serve_with_workers(queues[0], pool)
-        several = self._device_info().queues > 1
-        lock = threading.Lock() if several and target.concurrency == "serial" else None
-        return lambda queues: queues[0].serve(handlers, lock)
+        locks = self._locks()
+        return lambda queues: queues[0].serve(handlers, locks[queues[0].id])
+
+    def _locks(self) -> "list[threading.Lock | None]":
+        """What a sync handler holds, for each queue, so that the target's promise is kept."""
+        queues, concurrency = self._device_info().queues, self.target.concurrency
+        if concurrency == "serial" and queues * self._threads > 1:
+            return [threading.Lock()] * queues
+        if concurrency == "per_queue" and self._threads > 1:
+            return [threading.Lock() for _ in range(queues)]
+        return [None] * queues
 
     def _cpus_of(self, queues: list[int]) -> frozenset[int] | None:
         if self._affinity is None:
@@ -608,11 +661,35 @@ def _checked_affinity(
     return sets
 
 
-def _make_queues(char_fd: int, info: DeviceInfo, ids: list[int]) -> list[Queue]:
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """What one thread serves: every `step`th tag of a queue, from `first` on.
+
+    With batch I/O any of the tags may come to it, so the threads of a queue share its buffers.
+    """
+
+    queue: int
+    first: int
+    step: int
+    buffers: Buffers | None
+
+
+def _make_queues(char_fd: int, info: DeviceInfo, shares: list[_Share]) -> list[Queue]:
     queues: list[Queue] = []
     try:
-        for number in ids:
-            queues.append(Queue(char_fd, number, depth=info.depth, buffer_size=info.max_io_size))
+        for share in shares:
+            queues.append(
+                Queue(
+                    char_fd,
+                    share.queue,
+                    depth=info.depth,
+                    buffer_size=info.max_io_size,
+                    flags=info.flags,
+                    first_tag=share.first,
+                    tag_step=share.step,
+                    buffers=share.buffers,
+                )
+            )
     except BaseException:
         for queue in queues:
             queue.close()

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Counters as frozen snapshots: taking one costs the serving threads nothing."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from pyublk.uapi import Op
 
-#: What Queue.counters() gives: requests and bytes by operation, errors, enters, largest batch.
-Counters = tuple[tuple[int, ...], tuple[int, ...], int, int, int]
+#: What Queue.counters() gives: requests and bytes by operation, errors, enters, largest batch,
+#: fallbacks.
+Counters = tuple[tuple[int, ...], tuple[int, ...], int, int, int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,7 +16,8 @@ class QueueStats:
     """What one queue has done since it was made.
 
     Requests are counted when they arrive; `errors` counts those that were answered with an errno.
-    `enters` are io_uring_enter calls, `largest_batch` the most requests that one of them brought.
+    `enters` are io_uring_enter calls, `largest_batch` the most requests that one of them brought;
+    `fallbacks` counts how often a data path failed and another way was taken.
     """
 
     reads: int = 0
@@ -30,10 +33,11 @@ class QueueStats:
     errors: int = 0
     enters: int = 0
     largest_batch: int = 0
+    fallbacks: int = 0
 
     @classmethod
     def from_counters(cls, counters: Counters) -> "QueueStats":
-        requests, lengths, errors, enters, largest_batch = counters
+        requests, lengths, errors, enters, largest_batch, fallbacks = counters
         named = (Op.READ, Op.WRITE, Op.FLUSH, Op.DISCARD, Op.WRITE_ZEROES)
         return cls(
             reads=requests[Op.READ],
@@ -49,7 +53,17 @@ class QueueStats:
             errors=errors,
             enters=enters,
             largest_batch=largest_batch,
+            fallbacks=fallbacks,
         )
+
+    @classmethod
+    def sum(cls, parts: "Sequence[QueueStats]") -> "QueueStats":
+        """All of them together; `largest_batch` is the largest of them."""
+        sums = {
+            field.name: sum(getattr(part, field.name) for part in parts) for field in fields(cls)
+        }
+        sums["largest_batch"] = max((part.largest_batch for part in parts), default=0)
+        return cls(**sums)
 
     @property
     def requests(self) -> int:
@@ -73,9 +87,4 @@ class DeviceStats:
     @property
     def total(self) -> QueueStats:
         """Sums over the queues; `largest_batch` is the largest of them."""
-        sums = {
-            field.name: sum(getattr(queue, field.name) for queue in self.queues)
-            for field in fields(QueueStats)
-        }
-        sums["largest_batch"] = max((queue.largest_batch for queue in self.queues), default=0)
-        return QueueStats(**sums)
+        return QueueStats.sum(self.queues)

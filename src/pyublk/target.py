@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 from pyublk._native import IO
 from pyublk.errors import InvalidTarget
 from pyublk.params import Basic, Discard, Params
+from pyublk.paths import DataPath
 
 Concurrency = Literal["serial", "per_queue", "parallel"]
 Dispatch = Literal["native", "sync", "async"]
@@ -65,6 +66,9 @@ class Target:
     discards: ClassVar[bool] = False
     writes_zeroes: ClassVar[bool] = False
     takes_fua: ClassVar[bool] = False
+
+    #: The data paths that it can be served by, the best first.
+    paths: tuple[DataPath, ...] = (DataPath.COPY, DataPath.USER_COPY, DataPath.GET_DATA)
 
     def __init__(
         self,
@@ -159,6 +163,9 @@ class NativeTarget(Target):
     """
 
     concurrency = "parallel"
+
+    #: The handler never looks at the buffer: no data path needs to bring anything there.
+    blind: ClassVar[bool] = False
 
     handler: int = 0
     context: int = 0

@@ -12,6 +12,13 @@
 
 #define DEPTH 8
 
+static int open_queue(struct pu_queue *q, int cdev, uint16_t id)
+{
+	struct pu_queue_options options = { .id = id, .depth = DEPTH, .buffer_bytes = 4096 };
+
+	return pu_queue_open(q, cdev, &options);
+}
+
 static int64_t fail_odd_sectors(void *context, uint32_t op, uint32_t flags, uint64_t offset,
 				uint64_t length, void *buffer)
 {
@@ -30,14 +37,14 @@ static void every_request_is_answered_once(void)
 	struct pu_counters counters;
 	uint64_t calls = 0;
 
-	CHECK_EQUAL(pu_queue_open(&q, -1, 3, DEPTH, 4096), 0);
+	CHECK_EQUAL(open_queue(&q, -1, 3), 0);
 	CHECK_EQUAL(pu_queue_inject(&q, 0, PU_OP_READ, 0, 1), -EINVAL); /* not fetched */
 	CHECK_EQUAL(pu_queue_fetch(&q), 0);
 	for (int round = 0; round < 100; round++) {
 		for (uint16_t tag = 0; tag < DEPTH; tag++)
 			CHECK_EQUAL(pu_queue_inject(&q, tag, PU_OP_READ, tag, 2), 0);
 		CHECK_EQUAL(pu_queue_inject(&q, 0, PU_OP_READ, 0, 2), -EINVAL); /* still ours */
-		CHECK_EQUAL(pu_queue_serve(&q, fail_odd_sectors, &calls), 0);
+		CHECK_EQUAL(pu_queue_serve(&q, fail_odd_sectors, &calls, false), 0);
 		for (uint16_t tag = 0; tag < DEPTH; tag++) {
 			uint8_t *buffer = pu_queue_buffer(&q, tag);
 
@@ -63,7 +70,7 @@ static void a_second_answer_is_refused(void)
 {
 	struct pu_queue q;
 
-	CHECK_EQUAL(pu_queue_open(&q, -1, 0, DEPTH, 4096), 0);
+	CHECK_EQUAL(open_queue(&q, -1, 0), 0);
 	CHECK_EQUAL(pu_queue_fetch(&q), 0);
 	CHECK_EQUAL(pu_queue_answer(&q, 0, 0), -EALREADY);
 	CHECK_EQUAL(pu_queue_inject(&q, 0, PU_OP_FLUSH, 0, 0), 0);
@@ -108,7 +115,7 @@ static void threads_race_to_answer_and_one_wins(void)
 	struct pu_queue q;
 	pthread_t threads[3];
 
-	CHECK_EQUAL(pu_queue_open(&q, -1, 0, DEPTH, 4096), 0);
+	CHECK_EQUAL(open_queue(&q, -1, 0), 0);
 	CHECK_EQUAL(pu_queue_fetch(&q), 0);
 	for (int round = 0; round < 50; round++) {
 		struct poster poster = { .queue = &q };
@@ -135,7 +142,7 @@ static void held_requests_can_be_failed_from_outside(void)
 {
 	struct pu_queue q;
 
-	CHECK_EQUAL(pu_queue_open(&q, -1, 0, DEPTH, 4096), 0);
+	CHECK_EQUAL(open_queue(&q, -1, 0), 0);
 	CHECK_EQUAL(pu_queue_fetch(&q), 0);
 	for (uint16_t tag = 0; tag < DEPTH; tag++)
 		CHECK_EQUAL(pu_queue_inject(&q, tag, PU_OP_READ, 0, 8), 0);
@@ -155,7 +162,7 @@ static void opening_fails_clean(void)
 	struct pu_queue q;
 
 	/* standard input is no char device: the map is refused, nothing stays */
-	CHECK(pu_queue_open(&q, 0, 0, DEPTH, 4096) < 0);
+	CHECK(open_queue(&q, 0, 0) < 0);
 	CHECK(!q.tags && !q.buffers && !q.desc);
 }
 

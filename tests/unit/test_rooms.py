@@ -18,6 +18,7 @@ ROOMS = [
     ["errors"],
     ["_native"],
     ["features", "params", "stats"],
+    ["paths"],
     ["control"],
     ["target"],
     ["serving"],

@@ -16,8 +16,7 @@
 #define PR_SET_IO_FLUSHER 57
 #endif
 
-/* user_data: a tag, or this */
-#define WAKE (UINT64_C(1) << 63)
+#define WAKE PU_USER_DATA(PU_KIND_WAKE, 0)
 
 static size_t page_round(size_t bytes)
 {
@@ -45,15 +44,20 @@ static inline bool claim_answer(struct pu_tag *tag)
 					   __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
 }
 
-static int open_ring(struct pu_queue *q)
+static int open_ring(struct pu_queue *q, uint32_t extra)
 {
+	uint32_t wanted = q->depth + 4u + extra; /* a few for wakes and batches */
 	uint32_t entries = 8;
+	int error;
 
-	while (entries < q->depth + 1u) /* one for the wake */
+	while (entries < wanted && entries < 16384)
 		entries *= 2;
-	return pu_ring_open(&q->ring, entries, entries * 2, PU_SETUP_CLAMP,
-			    PU_SETUP_SUBMIT_ALL | PU_SETUP_COOP_TASKRUN | PU_SETUP_SINGLE_ISSUER |
-				    PU_SETUP_DEFER_TASKRUN | PU_SETUP_NO_SQARRAY);
+	error = pu_ring_open(&q->ring, entries, entries * 2, PU_SETUP_CLAMP,
+			     PU_SETUP_SUBMIT_ALL | PU_SETUP_COOP_TASKRUN | PU_SETUP_SINGLE_ISSUER |
+				     PU_SETUP_DEFER_TASKRUN | PU_SETUP_NO_SQARRAY);
+	if (!error && (q->auto_buffer || q->zero_copy))
+		error = pu_ring_register_sparse_buffers(&q->ring, q->depth);
+	return error < 0 ? error : 0;
 }
 
 static int map_descriptors(struct pu_queue *q)
@@ -75,20 +79,57 @@ static int map_descriptors(struct pu_queue *q)
 	return madvise(map, q->desc_bytes, MADV_DONTFORK) ? -errno : 0;
 }
 
-static int map_buffers(struct pu_queue *q)
+uint8_t *pu_buffers_map(uint16_t depth, size_t buffer_bytes)
 {
-	size_t bytes = q->depth * q->buffer_bytes;
+	size_t bytes = depth * page_round(buffer_bytes);
 	void *map = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
 			 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 
 	if (map == MAP_FAILED)
-		return -errno;
-	q->buffers = map;
-	return madvise(map, bytes, MADV_DONTFORK) ? -errno : 0;
+		return NULL;
+	if (madvise(map, bytes, MADV_DONTFORK)) {
+		munmap(map, bytes);
+		return NULL;
+	}
+	return map;
 }
 
-int pu_queue_open(struct pu_queue *q, int cdev, uint16_t id, uint16_t depth, size_t buffer_bytes)
+void pu_buffers_unmap(uint8_t *buffers, uint16_t depth, size_t buffer_bytes)
 {
+	munmap(buffers, depth * page_round(buffer_bytes));
+}
+
+static int give_buffers(struct pu_queue *q, uint8_t *shared)
+{
+	uint8_t *first = shared;
+
+	if (!first)
+		first = q->buffers = pu_buffers_map(q->depth, q->buffer_bytes);
+	if (!first)
+		return -errno;
+	for (uint32_t tag = 0; tag < q->depth; tag++)
+		q->tags[tag].buffer = first + tag * q->buffer_bytes;
+	return 0;
+}
+
+static int open_parts(struct pu_queue *q, const struct pu_queue_options *options)
+{
+	int error = map_descriptors(q);
+
+	if (!error)
+		error = give_buffers(q, options->buffers);
+	if (error || (q->loopback && !options->extra_entries))
+		return error;
+	error = open_ring(q, options->extra_entries);
+	if (error || q->loopback)
+		return error;
+	error = pu_ring_register(&q->ring, PU_REGISTER_FILES, &q->cdev, 1);
+	return error < 0 ? error : 0;
+}
+
+int pu_queue_open(struct pu_queue *q, int cdev, const struct pu_queue_options *options)
+{
+	uint64_t flags = options->flags;
 	int error;
 
 	/* Memory this thread allocates must not wait for dirty pages that only it can write. Needs
@@ -97,32 +138,35 @@ int pu_queue_open(struct pu_queue *q, int cdev, uint16_t id, uint16_t depth, siz
 		prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0);
 	memset(q, 0, sizeof(*q));
 	q->ring.fd = -1;
+	q->post_ring.fd = -1;
 	q->wake_fd = -1;
 	q->event_fd = -1;
 	q->cdev = cdev;
-	q->id = id;
-	q->depth = depth;
+	q->id = options->id;
+	q->depth = options->depth;
+	q->first_tag = options->first_tag;
+	q->tag_step = options->tag_step ? options->tag_step : 1;
+	q->faults = options->faults;
 	q->loopback = cdev < 0;
-	q->buffer_bytes = page_round(buffer_bytes);
+	q->copies = !(flags & (PU_F_USER_COPY | PU_F_ZERO_COPY | PU_F_AUTO_BUF_REG));
+	q->user_copy = !q->loopback && flags & PU_F_USER_COPY;
+	q->zero_copy = flags & PU_F_ZERO_COPY;
+	q->auto_buffer = flags & PU_F_AUTO_BUF_REG;
+	q->zoned = flags & PU_F_ZONED;
+	q->buffer_bytes = page_round(options->buffer_bytes);
 	pthread_mutex_init(&q->inbox_lock, NULL);
-	q->tags = calloc(depth, sizeof(*q->tags));
-	q->ready = calloc(depth, sizeof(*q->ready));
-	q->inbox = calloc(depth, sizeof(*q->inbox));
+	q->tags = calloc(q->depth, sizeof(*q->tags));
+	q->ready = calloc(q->depth, sizeof(*q->ready));
+	q->inbox = calloc(q->depth, sizeof(*q->inbox));
 	q->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	if (!q->tags || !q->ready || !q->inbox)
 		error = -ENOMEM;
 	else if (q->wake_fd < 0)
 		error = -errno;
 	else
-		error = map_descriptors(q);
-	if (!error)
-		error = map_buffers(q);
-	if (!error && !q->loopback)
-		error = open_ring(q);
-	if (!error && !q->loopback) {
-		error = pu_ring_register(&q->ring, PU_REGISTER_FILES, &cdev, 1);
-		error = error < 0 ? error : 0;
-	}
+		error = open_parts(q, options);
+	if (!error && !q->loopback && flags & PU_F_BATCH_IO)
+		error = pu_batch_open(q);
 	if (error) {
 		pu_queue_close(q);
 		pu_queue_free(q);
@@ -136,9 +180,11 @@ void pu_queue_close(struct pu_queue *q)
 	if (q->desc)
 		munmap(q->desc, q->desc_bytes);
 	q->desc = NULL;
-	for (uint16_t tag = 0; q->tags && tag < q->depth; tag++)
+	for (uint32_t tag = 0; q->tags && tag < q->depth; tag++)
 		set_state(&q->tags[tag], PU_TAG_GONE);
 	pthread_mutex_lock(&q->inbox_lock);
+	pu_ring_close(&q->post_ring);
+	pu_batch_close(q); /* after the rings: they may read it */
 	if (q->wake_fd >= 0)
 		close(q->wake_fd);
 	q->wake_fd = -1;
@@ -151,7 +197,7 @@ void pu_queue_close(struct pu_queue *q)
 void pu_queue_free(struct pu_queue *q)
 {
 	if (q->buffers)
-		munmap(q->buffers, q->depth * q->buffer_bytes);
+		pu_buffers_unmap(q->buffers, q->depth, q->buffer_bytes);
 	free(q->tags);
 	free(q->ready);
 	free(q->inbox);
@@ -182,7 +228,7 @@ int pu_queue_sever(struct pu_queue *q)
 	return error;
 }
 
-static struct pu_sqe *get_sqe(struct pu_queue *q)
+struct pu_sqe *pu_queue_sqe(struct pu_queue *q)
 {
 	struct pu_sqe *sqe = pu_ring_get_sqe(&q->ring);
 
@@ -193,23 +239,28 @@ static struct pu_sqe *get_sqe(struct pu_queue *q)
 
 static int queue_command(struct pu_queue *q, uint32_t cmd_op, uint16_t tag, int32_t result)
 {
-	struct pu_sqe *sqe = get_sqe(q);
+	struct pu_sqe *sqe = pu_ring_take_sqe(&q->ring);
 
+	if (!sqe && pu_ring_submit(&q->ring, 0, 0, 0) >= 0)
+		sqe = pu_ring_take_sqe(&q->ring);
 	if (!sqe)
 		return -EAGAIN;
-	sqe->opcode = PU_OPCODE_URING_CMD;
-	sqe->flags = PU_SQE_FIXED_FILE;
-	sqe->off = cmd_op;
-	sqe->user_data = tag;
-	sqe->cmd[0] = q->id | (uint64_t)tag << 16 | (uint64_t)(uint32_t)result << 32;
-	sqe->cmd[1] = (uint64_t)(uintptr_t)pu_queue_buffer(q, tag);
-	q->in_kernel++;
+	*sqe = (struct pu_sqe){
+		.opcode = PU_OPCODE_URING_CMD,
+		.flags = PU_SQE_FIXED_FILE,
+		.off = cmd_op,
+		.addr = q->auto_buffer ? pu_queue_buffer_index(q, tag) | PU_AUTO_BUF_FALLBACK : 0,
+		.user_data = tag,
+		.cmd = { q->id | (uint64_t)tag << 16 | (uint64_t)(uint32_t)result << 32,
+			 q->copies ? (uint64_t)(uintptr_t)pu_queue_buffer(q, tag) :
+				     q->tags[tag].zone_lba },
+	};
 	return 0;
 }
 
 static int arm_wake(struct pu_queue *q)
 {
-	struct pu_sqe *sqe = get_sqe(q);
+	struct pu_sqe *sqe = pu_queue_sqe(q);
 
 	if (!sqe)
 		return -EAGAIN;
@@ -221,18 +272,31 @@ static int arm_wake(struct pu_queue *q)
 	return 0;
 }
 
+static int fetch_tags(struct pu_queue *q)
+{
+	int error = 0;
+
+	for (uint32_t tag = q->first_tag; tag < q->depth && !error; tag += q->tag_step) {
+		set_state(&q->tags[tag], PU_TAG_FETCHING);
+		q->in_kernel++;
+		if (!q->loopback && !q->batch)
+			error = queue_command(q, PU_IO_FETCH_REQ, (uint16_t)tag, 0);
+	}
+	if (!error && q->batch) {
+		q->in_kernel = 0; /* not told of each tag */
+		error = pu_batch_fetch(q);
+	}
+	return error;
+}
+
 int pu_queue_fetch(struct pu_queue *q)
 {
-	int error = q->loopback ? 0 : arm_wake(q);
+	bool ring = q->ring.fd >= 0;
+	int error = ring ? arm_wake(q) : 0;
 
-	for (uint16_t tag = 0; tag < q->depth && !error; tag++) {
-		set_state(&q->tags[tag], PU_TAG_FETCHING);
-		if (q->loopback)
-			q->in_kernel++;
-		else
-			error = queue_command(q, PU_IO_FETCH_REQ, tag, 0);
-	}
-	while (!error && !q->loopback && pu_ring_unsubmitted(&q->ring)) {
+	if (!error)
+		error = fetch_tags(q);
+	while (!error && ring && pu_ring_unsubmitted(&q->ring)) {
 		int done = pu_ring_submit(&q->ring, 0, 0, 0);
 
 		if (done < 0 && done != -EINTR)
@@ -241,27 +305,119 @@ int pu_queue_fetch(struct pu_queue *q)
 	return error;
 }
 
-static void take_request(struct pu_queue *q, uint16_t tag)
+/* Never a short result: kernels disagree about what it means. */
+static inline int32_t value_of(const struct pu_desc *desc, int64_t result)
 {
-	const struct pu_desc *desc = &q->desc[tag];
-	uint32_t op = desc->op_flags % PU_OP_COUNT;
+	uint32_t op = desc->op_flags & 0xff;
 
-	count(&q->counters.requests[op], 1);
-	count(&q->counters.bytes[op], (uint64_t)desc->nr_sectors << PU_SECTOR_SHIFT);
-	q->tags[tag].generation++;
-	set_state(&q->tags[tag], PU_TAG_OWNED);
-	q->in_kernel--;
-	q->owned++;
-	q->ready[q->nr_ready++] = tag;
+	if (result < 0)
+		return result < -4095 ? -EIO : (int32_t)result;
+	if (op <= PU_OP_WRITE || op == PU_OP_ZONE_APPEND)
+		return (int32_t)(desc->nr_sectors << PU_SECTOR_SHIFT);
+	return op == PU_OP_REPORT_ZONES ? (int32_t)(desc->nr_sectors * PU_ZONE_BYTES) : 0;
 }
 
-static void lose_tag(struct pu_queue *q, uint16_t tag, int32_t result)
+static inline int commit(struct pu_queue *q, uint16_t tag, int64_t result)
+{
+	struct pu_tag *t = &q->tags[tag];
+	int32_t value = value_of(&q->desc[tag], result);
+
+	if (value < 0)
+		count(&q->counters.errors, 1);
+	q->owned--;
+	t->result = value;
+	if (q->loopback) {
+		set_state(t, PU_TAG_FETCHING);
+		q->in_kernel++;
+		return 0;
+	}
+	set_state(t, PU_TAG_COMMITTING);
+	if (q->batch) {
+		pu_batch_commit(q, tag, value);
+		return 0;
+	}
+	q->in_kernel++;
+	return queue_command(q, PU_IO_COMMIT_AND_FETCH_REQ, tag, value);
+}
+
+static int64_t handle_copied(struct pu_queue *q, uint16_t tag, uint64_t length)
+{
+	const struct pu_desc *desc = &q->desc[tag];
+	uint32_t op = desc->op_flags & 0xff;
+	void *buffer = pu_queue_buffer(q, tag);
+	int64_t result = pu_queue_fill_buffer(q, tag);
+
+	if (result < 0)
+		return result;
+	result = q->native->handler(q->native->context, op, desc->op_flags & ~0xffu,
+				    pu_desc_offset(desc), length, buffer);
+	if (result >= 0 && op == PU_OP_READ)
+		result = pu_queue_copy(q, tag, buffer, 0, length, 0);
+	return result;
+}
+
+static inline void handle(struct pu_queue *q, uint16_t tag, uint64_t length)
+{
+	const struct pu_desc *desc = &q->desc[tag];
+	const struct pu_native *native = q->native;
+	int64_t result;
+	int error;
+
+	if (native->copy)
+		result = handle_copied(q, tag, length);
+	else
+		result = native->handler(native->context, desc->op_flags & 0xff,
+					 desc->op_flags & ~0xffu, pu_desc_offset(desc), length,
+					 pu_queue_buffer(q, tag));
+	if (!claim_answer(&q->tags[tag])) /* failed from outside while the handler ran */
+		return;
+	error = commit(q, tag, result);
+	if (error && !q->error)
+		q->error = error;
+}
+
+static inline void take(struct pu_queue *q, uint16_t tag)
+{
+	const struct pu_desc *desc = &q->desc[tag];
+	struct pu_tag *t = &q->tags[tag];
+	uint32_t op = desc->op_flags % PU_OP_COUNT;
+	uint64_t length = (uint64_t)desc->nr_sectors << PU_SECTOR_SHIFT;
+
+	count(&q->counters.requests[op], 1);
+	count(&q->counters.bytes[op], length);
+	t->generation++;
+	t->fetched = false;
+	set_state(t, PU_TAG_OWNED);
+	q->owned++;
+	q->ready[q->nr_ready++] = tag;
+	if (q->native)
+		handle(q, tag, length);
+}
+
+void pu_queue_take(struct pu_queue *q, const uint16_t *tags, uint32_t how_many)
+{
+	for (uint32_t i = 0; i < how_many; i++)
+		take(q, tags[i]);
+}
+
+void pu_queue_lose(struct pu_queue *q, uint16_t tag, int32_t result)
 {
 	set_state(&q->tags[tag], PU_TAG_GONE);
-	q->in_kernel--;
 	q->aborted = true;
 	if (result != -ENODEV && result != -ECANCELED && !q->error)
 		q->error = result;
+}
+
+static inline int complete_tag(struct pu_queue *q, uint16_t tag, int32_t result)
+{
+	if (result == PU_RES_NEED_GET_DATA)
+		return queue_command(q, PU_IO_NEED_GET_DATA, tag, 0);
+	q->in_kernel--;
+	if (result >= 0)
+		take(q, tag);
+	else
+		pu_queue_lose(q, tag, result);
+	return 0;
 }
 
 static int reap(struct pu_queue *q)
@@ -271,41 +427,21 @@ static int reap(struct pu_queue *q)
 
 	for (uint32_t i = 0; i < there; i++) {
 		const struct pu_cqe *cqe = pu_ring_cqe(&q->ring, i);
+		enum pu_kind kind = (enum pu_kind)(cqe->user_data >> PU_KIND_SHIFT);
+		int failed = 0;
 
-		if (cqe->user_data == WAKE)
-			error = arm_wake(q);
-		else if (cqe->res >= 0)
-			take_request(q, (uint16_t)cqe->user_data);
+		if (kind == PU_KIND_TAG)
+			failed = complete_tag(q, (uint16_t)cqe->user_data, cqe->res);
+		else if (kind <= PU_KIND_COMMIT)
+			pu_batch_complete(q, cqe);
+		else if (kind < PU_KIND_WAKE)
+			q->complete(q->completer, cqe->user_data, cqe->res);
 		else
-			lose_tag(q, (uint16_t)cqe->user_data, cqe->res);
+			failed = arm_wake(q);
+		error = error ? error : failed;
 	}
 	pu_ring_advance(&q->ring, there);
 	return error;
-}
-
-static int commit(struct pu_queue *q, uint16_t tag, int64_t result)
-{
-	struct pu_tag *t = &q->tags[tag];
-	const struct pu_desc *desc = &q->desc[tag];
-	uint32_t op = desc->op_flags & 0xff;
-	int32_t value = 0;
-
-	/* Never a short result: kernels disagree about what it means. */
-	if (result < 0) {
-		value = result < -4095 ? -EIO : (int32_t)result;
-		count(&q->counters.errors, 1);
-	} else if (op == PU_OP_READ || op == PU_OP_WRITE) {
-		value = (int32_t)(desc->nr_sectors << PU_SECTOR_SHIFT);
-	}
-	q->owned--;
-	t->result = value;
-	if (q->loopback) {
-		set_state(t, PU_TAG_FETCHING);
-		q->in_kernel++;
-		return 0;
-	}
-	set_state(t, PU_TAG_COMMITTING);
-	return queue_command(q, PU_IO_COMMIT_AND_FETCH_REQ, tag, value);
 }
 
 int pu_queue_answer(struct pu_queue *q, uint16_t tag, int64_t result)
@@ -325,18 +461,50 @@ static void send_message(struct pu_queue *q, uint16_t tag, int32_t result)
 	pthread_mutex_unlock(&q->inbox_lock);
 }
 
+static bool takes_posts(const struct pu_queue *q)
+{
+	/* A buffer that the kernel registered by itself must go back over the ring it came by. */
+	return q->batch && !q->auto_buffer && !__atomic_load_n(&q->severed, __ATOMIC_ACQUIRE);
+}
+
+static int post_to_kernel(struct pu_queue *q, uint16_t tag, int64_t result)
+{
+	int32_t value = value_of(&q->desc[tag], result);
+	int error = 0;
+
+	pthread_mutex_lock(&q->inbox_lock);
+	if (q->wake_fd < 0) /* closed */
+		error = -ESHUTDOWN;
+	else if (q->post_ring.fd < 0)
+		error = pu_ring_open(&q->post_ring, 4, 0, 0, PU_SETUP_SUBMIT_ALL | PU_SETUP_NO_SQARRAY);
+	if (!error)
+		error = pu_batch_commit_now(q, &q->post_ring, tag, value);
+	if (!error) {
+		if (value < 0)
+			__atomic_fetch_add(&q->counters.errors, 1, __ATOMIC_RELAXED);
+		__atomic_fetch_add(&q->posted, 1, __ATOMIC_RELEASE);
+		if (__atomic_load_n(&q->aborted, __ATOMIC_ACQUIRE))
+			eventfd_write(q->wake_fd, 1); /* it may have waited for this one alone */
+	}
+	pthread_mutex_unlock(&q->inbox_lock);
+	return error;
+}
+
 int pu_queue_post(struct pu_queue *q, uint16_t tag, int64_t result)
 {
 	if (!claim_answer(&q->tags[tag]))
 		return -EALREADY;
+	/* The kernel may bring the tag's next request before this returns: its state is not touched. */
+	if (takes_posts(q) && !post_to_kernel(q, tag, result))
+		return 0;
 	send_message(q, tag, result < 0 ? (result < -4095 ? -EIO : (int32_t)result) : 0);
 	return 0;
 }
 
 void pu_queue_fail_held(struct pu_queue *q, int error)
 {
-	for (uint16_t tag = 0; tag < q->depth; tag++)
-		pu_queue_post(q, tag, -error);
+	for (uint32_t tag = 0; tag < q->depth; tag++)
+		pu_queue_post(q, (uint16_t)tag, -error);
 }
 
 void pu_queue_wake(struct pu_queue *q)
@@ -369,8 +537,9 @@ int pu_queue_inject(struct pu_queue *q, uint16_t tag, uint32_t op_flags, uint64_
 	if (!q->loopback || q->tags[tag].state != PU_TAG_FETCHING)
 		return -EINVAL;
 	q->desc[tag] = (struct pu_desc){ op_flags, nr_sectors, start_sector, 0 };
+	q->in_kernel--;
 	q->nr_ready = q->nr_injected;
-	take_request(q, tag);
+	take(q, tag);
 	q->nr_injected = q->nr_ready;
 	return 0;
 }
@@ -389,7 +558,9 @@ static int wait_loopback(struct pu_queue *q, int64_t timeout_ns)
 
 static bool drained(const struct pu_queue *q)
 {
-	return !q->loopback && q->in_kernel == 0 && q->owned == 0;
+	if (q->loopback || q->in_kernel || q->others || pu_queue_held(q))
+		return false;
+	return !q->batch || pu_batch_idle(q->batch);
 }
 
 static int end_of(const struct pu_queue *q)
@@ -424,6 +595,11 @@ static int wait_kernel(struct pu_queue *q, int64_t timeout_ns)
 	/* Before the enter: what comes after it is told anew. */
 	if (q->event_fd >= 0)
 		eventfd_read(q->event_fd, &events);
+	if (q->batch) {
+		done = pu_batch_submit(q);
+		if (done < 0 && done != -EAGAIN)
+			return done;
+	}
 	done = pu_ring_submit(&q->ring, timeout_ns != 0, timeout_ns, 0);
 	count(&q->counters.enters, 1);
 	if (__atomic_load_n(&q->severed, __ATOMIC_ACQUIRE))
@@ -436,6 +612,20 @@ static int wait_kernel(struct pu_queue *q, int64_t timeout_ns)
 	return reap(q);
 }
 
+static int wait_loopback_ring(struct pu_queue *q, int64_t timeout_ns)
+{
+	q->nr_ready = q->nr_injected;
+	q->nr_injected = 0;
+	return wait_kernel(q, q->nr_ready ? 0 : timeout_ns);
+}
+
+static int wait_somewhere(struct pu_queue *q, int64_t timeout_ns)
+{
+	if (!q->loopback)
+		return wait_kernel(q, timeout_ns);
+	return q->ring.fd < 0 ? wait_loopback(q, timeout_ns) : wait_loopback_ring(q, timeout_ns);
+}
+
 int pu_queue_wait(struct pu_queue *q, int64_t timeout_ns)
 {
 	int error = read_inbox(q);
@@ -444,7 +634,7 @@ int pu_queue_wait(struct pu_queue *q, int64_t timeout_ns)
 	if (!error && drained(q))
 		return end_of(q);
 	if (!error)
-		error = q->loopback ? wait_loopback(q, timeout_ns) : wait_kernel(q, timeout_ns);
+		error = wait_somewhere(q, timeout_ns);
 	if (!error)
 		error = read_inbox(q);
 	if (error)
@@ -457,30 +647,66 @@ int pu_queue_wait(struct pu_queue *q, int64_t timeout_ns)
 	return (int)q->nr_ready;
 }
 
-int pu_queue_serve(struct pu_queue *q, pu_handler handler, void *context)
+int pu_queue_copy(struct pu_queue *q, uint16_t tag, void *memory, uint64_t at, uint64_t length,
+		  uint64_t where)
 {
-	for (;;) {
-		int there = pu_queue_wait(q, PU_FOREVER);
+	uint32_t op = q->desc[tag].op_flags & 0xff;
+	bool out = op == PU_OP_READ || op == PU_OP_REPORT_ZONES;
+	uint8_t *bytes = memory;
 
-		if (there < 0)
-			return there == -ENODEV ? 0 : there;
-		for (uint32_t i = 0; i < q->nr_ready; i++) {
-			uint16_t tag = q->ready[i];
-			const struct pu_desc *desc = &q->desc[tag];
-			int64_t result = handler(context, desc->op_flags & 0xff,
-						 desc->op_flags & ~0xffu,
-						 pu_desc_offset(desc),
-						 (uint64_t)desc->nr_sectors << PU_SECTOR_SHIFT,
-						 pu_queue_buffer(q, tag));
-			int error = pu_queue_answer(q, tag, result);
+	if (!q->user_copy) {
+		uint8_t *buffer = (uint8_t *)pu_queue_buffer(q, tag) + at;
 
-			/* -EALREADY: failed from outside while the handler ran */
-			if (error && error != -EALREADY)
-				return error;
-		}
-		if (q->loopback)
-			return 0;
+		if (where)
+			return -EOPNOTSUPP;
+		memcpy(out ? buffer : bytes, out ? bytes : buffer, length);
+		return 0;
 	}
+	while (length) {
+		off_t place = (off_t)(pu_user_copy_offset(q->id, tag, at) | where);
+		ssize_t done = out ? pwrite(q->cdev, bytes, length, place) :
+				     pread(q->cdev, bytes, length, place);
+
+		if (done < 0 && errno == EINTR)
+			continue;
+		if (done <= 0)
+			return done ? -errno : -EIO;
+		bytes += done;
+		at += (uint64_t)done;
+		length -= (uint64_t)done;
+	}
+	return 0;
+}
+
+int pu_queue_fill_buffer(struct pu_queue *q, uint16_t tag)
+{
+	const struct pu_desc *desc = &q->desc[tag];
+	uint32_t op = desc->op_flags & 0xff;
+	int error;
+
+	if (!q->user_copy || q->tags[tag].fetched || (op != PU_OP_WRITE && op != PU_OP_ZONE_APPEND))
+		return 0;
+	error = pu_queue_copy(q, tag, pu_queue_buffer(q, tag), 0,
+			      (uint64_t)desc->nr_sectors << PU_SECTOR_SHIFT, 0);
+	q->tags[tag].fetched = !error;
+	return error;
+}
+
+int pu_queue_serve(struct pu_queue *q, pu_handler handler, void *context, bool blind)
+{
+	struct pu_native native = { handler, context, q->user_copy && !blind };
+	int there;
+
+	q->native = &native;
+	do
+		there = pu_queue_wait(q, PU_FOREVER);
+	while (there >= 0 && !q->loopback);
+	/* Injected before somebody was there to serve. */
+	for (uint32_t i = 0; q->loopback && i < q->nr_ready; i++)
+		handle(q, q->ready[i],
+		       (uint64_t)q->desc[q->ready[i]].nr_sectors << PU_SECTOR_SHIFT);
+	q->native = NULL;
+	return there >= 0 || there == -ENODEV ? 0 : there;
 }
 
 void pu_queue_counters(const struct pu_queue *q, struct pu_counters *snapshot)

@@ -6,8 +6,15 @@
  *                        +---------------- (the commit is the next fetch) -------------+
  *     FETCHING, COMMITTING --abort (-ENODEV)--> GONE
  *
- * The thread that opened a queue owns it: the kernel takes commits from the thread that fetched.
- * Other threads may only answer (pu_queue_post), read counters, and sever.
+ * A kernel's queue may be served by several of these, each on a thread of its own. The thread that
+ * opened one owns it: the kernel takes commits from the thread that fetched. Other threads may only
+ * answer (pu_queue_post), copy a request's data, read counters, and sever.
+ *
+ * How data travels follows from the device's flags: none, the kernel copies from and to the tag's
+ * buffer; PU_F_NEED_GET_DATA, the same with a round more for writes; PU_F_USER_COPY, we copy what we
+ * want (pu_queue_copy); PU_F_ZERO_COPY and PU_F_AUTO_BUF_REG, the ring's own I/O moves it, from and
+ * to the buffer that is registered under the tag's number. With PU_F_BATCH_IO, commands carry many
+ * tags (batch.h).
  *
  * In loopback mode there is no kernel: requests are injected by a test, answers are kept for it.
  */
@@ -16,6 +23,7 @@
 
 #include <pthread.h>
 
+#include "batch.h"
 #include "ring.h"
 #include "ublk.h"
 
@@ -34,7 +42,10 @@ enum pu_tag_state {
 struct pu_tag {
 	uint32_t generation; /* counts requests: tells a stale reference from a live one */
 	uint8_t state;
+	bool fetched; /* user copy: a write's data is in the buffer already */
 	int32_t result; /* loopback: the last answer */
+	uint8_t *buffer;
+	uint64_t zone_lba; /* zone append: where it was written, in 512-byte sectors */
 };
 
 struct pu_counters {
@@ -43,12 +54,40 @@ struct pu_counters {
 	uint64_t errors;
 	uint64_t enters;
 	uint64_t largest_batch;
+	uint64_t fallbacks; /* requests that left their path because the path failed */
 };
 
 struct pu_message {
 	uint16_t tag;
 	int32_t result;
 };
+
+enum pu_fault { /* failures of a path, made on purpose: tests want to see them survived */
+	PU_FAULT_AUTO_BUFFER = 1u << 0, /* every other request's buffer is not registered */
+	PU_FAULT_REGISTER = 1u << 1,	/* registering by hand fails too */
+	PU_FAULT_FEW_BUFFERS = 1u << 2, /* batch: the buffer ring is empty after every completion */
+	PU_FAULT_COMMIT = 1u << 3,	/* batch: a commit in the middle of each batch is refused */
+};
+
+struct pu_queue_options {
+	uint16_t id, depth;
+	uint16_t first_tag, tag_step; /* the tags of this one: first, first + step, ... */
+	uint64_t flags;		      /* the device's PU_F_* */
+	size_t buffer_bytes;
+	uint8_t *buffers;	/* shared with the queue's other threads; NULL: its own */
+	uint32_t extra_entries; /* of the ring, for others' I/O */
+	uint32_t faults;	/* enum pu_fault */
+};
+
+/* A native target: served on the spot, as its requests arrive. */
+struct pu_native {
+	pu_handler handler;
+	void *context;
+	bool copy; /* user copy, and the handler looks at the buffer */
+};
+
+/* What the owner of other I/O on the ring is told: user_data and result of a completion. */
+typedef void (*pu_completer)(void *context, uint64_t user_data, int32_t result);
 
 struct pu_queue {
 	struct pu_ring ring;
@@ -58,30 +97,61 @@ struct pu_queue {
 	uint32_t nr_ready;
 	uint32_t nr_injected; /* loopback: of these, not yet waited for */
 	uint32_t in_kernel; /* commands that the kernel holds */
-	uint32_t owned;	    /* requests that we hold */
-	uint8_t *buffers;
+	uint32_t owned;	    /* requests that this took and did not answer itself */
+	uint32_t posted;    /* of these, answered by other threads straight to the kernel */
+	uint32_t others;    /* other I/O under way on the ring */
+	uint8_t *buffers; /* NULL when they are shared */
 	size_t buffer_bytes; /* from one tag's buffer to the next */
 	size_t desc_bytes;
 	int cdev;
-	uint16_t id, depth;
+	uint16_t id, depth, first_tag, tag_step;
 	bool loopback;
+	bool copies;	  /* the kernel copies */
+	bool user_copy;	  /* pu_queue_copy reads and writes the char device */
+	bool auto_buffer; /* the kernel registers each request's buffer */
+	bool zero_copy;	  /* buffers may be registered by hand */
+	bool zoned;
 	bool aborted; /* the kernel has begun to take the tags away */
 	bool severed;
+	uint32_t faults;
 	int error; /* the first refusal that is not an abort */
 
-	pthread_mutex_t inbox_lock; /* guards inbox and nr_inbox */
+	pthread_mutex_t inbox_lock; /* guards inbox, nr_inbox and post_ring */
 	struct pu_message *inbox;
 	uint32_t nr_inbox;
 	int wake_fd; /* written by other threads, read by the ring */
 	uint64_t wake_value;
 	int event_fd; /* -1 until somebody asks for it */
+	struct pu_ring post_ring; /* batch: other threads commit here; fd -1 until one does */
+
+	struct pu_batch *batch; /* NULL: a command for each tag */
+	const struct pu_native *native; /* NULL: requests are gathered in `ready` */
+	pu_completer complete;
+	void *completer;
 
 	struct pu_counters counters;
 };
 
-/* Opens queue `id` of the char device: maps descriptors, makes ring and buffers. To be called by
- * the thread that will serve it. cdev < 0: loopback. 0 or -errno; nothing is left on failure. */
-int pu_queue_open(struct pu_queue *q, int cdev, uint16_t id, uint16_t depth, size_t buffer_bytes);
+/* user_data: what a completion is about is in the top byte, its number below. */
+#define PU_KIND_SHIFT 56
+enum pu_kind {
+	PU_KIND_TAG = 0,     /* a command of that tag */
+	PU_KIND_PREPARE = 1, /* batch */
+	PU_KIND_FETCH = 2,
+	PU_KIND_COMMIT = 3,
+	PU_KIND_OTHER = 4, /* and all up to WAKE: for the completer */
+	PU_KIND_WAKE = 0x80,
+};
+#define PU_USER_DATA(kind, number) ((uint64_t)(kind) << PU_KIND_SHIFT | (uint64_t)(number))
+
+/* Memory for the buffers of `depth` tags, not inherited by children, and sparse until used: with
+ * batch I/O a request may reach another thread than the one that offered its buffer. NULL: none. */
+uint8_t *pu_buffers_map(uint16_t depth, size_t buffer_bytes);
+void pu_buffers_unmap(uint8_t *buffers, uint16_t depth, size_t buffer_bytes);
+
+/* Opens a queue of the char device: maps descriptors, makes ring and buffers. To be called by the
+ * thread that will serve it. cdev < 0: loopback. 0 or -errno; nothing is left on failure. */
+int pu_queue_open(struct pu_queue *q, int cdev, const struct pu_queue_options *options);
 /* Gives everything back but tags and buffers, which late readers may still look at. */
 void pu_queue_close(struct pu_queue *q);
 void pu_queue_free(struct pu_queue *q);
@@ -93,8 +163,9 @@ int pu_queue_sever(struct pu_queue *q);
 int pu_queue_fetch(struct pu_queue *q);
 
 /* Submits all commits, then waits for requests, at most timeout_ns (0: do not wait).
- * Returns how many are in q->ready; 0 after a time-out, a signal or a wake; -ENODEV when the kernel
- * has taken every tag back (the normal end); -ESHUTDOWN when severed; other -errno. */
+ * Returns how many are in q->ready; 0 after a time-out, a signal, a wake, or others' completions;
+ * -ENODEV when the kernel has taken every tag back (the normal end); -ESHUTDOWN when severed; other
+ * -errno. */
 int pu_queue_wait(struct pu_queue *q, int64_t timeout_ns);
 
 /* A descriptor that becomes readable when there is something to wait for, or -errno. Not the ring's
@@ -104,15 +175,28 @@ int pu_queue_event_fd(struct pu_queue *q);
 /* Answers a request. result < 0: -errno; else success. Owner thread only.
  * 0, or -EALREADY when the tag holds no unanswered request. */
 int pu_queue_answer(struct pu_queue *q, uint16_t tag, int64_t result);
-/* The same from any thread: the owner is woken and commits. */
+/* The same from any thread. With batch I/O the kernel takes it at once where it can; else the owner
+ * is woken and commits. */
 int pu_queue_post(struct pu_queue *q, uint16_t tag, int64_t result);
 /* Fails every request not yet answered (a handler that never returns). [any thread] */
 void pu_queue_fail_held(struct pu_queue *q, int error);
 /* Makes a wait return. [any thread] */
 void pu_queue_wake(struct pu_queue *q);
 
-/* Serves until the kernel takes the tags back: 0, or -errno as pu_queue_wait. */
-int pu_queue_serve(struct pu_queue *q, pu_handler handler, void *context);
+/* Copies `length` bytes at byte `at` of a request's data: a write's into `memory`, a read's out of
+ * it. `where`: 0, or PU_USER_COPY_INTEGRITY for its metadata. 0 or -errno. [any thread] */
+int pu_queue_copy(struct pu_queue *q, uint16_t tag, void *memory, uint64_t at, uint64_t length,
+		  uint64_t where);
+/* User copy: brings a write's data into the tag's buffer, once. 0 or -errno. */
+int pu_queue_fill_buffer(struct pu_queue *q, uint16_t tag);
+
+/* How a native handler is served: `blind` when it never looks at the buffer. Serves until the
+ * kernel takes the tags back: 0, or -errno as pu_queue_wait. */
+int pu_queue_serve(struct pu_queue *q, pu_handler handler, void *context, bool blind);
+
+/* For others' I/O on the ring: an entry, zeroed, or NULL; its user_data must be of PU_KIND_OTHER.
+ * They count it in q->others, and out again when q->complete tells. */
+struct pu_sqe *pu_queue_sqe(struct pu_queue *q);
 
 /* Loopback: makes a request appear; `tag` must be FETCHING. */
 int pu_queue_inject(struct pu_queue *q, uint16_t tag, uint32_t op_flags, uint64_t start_sector,
@@ -122,7 +206,15 @@ void pu_queue_counters(const struct pu_queue *q, struct pu_counters *snapshot);
 
 static inline void *pu_queue_buffer(const struct pu_queue *q, uint16_t tag)
 {
-	return q->buffers + (size_t)tag * q->buffer_bytes;
+	return q->tags[tag].buffer;
+}
+
+/* The place in the buffer table where the kernel is to put the tag's next request. */
+static inline uint16_t pu_queue_buffer_index(const struct pu_queue *q, uint16_t tag)
+{
+	if (q->faults & PU_FAULT_AUTO_BUFFER && tag < q->depth && q->tags[tag].generation & 1)
+		return UINT16_MAX;
+	return tag;
 }
 
 static inline bool pu_queue_holds(const struct pu_queue *q, uint16_t tag, uint32_t generation)
@@ -130,5 +222,15 @@ static inline bool pu_queue_holds(const struct pu_queue *q, uint16_t tag, uint32
 	return q->tags[tag].generation == generation &&
 	       __atomic_load_n(&q->tags[tag].state, __ATOMIC_ACQUIRE) == PU_TAG_OWNED;
 }
+
+static inline uint32_t pu_queue_held(const struct pu_queue *q)
+{
+	return q->owned - __atomic_load_n(&q->posted, __ATOMIC_ACQUIRE);
+}
+
+/* The request that a commit in the batch refers to was not taken by the kernel. */
+void pu_queue_lose(struct pu_queue *q, uint16_t tag, int32_t result);
+/* The requests of a FETCH_IO_CMDS completion. */
+void pu_queue_take(struct pu_queue *q, const uint16_t *tags, uint32_t how_many);
 
 #endif

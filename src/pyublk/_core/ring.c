@@ -33,6 +33,16 @@ struct enter_arg { /* io_uring_getevents_arg */
 struct kernel_timespec {
 	int64_t seconds, nanoseconds;
 };
+struct rsrc_register { /* io_uring_rsrc_register */
+	uint32_t count, flags;
+	uint64_t resv, data, tags;
+};
+struct provided_ring { /* io_uring_buf_reg */
+	uint64_t addr;
+	uint32_t entries;
+	uint16_t group, flags;
+	uint64_t resv[3];
+};
 struct rsrc_update { /* io_uring_rsrc_update */
 	uint32_t offset, resv;
 	uint64_t data;
@@ -203,6 +213,23 @@ int pu_ring_register(struct pu_ring *ring, uint32_t opcode, const void *arg, uin
 	return error_or(syscall(SYS_io_uring_register, ring->fd, opcode, arg, count));
 }
 
+int pu_ring_register_sparse_buffers(struct pu_ring *ring, uint32_t count)
+{
+	struct rsrc_register table = { .count = count, .flags = 1 /* sparse */ };
+
+	return pu_ring_register(ring, PU_REGISTER_BUFFERS2, &table, sizeof(table));
+}
+
+int pu_ring_register_provided(struct pu_ring *ring, struct pu_provided *provided, uint32_t entries,
+			      uint16_t group)
+{
+	struct provided_ring new_ring = {
+		.addr = (uint64_t)(uintptr_t)provided, .entries = entries, .group = group
+	};
+
+	return pu_ring_register(ring, PU_REGISTER_PBUF_RING, &new_ring, 1);
+}
+
 int pu_ring_register_self(struct pu_ring *ring)
 {
 	struct rsrc_update self = { .offset = UINT32_MAX, .data = (uint64_t)ring->fd };
@@ -222,11 +249,9 @@ uint32_t pu_ring_unsubmitted(const struct pu_ring *ring)
 
 struct pu_sqe *pu_ring_get_sqe(struct pu_ring *ring)
 {
-	if (pu_ring_unsubmitted(ring) >= ring->sq_entries)
-		return NULL;
-	size_t at = (size_t)(ring->sq_tail++ & ring->sq_mask) << ring->sqe_shift;
+	struct pu_sqe *sqe = pu_ring_take_sqe(ring);
 
-	return memset(ring->sqes + at, 0, (size_t)1 << ring->sqe_shift);
+	return sqe ? memset(sqe, 0, (size_t)1 << ring->sqe_shift) : NULL;
 }
 
 static int enter(struct pu_ring *ring, uint32_t submit, uint32_t wait, int64_t timeout_ns,

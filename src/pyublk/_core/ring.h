@@ -33,12 +33,20 @@ enum {
 
 enum {
 	PU_OPCODE_NOP = 0,
+	PU_OPCODE_READV = 1,
+	PU_OPCODE_WRITEV = 2,
+	PU_OPCODE_FSYNC = 3,
+	PU_OPCODE_READ_FIXED = 4,
+	PU_OPCODE_WRITE_FIXED = 5,
 	PU_OPCODE_POLL_ADD = 6,
 	PU_OPCODE_TIMEOUT = 11,
+	PU_OPCODE_FALLOCATE = 17,
 	PU_OPCODE_READ = 22,
 	PU_OPCODE_WRITE = 23,
 	PU_OPCODE_MSG_RING = 40,
 	PU_OPCODE_URING_CMD = 46,
+	PU_OPCODE_READV_FIXED = 58,
+	PU_OPCODE_WRITEV_FIXED = 59,
 };
 
 enum {
@@ -46,11 +54,20 @@ enum {
 	PU_UNREGISTER_FILES = 3,
 	PU_REGISTER_EVENTFD = 4,
 	PU_REGISTER_ENABLE_RINGS = 12,
+	PU_REGISTER_FILES_UPDATE2 = 14,
+	PU_REGISTER_BUFFERS2 = 15,
 	PU_REGISTER_RING_FDS = 20,
 	PU_UNREGISTER_RING_FDS = 21,
+	PU_REGISTER_PBUF_RING = 22,
 };
 
-#define PU_SQE_FIXED_FILE 1u
+#define PU_SQE_FIXED_FILE (1u << 0)
+#define PU_SQE_BUFFER_SELECT (1u << 5)
+#define PU_CQE_BUFFER (1u << 0)
+#define PU_CQE_MORE (1u << 1)
+#define PU_CQE_BUFFER_SHIFT 16
+#define PU_URING_CMD_MULTISHOT (1u << 1)
+#define PU_FSYNC_DATASYNC 1u
 
 struct pu_sqe { /* io_uring_sqe; a 128-byte entry continues behind it */
 	uint8_t opcode;
@@ -75,6 +92,13 @@ struct pu_cqe { /* io_uring_cqe; a 32-byte entry continues behind it */
 	uint32_t flags;
 };
 _Static_assert(sizeof(struct pu_cqe) == 16, "io_uring_cqe");
+
+struct pu_provided { /* io_uring_buf; the first one's last field is the ring's tail */
+	uint64_t addr;
+	uint32_t len;
+	uint16_t id;
+	uint16_t tail;
+};
 
 struct pu_ring {
 	int fd;
@@ -106,11 +130,24 @@ void pu_ring_close(struct pu_ring *ring);
 int pu_ring_sever(struct pu_ring *ring);
 
 int pu_ring_register(struct pu_ring *ring, uint32_t opcode, const void *arg, uint32_t count);
+/* An empty table for `count` registered buffers. 0 or -errno. */
+int pu_ring_register_sparse_buffers(struct pu_ring *ring, uint32_t count);
+/* Makes `entries` (a power of two) at `provided` (page-aligned) buffer group `group`. */
+int pu_ring_register_provided(struct pu_ring *ring, struct pu_provided *provided, uint32_t entries,
+			      uint16_t group);
 /* Saves a descriptor look-up per enter; holds the ring until its thread ends or closes it. */
 int pu_ring_register_self(struct pu_ring *ring);
 
 /* The next free entry, zeroed, or NULL when the queue is full (submit, then ask again). */
 struct pu_sqe *pu_ring_get_sqe(struct pu_ring *ring);
+/* The same, not zeroed: for those who write every word of a 64-byte entry. */
+static inline struct pu_sqe *pu_ring_take_sqe(struct pu_ring *ring)
+{
+	if (ring->sq_tail - __atomic_load_n(ring->k_sq_head, __ATOMIC_ACQUIRE) >= ring->sq_entries)
+		return NULL;
+	return (struct pu_sqe *)(void *)(ring->sqes +
+					 ((size_t)(ring->sq_tail++ & ring->sq_mask) << ring->sqe_shift));
+}
 uint32_t pu_ring_unsubmitted(const struct pu_ring *ring);
 
 #define PU_FOREVER (-1)

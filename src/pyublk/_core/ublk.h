@@ -14,16 +14,51 @@ enum {
 	PU_OP_FLUSH = 2,
 	PU_OP_DISCARD = 3,
 	PU_OP_WRITE_ZEROES = 5,
+	PU_OP_ZONE_APPEND = 13,
+	PU_OP_REPORT_ZONES = 18,
 	PU_OP_COUNT = 32, /* size of tables indexed by operation */
 };
 
 #define PU_FLAG_FUA (1u << 13)
 #define PU_FLAG_NOUNMAP (1u << 15)
+#define PU_FLAG_NEED_REG_BUF (1u << 17)
+#define PU_FLAG_INTEGRITY (1u << 18)
+#define PU_FLAG_SHMEM_ZC (1u << 19)
+
+/* Feature flags of a device that decide how its data travels. */
+#define PU_F_ZERO_COPY (UINT64_C(1) << 0)
+#define PU_F_NEED_GET_DATA (UINT64_C(1) << 2)
+#define PU_F_USER_COPY (UINT64_C(1) << 7)
+#define PU_F_ZONED (UINT64_C(1) << 8)
+#define PU_F_AUTO_BUF_REG (UINT64_C(1) << 11)
+#define PU_F_BATCH_IO (UINT64_C(1) << 15)
+#define PU_F_SHMEM_ZC (UINT64_C(1) << 19)
 
 #define PU_CMD_GET_DEV_INFO 0x80207502u
 #define PU_CMD_DEL_DEV 0xc0207505u
 #define PU_IO_FETCH_REQ 0xc0107520u
 #define PU_IO_COMMIT_AND_FETCH_REQ 0xc0107521u
+#define PU_IO_NEED_GET_DATA 0xc0107522u
+#define PU_IO_REGISTER_IO_BUF 0xc0107523u
+#define PU_IO_UNREGISTER_IO_BUF 0xc0107524u
+#define PU_IO_PREP_IO_CMDS 0xc0107525u
+#define PU_IO_COMMIT_IO_CMDS 0xc0107526u
+#define PU_IO_FETCH_IO_CMDS 0xc0107527u
+
+#define PU_RES_NEED_GET_DATA 1
+#define PU_AUTO_BUF_FALLBACK (UINT64_C(1) << 16)
+
+/* Where pread and pwrite on the char device find a request's data (user copy). */
+#define PU_USER_COPY_START UINT64_C(0x80000000)
+#define PU_USER_COPY_INTEGRITY (UINT64_C(1) << 62)
+
+enum { /* ublk_batch_io.flags */
+	PU_BATCH_ZONE_LBA = 1u << 0,
+	PU_BATCH_BUF_ADDR = 1u << 1,
+	PU_BATCH_BUF_FALLBACK = 1u << 2,
+};
+#define PU_BATCH_MAX_TAGS 128u /* in one completion of FETCH_IO_CMDS */
+#define PU_ZONE_BYTES 64u      /* struct blk_zone */
 
 #define PU_MAX_DEPTH 4096u
 #define PU_SECTOR_SHIFT 9
@@ -39,6 +74,11 @@ struct pu_desc { /* ublksrv_io_desc */
 static inline uint64_t pu_desc_offset(const struct pu_desc *desc)
 {
 	return (desc->op_flags & 0xff) == PU_OP_FLUSH ? 0 : desc->start_sector << PU_SECTOR_SHIFT;
+}
+
+static inline uint64_t pu_user_copy_offset(uint16_t queue, uint16_t tag, uint64_t byte)
+{
+	return PU_USER_COPY_START + ((uint64_t)queue << 41) + ((uint64_t)tag << 25) + byte;
 }
 
 struct pu_ctrl_cmd { /* ublksrv_ctrl_cmd */

@@ -2,11 +2,24 @@
 """A disk that swallows what is written and gives back nothing in particular: for measuring."""
 
 from pyublk._native import NULL_HANDLER
+from pyublk.paths import DataPath
 from pyublk.target import NativeTarget
 
 
 class Null(NativeTarget):
-    """Answers every request at once, in C, and moves no byte; reads give what the buffer held."""
+    """Answers every request at once, in C, and moves no byte: reads give what was there before.
+
+    In the kernel's own memory where nothing is copied (every path but copy), as null_blk does.
+    """
+
+    blind = True
+    paths = (
+        DataPath.USER_COPY,
+        DataPath.COPY,
+        DataPath.AUTO_BUFFER,
+        DataPath.ZERO_COPY,
+        DataPath.GET_DATA,
+    )
 
     flushes = True
     discards = True

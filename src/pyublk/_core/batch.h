@@ -1,0 +1,48 @@
+/* SPDX-License-Identifier: MIT
+ * Batch I/O (Linux 7.0): one command commits many tags, one multishot command fetches them
+ *
+ * Commits are gathered in an array and go with the next submission. There are two arrays, since the
+ * kernel may still read one. Tags arrive in buffers of a provided ring, which are given back at once.
+ */
+#ifndef PU_BATCH_H
+#define PU_BATCH_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "ring.h"
+
+struct pu_queue;
+
+struct pu_batch {
+	uint8_t *elements[2];
+	uint32_t sent[2]; /* elements that the kernel has; 0: the array is free */
+	uint32_t filled;  /* elements in the array that is being filled */
+	uint8_t filling;  /* which one that is */
+	uint8_t element_bytes;
+	uint16_t flags;
+	uint32_t preparing; /* PREP_IO_CMDS under way */
+	bool fetching;	    /* FETCH_IO_CMDS under way */
+	bool ended;	    /* and it will not be again */
+	struct pu_provided *provided;
+	uint32_t nr_provided;
+	uint16_t provided_tail;
+	uint16_t *arrivals; /* the buffers: PU_BATCH_MAX_TAGS tags each */
+};
+
+int pu_batch_open(struct pu_queue *q);
+void pu_batch_close(struct pu_queue *q);
+/* Prepares the queue's tags, then fetches. 0 or -errno. */
+int pu_batch_fetch(struct pu_queue *q);
+/* Queues a commit for the next submission. */
+void pu_batch_commit(struct pu_queue *q, uint16_t tag, int32_t value);
+/* Turns queued commits into a command, and fetches again where that ended. 0 or -errno. */
+int pu_batch_submit(struct pu_queue *q);
+/* Handles a completion of one of the three commands. */
+void pu_batch_complete(struct pu_queue *q, const struct pu_cqe *cqe);
+/* Nothing of the batch is in the kernel, or waiting to go there. */
+bool pu_batch_idle(const struct pu_batch *batch);
+/* Commits one tag through a ring that is not the owner's, at once. 0 or -errno. */
+int pu_batch_commit_now(struct pu_queue *q, struct pu_ring *ring, uint16_t tag, int32_t value);
+
+#endif

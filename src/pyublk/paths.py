@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: MIT
+"""How a request's data travels between client and target, and which way a device takes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from pyublk.errors import FeatureMissing
+from pyublk.features import Features
+from pyublk.uapi import Feature
+
+
+class DataPath(StrEnum):
+    """A way for the data; `docs/paths.md` compares them.
+
+    - COPY: the kernel copies between the request and the tag's buffer.
+    - GET_DATA: the same, but a write's data comes only when it is asked for (a round more).
+    - USER_COPY: the target copies the bytes it wants, and no others (`IO.read_into`,
+      `IO.write_from`, or `IO.buffer`, which copies when it is looked at).
+    - ZERO_COPY: the request's memory is registered with the ring, by a command, for the ring's own
+      I/O to use in place. Nothing is copied, and nobody can look at the bytes.
+    - AUTO_BUFFER: the same, registered by the kernel before the request arrives.
+    """
+
+    COPY = "copy"
+    GET_DATA = "get-data"
+    USER_COPY = "user-copy"
+    ZERO_COPY = "zero-copy"
+    AUTO_BUFFER = "auto-buffer"
+
+
+_FLAGS: dict[DataPath, Feature] = {
+    DataPath.COPY: Feature(0),
+    DataPath.GET_DATA: Feature.NEED_GET_DATA,
+    DataPath.USER_COPY: Feature.USER_COPY,
+    # With user copy beside it: what is left when a registration fails.
+    DataPath.ZERO_COPY: Feature.SUPPORT_ZERO_COPY | Feature.USER_COPY,
+    DataPath.AUTO_BUFFER: Feature.AUTO_BUF_REG | Feature.SUPPORT_ZERO_COPY | Feature.USER_COPY,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PathChoice:
+    """The way a device's data takes.
+
+    `flags` are the device flags that it needs; `batch` tells whether commands carry many tags;
+    `reason` is one sentence on why, for people.
+    """
+
+    path: DataPath
+    batch: bool
+    flags: Feature
+    reason: str
+
+
+def choose_path(
+    able: Sequence[DataPath],
+    features: Features,
+    *,
+    path: DataPath | str = "auto",
+    batch: bool | None = None,
+    needed: Feature = Feature(0),
+    why: str = "",
+) -> PathChoice:
+    """Picks the data path of a device.
+
+    Args:
+        able: the paths that the target can be served by, the best (as measured) first.
+        features: what the kernel and the caller's rights allow.
+        path: "auto" for the first of `able` that the kernel has, or one of them by name.
+        batch: batch I/O: None where the kernel has it, True or False as said.
+        needed: further device flags that the target cannot do without.
+        why: what makes the first of `able` the best, for the `reason`.
+
+    Raises:
+        ValueError: `path` is none, or not one for this target, or does not go with `batch`.
+        FeatureMissing: the kernel or the rights lack what was asked for, named.
+    """
+    if path == "auto":
+        here = [one for one in able if features.has(_FLAGS[one])]
+        if not here:
+            features.require(_FLAGS[able[0]])
+        chosen = here[0]
+        reason = why or "the best for this target as measured"
+        if chosen is not able[0]:
+            reason = f"{able[0]} {features.reason(_FLAGS[able[0]])}"
+    else:
+        chosen = _named(path, able)
+        features.require(_FLAGS[chosen])
+        reason = "asked for"
+    flags = _FLAGS[chosen] | needed
+    features.require(needed)
+    batch, about_batch = _choose_batch(batch, chosen, features)
+    if batch:
+        flags |= Feature.BATCH_IO
+    return PathChoice(path=chosen, batch=batch, flags=flags, reason=f"{reason}; {about_batch}")
+
+
+def _named(path: str, able: Sequence[DataPath]) -> DataPath:
+    names = [one.value for one in DataPath]
+    if path not in names:
+        raise ValueError(f"path must be 'auto' or one of {', '.join(names)}, not {path!r}")
+    chosen = DataPath(path)
+    if chosen not in able:
+        raise ValueError(
+            f"this target cannot be served by {chosen}: it takes {', '.join(able)} (or 'auto')"
+        )
+    return chosen
+
+
+def _choose_batch(wish: bool | None, path: DataPath, features: Features) -> tuple[bool, str]:
+    if path is DataPath.GET_DATA:
+        if wish:
+            raise ValueError("batch I/O does not go together with get-data: choose another path")
+        return False, "get-data has no batch I/O"
+    if wish:
+        features.require(Feature.BATCH_IO)
+        return True, "batch I/O asked for"
+    if wish is False:
+        return False, "batch I/O switched off"
+    try:
+        features.require(Feature.BATCH_IO)
+    except FeatureMissing as missing:
+        return False, f"batch I/O needs {missing.needed}"
+    return True, "batch I/O, which costs less for each request"
