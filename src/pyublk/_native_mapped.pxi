@@ -24,6 +24,9 @@ cdef class Layout:
             made.set_file(<uint32_t>index, fd, memory, device)
         return made
 
+    def map_memory(self):
+        pu_layout_map_memory(&self.layout)
+
     def __dealloc__(self):
         if self.made:
             pu_layout_destroy(&self.layout)

@@ -111,7 +111,7 @@ class MappedTarget(Target):
     def paths(self) -> tuple[DataPath, ...]:  # type: ignore[override]
         """The data paths that it can be served by, the best first; they depend on the files."""
         if self.layout.in_memory:
-            return (DataPath.COPY, DataPath.USER_COPY, DataPath.ZERO_COPY, DataPath.AUTO_BUFFER)
+            return (DataPath.USER_COPY, DataPath.COPY, DataPath.ZERO_COPY, DataPath.AUTO_BUFFER)
         return (DataPath.AUTO_BUFFER, DataPath.COPY, DataPath.ZERO_COPY, DataPath.USER_COPY)
 
     def open(self) -> None:
@@ -126,6 +126,8 @@ class MappedTarget(Target):
                 [(backing.fd, backing.in_memory, backing.is_device) for backing in self.backing]
             )
             self.size = self._layout.size
+            if self._layout.in_memory:
+                self._layout.map_memory()
             if self.size == 0 or self.size % self.block_size:
                 raise ValueError(
                     f"the size is {self.size} bytes: it must be a positive multiple of the block "

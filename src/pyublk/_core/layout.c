@@ -1,9 +1,13 @@
 /* SPDX-License-Identifier: MIT */
+#define _GNU_SOURCE
 #include "layout.h"
 
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #define SMALLEST_REGION (UINT64_C(1) << 20)
 #define MOST_REGIONS (UINT64_C(1) << 16)
@@ -34,8 +38,50 @@ int pu_layout_init(struct pu_layout *layout, enum pu_layout_kind kind, uint64_t 
 	return -ENOMEM;
 }
 
+void pu_layout_map_memory(struct pu_layout *layout)
+{
+	if (layout->kind == PU_LAYOUT_MIRROR) /* whose files may be replaced */
+		return;
+	for (uint32_t i = 0; i < layout->nr_files; i++) {
+		struct pu_file *file = &layout->files[i];
+		struct stat about;
+		void *map;
+
+		if (!file->memory || fstat(file->fd, &about) || about.st_size <= 0)
+			continue;
+		map = mmap(NULL, (size_t)about.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, file->fd, 0);
+		if (map == MAP_FAILED) /* opened for reading: the calls will do */
+			continue;
+		madvise(map, (size_t)about.st_size, MADV_DONTFORK);
+		file->map = map;
+		file->mapped = (uint64_t)about.st_size;
+	}
+}
+
+bool pu_file_holds(const struct pu_file *file, uint64_t offset, uint64_t length)
+{
+	unsigned char there[1024];
+	uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+	uint64_t at = offset / page * page, end = offset + length;
+
+	while (at < end) {
+		uint64_t pages = (end - at + page - 1) / page;
+
+		if (pages > sizeof(there))
+			pages = sizeof(there);
+		if (mincore(file->map + at, pages * page, there) ||
+		    memchr(there, 0, pages)) /* bit 0; the others are not used */
+			return false;
+		at += pages * page;
+	}
+	return true;
+}
+
 void pu_layout_destroy(struct pu_layout *layout)
 {
+	for (uint32_t i = 0; layout->files && i < layout->nr_files; i++)
+		if (layout->files[i].map)
+			munmap(layout->files[i].map, layout->files[i].mapped);
 	free(layout->files);
 	free(layout->extents);
 	free(layout->regions);

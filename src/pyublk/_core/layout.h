@@ -19,6 +19,8 @@ struct pu_file {
 	int fd;
 	bool memory; /* its bytes are in memory: calls on it do not wait */
 	bool device; /* a block device */
+	uint8_t *map; /* of one in memory: its bytes; NULL: not mapped */
+	uint64_t mapped;
 };
 
 struct pu_extent {
@@ -78,6 +80,12 @@ struct pu_part {
 int pu_layout_init(struct pu_layout *layout, enum pu_layout_kind kind, uint64_t size,
 		   uint32_t nr_files, uint32_t nr_extents);
 void pu_layout_destroy(struct pu_layout *layout);
+
+/* Maps the files whose bytes are in memory: the kernel then copies between them and requests.
+ * Nobody else may touch the mapping, which faults where a file was cut short. */
+void pu_layout_map_memory(struct pu_layout *layout);
+/* Whether all of a range is there: reading what is not would allocate it. */
+bool pu_file_holds(const struct pu_file *file, uint64_t offset, uint64_t length);
 
 /* The nth part of a range of the disk, for a table (where `at` is how far the parts before it
  * reached) or a stripe. False when there are no more. */

@@ -15,7 +15,6 @@
 #define NO_SLOT UINT32_MAX
 #define VECTOR 16u		     /* pieces of memory in one operation */
 #define SLOTS_BESIDE_DEPTH 64u
-#define ON_THE_SPOT (UINT64_C(32) << 10) /* longer ones are worth a worker thread and no copy */
 #define ZEROES_BYTES (UINT64_C(1) << 20)
 #define BLOCK_DISCARD 0x1200u /* BLOCK_URING_CMD_DISCARD (Linux 6.12) */
 
@@ -25,6 +24,7 @@ enum { KIND_PART = PU_KIND_OTHER, KIND_REGISTER, KIND_UNREGISTER };
 enum place {
 	IN_BUFFER,     /* the tag's, where the kernel copied or will copy it */
 	IN_USER_COPY,  /* the tag's: we copy */
+	IN_FILES,      /* in mapped files: the kernel copies from and to the request */
 	IN_REGISTERED, /* the request's own memory, registered under the tag's number */
 };
 
@@ -73,13 +73,20 @@ uint32_t pu_mapped_entries(uint16_t depth)
 
 static void complete(void *context, uint64_t user_data, int32_t result);
 
+static bool every_file_mapped(const struct pu_layout *layout)
+{
+	for (uint32_t i = 0; i < layout->nr_files; i++)
+		if (!layout->files[i].map)
+			return false;
+	return true;
+}
+
 int pu_mapped_open(struct pu_mapped *m, struct pu_queue *q, struct pu_layout *layout)
 {
 	memset(m, 0, sizeof(*m));
 	m->q = q;
 	m->layout = layout;
 	m->version = __atomic_load_n(&layout->version, __ATOMIC_ACQUIRE);
-	m->on_the_spot = q->zero_copy ? ON_THE_SPOT : UINT64_MAX;
 	m->nr_slots = 2u * q->depth + SLOTS_BESIDE_DEPTH;
 	m->works = calloc(q->depth, sizeof(*m->works));
 	m->slots = calloc(m->nr_slots, sizeof(*m->slots));
@@ -98,6 +105,7 @@ int pu_mapped_open(struct pu_mapped *m, struct pu_queue *q, struct pu_layout *la
 	}
 	for (uint32_t i = 0; i < m->nr_slots; i++)
 		m->slots[i].next_free = i + 1 < m->nr_slots ? i + 1 : NO_SLOT;
+	m->every_file_mapped = every_file_mapped(layout);
 	q->complete = complete;
 	q->completer = m;
 	return 0;
@@ -125,14 +133,6 @@ void pu_mapped_close(struct pu_mapped *m)
 static bool has_data(uint32_t op)
 {
 	return op == PU_OP_READ || op == PU_OP_WRITE;
-}
-
-static bool every_file_in_memory(const struct pu_layout *layout)
-{
-	for (uint32_t i = 0; i < layout->nr_files; i++)
-		if (!layout->files[i].memory)
-			return false;
-	return true;
 }
 
 /* ---- one operation on one file ---- */
@@ -185,6 +185,35 @@ static int64_t or_errno(int64_t result)
 	return result < 0 ? -errno : result;
 }
 
+/* Between the request and a file's own memory; by way of the tag's buffer where a read would
+ * allocate, or the memory cannot be had. */
+static int64_t move_directly(struct pu_mapped *m, struct pu_slot *slot)
+{
+	const struct pu_file *file = &m->layout->files[slot->part.file];
+	struct pu_queue *q = m->q;
+	uint64_t offset = slot->part.offset + slot->done, length;
+	uint64_t data = pu_part_data(&slot->part, slot->done, &length);
+	bool read = m->works[slot->tag].op == PU_OP_READ;
+	uint8_t *buffer = (uint8_t *)pu_queue_buffer(q, slot->tag) + data;
+	int64_t done;
+	int error;
+
+	if (offset + length <= file->mapped && (!read || pu_file_holds(file, offset, length))) {
+		error = pu_queue_copy(q, slot->tag, file->map + offset, data, length, 0);
+		if (!error)
+			return (int64_t)length;
+	}
+	if (read) {
+		done = or_errno(pread(file->fd, buffer, length, (off_t)offset));
+		if (done <= 0)
+			return done;
+		error = pu_queue_copy(q, slot->tag, buffer, data, (uint64_t)done, 0);
+		return error ? error : done;
+	}
+	error = pu_queue_copy(q, slot->tag, buffer, data, length, 0);
+	return error ? error : or_errno(pwrite(file->fd, buffer, length, (off_t)offset));
+}
+
 static int64_t do_now(struct pu_mapped *m, struct pu_slot *slot)
 {
 	const struct pu_work *w = &m->works[slot->tag];
@@ -198,11 +227,15 @@ static int64_t do_now(struct pu_mapped *m, struct pu_slot *slot)
 		return or_errno(fallocate(fd, fallocate_mode(w), offset,
 					  (off_t)slot->part.length));
 
+	if (w->place == IN_FILES)
+		return move_directly(m, slot);
+
 	int count = (int)gather(m, slot, vector);
 	int flags = w->flags & PU_FLAG_FUA ? RWF_DSYNC : 0;
 
 	if (w->op == PU_OP_READ)
-		return or_errno(preadv2(fd, vector, count, offset, 0));
+		return or_errno(count == 1 ? pread(fd, vector[0].iov_base, vector[0].iov_len, offset) :
+					     preadv(fd, vector, count, offset));
 	return or_errno(pwritev2(fd, vector, count, offset, flags));
 }
 
@@ -270,7 +303,7 @@ static bool on_the_spot(const struct pu_mapped *m, const struct pu_slot *slot)
 	const struct pu_work *w = &m->works[slot->tag];
 
 	return m->layout->files[slot->part.file].memory && w->place != IN_REGISTERED &&
-	       !w->by_writing && w->length <= m->on_the_spot;
+	       !w->by_writing;
 }
 
 /* ---- requests ---- */
@@ -458,11 +491,9 @@ static enum place choose_place(const struct pu_mapped *m, const struct pu_work *
 
 	if (!has_data(w->op) || (!q->user_copy && !q->zero_copy))
 		return IN_BUFFER;
-	if (!q->zero_copy || w->unregistered)
-		return IN_USER_COPY;
-	if (!q->auto_buffer && w->length <= m->on_the_spot && every_file_in_memory(m->layout))
-		return IN_USER_COPY;
-	return IN_REGISTERED;
+	if (q->zero_copy && !w->unregistered)
+		return IN_REGISTERED;
+	return m->every_file_mapped ? IN_FILES : IN_USER_COPY;
 }
 
 /* Finds the data, then serves. */

@@ -6,8 +6,9 @@
  * zero copy, else the tag's buffer. Short transfers go on where they stopped. Nothing is allocated
  * while requests are served: with more parts than slots, the rest waits for slots to be free.
  *
- * Files whose bytes are in memory are read and written on the spot, where the data is in a buffer:
- * the ring would hand each of them to a worker thread.
+ * Files whose bytes are in memory are read and written on the spot, unless the request's memory is
+ * registered: the ring would hand each of them to a worker thread. With user copy, and all files
+ * mapped, the kernel copies between request and file without a stop in between.
  */
 #ifndef PU_MAPPED_H
 #define PU_MAPPED_H
@@ -37,7 +38,7 @@ struct pu_mapped {
 	uint16_t *gated; /* tags whose write must wait until a region is copied */
 	uint32_t nr_gated;
 	uint32_t version;	  /* of the layout's files, as registered */
-	uint64_t on_the_spot;	  /* bytes up to which memory files are served so */
+	bool every_file_mapped;
 	uint32_t held;		  /* requests that wait until a leg's failure is on record */
 	uint32_t failed_legs;	  /* bits: to be put on record */
 	int leg_error[PU_MAX_LEGS];
