@@ -523,16 +523,19 @@ class Device:
     def _all_ended(self) -> bool:
         return all(servant.ended.is_set() for servant in self._servants)
 
-    def _progress_until(self, done: Callable[[], bool], patience: float) -> bool:
+    def _progress_until(
+        self, done: Callable[[], bool], patience: float, idle: float | None = None
+    ) -> bool:
         """Waits for `done`; False after `patience` seconds in which requests were held and none
-        came, or after the deadline without any."""
+        came, or after `idle` seconds (None: the deadline) without any."""
         last = -1
         since = 0.0
         while not done():
             if (now := self.stats().total.requests) != last:
                 last, since = now, time.monotonic()
             held = any(servant.holds() for servant in self._servants)
-            if time.monotonic() - since > (patience if held else self._deadline):
+            limit = patience if held else self._deadline if idle is None else idle
+            if time.monotonic() - since > limit:
                 return False
             time.sleep(0.005)
         return True
@@ -552,7 +555,7 @@ class Device:
             server.cancel_held()
         for queue in self._queues():
             queue.fail_held()
-        if self._progress_until(self._all_ended, 1.0):
+        if self._progress_until(self._all_ended, 1.0, idle=1.0):
             return workers + coroutines or held
         for queue in self._queues():
             queue.sever()
