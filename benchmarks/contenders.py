@@ -218,7 +218,7 @@ def _all() -> list[Contender]:
         "kublk-batch-auto-buffer": partial(_kublk, arguments=["--batch", "--auto_zc"]),
         **{
             f"pyublk-{target}": partial(_pyublk, target=target)
-            for target in ("null", "handle", "handle-fields", "methods", "async")
+            for target in ("null", "handle", "handle-fields", "methods", "async", "async-sleep")
         },
     }
     files: dict[str, Start] = {

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Python targets that do as little as their kind allows: what remains is pyublk's own cost."""
 
+import asyncio
+
 from pyublk import IO, Target
 
 
@@ -47,3 +49,15 @@ class Coroutines(Target):
 
     async def write(self, offset: int, data: memoryview) -> None:
         return
+
+
+class Sleepers(Target):
+    """Coroutines that suspend once for each request, as those that ask somebody do."""
+
+    concurrency = "per_queue"
+
+    async def read(self, offset: int, buffer: memoryview) -> None:
+        await asyncio.sleep(0)
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        await asyncio.sleep(0)

@@ -19,6 +19,7 @@ TARGETS: dict[str, Callable[[int, str], pyublk.Target]] = {
     "handle-fields": lambda size, _file: handlers.ReadsRequest(size=size),
     "methods": lambda size, _file: handlers.Methods(size=size),
     "async": lambda size, _file: handlers.Coroutines(size=size),
+    "async-sleep": lambda size, _file: handlers.Sleepers(size=size),
     "ram": lambda size, _file: Ram(size=size),
     "file": lambda _size, file: File(Path(file), direct=True),
 }

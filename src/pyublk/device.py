@@ -302,7 +302,7 @@ class Device:
             for thread in range(self._threads):
                 shares.append(_Share(queue, thread, self._threads, buffers))
         if on_this_loop:
-            server = serving.AsyncServer(handlers, report)
+            server = serving.AsyncServer(handlers)
             self._async_servers.append(server)
             make_queues = partial(_make_queues, self._char_fd, info, shares)
             self._servants = [serving.ServingLoop(make_queues, self._attention, server)]
@@ -337,7 +337,7 @@ class Device:
             blind = target.blind
             return lambda queues: queues[0].serve_native(handler, context, blind=blind)
         if self._dispatch == "async":
-            return lambda queues: serving.serve_on_own_loop(queues, handlers, report, servers)
+            return lambda queues: serving.serve_on_own_loop(queues, handlers, servers)
         if pool is not None:
             return lambda queues: serving.serve_with_workers(queues[0], pool)
         locks = self._locks()
