@@ -1,6 +1,6 @@
 """The binding of the C core: `Ring`, `Queue`, `IO`, control commands, native targets."""
 
-from asyncio import AbstractEventLoop
+from asyncio import AbstractEventLoop, Task
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -311,7 +311,8 @@ class Queue:
 
 @final
 class Dispatcher:
-    """Runs a target's coroutines on `loop`: a first step on the spot, the rest as asyncio.Task.
+    """Runs a target's coroutines on `loop`: a first step on the spot, the rest when what they wait
+    for is done.
 
     `answered` is called with a queue when one of its requests was answered outside of `turn` and
     `sleep`: its commit wants a turn. For the loop's thread, except where it says otherwise.
@@ -335,8 +336,8 @@ class Dispatcher:
         """
     def waiting(self) -> list[Coroutine[Any, Any, object]]:
         """The coroutines that have not ended yet. From any thread."""
-    def cancel(self) -> None:
-        """Cancels those; their requests fail with EIO."""
+    def tasks(self) -> list[Task[object]]:
+        """These as tasks, made where there are none yet."""
 
 def control(
     fd: int,

@@ -24,7 +24,7 @@ from libc.string cimport memcpy, memset
 
 import errno as _errno
 import os
-from asyncio import CancelledError, Task
+from asyncio import CancelledError, Future, Task
 from asyncio.tasks import _enter_task, _leave_task
 from time import monotonic
 

@@ -207,8 +207,17 @@ class AsyncServer:
 
     def cancel_held(self) -> None:
         """Cancels every coroutine that still runs; its request fails with EIO. [any thread]"""
+
+        def cancel() -> None:
+            for task in self._dispatcher.tasks():
+                task.cancel()
+
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._dispatcher.cancel)
+            self._loop.call_soon_threadsafe(cancel)
+
+    def hand_over(self) -> None:
+        """Makes every coroutine that still runs a task, which the end of the loop cancels."""
+        self._dispatcher.tasks()
 
 
 def _stack_of_coroutine(coroutine: object) -> str:
@@ -339,10 +348,13 @@ def serve_on_own_loop(queues: list[Queue], handlers: Handlers, servers: list[Asy
     async def main() -> None:
         server = AsyncServer(handlers)
         servers.append(server)
-        if len(queues) == 1:
-            await server.attach(queues[0], selector)
-        else:
-            await asyncio.gather(*map(server.attach, queues))
+        try:
+            if len(queues) == 1:
+                await server.attach(queues[0], selector)
+            else:
+                await asyncio.gather(*map(server.attach, queues))
+        finally:
+            server.hand_over()
 
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector)) as runner:
         runner.run(main())

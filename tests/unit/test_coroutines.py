@@ -376,16 +376,79 @@ async def waiting_for(awaitable: Awaitable[object]) -> object:
     return await awaitable
 
 
-def test_without_being_kept_it_becomes_a_real_one(serve: Serve) -> None:
+def test_a_task_is_made_when_it_is_wanted(serve: Serve) -> None:
+    tasks = []
+
     async def read(offset: int, buffer: memoryview) -> None:
+        before = asyncio.all_tasks()
         await asyncio.sleep(0)
+        assert asyncio.all_tasks() == before
         task = asyncio.current_task()
-        assert type(task) is asyncio.Task
-        assert task in asyncio.all_tasks()
-        assert "read" in repr(task)
-        assert task.get_stack()[-1].f_code.co_name == "read"
+        assert task is not None
+        task.add_done_callback(tasks.append)
+        [real] = asyncio.all_tasks() - before
+        assert type(real) is asyncio.Task
+        assert "read" in repr(real)
+        assert real.get_stack()[-1].f_code.co_name == "read"
+        assert task.get_name() == real.get_name()
+        await asyncio.sleep(0)
+        assert asyncio.current_task() is task
+        assert real in asyncio.all_tasks()
+
+    async def client(client: Client) -> None:
+        assert await client.ask(0) == 512
+        assert await client.ask(1) == 512
+
+    serve(read, client)
+    assert len(tasks) == 2
+
+
+def test_a_future_of_another_loop(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    other = asyncio.new_event_loop()
+
+    async def read(offset: int, buffer: memoryview) -> None:
+        await other.create_future()
+
+    serve(read, asks(-errno.EIO))
+    assert "attached to a different loop" in caplog.text
+    other.close()
+
+
+@pytest.mark.parametrize("failure", [ValueError("no"), asyncio.CancelledError()])
+def test_a_future_that_fails(serve: Serve, failure: BaseException) -> None:
+    async def read(offset: int, buffer: memoryview) -> None:
+        loop = asyncio.get_running_loop()
+        for _ in range(2):
+            future = loop.create_future()
+            if isinstance(failure, asyncio.CancelledError):
+                loop.call_soon(future.cancel)
+            else:
+                loop.call_soon(future.set_exception, failure)
+            with pytest.raises(type(failure)):
+                await future
 
     serve(read, asks(512, 512))
+
+
+def test_cancelled_from_elsewhere_while_its_future_is_done(serve: Serve) -> None:
+    """Between the end of what it waits for and its own step."""
+    seen = []
+
+    async def read(offset: int, buffer: memoryview) -> None:
+        loop = asyncio.get_running_loop()
+        task = asyncio.current_task()
+        assert task is not None
+        for _ in range(2):
+            future = loop.create_future()
+            loop.call_soon(future.set_result, None)
+            loop.call_soon(task.cancel)
+            try:
+                await future
+            except asyncio.CancelledError:
+                seen.append(task.uncancel())
+
+    serve(read, asks(512))
+    assert seen == [0] * 4
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -584,15 +647,14 @@ def test_nothing_of_a_request_stays(serve: Serve) -> None:
         things.append(weakref.ref(thing))
         if offset:
             await asyncio.sleep(0)
-            task = asyncio.current_task()
-            assert task is not None
-            things.append(weakref.ref(task))  # type: ignore[arg-type]
+            assert asyncio.current_task() is not None
+            await asyncio.sleep(0.0001)
 
     gc.collect()
     gc.disable()
     try:
         serve(read, asks(512, 512, 512))
-        assert [thing() for thing in things] == [None] * 10
+        assert [thing() for thing in things] == [None] * 6
     finally:
         gc.enable()
 
