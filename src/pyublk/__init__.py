@@ -9,7 +9,8 @@ General layout, from the bottom up; a module imports only from the lines above i
     features, params, stats  what the kernel can do; device parameters; counters
     paths                    the ways a request's data takes, and the choice among them
     control                  Controller: one method per control command
-    target, serving          what a target implements; the ways requests reach it
+    backing                  the files that hold a disk's bytes
+    target, mapped, serving  what a target implements; the ways requests reach it
     device                   Device: queues, threads, start in step, clean stop
     targets/, testing/       the targets that ship; disks without a kernel
     vm/                      a kernel with ublk for machines without
@@ -32,6 +33,7 @@ from pyublk.errors import (
     UblkError,
 )
 from pyublk.features import Features
+from pyublk.mapped import MappedTarget
 from pyublk.params import Params
 from pyublk.paths import DataPath, PathChoice
 from pyublk.stats import DeviceStats, QueueStats
@@ -53,6 +55,7 @@ __all__ = [
     "HandlerTimeout",
     "InternalError",
     "InvalidTarget",
+    "MappedTarget",
     "NativeTarget",
     "Params",
     "PathChoice",

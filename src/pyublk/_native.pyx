@@ -18,12 +18,14 @@ from cpython.buffer cimport (
 from cpython.contextvars cimport PyContext_CopyCurrent, PyContext_Enter, PyContext_Exit
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.ref cimport Py_DECREF, PyObject
-from libc.errno cimport EALREADY, EINTR, EIO, ENODEV, EOPNOTSUPP, ESHUTDOWN, ETIME
+from libc.errno cimport EALREADY, EINTR, EINVAL, EIO, ENODEV, EOPNOTSUPP, ESHUTDOWN, ETIME
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memset
 
 import errno as _errno
 import os
+from array import array
 from asyncio import CancelledError, Future, Task
 from asyncio.tasks import _enter_task, _leave_task
 from time import monotonic
@@ -38,6 +40,9 @@ __all__ = [
     "Dispatcher",
     "Guard",
     "Handlers",
+    "Layout",
+    "MappedQueue",
+    "Planner",
     "Queue",
     "Ram",
     "Ring",
@@ -49,5 +54,6 @@ include "_native_core.pxi"
 include "_native_ring.pxi"
 include "_native_queue.pxi"
 include "_native_async.pxi"
+include "_native_mapped.pxi"
 include "_native_control.pxi"
 include "_native_targets.pxi"

@@ -14,15 +14,16 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from types import FrameType, TracebackType
 from typing import Literal, Self
 
 from pyublk import errors, serving
-from pyublk._native import Buffers, Guard, Handlers, Queue
+from pyublk._native import Buffers, Guard, Handlers, MappedQueue, Queue
 from pyublk.control import Controller, DeviceInfo, check_wish, new_cookie
+from pyublk.mapped import MappedTarget
 from pyublk.params import Params
 from pyublk.paths import DataPath, PathChoice, choose_path
 from pyublk.stats import DeviceStats, QueueStats
@@ -259,6 +260,11 @@ class Device:
         self._choice = choose_path(
             self.target.paths, features, path=self._path_wish, batch=self._batch_wish
         )
+        if (
+            isinstance(self.target, MappedTarget)
+            and Feature.SUPPORT_ZERO_COPY in self._choice.flags
+        ):
+            params = replace(params, dma_align=self.target.dma_alignment())
         cookie = new_cookie()
         self._info = self._controller.add(
             cookie=cookie,
@@ -304,7 +310,7 @@ class Device:
         if on_this_loop:
             server = serving.AsyncServer(handlers)
             self._async_servers.append(server)
-            make_queues = partial(_make_queues, self._char_fd, info, shares)
+            make_queues = partial(_make_queues, self._char_fd, info, shares, self.target)
             self._servants = [serving.ServingLoop(make_queues, self._attention, server)]
             return
         one_thread = self._dispatch == "async" and self.target.concurrency == "serial"
@@ -315,7 +321,7 @@ class Device:
         for group in groups:
             self._servants.append(
                 serving.ServingThread(
-                    partial(_make_queues, self._char_fd, info, group),
+                    partial(_make_queues, self._char_fd, info, group, self.target),
                     self._attention,
                     serve,
                     name=f"ublk{info.id}-q{group[0].queue}",
@@ -336,6 +342,9 @@ class Device:
                 )
             blind = target.blind
             return lambda queues: queues[0].serve_native(handler, context, blind=blind)
+        if isinstance(target, MappedTarget):
+            target.wake_queues = serving.waker(self._servants)
+            return lambda queues: serving.serve_mapped(queues[0], target, report)
         if self._dispatch == "async":
             return lambda queues: serving.serve_on_own_loop(queues, handlers, servers)
         if pool is not None:
@@ -674,12 +683,17 @@ class _Share:
     buffers: Buffers | None
 
 
-def _make_queues(char_fd: int, info: DeviceInfo, shares: list[_Share]) -> list[Queue]:
+def _make_queues(
+    char_fd: int, info: DeviceInfo, shares: list[_Share], target: Target
+) -> list[Queue]:
+    make: Callable[..., Queue] = Queue
+    if isinstance(target, MappedTarget):
+        make = partial(MappedQueue, layout=target.layout)
     queues: list[Queue] = []
     try:
         for share in shares:
             queues.append(
-                Queue(
+                make(
                     char_fd,
                     share.queue,
                     depth=info.depth,

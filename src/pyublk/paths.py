@@ -29,8 +29,10 @@ class DataPath(StrEnum):
     AUTO_BUFFER = "auto-buffer"
 
 
+_NOTHING = Feature(0)
+
 _FLAGS: dict[DataPath, Feature] = {
-    DataPath.COPY: Feature(0),
+    DataPath.COPY: _NOTHING,
     DataPath.GET_DATA: Feature.NEED_GET_DATA,
     DataPath.USER_COPY: Feature.USER_COPY,
     # With user copy beside it: what is left when a registration fails.
@@ -59,7 +61,7 @@ def choose_path(
     *,
     path: DataPath | str = "auto",
     batch: bool | None = None,
-    needed: Feature = Feature(0),
+    needed: Feature = _NOTHING,
     why: str = "",
 ) -> PathChoice:
     """Picks the data path of a device.

@@ -16,13 +16,38 @@ from pathlib import Path
 from pyublk.errors import InvalidTarget
 from pyublk.target import Target
 from pyublk.targets.file import File
+from pyublk.targets.linear import Linear
+from pyublk.targets.mirror import Mirror
 from pyublk.targets.null import Null
 from pyublk.targets.ram import Ram
 from pyublk.targets.sizes import format_size, parse_size
+from pyublk.targets.slice import Slice
+from pyublk.targets.stripe import Stripe
 
-__all__ = ["File", "Null", "Ram", "build", "format_size", "names", "parse_size", "resolve"]
+__all__ = [
+    "File",
+    "Linear",
+    "Mirror",
+    "Null",
+    "Ram",
+    "Slice",
+    "Stripe",
+    "build",
+    "format_size",
+    "names",
+    "parse_size",
+    "resolve",
+]
 
-BUILT_IN: dict[str, type[Target]] = {"file": File, "null": Null, "ram": Ram}
+BUILT_IN: dict[str, type[Target]] = {
+    "file": File,
+    "linear": Linear,
+    "mirror": Mirror,
+    "null": Null,
+    "ram": Ram,
+    "slice": Slice,
+    "stripe": Stripe,
+}
 ENTRY_POINTS = "pyublk.targets"
 
 
@@ -108,6 +133,13 @@ def build(
     positional = [
         name for name, p in parameters.items() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
     ]
+    collected = next((p for p in parameters.values() if p.kind is p.VAR_POSITIONAL), None)
+    if collected is not None and not positional:
+        hint = typing.get_type_hints(cls.__init__).get(collected.name, str)
+        given_arguments = [_convert(collected.name, text, hint) for text in arguments]
+        arguments = ()
+    else:
+        given_arguments = []
     if len(arguments) > len(positional):
         raise ValueError(
             f"{cls.__name__} takes {len(positional)} argument(s) "
@@ -138,7 +170,7 @@ def build(
     ]
     if missing:
         raise ValueError(f"{cls.__name__} needs {' and '.join(missing)}")
-    return cls(**values)  # type: ignore[arg-type]
+    return cls(*given_arguments, **values)  # type: ignore[arg-type]
 
 
 def _boolean(text: str) -> bool:
