@@ -283,7 +283,7 @@ def _all() -> list[Contender]:
         **_pyublks("null"),
         **{
             f"pyublk-{target}": partial(_pyublk, target=target)
-            for target in ("handle", "handle-fields", "methods", "async")
+            for target in ("handle", "handle-fields", "methods", "async", "async-sleep")
         },
     }
     files: dict[str, Start] = {

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Python targets that do as little as their kind allows: what remains is pyublk's own cost."""
 
+import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -66,3 +67,15 @@ class Concatenates(MappedTarget):
             return number, inside, length
         first = self._each - inside
         return [(number, inside, first), (number + 1, 0, length - first)]
+
+
+class Sleepers(Target):
+    """Coroutines that suspend once for each request, as those that ask somebody do."""
+
+    concurrency = "per_queue"
+
+    async def read(self, offset: int, buffer: memoryview) -> None:
+        await asyncio.sleep(0)
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        await asyncio.sleep(0)

@@ -19,6 +19,7 @@ TARGETS: dict[str, Callable[[int, list[Path]], pyublk.Target]] = {
     "handle-fields": lambda size, _files: handlers.ReadsRequest(size=size),
     "methods": lambda size, _files: handlers.Methods(size=size),
     "async": lambda size, _files: handlers.Coroutines(size=size),
+    "async-sleep": lambda size, _files: handlers.Sleepers(size=size),
     "ram": lambda size, _files: Ram(size=size),
     "file": lambda _size, files: File(files[0], direct=True),
     "stripe": lambda _size, files: Stripe(*files, direct=True),

@@ -1,5 +1,6 @@
 """The binding of the C core: `Ring`, `Queue`, `IO`, control commands, native targets."""
 
+from asyncio import AbstractEventLoop, Task
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -14,6 +15,7 @@ __all__ = [
     "IO",
     "NULL_HANDLER",
     "Buffers",
+    "Dispatcher",
     "Guard",
     "Handlers",
     "Layout",
@@ -216,7 +218,6 @@ class IO:
 @final
 class Handlers:
     def __init__(self, target: object, report: Callable[[object, IO], int]) -> None: ...
-    def start(self, io: IO) -> Coroutine[Any, Any, object]: ...
     def answer_from_here(self, io: IO) -> None: ...
 
 @final
@@ -310,6 +311,36 @@ class Queue:
         """Loopback: the tag's result, or None while it is unanswered."""
     def memory(self, tag: int, length: int) -> memoryview:
         """The tag's buffer as the kernel sees it."""
+
+@final
+class Dispatcher:
+    """Runs a target's coroutines on `loop`: a first step on the spot, the rest when what they wait
+    for is done.
+
+    `answered` is called with a queue when one of its requests was answered outside of `turn` and
+    `sleep`: its commit wants a turn. For the loop's thread, except where it says otherwise.
+    """
+
+    def __init__(
+        self,
+        handlers: Handlers,
+        loop: AbstractEventLoop,
+        answered: Callable[[Queue], None] | None = None,
+    ) -> None: ...
+    def turn(self, queue: Queue) -> int | None:
+        """Submits the commits, takes what is there and begins it: how many requests.
+
+        None when the kernel has taken every tag back.
+        """
+    def sleep(self, queue: Queue, other: int, timeout: float | None = None) -> bool | None:
+        """Serves in the queue's ring until the loop has something to do, or for `timeout` seconds.
+
+        True when the descriptor `other` is readable; None when the kernel has taken every tag back.
+        """
+    def waiting(self) -> list[Coroutine[Any, Any, object]]:
+        """The coroutines that have not ended yet. From any thread."""
+    def tasks(self) -> list[Task[object]]:
+        """These as tasks, made where there are none yet."""
 
 def control(
     fd: int,

@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
-# cython: initializedcheck=False, infer_types=True
+# cython: initializedcheck=False, infer_types=True, auto_pickle=False
 # SPDX-License-Identifier: MIT
 """The binding of the C core: Ring, Queue, IO, control commands, native targets.
 
@@ -7,6 +7,7 @@ The core owns rings, tags and buffers and never sees Python; this module owns ob
 the GIL once per batch of requests, and turns exceptions into errno values. Policy is elsewhere.
 """
 
+cimport cython
 from cpython.buffer cimport (
     PyBUF_SIMPLE,
     PyBUF_WRITABLE,
@@ -14,8 +15,9 @@ from cpython.buffer cimport (
     PyBuffer_Release,
     PyObject_GetBuffer,
 )
+from cpython.contextvars cimport PyContext_CopyCurrent, PyContext_Enter, PyContext_Exit
 from cpython.exc cimport PyErr_CheckSignals
-from cpython.ref cimport PyObject
+from cpython.ref cimport Py_DECREF, PyObject
 from libc.errno cimport EALREADY, EINTR, EINVAL, EIO, ENODEV, EOPNOTSUPP, ESHUTDOWN, ETIME
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, realloc
@@ -24,6 +26,8 @@ from libc.string cimport memcpy, memset
 import errno as _errno
 import os
 from array import array
+from asyncio import CancelledError, Future, Task
+from asyncio.tasks import _enter_task, _leave_task
 from time import monotonic
 
 from pyublk import errors, uapi
@@ -33,6 +37,7 @@ __all__ = [
     "IO",
     "NULL_HANDLER",
     "Buffers",
+    "Dispatcher",
     "Guard",
     "Handlers",
     "Layout",
@@ -48,6 +53,7 @@ __all__ = [
 include "_native_core.pxi"
 include "_native_ring.pxi"
 include "_native_queue.pxi"
+include "_native_async.pxi"
 include "_native_mapped.pxi"
 include "_native_control.pxi"
 include "_native_targets.pxi"

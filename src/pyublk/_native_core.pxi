@@ -142,6 +142,7 @@ cdef extern from "_core/queue.h" nogil:
         bint copies
         bint user_copy
         bint severed
+        bint watched
 
     uint8_t *pu_buffers_map(uint16_t, size_t)
     void pu_buffers_unmap(uint8_t *, uint16_t, size_t)
@@ -152,6 +153,7 @@ cdef extern from "_core/queue.h" nogil:
     int pu_queue_fetch(pu_queue *)
     int pu_queue_wait(pu_queue *, int64_t)
     int pu_queue_event_fd(pu_queue *)
+    int pu_queue_watch(pu_queue *, int)
     int pu_queue_answer(pu_queue *, uint16_t, int64_t)
     int pu_queue_post(pu_queue *, uint16_t, int64_t)
     void pu_queue_fail_held(pu_queue *, int)

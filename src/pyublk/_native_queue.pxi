@@ -278,10 +278,6 @@ cdef class Handlers:
         io.drop_view()
         return io.give_answer(result)
 
-    def start(self, IO io):
-        """Calls the method and returns what it gives: the coroutine of an async target."""
-        return self.call(io)
-
     def answer_from_here(self, IO io):
         """Runs the handler on the calling thread; the queue's own thread commits."""
         cdef int64_t result = self.answer(io)

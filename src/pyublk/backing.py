@@ -66,7 +66,8 @@ class Backing:
             if made:
                 path.unlink()
             raise
-        return cls(path, fd, actual, block_size, is_device, _is_in_memory(fd), made)
+        in_memory = not is_device and _is_in_memory(fd)
+        return cls(path, fd, actual, block_size, is_device, in_memory, made)
 
     def close(self) -> None:
         os.close(self.fd)

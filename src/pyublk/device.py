@@ -308,7 +308,7 @@ class Device:
             for thread in range(self._threads):
                 shares.append(_Share(queue, thread, self._threads, buffers))
         if on_this_loop:
-            server = serving.AsyncServer(handlers, report)
+            server = serving.AsyncServer(handlers)
             self._async_servers.append(server)
             make_queues = partial(_make_queues, self._char_fd, info, shares, self.target)
             self._servants = [serving.ServingLoop(make_queues, self._attention, server)]
@@ -346,7 +346,7 @@ class Device:
             target.wake_queues = serving.waker(self._servants)
             return lambda queues: serving.serve_mapped(queues[0], target, report)
         if self._dispatch == "async":
-            return lambda queues: serving.serve_on_own_loop(queues, handlers, report, servers)
+            return lambda queues: serving.serve_on_own_loop(queues, handlers, servers)
         if pool is not None:
             return lambda queues: serving.serve_with_workers(queues[0], pool)
         locks = self._locks()

@@ -50,6 +50,9 @@ class Target:
     returns None. An OSError it raises becomes that errno at the client (the kernel passes on only
     a few, the others as EIO); any other exception becomes EIO and its traceback is logged.
 
+    Coroutines run on an asyncio event loop, each in its own copy of the context; they may use all
+    of asyncio. One that never suspends is answered at once. Cancelled, it fails with EIO.
+
     `concurrency` is a promise, and is enforced:
 
     - ``"serial"`` (the default): one call at a time over all queues. An async target runs on one

@@ -7,6 +7,8 @@
 #include <errno.h>
 #include <pthread.h>
 #include <string.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
 
 #include "check.h"
 
@@ -157,6 +159,36 @@ static void held_requests_can_be_failed_from_outside(void)
 	pu_queue_free(&q);
 }
 
+/* `extra` entries: the loopback queue has a ring, which does the watching. */
+static void other_descriptors_end_a_wait(uint32_t extra)
+{
+	struct pu_queue_options options = { .depth = DEPTH, .buffer_bytes = 4096 };
+	struct pu_queue q;
+	eventfd_t value;
+	int fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+
+	options.extra_entries = extra;
+	CHECK_EQUAL(pu_queue_open(&q, -1, &options), 0);
+	CHECK_EQUAL(pu_queue_fetch(&q), 0);
+	for (int round = 0; round < 3; round++) {
+		CHECK_EQUAL(pu_queue_watch(&q, fd), 0);
+		CHECK_EQUAL(pu_queue_wait(&q, 0), 0);
+		CHECK(!q.watched);
+		eventfd_write(fd, 1);
+		CHECK_EQUAL(pu_queue_watch(&q, fd), 0);
+		CHECK_EQUAL(pu_queue_wait(&q, PU_FOREVER), 0);
+		CHECK(q.watched);
+		/* ready still: told again */
+		CHECK_EQUAL(pu_queue_watch(&q, fd), 0);
+		CHECK_EQUAL(pu_queue_wait(&q, PU_FOREVER), 0);
+		CHECK(q.watched);
+		eventfd_read(fd, &value);
+	}
+	pu_queue_close(&q);
+	pu_queue_free(&q);
+	close(fd);
+}
+
 static void opening_fails_clean(void)
 {
 	struct pu_queue q;
@@ -172,6 +204,8 @@ int main(void)
 	a_second_answer_is_refused();
 	threads_race_to_answer_and_one_wins();
 	held_requests_can_be_failed_from_outside();
+	other_descriptors_end_a_wait(0);
+	other_descriptors_end_a_wait(8);
 	opening_fails_clean();
 	return 0;
 }

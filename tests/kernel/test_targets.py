@@ -6,6 +6,7 @@ import errno
 import mmap
 import os
 import random
+import socket
 import threading
 import time
 from collections import Counter
@@ -580,6 +581,36 @@ def test_coroutines_interleave_on_one_thread(serve: Serve) -> None:
     assert len(target.threads) == 1
     used = [queue.reads for queue in disk.stats().queues]
     assert all(used), f"reads by queue: {used}"
+
+
+class AsksAround(pyublk.Target):
+    """Its reads need a timer, another thread, and a descriptor of their own."""
+
+    concurrency = "per_queue"
+
+    def __init__(self) -> None:
+        super().__init__(size=MIB, read_only=True)
+
+    async def read(self, offset: int, buffer: memoryview) -> None:
+        if not QUIET <= offset < 3 * QUIET:
+            return
+        loop = asyncio.get_running_loop()
+        near, far = socket.socketpair()
+        with near, far:
+            near.setblocking(False)
+            async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+                receiving = group.create_task(loop.sock_recv(near, 1))
+                group.create_task(asyncio.sleep(0.001))
+                await asyncio.to_thread(far.send, b"x")
+        buffer[:] = receiving.result() * len(buffer)
+
+
+def test_a_loop_in_the_ring_wakes_for_all_else(serve: Serve) -> None:
+    disk = serve(AsksAround())
+    with Blocks(disk.path, os.O_RDONLY) as client:
+        for n in range(8):
+            assert client.read(4096, QUIET + n * 8192) == b"x" * 4096
+    assert disk.stats().total.errors == 0
 
 
 class Reversed(pyublk.Target):

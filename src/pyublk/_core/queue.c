@@ -17,6 +17,7 @@
 #endif
 
 #define WAKE PU_USER_DATA(PU_KIND_WAKE, 0)
+#define WATCH PU_USER_DATA(PU_KIND_WATCH, 0)
 
 static size_t page_round(size_t bytes)
 {
@@ -153,6 +154,7 @@ int pu_queue_open(struct pu_queue *q, int cdev, const struct pu_queue_options *o
 	q->post_ring.fd = -1;
 	q->wake_fd = -1;
 	q->event_fd = -1;
+	q->watch_fd = -1;
 	q->cdev = cdev;
 	q->id = options->id;
 	q->depth = options->depth;
@@ -448,7 +450,10 @@ static int reap(struct pu_queue *q)
 			pu_batch_complete(q, cqe);
 		else if (kind < PU_KIND_WAKE)
 			q->complete(q->completer, cqe->user_data, cqe->res);
-		else
+		else if (cqe->user_data == WATCH) {
+			q->watching = false;
+			q->watched = true;
+		} else
 			failed = arm_wake(q);
 		error = error ? error : failed;
 	}
@@ -559,10 +564,17 @@ int pu_queue_inject(struct pu_queue *q, uint16_t tag, uint32_t op_flags, uint64_
 static int wait_loopback(struct pu_queue *q, int64_t timeout_ns)
 {
 	struct timespec limit = { timeout_ns / 1000000000, timeout_ns % 1000000000 };
-	struct pollfd wake = { .fd = q->wake_fd, .events = POLLIN };
+	struct pollfd fds[] = {
+		{ .fd = q->wake_fd, .events = POLLIN },
+		{ .fd = q->watch_fd, .events = POLLIN },
+	};
 
-	if (!q->nr_injected && ppoll(&wake, 1, timeout_ns < 0 ? NULL : &limit, NULL) > 0)
+	if (q->nr_injected)
+		limit = (struct timespec){ 0, 0 };
+	if (ppoll(fds, 2, timeout_ns < 0 && !q->nr_injected ? NULL : &limit, NULL) > 0 &&
+	    fds[0].revents)
 		eventfd_read(q->wake_fd, &q->wake_value);
+	q->watched = fds[1].revents;
 	q->nr_ready = q->nr_injected;
 	q->nr_injected = 0;
 	return 0;
@@ -597,6 +609,28 @@ int pu_queue_event_fd(struct pu_queue *q)
 	else
 		q->event_fd = fd;
 	return error < 0 ? error : fd;
+}
+
+int pu_queue_watch(struct pu_queue *q, int fd)
+{
+	struct pu_sqe *sqe;
+
+	q->watched = false;
+	if (q->ring.fd < 0) {
+		q->watch_fd = fd;
+		return 0;
+	}
+	if (q->watching)
+		return 0;
+	sqe = pu_queue_sqe(q);
+	if (!sqe)
+		return -EAGAIN;
+	sqe->opcode = PU_OPCODE_POLL_ADD;
+	sqe->fd = fd;
+	sqe->op_flags = POLLIN;
+	sqe->user_data = WATCH;
+	q->watching = true;
+	return 0;
 }
 
 static int wait_kernel(struct pu_queue *q, int64_t timeout_ns)

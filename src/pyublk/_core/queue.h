@@ -124,6 +124,9 @@ struct pu_queue {
 	int wake_fd; /* written by other threads, read by the ring */
 	uint64_t wake_value;
 	int event_fd; /* -1 until somebody asks for it */
+	int watch_fd; /* loopback without a ring: the descriptor that is watched, or -1 */
+	bool watching; /* the ring polls a descriptor */
+	bool watched;  /* it became readable */
 	struct pu_ring post_ring; /* batch: other threads commit here; fd -1 until one does */
 
 	struct pu_batch *batch; /* NULL: a command for each tag */
@@ -143,6 +146,7 @@ enum pu_kind {
 	PU_KIND_COMMIT = 3,
 	PU_KIND_OTHER = 4, /* and all up to WAKE: for the completer */
 	PU_KIND_WAKE = 0x80,
+	PU_KIND_WATCH = 0x81,
 };
 #define PU_USER_DATA(kind, number) ((uint64_t)(kind) << PU_KIND_SHIFT | (uint64_t)(number))
 
@@ -173,6 +177,10 @@ int pu_queue_wait(struct pu_queue *q, int64_t timeout_ns);
 /* A descriptor that becomes readable when there is something to wait for, or -errno. Not the ring's
  * own: a ring that defers its work does not wake those who poll it. Owner thread only. */
 int pu_queue_event_fd(struct pu_queue *q);
+
+/* Lets the next waits return, with q->watched set, when `fd` is readable too; to be said again
+ * before every wait, always of the same one, which stays open as long as the queue. 0 or -errno. */
+int pu_queue_watch(struct pu_queue *q, int fd);
 
 /* Answers a request. result < 0: -errno; else success. Owner thread only.
  * 0, or -EALREADY when the tag holds no unanswered request. */

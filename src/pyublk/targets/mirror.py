@@ -235,7 +235,7 @@ class Mirror(MappedTarget):
     # ---- bringing a leg in step ----
 
     def replace(self, leg: int, path: Path | None = None) -> None:
-        """Puts a new file in a failed leg's place (None: the same, still open) and copies all to it.
+        """Puts a new file in a failed leg's place (None: the same again), and copies all to it.
 
         Returns at once; `state` tells how far it is, `wait_in_step` waits.
 

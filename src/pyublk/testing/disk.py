@@ -64,13 +64,14 @@ class Disk:
             self._params = self.target.params(self._max_io_size)
             self._queue = self._make_queue()
             self._queue.fetch()
-            self._report = report = FailureLog(self.target)
-            self._handlers = Handlers(self.target, report)
+            self._report = FailureLog(self.target)
+            self._handlers = Handlers(self.target, self._report)
             if self._workers:
                 self._pool = serving.WorkerPool(self._handlers, self._workers, "disk")
             if self._dispatch == "async":
-                self._loop = asyncio.new_event_loop()
-                self._server = self._loop.run_until_complete(self._attach(report))
+                selector = serving.RingSelector()
+                self._loop = asyncio.SelectorEventLoop(selector)
+                self._server = self._loop.run_until_complete(self._attach(selector))
         except BaseException:
             self.close()
             raise
@@ -86,10 +87,10 @@ class Disk:
         if self._queue is not None:
             self._queue.wake()
 
-    async def _attach(self, report: FailureLog) -> serving.AsyncServer:
+    async def _attach(self, selector: serving.RingSelector) -> serving.AsyncServer:
         assert self._queue is not None
-        server = serving.AsyncServer(self._handlers, report)
-        server.attach(self._queue)
+        server = serving.AsyncServer(self._handlers)
+        server.attach(self._queue, selector)
         return server
 
     def close(self) -> None:

@@ -1,0 +1,457 @@
+# Dispatcher: the requests of an async target, on an asyncio event loop.
+
+cdef extern from "Python.h":
+    enum: PYGEN_NEXT
+    int PyIter_Send(object, object, PyObject **) except -1
+    bint PyCoro_CheckExact(object)
+
+
+cdef object owned(PyObject *reference):
+    """Takes over a reference that a C function gave."""
+    given = <object>reference
+    Py_DECREF(given)
+    return given
+
+
+async def awaiting(awaitable):
+    """A coroutine of whatever else a method returned."""
+    return await awaitable
+
+
+cdef class RequestTask:
+    """What asyncio.current_task() is in a handler: a task that is made only when it is needed.
+
+    asyncio.timeout and asyncio.TaskGroup ask two things of the current task when they begin,
+    answered here; all else makes an asyncio.Task, which drives the coroutine from then on. One of
+    these serves request after request, unless a handler keeps it: then it stays that request's.
+    """
+
+    cdef Dispatcher dispatcher
+    cdef object coro, context, task
+    cdef Suspended request  # None in a first step, unless it was wanted
+    cdef bint over
+    cdef object __weakref__
+
+    def __init__(self):
+        raise TypeError("a RequestTask comes from a Dispatcher")
+
+    cdef int serve(self, object coro, object context, Suspended request) except -1:
+        self.coro = coro
+        self.context = context
+        self.request = request
+        return 0
+
+    cdef object real(self):
+        if self.task is None:
+            if self.request is None:
+                self.request = self.dispatcher.new_suspended(None, self.coro, self.context)
+                self.request.over = self.over
+            self.task = self.request.make_task()
+        return self.task
+
+    def cancelling(self):
+        return 0 if self.task is None else self.task.cancelling()
+
+    def uncancel(self):
+        return 0 if self.task is None else self.task.uncancel()
+
+    def done(self):
+        return self.over if self.task is None else self.task.done()
+
+    def cancel(self, msg=None):
+        return False if self.over else self.real().cancel(msg)
+
+    def get_coro(self):
+        return self.coro
+
+    def __getattr__(self, name):
+        return getattr(self.real(), name)
+
+    def __await__(self):
+        return self.real().__await__()
+
+    def __repr__(self):
+        return f"<RequestTask {self.coro!r}>"
+
+
+@cython.freelist(64)
+cdef class Suspended:
+    """A request's coroutine that goes on after its first step.
+
+    As long as nobody wants a task of it, it is called by what it waits for. With an asyncio.Task,
+    it is the coroutine that one drives, and yields once more what it had yielded already.
+    """
+
+    cdef Dispatcher dispatcher
+    cdef IO io
+    cdef object coro, context, task
+    cdef object future     # what it waits for, unless the Task has it
+    cdef bint blocking     # it is to be awaited, as `await` says with its flag
+    cdef bint due          # it waits for nothing but its turn
+    cdef RequestTask kept  # by the handler: it is the current task in all its steps
+    cdef bint over
+
+    def __init__(self):
+        raise TypeError("a Suspended comes from a Dispatcher")
+
+    cdef int wait_for(self, object future) except -1:
+        """The coroutine has yielded this outside of a Task."""
+        if future is None:
+            if self.task is None:
+                self.dispatcher.take_turn(self)
+            return 0
+        self.future = future
+        self.blocking = getattr(future, "_asyncio_future_blocking", False)
+        if self.blocking:  # else others could not await it
+            future._asyncio_future_blocking = False
+        if self.task is not None:
+            return 0
+        if not self.calls_back():
+            self.make_task()  # which knows what to do, or what to say
+        else:
+            future.add_done_callback(self, context=self.context)
+        return 0
+
+    cdef bint calls_back(self) except -1:
+        return (
+            self.blocking and isinstance(self.future, Future)
+            and self.future.get_loop() is self.dispatcher.loop
+        )
+
+    def __call__(self, future):
+        """What it waits for is done."""
+        if self.task is None and self.future is future:
+            self.future = None
+            self.dispatcher.go_on_alone(self)
+
+    cdef object make_task(self):
+        if self.task is None:
+            self.due = False
+            if self.future is not None and self.calls_back():
+                self.future.remove_done_callback(self)
+            self.task = Task(
+                self, loop=self.dispatcher.loop, name="ublk request", context=self.context
+            )
+        return self.task
+
+    cdef int end(self, int64_t result) except -1:
+        cdef Dispatcher dispatcher = self.dispatcher
+        io = self.io
+        self.over = True
+        if self.kept is not None:
+            self.kept.over = True
+        self.task = self.kept = self.io = self.context = None
+        dispatcher.suspended.discard(self)
+        dispatcher.answer(io, result)
+        if dispatcher.answered is not None:
+            dispatcher.answered(io.queue)
+        return 0
+
+    # What a Task calls.
+
+    def __await__(self):
+        return self
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return self.step(None, None)
+
+    def send(self, value):
+        return self.step(value, None)
+
+    def throw(self, kind, value=None, trace=None):
+        if value is None:
+            value = kind() if isinstance(kind, type) else kind
+        return self.step(None, value)
+
+    def close(self):
+        self.coro.close()
+
+    def __getattr__(self, name):  # cr_frame, __qualname__ and so on, for those who look
+        return getattr(self.coro, name)
+
+    cdef object step(self, object value, object thrown):
+        if self.over:
+            raise StopIteration
+        if self.future is not None:
+            future, self.future = self.future, None
+            # The second: as if the Task had been told to cancel while it waited.
+            if thrown is None or (
+                self.blocking and isinstance(thrown, CancelledError)
+                and future.cancel(*thrown.args[:1])
+            ):
+                if self.blocking:
+                    future._asyncio_future_blocking = True
+                return future
+        if self.kept is None:
+            return self.run(value, thrown)
+        task, kept, loop = self.task, self.kept, self.dispatcher.loop
+        _leave_task(loop, task)
+        _enter_task(loop, kept)
+        try:
+            return self.run(value, thrown)
+        finally:
+            _leave_task(loop, kept)
+            _enter_task(loop, task)
+
+    cdef object run(self, object value, object thrown):
+        cdef PyObject *given = NULL
+        cdef int64_t result = 0
+        try:
+            if thrown is not None:
+                return self.coro.throw(thrown)
+            if PyIter_Send(self.coro, value, &given) == PYGEN_NEXT:
+                return owned(given)
+            result = self.dispatcher.result_of(owned(given), self.io)
+        except StopIteration as done:
+            result = self.dispatcher.result_of(done.value, self.io)
+        except BaseException as raised:
+            result = self.dispatcher.failure(raised, self.io)
+        thrown = None
+        self.end(result)
+        raise StopIteration
+
+
+cdef class Dispatcher:
+    """Runs a target's coroutines on one event loop, for any number of queues.
+
+    Each is stepped once on the spot. Those that end there are answered like a plain method; one
+    that suspends is called by what it waits for. An asyncio.Task is made only on demand.
+    """
+
+    cdef Handlers handlers
+    cdef object loop, context, answered
+    cdef object ready, timers  # what the loop has to do; None when it does not show it
+    cdef set suspended
+    cdef list due              # of these, what goes on in the loop's next turn
+    cdef RequestTask current
+    cdef int references        # of `current`, when no handler keeps it
+
+    def __init__(self, Handlers handlers not None, loop, answered=None):
+        self.handlers = handlers
+        self.loop = loop
+        self.context = PyContext_CopyCurrent()
+        self.answered = answered
+        self.ready = getattr(loop, "_ready", None)
+        self.timers = getattr(loop, "_scheduled", None)
+        self.suspended = set()
+        self.due = []
+        self.renew()
+
+    def turn(self, Queue queue not None):
+        queue.alive()
+        cdef int there = queue.wait_batch(0)
+        if there < 0:
+            return None
+        if there:
+            self.begin_batch(queue)
+        return there
+
+    def sleep(self, Queue queue not None, int other, timeout=None):
+        queue.alive()
+        cdef int64_t limit = nanoseconds(None if timeout is None else max(timeout, 0))
+        cdef double until = 0
+        cdef bint watches
+        cdef int there
+        cdef Py_ssize_t timers = 0 if self.timers is None else len(self.timers)
+        if limit > 0:
+            until = monotonic() + timeout
+        while True:
+            watches = pu_queue_watch(&queue.q, other) == 0  # else: the ring is full for a moment
+            there = queue.wait_batch(limit if watches else 0)
+            if there < 0:
+                return None
+            if there:
+                self.begin_batch(queue)
+            if queue.q.watched:
+                return True
+            if limit == 0 or (watches and not there):
+                return False
+            if self.ready is None or self.timers is None:
+                return False
+            if len(self.ready) or len(self.timers) != timers:
+                return False
+            if limit > 0:
+                limit = <int64_t>((until - <double>monotonic()) * 1e9)
+                if limit <= 0:
+                    return False
+
+    def waiting(self):
+        return [(<Suspended>each).coro for each in list(self.suspended)]
+
+    def tasks(self):
+        return [(<Suspended>each).make_task() for each in list(self.suspended)]
+
+    cdef int renew(self) except -1:
+        request = <RequestTask>RequestTask.__new__(RequestTask)
+        request.dispatcher = self
+        self.current = request
+        return 0
+
+    cdef int enter(self) except -1:
+        _enter_task(self.loop, self.current)
+        self.references = PU_REFERENCES(<PyObject *>self.current)
+        return 0
+
+    cdef int begin_batch(self, Queue queue) except -1:
+        self.enter()
+        try:
+            for i in range(queue.q.nr_ready):
+                self.begin(queue.take(queue.q.ready[i]))
+        finally:
+            _leave_task(self.loop, self.current)
+        return 0
+
+    cdef int begin(self, IO io) except -1:
+        """The first step of a request, and its answer when there is no second one."""
+        cdef PyObject *given = NULL
+        cdef int64_t result = 0
+        cdef bint suspends = False
+        coro = None
+        context = PyContext_CopyCurrent()
+        PyContext_Enter(context)
+        try:
+            coro = self.handlers.call(io)
+            if not PyCoro_CheckExact(coro):
+                coro = awaiting(coro)
+            self.current.serve(coro, context, None)
+            suspends = PyIter_Send(coro, None, &given) == PYGEN_NEXT
+            if not suspends:
+                result = self.result_of(owned(given), io)
+        except BaseException as raised:
+            result = self.failure(raised, io)
+        finally:
+            PyContext_Exit(context)
+        if suspends:
+            request = self.current.request
+            if request is None:
+                request = self.new_suspended(io, coro, context)
+            request.io = io
+            self.suspended.add(request)
+            self.let_go(request)
+            request.wait_for(owned(given))
+        else:
+            if self.is_kept():
+                self.current.over = True
+            if self.current.request is not None:
+                self.current.request.over = True
+            self.let_go(None)
+            self.answer(io, result)
+        return 0
+
+    cdef int go_on(self, Suspended request) except -1:
+        """A later step, without a Task."""
+        cdef PyObject *given = NULL
+        cdef int64_t result = 0
+        cdef bint suspends = False
+        kept = request.kept
+        if kept is None:
+            self.current.serve(request.coro, request.context, request)
+        else:
+            _leave_task(self.loop, self.current)
+            _enter_task(self.loop, kept)
+        try:
+            suspends = PyIter_Send(request.coro, None, &given) == PYGEN_NEXT
+            if not suspends:
+                result = self.result_of(owned(given), request.io)
+        except BaseException as raised:
+            result = self.failure(raised, request.io)
+        finally:
+            if kept is not None:
+                _leave_task(self.loop, kept)
+                _enter_task(self.loop, self.current)
+        if kept is None:
+            self.let_go(request)
+        if suspends:
+            request.wait_for(owned(given))
+        else:
+            request.end(result)
+        return 0
+
+    cdef int go_on_alone(self, Suspended request) except -1:
+        self.enter()
+        try:
+            self.go_on(request)
+        finally:
+            _leave_task(self.loop, self.current)
+        return 0
+
+    cdef int take_turn(self, Suspended request) except -1:
+        """The request goes on when the loop's other callbacks have had their turn."""
+        if not self.due:
+            self.loop.call_soon(self._go_on_together, context=self.context)
+        request.due = True
+        self.due.append(request)
+        return 0
+
+    def _go_on_together(self):
+        due, self.due = self.due, []
+        self.enter()
+        try:
+            for each in due:
+                request = <Suspended>each
+                if not request.due:  # it has a Task now
+                    continue
+                request.due = False
+                context = request.context
+                PyContext_Enter(context)
+                try:
+                    self.go_on(request)
+                except Exception as error:  # others are to go on
+                    self.loop.call_exception_handler(
+                        {"message": "a request was not answered", "exception": error}
+                    )
+                finally:
+                    PyContext_Exit(context)
+        finally:
+            _leave_task(self.loop, self.current)
+
+    cdef bint is_kept(self) noexcept:
+        """Whether a handler keeps the current task, or has made an asyncio.Task of it."""
+        return (
+            PU_REFERENCES(<PyObject *>self.current) != self.references
+            or self.current.task is not None
+        )
+
+    cdef int let_go(self, Suspended request) except -1:
+        """After a step: the current task stays with its request if somebody keeps it."""
+        if not self.is_kept():
+            return self.current.serve(None, None, None)
+        if request is not None:
+            request.kept = self.current
+            self.current.request = request
+        return self.replace()
+
+    cdef int replace(self) except -1:
+        _leave_task(self.loop, self.current)
+        self.renew()
+        self.enter()
+        return 0
+
+    cdef Suspended new_suspended(self, IO io, object coro, object context):
+        request = <Suspended>Suspended.__new__(Suspended)
+        request.dispatcher = self
+        request.io = io
+        request.coro = coro
+        request.context = context
+        return request
+
+    cdef int64_t result_of(self, object outcome, IO io) except? 1:
+        return 0 if outcome is None else -<int64_t>self.handlers.report(outcome, io)
+
+    cdef int64_t failure(self, object raised, IO io) except? 1:
+        if isinstance(raised, CancelledError):
+            return -EIO
+        return -<int64_t>self.handlers.report(raised, io)
+
+    cdef int answer(self, IO io, int64_t result) except -1:
+        cdef Queue queue = io.queue
+        if io.deferred or not pu_queue_holds(&queue.q, io.tag, io.generation):
+            return 0
+        io.drop_view()
+        cdef int error = pu_queue_answer(&queue.q, io.tag, io.give_answer(result))
+        if error < 0 and error != -EALREADY:  # else: failed from outside meanwhile
+            raise errors.queue_error(-error, queue.q.id)
+        return 0
