@@ -160,7 +160,9 @@ def test_requests_by_iteration(controller: pyublk.Controller) -> None:
         assert asked in held.asked
     [done] = counters
     assert (done.writes, done.bytes_written) == (2, 4608)
-    assert (done.flushes, done.discards, done.write_zeroes) == (1, 1, 1)
+    assert (done.discards, done.write_zeroes) == (1, 1)
+    # The kernel may flush after a write that it asked to be durable, too.
+    assert done.flushes == [op for op, *_ in held.asked].count(Op.FLUSH)
     assert (done.bytes_discarded, done.bytes_zeroed) == (4096, 8192)
     assert done.requests == len(held.asked)
     assert done.errors == 0
