@@ -40,28 +40,25 @@ def round_trip(path: str, byte: bytes = b"r") -> None:
         assert client.read(8192, 4096) == byte * 8192
 
 
-# ---- a hundred lives ----
+# ---- many lives ----
 
 
-@pytest.mark.timeout(300)
-def test_a_hundred_lives_leave_nothing() -> None:
+def test_many_lives_leave_nothing() -> None:
     """Devices, threads, descriptors and processes are counted by the fixture around every test;
     here also memory, which must not grow with the number of lives."""
-    started = time.monotonic()
     sizes = []
-    for life in range(100):
+    for life in range(40):
         disk = Device(Memory(64 * 1024), depth=32, max_io_size=65536, id=7)
         with disk, Blocks(disk.path) as client:
-            client.write(bytes([life]) * 512, 512)
+            client.write(bytes([life]) * 65536, 0)
             assert client.read(512, 512) == bytes([life]) * 512
         assert disk.state is DeviceState.STOPPED
         if life % 10 == 9:
             gc.collect()
             sizes.append(resident())
     assert threading.active_count() == 1
-    # The first lives warm the allocator up; a leak of one tag's buffer would be 5.6 MiB by now.
-    assert sizes[-1] - sizes[0] < 2 * MIB, sizes
-    assert time.monotonic() - started < 240
+    # The first lives warm the allocator up; a leak of one tag's buffer would be 1.9 MiB by now.
+    assert sizes[-1] - sizes[0] < MIB, sizes
 
 
 # ---- states ----
