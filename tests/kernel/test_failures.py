@@ -618,24 +618,6 @@ def test_a_slow_handler_is_waited_for(serve: Serve) -> None:
     assert disk.stats().total.errors == 0
 
 
-@pytest.mark.timeout(150)
-def test_stop_when_every_tag_hangs(controller: pyublk.Controller) -> None:
-    """Linux before 6.16 notices after its block timeout of 30 s, when no tag is left to tell it."""
-    target = SyncHanging()
-    patient = not controller.features().has(Feature.UPDATE_SIZE)
-    with released(target):
-        disk = Device(target, depth=1, deadline=60)
-        disk.start()
-        client = Client(disk.path, MIB - 4096)
-        target.wait_for()
-        took = Seconds()
-        with pytest.raises(pyublk.HandlerTimeout):
-            disk.stop(0.5)
-        assert took.gone < (75 if patient else 20)
-        assert client.got() == errno.EIO
-        assert existing() == set()
-
-
 # ---- servers that are killed ----
 
 SERVES = """
@@ -788,7 +770,45 @@ def test_a_killed_server_whose_every_tag_hangs(controller: pyublk.Controller) ->
         assert took.gone < (60 if patient else 20)
 
 
-def test_ctrl_c_again_gives_up_what_hangs(controller: pyublk.Controller) -> None:
+def test_stop_when_every_tag_hangs(controller: pyublk.Controller) -> None:
+    """Linux before 6.16 then keeps the disk until its server has ended, and says so."""
+    keeps = not controller.features().has(Feature.UPDATE_SIZE)
+    program = """
+sys.stdin.readline()
+try:
+    disk.stop(0.5)
+except pyublk.HandlerTimeout as hung:
+    tell(hung, disk.state, sep="|")
+sys.stdin.readline()
+"""
+    with Server(HANGS + program, 1) as server:
+        device, guard = map(int, server.line().split())
+        path = f"/dev/ublkb{device}"
+        client = Client(path, MIB // 2)
+        assert server.line() == "hangs"
+        server.say("stop")
+        said, state = server.line().split("|")
+        hung, outcome = said.split(": ", 1)
+        assert hung == "a handler of Hangs never returned"
+        assert state == "stopped"
+        if keeps:
+            assert outcome == (
+                "every request of a queue is in its hands, and Linux before 6.16 keeps such a disk "
+                f"until its server ends: {path} goes half a minute after this process"
+            )
+        else:
+            assert outcome == f"every request it held was failed, and {path} was deleted"
+            assert client.got() == errno.EIO
+            assert device_is_gone(controller, device)
+        server.say("end")
+        assert server.ended() == 0
+        assert client.got(90) == errno.EIO
+        nothing_left(controller, device, guard)
+
+
+@pytest.mark.parametrize("when", ["at once", "later"])
+def test_ctrl_c_again_gives_up_what_hangs(controller: pyublk.Controller, when: str) -> None:
+    """However early in the stop it comes, and how many more come after it."""
     program = (
         HANGS.split("disk =")[0]
         + """
@@ -796,7 +816,9 @@ disk = pyublk.Device(Hangs(MIB), stop_timeout=3600)
 
 def look():
     while disk.state != "stopping":
-        time.sleep(0.01)
+        time.sleep(0.001)
+    if sys.argv[1] == "at once":
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
     tell("stops")
 
 threading.Thread(target=look, daemon=True).start()
@@ -805,7 +827,7 @@ with disk:
     disk.wait()
 """
     )
-    with Server(program) as server:
+    with Server(program, when) as server:
         device, guard = map(int, server.line().split())
         client = Client(f"/dev/ublkb{device}", MIB // 2)
         assert server.line() == "hangs"
