@@ -147,6 +147,8 @@ class Device:
         self._start_thread = 0  # which starts it now
         self._stop_lock = threading.Lock()
         self._stop_thread = 0  # which stops it now
+        self._impatient = threading.Event()  # what hangs is given up at once
+        self._kept_by_kernel = False  # until this process ends
         self._made_at = _caller()
 
     # ---- looking at it ----
@@ -465,29 +467,73 @@ class Device:
     def _stop(self, timeout: float | None) -> None:
         if self._state is DeviceState.STOPPED:
             return
-        started = self._state is not DeviceState.CREATED
-        self._state = DeviceState.STOPPING
-        if self._spare_fd >= 0:
-            os.close(self._spare_fd)
-            self._spare_fd = -1
-        hung: list[str] = []
+        patience = self._stop_timeout if timeout is None else timeout
         try:
-            if started and self._info is not None:
-                hung = self._stop_serving(self._stop_timeout if timeout is None else timeout)
+            hung = self._until_over(partial(self._stop_serving, patience))
         finally:
             self._release()
         if hung:
             who = "a handler" if len(hung) == 1 else f"{len(hung)} handlers"
+            outcome = (
+                f"every request it held was failed, and {self.path} was deleted"
+                if not self._kept_by_kernel
+                else f"every request of a queue is in its hands, and Linux before 6.16 keeps such "
+                f"a disk until its server ends: {self.path} goes half a minute after this process"
+            )
             error = errors.HandlerTimeout(
-                f"{who} of {type(self.target).__name__} never returned: every request it held was "
-                f"failed, and {self.path} was deleted"
+                f"{who} of {type(self.target).__name__} never returned: {outcome}"
             )
             for stack in hung:
                 error.add_note(stack)
             raise error
 
+    def _until_over(self, stop_serving: Callable[[], list[str]]) -> list[str]:
+        """Runs it on a thread of its own, which no signal cuts short: what a signal's handler
+        raises meanwhile, such as KeyboardInterrupt, ends the patience, and is raised afterwards."""
+        over = threading.Event()
+        unclaimed = threading.Lock()
+        hung: list[str] = []
+        failures: list[BaseException] = []
+
+        def run() -> None:
+            if not unclaimed.acquire(blocking=False):
+                return
+            try:
+                hung.extend(stop_serving())
+            except BaseException as error:
+                failures.append(error)
+            over.set()
+
+        def begin() -> None:
+            try:
+                threading.Thread(target=run, name="ublk-stopping", daemon=True).start()
+            except RuntimeError:  # this process may have no more of them
+                run()
+
+        interrupt: BaseException | None = None
+        while not over.is_set():
+            try:
+                if not unclaimed.locked():  # a signal may come in the middle of the beginning
+                    begin()
+                over.wait()
+            except BaseException as raised:
+                interrupt = raised
+                self._impatient.set()
+        if interrupt is not None:
+            raise interrupt
+        if failures:
+            raise failures[0]
+        return hung
+
     def _stop_serving(self, patience: float) -> list[str]:
         """STOP_DEV beside the serving threads; returns the stacks of those given up."""
+        started = self._state is not DeviceState.CREATED
+        self._state = DeviceState.STOPPING
+        if self._spare_fd >= 0:
+            os.close(self._spare_fd)
+            self._spare_fd = -1
+        if not started or self._info is None:
+            return []
         controller, device = self._controller, self.id
         assert controller is not None
         self._all_primed()  # a fetch that came after the stop would stay
@@ -504,14 +550,14 @@ class Device:
         hung: list[str] = []
         try:
             if not self._progress_until(
-                lambda: not stopper.is_alive() and self._all_ended(), patience
+                lambda: not stopper.is_alive() and self._all_ended(), patience, self._impatient
             ):
                 hung = self._give_up_hanging()
-        except KeyboardInterrupt:  # another one: the user's patience is over
-            self._give_up_hanging()
-            raise
         finally:
-            stopper.join(self._deadline)
+            if not self._kept_by_kernel:
+                stopper.join(self._deadline)
+        if self._kept_by_kernel:
+            return hung
         if stopper.is_alive():
             raise errors.command_error(
                 ControlCommand.STOP_DEV, errno.ETIMEDOUT, device=device, detail="still waiting"
@@ -524,10 +570,15 @@ class Device:
         return all(servant.ended.is_set() for servant in self._servants)
 
     def _progress_until(
-        self, done: Callable[[], bool], patience: float, idle: float | None = None
+        self,
+        done: Callable[[], bool],
+        patience: float,
+        *,
+        idle: float | None = None,
+        enough: threading.Event | None = None,
     ) -> bool:
         """Waits for `done`; False after `patience` seconds in which requests were held and none
-        came, or after `idle` seconds (None: the deadline) without any."""
+        came, after `idle` seconds (None: the deadline) without any, or when it is `enough`."""
         last = -1
         since = 0.0
         while not done():
@@ -536,6 +587,8 @@ class Device:
             held = any(servant.holds() for servant in self._servants)
             limit = patience if held else self._deadline if idle is None else idle
             if time.monotonic() - since > limit:
+                return False
+            if enough is not None and enough.is_set():
                 return False
             time.sleep(0.005)
         return True
@@ -551,6 +604,7 @@ class Device:
             for queue in self._queues()
             if queue.held
         ]
+        full = [servant for servant in servants if servant.holds_everything()]
         for server in self._async_servers:
             server.cancel_held()
         for queue in self._queues():
@@ -560,6 +614,11 @@ class Device:
         for queue in self._queues():
             queue.sever()
         self._close_char_device()
+        if any(not servant.ended.is_set() for servant in full):
+            assert self._controller is not None
+            # These kernels learn of a server's end by a FETCH that it takes along, or, half a
+            # minute later, by the end of the thread itself.
+            self._kept_by_kernel = not self._controller.features().has(Feature.UPDATE_SIZE)
         return workers + [stacks[servant] for servant in servants if not servant.ended.is_set()]
 
     def _called_by_handler(self) -> bool:
@@ -575,10 +634,11 @@ class Device:
         """Gives everything back, also after a start that failed half-way."""
         self._close_char_device()
         try:
-            if self._controller is not None and self._info is not None:
-                self._delete()
-            if self._guard is not None:  # else it deletes the device when this process ends
-                self._guard.stop()
+            if not self._kept_by_kernel:
+                if self._controller is not None and self._info is not None:
+                    self._delete()
+                if self._guard is not None:  # else it deletes the device when this process ends
+                    self._guard.stop()
         finally:
             if self._controller is not None:
                 self._controller.close()

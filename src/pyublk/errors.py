@@ -60,7 +60,11 @@ class FeatureMissing(UblkError):
 
 
 class HandlerTimeout(UblkError, TimeoutError):
-    """Handlers never returned; their stacks are in the notes. The device is gone all the same."""
+    """Handlers never returned; their stacks are in the notes.
+
+    The device is gone all the same, unless every request of a queue is in their hands on Linux
+    before 6.16, which keeps it until the process ends.
+    """
 
 
 class InvalidTarget(UblkError, TypeError):

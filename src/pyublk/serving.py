@@ -287,6 +287,10 @@ class Servant:
         """Whether requests are unanswered."""
         return any(queue.held for queue in self.queues)
 
+    def holds_everything(self) -> bool:
+        """Whether every request that some queue can carry is unanswered."""
+        return any(queue.held == queue.depth for queue in self.queues)
+
     def stack(self) -> str:
         """Where the thread that serves is now."""
         return "".join(_stack(self._thread_id).format())

@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> object:
     report = yield
     if report.failed:
-        log = subprocess.run(["dmesg"], capture_output=True, text=True, timeout=20, check=False)
+        log = subprocess.run(["dmesg"], capture_output=True, text=True, timeout=60, check=False)
         report.sections.append(("kernel log", "\n".join(log.stdout.splitlines()[-40:])))
     return report
 
@@ -83,7 +83,7 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.node.get_closest_marker("leaves_threads"):
         return
     for thread in set(threading.enumerate()) - threads:
-        thread.join(5)
+        thread.join(30)
         assert not thread.is_alive(), f"thread left behind: {thread.name}"
     assert len(os.listdir("/proc/self/fd")) <= fds, "descriptors left behind"
 
@@ -106,7 +106,7 @@ def serve() -> Iterator[Serve]:
     failures = []
     for disk in disks:
         try:
-            disk.stop(5)
+            disk.stop(20)
         except Exception as error:  # every disk gets its turn
             failures.append(error)
     if failures:

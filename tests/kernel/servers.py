@@ -43,7 +43,7 @@ def tell_when_waiting(*words):
 '''
 
 
-def until(true: Callable[[], object], timeout: float = 20.0, what: str = "") -> None:
+def until(true: Callable[[], object], timeout: float = 60.0, what: str = "") -> None:
     """Waits until `true()` is so; fails after `timeout` seconds."""
     end = time.monotonic() + timeout
     pause = 0.001
@@ -91,7 +91,7 @@ class Server:
                 if pipe is not None:
                     pipe.close()
 
-    def line(self, timeout: float = 40.0) -> str:
+    def line(self, timeout: float = 60.0) -> str:
         """The next line it prints; fails when none comes."""
         assert self.process.stdout is not None
         end = time.monotonic() + timeout
@@ -114,7 +114,7 @@ class Server:
     def send(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
-    def ended(self, timeout: float = 40.0) -> int:
+    def ended(self, timeout: float = 60.0) -> int:
         """Its exit code, once it has ended; fails when it does not."""
         try:
             return self.process.wait(timeout)
@@ -138,7 +138,7 @@ class Server:
         return "".join(found)
 
 
-def run_program(program: str, *arguments: object, timeout: float = 50) -> str:
+def run_program(program: str, *arguments: object, timeout: float = 120) -> str:
     """What a program printed that ended well; fails with what it said otherwise."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", PRELUDE + program, *map(str, arguments)],

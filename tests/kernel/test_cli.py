@@ -177,7 +177,7 @@ def test_a_disk_from_add_to_stop(place: Path) -> None:
     number = path.removeprefix("/dev/ublkb")
     assert Path(path).is_block_device()
 
-    [listed] = json.loads(run("list", "--json").stdout)
+    [listed] = json.loads(run_here("list", "--json").stdout)
     pid = listed.pop("server_pid")
     log = Path(listed.pop("log"))
     assert listed == {
@@ -200,8 +200,8 @@ def test_a_disk_from_add_to_stop(place: Path) -> None:
     mkfs(path)
     with mounted(path, place / "mnt") as files, process(pid) as server:
         (files / "greeting").write_text("hello")
-        refused = run("stop", number)
-        assert refused.returncode == ExitCode.BUSY
+        refused = run_here("stop", number)
+        assert refused.exit_code == ExitCode.BUSY
         assert refused.stderr == f"pyublk: {path} is mounted at {files}\n"
         assert (files / "greeting").read_text() == "hello"
         assert not server.wait(0)
@@ -381,8 +381,8 @@ def test_an_id_in_use(place: Path) -> None:
 
 
 def test_a_device_that_does_not_exist() -> None:
-    done = run("info", "0")
-    assert done.returncode == ExitCode.NO_DEVICE
+    done = run_here("info", "0")
+    assert done.exit_code == ExitCode.NO_DEVICE
     assert done.stderr == "pyublk: there is no device 0, nor any other\n"
 
 
@@ -558,7 +558,7 @@ def test_stop_deletes_an_orphan_of_ours(place: Path) -> None:
 
 
 def test_features() -> None:
-    told = json.loads(run("features", "--json").stdout)
+    told = json.loads(run_here("features", "--json").stdout)
     assert told["kernel"] == os.uname().release
     by_name = {feature["name"]: feature for feature in told["features"]}
     assert by_name["CMD_IOCTL_ENCODE"]["available"]

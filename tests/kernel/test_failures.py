@@ -27,7 +27,7 @@ from pyublk import Device
 from pyublk.target import FailureLog
 from pyublk.uapi import Feature, Op
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 MIB = 1 << 20
 
@@ -388,7 +388,7 @@ class Hanging:
 
     def wait_for(self, count: int = 1) -> None:
         for _ in range(count):
-            assert self.hanging.acquire(timeout=20), "no handler hangs"
+            assert self.hanging.acquire(timeout=60), "no handler hangs"
 
 
 class SyncHanging(Hanging, Memory):
@@ -522,7 +522,7 @@ class Client(threading.Thread):
         except OSError as error:
             self.error = error
 
-    def got(self, timeout: float = 20.0) -> int | None:
+    def got(self, timeout: float = 60.0) -> int | None:
         self.join(timeout)
         assert not self.is_alive(), "the client hangs"
         return self.error.errno if self.error else None
@@ -568,7 +568,7 @@ def test_stop_ends_a_disk_whose_handler_hangs(tmp_path: Path, kind: str) -> None
         took = Seconds()
         with pytest.raises(pyublk.HandlerTimeout) as hung:
             disk.stop(0.5)
-        assert took.gone < 20
+        assert took.gone < 60
         assert client.got() == errno.EIO
         assert str(hung.value) == (
             f"a handler of {make.__name__} never returned: every request it held was failed, and "
@@ -595,7 +595,7 @@ def test_a_coroutine_that_hangs_on_the_users_loop() -> None:
     took = Seconds()
     with pytest.raises(pyublk.HandlerTimeout, match="a handler of AsyncHanging never") as hung:
         asyncio.run(main())
-    assert took.gone < 20
+    assert took.gone < 60
     [stack] = hung.value.__notes__
     assert "never_returns" in stack
     assert main.client.got() == errno.EIO  # type: ignore[attr-defined]
@@ -616,24 +616,6 @@ def test_a_slow_handler_is_waited_for(serve: Serve) -> None:
     assert not stopping.is_alive()
     assert client.got() is None
     assert disk.stats().total.errors == 0
-
-
-@pytest.mark.timeout(150)
-def test_stop_when_every_tag_hangs(controller: pyublk.Controller) -> None:
-    """Linux before 6.16 notices after its block timeout of 30 s, when no tag is left to tell it."""
-    target = SyncHanging()
-    patient = not controller.features().has(Feature.UPDATE_SIZE)
-    with released(target):
-        disk = Device(target, depth=1, deadline=60)
-        disk.start()
-        client = Client(disk.path, MIB - 4096)
-        target.wait_for()
-        took = Seconds()
-        with pytest.raises(pyublk.HandlerTimeout):
-            disk.stop(0.5)
-        assert took.gone < (75 if patient else 20)
-        assert client.got() == errno.EIO
-        assert existing() == set()
 
 
 # ---- servers that are killed ----
@@ -689,15 +671,15 @@ class Load:
         for client in self.clients:
             client.kill()
         for client in self.clients:
-            client.wait(20)
+            client.wait(60)
 
     def ended(self) -> list[int]:
         """Every client ends by itself, for it has lost its disk: its exit code."""
-        return [client.wait(40) for client in self.clients]
+        return [client.wait(60) for client in self.clients]
 
 
 def nothing_left(controller: pyublk.Controller, number: int, guard: int) -> None:
-    until(lambda: device_is_gone(controller, number), 40, "the device goes")
+    until(lambda: device_is_gone(controller, number), what="the device goes")
     until(lambda: not Path(f"/proc/{guard}").exists(), what="the guardian ends")
     assert not Path(f"/dev/ublkb{number}").exists()
     assert not Path(f"/dev/ublkc{number}").exists()
@@ -765,14 +747,13 @@ def test_a_killed_server_whose_handler_hangs(controller: pyublk.Controller, dire
         assert server.line() == "hangs"
         server.send(signal.SIGKILL)
         took = Seconds()
-        assert server.ended(20) == -signal.SIGKILL
+        assert server.ended() == -signal.SIGKILL
         # The page cache tries again, and may find a disk of no size.
         assert client.got() == errno.EIO or (not direct and client.length == 0)
         nothing_left(controller, device, guard)
-        assert took.gone < 20
+        assert took.gone < 30  # the kernel's block timeout, which was not waited for
 
 
-@pytest.mark.timeout(120)
 def test_a_killed_server_whose_every_tag_hangs(controller: pyublk.Controller) -> None:
     """Linux before 6.16 notices after its block timeout of 30 s."""
     patient = not controller.features().has(Feature.UPDATE_SIZE)
@@ -782,13 +763,51 @@ def test_a_killed_server_whose_every_tag_hangs(controller: pyublk.Controller) ->
         assert server.line() == "hangs"
         server.send(signal.SIGKILL)
         took = Seconds()
-        assert server.ended(20) == -signal.SIGKILL
-        assert client.got(60 if patient else 20) == errno.EIO
+        assert server.ended() == -signal.SIGKILL
+        assert client.got(90 if patient else 30) == errno.EIO
         nothing_left(controller, device, guard)
-        assert took.gone < (60 if patient else 20)
+        assert took.gone < (90 if patient else 30)
 
 
-def test_ctrl_c_again_gives_up_what_hangs(controller: pyublk.Controller) -> None:
+def test_stop_when_every_tag_hangs(controller: pyublk.Controller) -> None:
+    """Linux before 6.16 then keeps the disk until its server has ended, and says so."""
+    keeps = not controller.features().has(Feature.UPDATE_SIZE)
+    program = """
+sys.stdin.readline()
+try:
+    disk.stop(0.5)
+except pyublk.HandlerTimeout as hung:
+    tell(hung, disk.state, sep="|")
+sys.stdin.readline()
+"""
+    with Server(HANGS + program, 1) as server:
+        device, guard = map(int, server.line().split())
+        path = f"/dev/ublkb{device}"
+        client = Client(path, MIB // 2)
+        assert server.line() == "hangs"
+        server.say("stop")
+        said, state = server.line().split("|")
+        hung, outcome = said.split(": ", 1)
+        assert hung == "a handler of Hangs never returned"
+        assert state == "stopped"
+        if keeps:
+            assert outcome == (
+                "every request of a queue is in its hands, and Linux before 6.16 keeps such a disk "
+                f"until its server ends: {path} goes half a minute after this process"
+            )
+        else:
+            assert outcome == f"every request it held was failed, and {path} was deleted"
+            assert client.got() == errno.EIO
+            assert device_is_gone(controller, device)
+        server.say("end")
+        assert server.ended() == 0
+        assert client.got(90) == errno.EIO
+        nothing_left(controller, device, guard)
+
+
+@pytest.mark.parametrize("when", ["at once", "later"])
+def test_ctrl_c_again_gives_up_what_hangs(controller: pyublk.Controller, when: str) -> None:
+    """However early in the stop it comes, and how many more come after it."""
     program = (
         HANGS.split("disk =")[0]
         + """
@@ -796,7 +815,9 @@ disk = pyublk.Device(Hangs(MIB), stop_timeout=3600)
 
 def look():
     while disk.state != "stopping":
-        time.sleep(0.01)
+        time.sleep(0.001)
+    if sys.argv[1] == "at once":
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
     tell("stops")
 
 threading.Thread(target=look, daemon=True).start()
@@ -805,16 +826,14 @@ with disk:
     disk.wait()
 """
     )
-    with Server(program) as server:
+    with Server(program, when) as server:
         device, guard = map(int, server.line().split())
         client = Client(f"/dev/ublkb{device}", MIB // 2)
         assert server.line() == "hangs"
         server.send(signal.SIGINT)
         assert server.line() == "stops"
         server.send(signal.SIGINT)
-        took = Seconds()
-        assert server.ended(30) == -signal.SIGINT
-        assert took.gone < 20
+        assert server.ended() == -signal.SIGINT
         assert server.errors().endswith("KeyboardInterrupt\n")
         assert client.got() == errno.EIO
         nothing_left(controller, device, guard)
@@ -845,7 +864,7 @@ def test_who_stops_a_hanging_disk_of_its_own_can_be_killed(
         assert server.line() == "stops"
         until(lambda: "del_gendisk" in stacks_of_children(server.pid), what="the kernel stops it")
         server.send(signal.SIGKILL)
-        assert server.ended(20) == -signal.SIGKILL
+        assert server.ended() == -signal.SIGKILL
         assert client.got() == errno.EIO
         nothing_left(controller, device, guard)
 

@@ -23,7 +23,7 @@ from pyublk import Device, DeviceState
 from pyublk.targets import Null
 from pyublk.uapi import DeviceStatus, Feature, Op
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 MIB = 1 << 20
 CPUS = sorted(os.sched_getaffinity(0))
@@ -40,28 +40,25 @@ def round_trip(path: str, byte: bytes = b"r") -> None:
         assert client.read(8192, 4096) == byte * 8192
 
 
-# ---- a hundred lives ----
+# ---- many lives ----
 
 
-@pytest.mark.timeout(300)
-def test_a_hundred_lives_leave_nothing() -> None:
+def test_many_lives_leave_nothing() -> None:
     """Devices, threads, descriptors and processes are counted by the fixture around every test;
     here also memory, which must not grow with the number of lives."""
-    started = time.monotonic()
     sizes = []
-    for life in range(100):
+    for life in range(40):
         disk = Device(Memory(64 * 1024), depth=32, max_io_size=65536, id=7)
         with disk, Blocks(disk.path) as client:
-            client.write(bytes([life]) * 512, 512)
+            client.write(bytes([life]) * 65536, 0)
             assert client.read(512, 512) == bytes([life]) * 512
         assert disk.state is DeviceState.STOPPED
         if life % 10 == 9:
             gc.collect()
             sizes.append(resident())
     assert threading.active_count() == 1
-    # The first lives warm the allocator up; a leak of one tag's buffer would be 5.6 MiB by now.
-    assert sizes[-1] - sizes[0] < 2 * MIB, sizes
-    assert time.monotonic() - started < 240
+    # The first lives warm the allocator up; a leak of one tag's buffer would be 1.9 MiB by now.
+    assert sizes[-1] - sizes[0] < MIB, sizes
 
 
 # ---- states ----
@@ -200,8 +197,8 @@ def in_thread(job: Callable[[], object]) -> threading.Thread:
 def test_stopped_from_another_thread(serve: Serve) -> None:
     disk = serve(Null(size=MIB))
     thread = in_thread(disk.stop)
-    assert disk.wait(30) is True
-    thread.join(30)
+    assert disk.wait(60) is True
+    thread.join(60)
     assert disk.state is DeviceState.STOPPED
     assert not Path(disk.path).exists()
 
@@ -213,7 +210,7 @@ def test_stopped_by_several_threads_at_once(serve: Serve) -> None:
 
     def stop() -> None:
         try:
-            together.wait(20)
+            together.wait(60)
             disk.stop()
             assert disk.state is DeviceState.STOPPED
             assert not Path(disk.char_path).exists()
@@ -222,7 +219,7 @@ def test_stopped_by_several_threads_at_once(serve: Serve) -> None:
 
     threads = [in_thread(stop) for _ in range(4)]
     for thread in threads:
-        thread.join(40)
+        thread.join(60)
     assert failures == []
     assert not any(thread.is_alive() for thread in threads)
 
@@ -295,7 +292,7 @@ def test_stopped_from_a_handler(
     target.device = disk
     target.data[-4096:] = b"l" * 4096
     assert read_end(disk.path) == b"l" * 4096
-    assert disk.wait(30) is True
+    assert disk.wait(60) is True
     disk.stop()  # returns when the other one has
     assert disk.state is DeviceState.STOPPED
     assert disk.stats().total.errors == 0
@@ -313,7 +310,7 @@ def test_stopped_from_a_coroutine_on_the_users_loop() -> None:
 
     started = time.monotonic()
     assert asyncio.run(main()).stats().total.errors == 0
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60
 
 
 class OpensSlowly(Memory):
@@ -325,7 +322,7 @@ class OpensSlowly(Memory):
 
     def open(self) -> None:
         self.opening.set()
-        assert self.go_on.wait(20)
+        assert self.go_on.wait(60)
 
 
 def test_a_stop_during_the_start_comes_after_it() -> None:
@@ -333,7 +330,7 @@ def test_a_stop_during_the_start_comes_after_it() -> None:
     target = OpensSlowly(MIB)
     disk = Watched(target)
     starting = in_thread(disk.start)
-    assert target.opening.wait(20)
+    assert target.opening.wait(60)
     with pytest.raises(pyublk.DeviceClosed, match="a Device starts once"):
         disk.start()
     stopping = in_thread(disk.stop)
@@ -341,8 +338,8 @@ def test_a_stop_during_the_start_comes_after_it() -> None:
     assert stopping.is_alive()
     assert disk.state is DeviceState.CREATED
     target.go_on.set()
-    starting.join(40)
-    stopping.join(40)
+    starting.join(60)
+    stopping.join(60)
     assert not stopping.is_alive()
     assert list(map(str, disk.seen[-3:])) == ["live", "stopping", "stopped"]
 
@@ -363,7 +360,7 @@ def test_a_stop_on_top_of_a_start_or_a_stop() -> None:
     target = StopsEverywhere(MIB)
     target.device = disk = Watched(target)
     disk.start()
-    assert disk.wait(40) is True
+    assert disk.wait(60) is True
     disk.stop()
     assert list(map(str, disk.seen[-3:])) == ["live", "stopping", "stopped"]
     assert not Path(disk.path).exists()
@@ -382,7 +379,7 @@ def test_stopped_by_another_process(serve: Serve, command: str, make: type[pyubl
     round_trip(disk.path)
     assert disk.wait(0) is False
     with Server(EXTERNAL, command, disk.id) as other:
-        assert disk.wait(40) is True
+        assert disk.wait(60) is True
         disk.stop()
         assert other.ended() == 0
         assert other.errors() == ""
@@ -417,8 +414,8 @@ def test_wait_ends_on_signals_and_puts_the_handlers_back(serve: Serve) -> None:
             signal.pthread_kill(main, number)
 
         thread = in_thread(send)
-        assert disk.wait(30) is True
-        thread.join(20)
+        assert disk.wait(60) is True
+        thread.join(60)
         assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
     assert disk.state is DeviceState.LIVE
     round_trip(disk.path, b"\0")

@@ -16,7 +16,7 @@ from pyublk.params import Basic, Discard, Params
 from pyublk.uapi import IOFlag, Op
 from pyublk.uring import SetupFlag
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 MIB = 1 << 20
 CPUS = sorted(os.sched_getaffinity(0))
@@ -67,7 +67,7 @@ class ByHand:
 
             self.threads.append(threading.Thread(target=run, daemon=True))
             self.threads[-1].start()
-            assert primed.wait(20)
+            assert primed.wait(60)
 
     def live(self, serve: Serve) -> None:
         self.serve(serve)
@@ -75,7 +75,7 @@ class ByHand:
 
     def ended(self) -> None:
         for thread in self.threads:
-            thread.join(20)
+            thread.join(60)
             assert not thread.is_alive(), "a queue does not end"
         if self.char >= 0:
             os.close(self.char)
@@ -94,10 +94,10 @@ def by_hand(controller: pyublk.Controller, **options: Any) -> Iterator[ByHand]:
         yield disk
     finally:
         try:
-            controller.stop(disk.info.id, deadline=20)
+            controller.stop(disk.info.id, deadline=60)
             disk.ended()
         finally:
-            controller.delete(disk.info.id, deadline=20)
+            controller.delete(disk.info.id, deadline=60)
 
 
 class Bytes:
@@ -160,7 +160,9 @@ def test_requests_by_iteration(controller: pyublk.Controller) -> None:
         assert asked in held.asked
     [done] = counters
     assert (done.writes, done.bytes_written) == (2, 4608)
-    assert (done.flushes, done.discards, done.write_zeroes) == (1, 1, 1)
+    assert (done.discards, done.write_zeroes) == (1, 1)
+    # The kernel may flush after a write that it asked to be durable, too.
+    assert done.flushes == [op for op, *_ in held.asked].count(Op.FLUSH)
     assert (done.bytes_discarded, done.bytes_zeroed) == (4096, 8192)
     assert done.requests == len(held.asked)
     assert done.errors == 0
@@ -229,7 +231,7 @@ def test_requests_finished_by_another_thread(controller: pyublk.Controller) -> N
             for other in others:
                 other.start()
             for other in others:
-                other.join(20)
+                other.join(60)
 
     with by_hand(controller) as disk:
         disk.configure()
@@ -248,7 +250,7 @@ def test_waits_that_bring_nothing(controller: pyublk.Controller) -> None:
         found.append(queue.wait(0))
         found.append(queue.wait(0.01))
         fetched.append(queue)
-        found.append(queue.wait(20))  # until it is woken
+        found.append(queue.wait(60))  # until it is woken
         Bytes().serve(queue)
 
     with by_hand(controller) as disk:
@@ -286,11 +288,11 @@ def test_a_held_request_is_failed_from_outside(controller: pyublk.Controller) ->
 
         client = threading.Thread(target=read)
         client.start()
-        assert came.wait(20)
+        assert came.wait(60)
         [(queue, io)] = kept
         assert queue.held == 1
         queue.fail_held(errno.ENOSPC)
-        client.join(20)
+        client.join(60)
         assert [error.errno for error in errors] == [errno.ENOSPC]
         with pytest.raises(pyublk.StaleIO, match="was completed already"):
             io.complete()
