@@ -71,6 +71,9 @@ class Device:
         batch: whether commands carry many tags (Linux 7.0); None where the kernel can.
         threads: threads that serve each queue together (Linux 6.16), for targets whose calls may
             run at once; the handlers of a `serial` or `per_queue` target still take turns.
+        partition_scan: whether the kernel looks for partitions when the disk starts. False (Linux
+            7.0) keeps it from reading what an image says of itself; BLKRRPART, which
+            `blockdev --rereadpt` calls, looks for them later.
         affinity: "auto" keeps each queue's thread to the CPUs whose requests it gets (the kernel
             allocates its buffers on their NUMA node, on first use); a sequence of CPU sets, one
             for each queue; or None, the scheduler's choice.
@@ -93,6 +96,7 @@ class Device:
         path: DataPath | str = "auto",
         batch: bool | None = None,
         threads: int = 1,
+        partition_scan: bool = True,
         affinity: Affinity = "auto",
         stop_timeout: float = 10.0,
         deadline: float = 30.0,
@@ -122,6 +126,7 @@ class Device:
         self._path_wish = path
         self._batch_wish = batch
         self._threads = threads
+        self._needed = Feature(0) if partition_scan else Feature.NO_AUTO_PART_SCAN
         self._choice: PathChoice | None = None
         self._wish = {"queues": queues, "depth": depth, "max_io_size": max_io_size, "id": id}
         self._workers = workers
@@ -257,7 +262,11 @@ class Device:
         if self._threads > 1:
             features.require(Feature.PER_IO_DAEMON)
         self._choice = choose_path(
-            self.target.paths, features, path=self._path_wish, batch=self._batch_wish
+            self.target.paths,
+            features,
+            path=self._path_wish,
+            batch=self._batch_wish,
+            needed=self.target.needs | self._needed,
         )
         cookie = new_cookie()
         self._info = self._controller.add(

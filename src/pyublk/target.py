@@ -13,6 +13,7 @@ from pyublk._native import IO
 from pyublk.errors import InvalidTarget
 from pyublk.params import Basic, Discard, Params
 from pyublk.paths import DataPath
+from pyublk.uapi import Feature
 
 Concurrency = Literal["serial", "per_queue", "parallel"]
 Dispatch = Literal["native", "sync", "async"]
@@ -69,6 +70,10 @@ class Target:
 
     #: The data paths that it can be served by, the best first.
     paths: tuple[DataPath, ...] = (DataPath.COPY, DataPath.USER_COPY, DataPath.GET_DATA)
+
+    #: Device features that it cannot do without, beside those of its path. A kernel that lacks one
+    #: refuses the disk, by the feature's name.
+    needs: Feature = Feature(0)
 
     def __init__(
         self,
