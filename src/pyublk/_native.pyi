@@ -305,6 +305,8 @@ class Queue:
         """Loopback: a request (bytes) appears on a tag."""
     def answered(self, tag: int) -> int | None:
         """Loopback: the tag's result, or None while it is unanswered."""
+    def zone_sector(self, tag: int) -> int:
+        """Loopback: where the tag's zone append was written, as answered."""
     def memory(self, tag: int, length: int) -> memoryview:
         """The tag's buffer as the kernel sees it."""
 

@@ -549,6 +549,11 @@ cdef class Queue:
         self.alive()
         return None if self.q.tags[tag].state != 1 else self.q.tags[tag].result
 
+    def zone_sector(self, uint16_t tag):
+        """Where the last zone append of the tag was written, as it was answered."""
+        self.alive()
+        return self.q.tags[tag].zone_lba
+
     def memory(self, uint16_t tag, size_t length):
         """The tag's buffer as the kernel would see it."""
         self.alive()

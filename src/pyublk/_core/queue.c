@@ -387,6 +387,7 @@ static inline void take(struct pu_queue *q, uint16_t tag)
 	count(&q->counters.bytes[op], length);
 	t->generation++;
 	t->fetched = false;
+	t->zone_lba = 0; /* the kernel refuses a commit that has one for nothing */
 	set_state(t, PU_TAG_OWNED);
 	q->owned++;
 	q->ready[q->nr_ready++] = tag;

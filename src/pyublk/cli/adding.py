@@ -86,7 +86,7 @@ def add(
 ) -> None:
     """Serve TARGET as a disk, and print the disk's path once it can be used.
 
-    TARGET is `null`, `ram`, `file`, another installed target, `package.module:Class`, or
+    TARGET is `null`, `ram`, `file`, `zoned`, another installed target, `package.module:Class`, or
     `file.py:Class`. ARGUMENTs are the class's first parameters, --option names any of them.
 
     \b

@@ -19,10 +19,11 @@ from pyublk.targets.file import File
 from pyublk.targets.null import Null
 from pyublk.targets.ram import Ram
 from pyublk.targets.sizes import format_size, parse_size
+from pyublk.targets.zoned import Zoned
 
-__all__ = ["File", "Null", "Ram", "build", "format_size", "names", "parse_size", "resolve"]
+__all__ = ["File", "Null", "Ram", "Zoned", "build", "format_size", "names", "parse_size", "resolve"]
 
-BUILT_IN: dict[str, type[Target]] = {"file": File, "null": Null, "ram": Ram}
+BUILT_IN: dict[str, type[Target]] = {"file": File, "null": Null, "ram": Ram, "zoned": Zoned}
 ENTRY_POINTS = "pyublk.targets"
 
 
