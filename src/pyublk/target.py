@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 from pyublk._native import IO
 from pyublk.errors import InvalidTarget
-from pyublk.params import Basic, Discard, Params
+from pyublk.params import Basic, Discard, Integrity, Params
 from pyublk.paths import DataPath
 from pyublk.uapi import Feature
 
@@ -74,6 +74,9 @@ class Target:
     #: Device features that it cannot do without, beside those of its path. A kernel that lacks one
     #: refuses the disk, by the feature's name.
     needs: Feature = Feature(0)
+
+    #: The metadata beside the data (Linux 7.0): needs Feature.INTEGRITY, user copy, and `handle`.
+    integrity: Integrity | None = None
 
     def __init__(
         self,
@@ -150,6 +153,7 @@ class Target:
                 fua=self.announces("write_fua"),
             ),
             discard=discard,
+            integrity=self.integrity,
         )
 
 
