@@ -11,7 +11,7 @@ General layout, from the bottom up; a module imports only from the lines above i
     paths                    the ways a request's data takes, and the choice among them
     control                  Controller: one method per control command
     target, serving          what a target implements; the ways requests reach it
-    zoned                    the base of zoned targets
+    zoned, sharing           the base of zoned targets; memory shared with clients
     device                   Device: queues, threads, start in step, clean stop
     targets/, testing/       the targets that ship; disks without a kernel
     vm/                      a kernel with ublk for machines without
@@ -36,6 +36,7 @@ from pyublk.errors import (
 from pyublk.features import Features
 from pyublk.params import Params
 from pyublk.paths import DataPath, PathChoice
+from pyublk.sharing import SharedMemory
 from pyublk.stats import DeviceStats, QueueStats
 from pyublk.target import NativeTarget, Target
 from pyublk.zoned import ZonedTarget
@@ -63,6 +64,7 @@ __all__ = [
     "QueueStats",
     "Ring",
     "ShardedLock",
+    "SharedMemory",
     "StaleIO",
     "Target",
     "UblkError",

@@ -18,6 +18,7 @@ from cpython.exc cimport PyErr_CheckSignals
 from cpython.ref cimport PyObject
 from libc.errno cimport EALREADY, EINTR, EIO, ENODEV, EOPNOTSUPP, ESHUTDOWN, ETIME
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 import errno as _errno
@@ -37,6 +38,8 @@ __all__ = [
     "Ram",
     "Ring",
     "ShardedLock",
+    "SharedTable",
+    "address",
     "control",
 ]
 

@@ -20,7 +20,7 @@ ROOMS = [
     ["features", "params", "stats", "zones"],
     ["paths"],
     ["control"],
-    ["target"],
+    ["target", "sharing"],
     ["serving", "zoned"],
     ["device"],
     ["targets", "vm", "testing"],
