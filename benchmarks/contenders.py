@@ -164,12 +164,24 @@ def _nbdkit(setting: Setting, stack: ExitStack, *, plugin: list[str], name: str)
     return Disk(path, server.pid)
 
 
-def _kublk(setting: Setting, stack: ExitStack, *, arguments: list[str], file: str = "") -> Disk:
+def _files(setting: Setting, name: str, count: int) -> list[str]:
+    """`count` new files that have `BYTES_SIZE` together, all of it written."""
+    files = []
+    for number in range(count):
+        path = setting.directory / f"{name}-{number}"
+        path.write_bytes(bytes(BYTES_SIZE // count))
+        files.append(str(path))
+    return files
+
+
+def _kublk(
+    setting: Setting, stack: ExitStack, *, mode: str, kind: str = "null", files: int = 0
+) -> Disk:
     if setting.kublk is None:
         raise Unavailable("kublk takes part only when asked for (--kublk)")
     programs.load_module("ublk_drv")
-    line = [setting.kublk, "add", "-q", str(setting.queues), "-d", str(DEPTH), *arguments]
-    line += ["-t", "loop", str(setting.file(file))] if file else ["-t", "null"]
+    line = [setting.kublk, "add", "-q", str(setting.queues), "-d", str(DEPTH), "-t", kind]
+    line += [*KUBLK_MODES[mode], *_files(setting, f"kublk-{kind}-{mode}", files)]
     words = programs.run(*line)
     found = re.search(r"dev id (\d+):.*?daemon pid (\d+)", words, re.DOTALL)
     if found is None:
@@ -178,13 +190,25 @@ def _kublk(setting: Setting, stack: ExitStack, *, arguments: list[str], file: st
     return Disk(f"/dev/ublkb{found[1]}", int(found[2]))
 
 
-def _pyublk(setting: Setting, stack: ExitStack, *, target: str, file: str = "") -> Disk:
+def _pyublk(
+    setting: Setting,
+    stack: ExitStack,
+    *,
+    target: str,
+    files: int = 0,
+    path: str = "auto",
+    batch: bool | None = None,
+) -> Disk:
     programs.load_module("ublk_drv")
     line = [sys.executable, "-m", "benchmarks.server", target, "--queues", str(setting.queues)]
-    size = BYTES_SIZE if target in ("ram", "file") else NULL_SIZE
+    size = BYTES_SIZE if target == "ram" else NULL_SIZE
     line += ["--depth", str(DEPTH), "--max-io-size", str(MAX_IO_SIZE), "--size", str(size)]
-    if file:
-        line += ["--file", str(setting.file(file))]
+    line += ["--path", path]
+    if batch is not None:
+        line += ["--batch" if batch else "--no-batch"]
+    name = f"pyublk-{target}-{path}-{batch}"
+    for file in _files(setting, name, files):
+        line += ["--file", file]
     server = stack.enter_context(
         subprocess.Popen(
             line,
@@ -198,11 +222,55 @@ def _pyublk(setting: Setting, stack: ExitStack, *, target: str, file: str = "") 
     stack.callback(_end, server)
     assert server.stdout is not None
     assert server.stderr is not None
-    path = server.stdout.readline().strip()
-    if not path:
+    disk = server.stdout.readline().strip()
+    if not disk:
         words = server.stderr.read().strip().splitlines()
         raise Unavailable(words[-1] if words else "the server ended without a word")
-    return Disk(path, server.pid)
+    return Disk(disk, server.pid)
+
+
+#: kublk's modes: the name that ours have too, and its options. "copy" is its default.
+KUBLK_MODES = {
+    "copy": [],
+    "user-copy": ["-u"],
+    "zero-copy": ["-z"],
+    "auto-buffer": ["--auto_zc"],
+    "batch": ["--batch"],
+    "batch-auto-buffer": ["--batch", "--auto_zc"],
+}
+#: The same modes of ours.
+MODES: dict[str, tuple[str, bool]] = {
+    "copy": ("copy", False),
+    "user-copy": ("user-copy", False),
+    "zero-copy": ("zero-copy", False),
+    "auto-buffer": ("auto-buffer", False),
+    "batch": ("copy", True),
+    "batch-user-copy": ("user-copy", True),
+    "batch-auto-buffer": ("auto-buffer", True),
+}
+
+
+def _kublks(kind: str, files: int) -> dict[str, Start]:
+    """kublk in each of its modes; the default one has no mode in its name."""
+    name = "kublk" if kind == "null" else f"kublk-{kind}"
+    return {
+        name if mode == "copy" else f"{name}-{mode}": partial(
+            _kublk, mode=mode, kind=kind, files=files
+        )
+        for mode in KUBLK_MODES
+    }
+
+
+def _pyublks(target: str, files: int = 0) -> dict[str, Start]:
+    """A target of ours by the path it chooses, and by each."""
+    chosen: dict[str, Start] = {f"pyublk-{target}": partial(_pyublk, target=target, files=files)}
+    forced: dict[str, Start] = {
+        f"pyublk-{target}-{mode}": partial(
+            _pyublk, target=target, files=files, path=path, batch=batch
+        )
+        for mode, (path, batch) in MODES.items()
+    }
+    return chosen | forced
 
 
 def _all() -> list[Contender]:
@@ -211,23 +279,23 @@ def _all() -> list[Contender]:
         "null_blk": partial(_null_blk, memory=False),
         "nbdkit-null": partial(_nbdkit, plugin=["null", f"size={NULL_SIZE}"], name="null"),
         "nbdkit-python": partial(_nbdkit, plugin=["python", plugin], name="python"),
-        "kublk": partial(_kublk, arguments=[]),
-        "kublk-zero-copy": partial(_kublk, arguments=["-z"]),
-        "kublk-auto-buffer": partial(_kublk, arguments=["--auto_zc"]),
-        "kublk-batch": partial(_kublk, arguments=["--batch"]),
-        "kublk-batch-auto-buffer": partial(_kublk, arguments=["--batch", "--auto_zc"]),
+        **_kublks("null", 0),
+        **_pyublks("null"),
         **{
             f"pyublk-{target}": partial(_pyublk, target=target)
-            for target in ("null", "handle", "handle-fields", "methods", "async")
+            for target in ("handle", "handle-fields", "methods", "async")
         },
     }
     files: dict[str, Start] = {
         "null_blk-memory": partial(_null_blk, memory=True),
         "loop": _loop,
-        "kublk-loop": partial(_kublk, arguments=[], file="kublk"),
-        "kublk-loop-zero-copy": partial(_kublk, arguments=["-z"], file="kublk-zero-copy"),
+        **_kublks("loop", 1),
+        **_kublks("stripe", 4),
         "pyublk-ram": partial(_pyublk, target="ram"),
-        "pyublk-file": partial(_pyublk, target="file", file="pyublk"),
+        **_pyublks("file", 1),
+        **_pyublks("stripe", 4),
+        "pyublk-linear": partial(_pyublk, target="linear", files=4),
+        "pyublk-map": partial(_pyublk, target="map", files=4),
     }
     return [
         *(Contender(name, "null", start) for name, start in null.items()),

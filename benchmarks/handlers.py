@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Python targets that do as little as their kind allows: what remains is pyublk's own cost."""
 
-from pyublk import IO, Target
+from collections.abc import Sequence
+from pathlib import Path
+
+from pyublk import IO, MappedTarget, Target
+from pyublk.uapi import Op
 
 
 class Returns(Target):
@@ -47,3 +51,18 @@ class Coroutines(Target):
 
     async def write(self, offset: int, data: memoryview) -> None:
         return
+
+
+class Concatenates(MappedTarget):
+    """Says for each request what the `linear` target says once; the files are equally long."""
+
+    def __init__(self, files: Sequence[Path], *, direct: bool) -> None:
+        self._each = files[0].stat().st_size
+        super().__init__(files, size=self._each * len(files), direct=direct)
+
+    def map(self, op: Op, offset: int, length: int) -> object:
+        number, inside = divmod(offset, self._each)
+        if inside + length <= self._each:
+            return number, inside, length
+        first = self._each - inside
+        return [(number, inside, first), (number + 1, 0, length - first)]

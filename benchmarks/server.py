@@ -9,18 +9,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pyublk
-from pyublk.targets import File, Null, Ram
+from pyublk.targets import File, Linear, Null, Ram, Stripe
 
 from . import handlers
 
-TARGETS: dict[str, Callable[[int, str], pyublk.Target]] = {
-    "null": lambda size, _file: Null(size=size),
-    "handle": lambda size, _file: handlers.Returns(size=size),
-    "handle-fields": lambda size, _file: handlers.ReadsRequest(size=size),
-    "methods": lambda size, _file: handlers.Methods(size=size),
-    "async": lambda size, _file: handlers.Coroutines(size=size),
-    "ram": lambda size, _file: Ram(size=size),
-    "file": lambda _size, file: File(Path(file), direct=True),
+TARGETS: dict[str, Callable[[int, list[Path]], pyublk.Target]] = {
+    "null": lambda size, _files: Null(size=size),
+    "handle": lambda size, _files: handlers.Returns(size=size),
+    "handle-fields": lambda size, _files: handlers.ReadsRequest(size=size),
+    "methods": lambda size, _files: handlers.Methods(size=size),
+    "async": lambda size, _files: handlers.Coroutines(size=size),
+    "ram": lambda size, _files: Ram(size=size),
+    "file": lambda _size, files: File(files[0], direct=True),
+    "stripe": lambda _size, files: Stripe(*files, direct=True),
+    "linear": lambda _size, files: Linear(*files, direct=True),
+    "map": lambda _size, files: handlers.Concatenates(files, direct=True),
 }
 
 
@@ -32,11 +35,18 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=128)
     parser.add_argument("--max-io-size", type=int, default=512 * 1024)
     parser.add_argument("--size", type=int, default=0)
-    parser.add_argument("--file", default="")
+    parser.add_argument("--file", action="append", type=Path, default=[])
+    parser.add_argument("--path", default="auto")
+    parser.add_argument("--batch", action=argparse.BooleanOptionalAction)
     options = parser.parse_args()
     target = TARGETS[options.target](options.size, options.file)
     with pyublk.Device(
-        target, queues=options.queues, depth=options.depth, max_io_size=options.max_io_size
+        target,
+        queues=options.queues,
+        depth=options.depth,
+        max_io_size=options.max_io_size,
+        path=options.path,
+        batch=options.batch,
     ) as disk:
         print(disk.path, flush=True)
         disk.wait()

@@ -10,7 +10,8 @@ General layout, from the bottom up; a module imports only from the lines above i
     zones                    the zones of a zoned disk, and the rules for writing to them
     paths                    the ways a request's data takes, and the choice among them
     control                  Controller: one method per control command
-    target, serving          what a target implements; the ways requests reach it
+    backing                  the files that hold a disk's bytes
+    target, mapped, serving  what a target implements; the ways requests reach it
     zoned, sharing           the base of zoned targets; memory shared with clients
     device                   Device: queues, threads, start in step, clean stop
     targets/, testing/       the targets that ship; disks without a kernel
@@ -34,6 +35,7 @@ from pyublk.errors import (
     UblkError,
 )
 from pyublk.features import Features
+from pyublk.mapped import MappedTarget
 from pyublk.params import Params
 from pyublk.paths import DataPath, PathChoice
 from pyublk.sharing import SharedMemory
@@ -57,6 +59,7 @@ __all__ = [
     "HandlerTimeout",
     "InternalError",
     "InvalidTarget",
+    "MappedTarget",
     "NativeTarget",
     "Params",
     "PathChoice",

@@ -1,6 +1,6 @@
 """The binding of the C core: `Ring`, `Queue`, `IO`, control commands, native targets."""
 
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Literal, Self, final
@@ -16,6 +16,9 @@ __all__ = [
     "Buffers",
     "Guard",
     "Handlers",
+    "Layout",
+    "MappedQueue",
+    "Planner",
     "Queue",
     "Ram",
     "Ring",
@@ -245,7 +248,6 @@ class SharedTable:
     def drop(self, index: int) -> None: ...
     def clear(self) -> None: ...
 
-@final
 class Queue:
     """One queue of an open char device (`/dev/ublkcN`), served by the thread that makes it.
 
@@ -272,6 +274,7 @@ class Queue:
         tag_step: int = 1,
         buffers: Buffers | None = None,
         extra_entries: int = 0,
+        files: Iterable[int] = (),
         faults: int = 0,
         table: SharedTable | None = None,
     ) -> None: ...
@@ -353,6 +356,89 @@ class Guard:
     @property
     def pid(self) -> int: ...
     def stop(self) -> None: ...
+
+@final
+class Layout:
+    """Where a disk's bytes live, for `MappedQueue`s; `MappedTarget` makes it.
+
+    Files are given as (descriptor, whether its bytes are in memory, whether it is a block device);
+    extents as (file's index, offset, length). All sizes are bytes.
+    """
+
+    @classmethod
+    def table(
+        cls, files: Sequence[tuple[int, bool, bool]], extents: Iterable[tuple[int, int, int]]
+    ) -> Self:
+        """Extents, one after the other."""
+    @classmethod
+    def stripe(cls, files: Sequence[tuple[int, bool, bool]], size: int, chunk: int) -> Self:
+        """Chunks of `chunk` bytes, in turn from every file."""
+    @classmethod
+    def mirror(
+        cls,
+        files: Sequence[tuple[int, bool, bool]],
+        size: int,
+        *,
+        leg_timeout: float | None = None,
+    ) -> Self:
+        """The same bytes in every file, its legs; one that takes `leg_timeout` seconds failed."""
+    @classmethod
+    def planned(cls, files: Sequence[tuple[int, bool, bool]], size: int) -> Self:
+        """Said anew for each request."""
+    @property
+    def size(self) -> int: ...
+    @property
+    def in_memory(self) -> bool:
+        """Whether no file's I/O ever waits."""
+    def leg_state(self, leg: int) -> int:
+        """0: in step; 1: being brought in step, written but not read; 2: failed, left alone."""
+    def set_leg_state(self, leg: int, state: int) -> None: ...
+    def leg_errors(self, leg: int) -> int:
+        """Requests that failed on it."""
+    def replace_file(self, index: int, fd: int, memory: bool, device: bool) -> None:
+        """Puts another file in a place; queues see it with their next turn, so wake them."""
+    @property
+    def region_bytes(self) -> int:
+        """The unit in which a mirror's leg is brought in step."""
+    def gate(self, region: int | None = None) -> None:
+        """No write begins in this region of a mirror (None: any may); wake the queues then."""
+    def quiet(self, region: int) -> bool:
+        """Whether no write to the region is under way."""
+
+@final
+class Planner:
+    """Asks a target's `map` method where a request's bytes are."""
+
+    def __init__(self, target: object, report: Callable[[object, IO], int]) -> None: ...
+
+class MappedQueue(Queue):
+    """A queue that serves its requests from a layout's files, by its own ring."""
+
+    def __init__(
+        self,
+        fd: int,
+        queue_id: int = 0,
+        *,
+        layout: Layout,
+        depth: int = 128,
+        buffer_size: int = 524288,
+        flags: int = 0,
+        first_tag: int = 0,
+        tag_step: int = 1,
+        buffers: Buffers | None = None,
+        faults: int = 0,
+    ) -> None: ...
+    @classmethod
+    def loopback(  # type: ignore[override]
+        cls, *, layout: Layout, depth: int = 128, buffer_size: int = 524288
+    ) -> Self: ...
+    def serve_mapped(
+        self,
+        planner: Planner | None = None,
+        leg_failed: Callable[[int, int], object] | None = None,
+    ) -> None:
+        """Serves until the device stops. `leg_failed` is told of a mirror's leg and its errno
+        before the requests that noticed it are answered."""
 
 @final
 class Ram:

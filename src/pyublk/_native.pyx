@@ -16,13 +16,14 @@ from cpython.buffer cimport (
 )
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.ref cimport PyObject
-from libc.errno cimport EALREADY, EINTR, EIO, ENODEV, EOPNOTSUPP, ESHUTDOWN, ETIME
+from libc.errno cimport EALREADY, EINTR, EINVAL, EIO, ENODEV, EOPNOTSUPP, ESHUTDOWN, ETIME
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy, memset
 
 import errno as _errno
 import os
+from array import array
 from time import monotonic
 
 from pyublk import errors, uapi
@@ -34,6 +35,9 @@ __all__ = [
     "Buffers",
     "Guard",
     "Handlers",
+    "Layout",
+    "MappedQueue",
+    "Planner",
     "Queue",
     "Ram",
     "Ring",
@@ -46,5 +50,6 @@ __all__ = [
 include "_native_core.pxi"
 include "_native_ring.pxi"
 include "_native_queue.pxi"
+include "_native_mapped.pxi"
 include "_native_control.pxi"
 include "_native_targets.pxi"

@@ -135,6 +135,8 @@ cdef extern from "_core/queue.h" nogil:
         size_t buffer_bytes
         uint8_t *buffers
         uint32_t extra_entries
+        const int *files
+        uint32_t nr_files
         uint32_t faults
         const pu_shared *shared
 
@@ -223,3 +225,65 @@ cdef int64_t nanoseconds(object seconds) except? -2:
     if seconds < 0:
         raise ValueError(f"timeout must not be negative, not {seconds!r} seconds")
     return <int64_t>(<double>seconds * 1e9)
+
+
+cdef extern from "_core/layout.h" nogil:
+    enum pu_layout_kind:
+        PU_LAYOUT_TABLE
+        PU_LAYOUT_STRIPE
+        PU_LAYOUT_MIRROR
+        PU_LAYOUT_PLANNED
+
+    enum pu_leg_state:
+        PU_LEG_SYNCED
+        PU_LEG_RESYNC
+        PU_LEG_FAILED
+
+    struct pu_file:
+        int fd
+        bint memory
+        bint device
+
+    struct pu_extent:
+        uint64_t start
+        uint64_t length
+        uint64_t offset
+        uint32_t file
+
+    struct pu_leg:
+        uint32_t errors
+
+    struct pu_layout:
+        uint64_t size
+        pu_file *files
+        uint32_t nr_files
+        uint32_t version
+        pu_extent *extents
+        uint64_t chunk
+        pu_leg legs[16]
+        uint64_t region_bytes
+        int64_t leg_timeout_ns
+
+    int pu_layout_init(pu_layout *, pu_layout_kind, uint64_t, uint32_t, uint32_t)
+    void pu_layout_destroy(pu_layout *)
+    pu_leg_state pu_layout_leg(const pu_layout *, uint32_t)
+    void pu_layout_set_leg(pu_layout *, uint32_t, pu_leg_state)
+    uint64_t PU_NO_REGION
+    void pu_layout_gate(pu_layout *, uint64_t)
+    bint pu_layout_quiet(const pu_layout *, uint64_t)
+
+cdef extern from "_core/mapped.h" nogil:
+    struct pu_leg_failure:
+        uint32_t leg
+        int error
+
+    struct pu_mapped:
+        uint32_t failed_legs
+
+    uint32_t pu_mapped_entries(uint16_t)
+    int pu_mapped_open(pu_mapped *, pu_queue *, pu_layout *)
+    void pu_mapped_close(pu_mapped *)
+    int pu_mapped_turn(pu_mapped *, int64_t)
+    int pu_mapped_plan(pu_mapped *, uint16_t, const pu_extent *, uint32_t)
+    bint pu_mapped_next_failure(pu_mapped *, pu_leg_failure *)
+    void pu_mapped_recorded(pu_mapped *)

@@ -388,7 +388,7 @@ cdef class Queue:
     def __init__(self, int fd, uint16_t queue_id=0, *, unsigned int depth=128,
                  size_t buffer_size=512 * 1024, uint64_t flags=0, unsigned int first_tag=0,
                  unsigned int tag_step=1, Buffers buffers=None, uint32_t extra_entries=0,
-                 uint32_t faults=0, SharedTable table=None):
+                 files=(), uint32_t faults=0, SharedTable table=None):
         if self.ios is not None:
             raise RuntimeError("this queue is open already")
         if not 1 <= depth <= uapi.MAX_QUEUE_DEPTH:
@@ -416,6 +416,10 @@ cdef class Queue:
         if table is not None:
             options.shared = table.table
             self.table = table
+        numbers = array("i", files)
+        cdef const int[::1] numbers_view = numbers if numbers else array("i", [-1])
+        options.files = &numbers_view[0]
+        options.nr_files = <uint32_t>len(numbers)
         with nogil:
             error = pu_queue_open(&self.q, fd, &options)
         if error < 0:

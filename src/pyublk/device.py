@@ -14,15 +14,16 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from types import FrameType, TracebackType
 from typing import Literal, Self
 
 from pyublk import errors, serving
-from pyublk._native import Buffers, Guard, Handlers, Queue, SharedTable
+from pyublk._native import Buffers, Guard, Handlers, MappedQueue, Queue, SharedTable
 from pyublk.control import Controller, DeviceInfo, check_wish, new_cookie
+from pyublk.mapped import MappedTarget
 from pyublk.params import Params
 from pyublk.paths import DataPath, PathChoice, choose_path
 from pyublk.sharing import SharedMemory, Sharing, check_share
@@ -131,6 +132,11 @@ class Device:
         self._threads = threads
         self._needed = Feature(0) if partition_scan else Feature.NO_AUTO_PART_SCAN
         if shared_memory:
+            if isinstance(target, MappedTarget):
+                raise ValueError(
+                    "a mapped target's data does not come to the server: it cannot have "
+                    "shared_memory=True"
+                )
             self._needed |= Feature.SHMEM_ZC
         self._sharing: Sharing | None = None
         self._choice: PathChoice | None = None
@@ -274,6 +280,11 @@ class Device:
             batch=self._batch_wish,
             needed=self.target.needs | self._needed,
         )
+        if (
+            isinstance(self.target, MappedTarget)
+            and Feature.SUPPORT_ZERO_COPY in self._choice.flags
+        ):
+            params = replace(params, dma_align=self.target.dma_alignment())
         cookie = new_cookie()
         self._info = self._controller.add(
             cookie=cookie,
@@ -323,7 +334,7 @@ class Device:
         if on_this_loop:
             server = serving.AsyncServer(handlers, report)
             self._async_servers.append(server)
-            make_queues = partial(_make_queues, self._char_fd, info, shares, table)
+            make_queues = partial(_make_queues, self._char_fd, info, shares, self.target, table)
             self._servants = [serving.ServingLoop(make_queues, self._attention, server)]
             return
         one_thread = self._dispatch == "async" and self.target.concurrency == "serial"
@@ -334,7 +345,7 @@ class Device:
         for group in groups:
             self._servants.append(
                 serving.ServingThread(
-                    partial(_make_queues, self._char_fd, info, group, table),
+                    partial(_make_queues, self._char_fd, info, group, self.target, table),
                     self._attention,
                     serve,
                     name=f"ublk{info.id}-q{group[0].queue}",
@@ -355,6 +366,9 @@ class Device:
                 )
             blind = target.blind
             return lambda queues: queues[0].serve_native(handler, context, blind=blind)
+        if isinstance(target, MappedTarget):
+            target.wake_queues = serving.waker(self._servants)
+            return lambda queues: serving.serve_mapped(queues[0], target, report)
         if self._dispatch == "async":
             return lambda queues: serving.serve_on_own_loop(queues, handlers, report, servers)
         if pool is not None:
@@ -713,13 +727,16 @@ class _Share:
 
 
 def _make_queues(
-    char_fd: int, info: DeviceInfo, shares: list[_Share], table: SharedTable | None
+    char_fd: int, info: DeviceInfo, shares: list[_Share], target: Target, table: SharedTable | None
 ) -> list[Queue]:
+    make: Callable[..., Queue] = Queue
+    if isinstance(target, MappedTarget):
+        make = partial(MappedQueue, layout=target.layout)
     queues: list[Queue] = []
     try:
         for share in shares:
             queues.append(
-                Queue(
+                make(
                     char_fd,
                     share.queue,
                     depth=info.depth,

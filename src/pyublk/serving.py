@@ -13,12 +13,31 @@ import traceback
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from pyublk._native import IO, Handlers, Queue
+from pyublk._native import IO, Handlers, MappedQueue, Planner, Queue
+from pyublk.mapped import MappedTarget
 
 
 def _stack(ident: int) -> traceback.StackSummary:
     """Where a thread is now; empty when it runs no Python."""
     return traceback.extract_stack(sys._current_frames().get(ident))
+
+
+def serve_mapped(queue: Queue, target: MappedTarget, report: Callable[[object, IO], int]) -> None:
+    """The queue's ring does the I/O; Python is asked where the bytes are, if at all."""
+    assert isinstance(queue, MappedQueue)
+    planner = None if target.map is None else Planner(target, report)
+    queue.serve_mapped(planner, target.leg_failed)
+
+
+def waker(servants: "list[Servant]") -> Callable[[], None]:
+    """Wakes every queue of the servants that there will be."""
+
+    def wake() -> None:
+        for servant in servants:
+            for queue in servant.queues:
+                queue.wake()
+
+    return wake
 
 
 class WorkerPool:

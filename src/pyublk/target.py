@@ -16,7 +16,7 @@ from pyublk.paths import DataPath
 from pyublk.uapi import Feature
 
 Concurrency = Literal["serial", "per_queue", "parallel"]
-Dispatch = Literal["native", "sync", "async"]
+Dispatch = Literal["native", "mapped", "sync", "async"]
 
 log = logging.getLogger("pyublk.target")
 
@@ -60,6 +60,9 @@ class Target:
     """
 
     concurrency: ClassVar[Concurrency] = "serial"
+
+    #: How it is served, for kinds of target whose methods do not tell.
+    dispatch: ClassVar[Dispatch | None] = None
 
     #: What a target with `handle`, or a native one, takes beside reads and writes. Other targets
     #: say it by defining the method.
@@ -109,7 +112,7 @@ class Target:
 
     def announces(self, method: str) -> bool:
         """Whether this target takes the requests behind `method` (a name of METHODS)."""
-        if not callable(getattr(self, "handle", None)) and not isinstance(self, NativeTarget):
+        if not callable(getattr(self, "handle", None)) and self.dispatch is None:
             return callable(getattr(self, method, None))
         return {
             "read": True,
@@ -171,6 +174,7 @@ class NativeTarget(Target):
     and `takes_fua` say which optional requests it takes.
     """
 
+    dispatch: ClassVar[Dispatch | None] = "native"
     concurrency = "parallel"
 
     #: The handler never looks at the buffer: no data path needs to bring anything there.
@@ -189,8 +193,8 @@ def dispatch_of(target: Target) -> Dispatch:
         raise InvalidTarget(
             f"{name}.concurrency is {target.concurrency!r}: use 'serial', 'per_queue' or 'parallel'"
         )
-    if isinstance(target, NativeTarget):
-        return "native"
+    if target.dispatch is not None:
+        return target.dispatch
     methods = {m: f for m in METHODS if (f := getattr(target, m, None)) is not None}
     for method, function in methods.items():
         if not callable(function):

@@ -5,6 +5,7 @@ import ctypes
 import errno
 import mmap
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import pytest
 import pyublk
 from pyublk._native import IO, Handlers, Queue, Ram, SharedTable, address
 from pyublk.sharing import check_share
-from pyublk.targets import Null
+from pyublk.targets import File, Null
 from pyublk.uapi import IOFlag, Op
 
 PAGE = mmap.PAGESIZE
@@ -214,3 +215,8 @@ def test_a_device_that_was_not_asked_for_it_shares_nothing() -> None:
         pyublk.Device(Null(size=1 << 20)).share(PAGE)
     with pytest.raises(pyublk.DeviceClosed, match="only a live one shares"):
         pyublk.Device(Null(size=1 << 20), shared_memory=True).share(PAGE)
+
+
+def test_a_mapped_target_has_nothing_to_share(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="does not come to the server"):
+        pyublk.Device(File(tmp_path / "file", size=1 << 20), shared_memory=True)

@@ -112,6 +112,21 @@ static int give_buffers(struct pu_queue *q, uint8_t *shared)
 	return 0;
 }
 
+static int register_files(struct pu_queue *q, const int *files, uint32_t count)
+{
+	int *all = calloc(count + 1u, sizeof(*all));
+	int error;
+
+	if (!all)
+		return -ENOMEM;
+	all[0] = q->cdev; /* -1, a loopback's, leaves the place empty */
+	if (count)
+		memcpy(all + 1, files, count * sizeof(*all));
+	error = pu_ring_register(&q->ring, PU_REGISTER_FILES, all, count + 1u);
+	free(all);
+	return error < 0 ? error : 0;
+}
+
 static int open_parts(struct pu_queue *q, const struct pu_queue_options *options)
 {
 	int error = map_descriptors(q);
@@ -121,10 +136,7 @@ static int open_parts(struct pu_queue *q, const struct pu_queue_options *options
 	if (error || (q->loopback && !options->extra_entries))
 		return error;
 	error = open_ring(q, options->extra_entries);
-	if (error || q->loopback)
-		return error;
-	error = pu_ring_register(&q->ring, PU_REGISTER_FILES, &q->cdev, 1);
-	return error < 0 ? error : 0;
+	return error ? error : register_files(q, options->files, options->nr_files);
 }
 
 int pu_queue_open(struct pu_queue *q, int cdev, const struct pu_queue_options *options)

@@ -77,6 +77,8 @@ struct pu_queue_options {
 	size_t buffer_bytes;
 	uint8_t *buffers;	/* shared with the queue's other threads; NULL: its own */
 	uint32_t extra_entries; /* of the ring, for others' I/O */
+	const int *files;	/* for it: registered behind the char device, which has index 0 */
+	uint32_t nr_files;
 	uint32_t faults;	/* enum pu_fault */
 	const struct pu_shared *shared; /* with clients; NULL: no memory */
 };

@@ -16,14 +16,41 @@ from pathlib import Path
 from pyublk.errors import InvalidTarget
 from pyublk.target import Target
 from pyublk.targets.file import File
+from pyublk.targets.linear import Linear
+from pyublk.targets.mirror import Mirror
 from pyublk.targets.null import Null
 from pyublk.targets.ram import Ram
 from pyublk.targets.sizes import format_size, parse_size
+from pyublk.targets.slice import Slice
+from pyublk.targets.stripe import Stripe
 from pyublk.targets.zoned import Zoned
 
-__all__ = ["File", "Null", "Ram", "Zoned", "build", "format_size", "names", "parse_size", "resolve"]
+__all__ = [
+    "File",
+    "Linear",
+    "Mirror",
+    "Null",
+    "Ram",
+    "Slice",
+    "Stripe",
+    "Zoned",
+    "build",
+    "format_size",
+    "names",
+    "parse_size",
+    "resolve",
+]
 
-BUILT_IN: dict[str, type[Target]] = {"file": File, "null": Null, "ram": Ram, "zoned": Zoned}
+BUILT_IN: dict[str, type[Target]] = {
+    "file": File,
+    "linear": Linear,
+    "mirror": Mirror,
+    "null": Null,
+    "ram": Ram,
+    "slice": Slice,
+    "stripe": Stripe,
+    "zoned": Zoned,
+}
 ENTRY_POINTS = "pyublk.targets"
 
 
@@ -109,6 +136,13 @@ def build(
     positional = [
         name for name, p in parameters.items() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
     ]
+    collected = next((p for p in parameters.values() if p.kind is p.VAR_POSITIONAL), None)
+    if collected is not None and not positional:
+        hint = typing.get_type_hints(cls.__init__).get(collected.name, str)
+        given_arguments = [_convert(collected.name, text, hint) for text in arguments]
+        arguments = ()
+    else:
+        given_arguments = []
     if len(arguments) > len(positional):
         raise ValueError(
             f"{cls.__name__} takes {len(positional)} argument(s) "
@@ -139,7 +173,7 @@ def build(
     ]
     if missing:
         raise ValueError(f"{cls.__name__} needs {' and '.join(missing)}")
-    return cls(**values)  # type: ignore[arg-type]
+    return cls(*given_arguments, **values)  # type: ignore[arg-type]
 
 
 def _boolean(text: str) -> bool:

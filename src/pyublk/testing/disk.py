@@ -8,8 +8,9 @@ from types import TracebackType
 from typing import Self
 
 from pyublk import serving
-from pyublk._native import Handlers, Queue
+from pyublk._native import Handlers, MappedQueue, Queue
 from pyublk.errors import DeviceClosed
+from pyublk.mapped import MappedTarget
 from pyublk.params import Params
 from pyublk.stats import DeviceStats, QueueStats
 from pyublk.target import FailureLog, NativeTarget, Target, dispatch_of
@@ -62,9 +63,9 @@ class Disk:
         self._opened = True
         try:
             self._params = self.target.params(self._max_io_size)
-            self._queue = Queue.loopback(depth=self._depth, buffer_size=self._max_io_size)
+            self._queue = self._make_queue()
             self._queue.fetch()
-            report = FailureLog(self.target)
+            self._report = report = FailureLog(self.target)
             self._handlers = Handlers(self.target, report)
             if self._workers:
                 self._pool = serving.WorkerPool(self._handlers, self._workers, "disk")
@@ -74,6 +75,17 @@ class Disk:
         except BaseException:
             self.close()
             raise
+
+    def _make_queue(self) -> Queue:
+        depth, size = self._depth, self._max_io_size
+        if isinstance(self.target, MappedTarget):
+            self.target.wake_queues = self._wake
+            return MappedQueue.loopback(layout=self.target.layout, depth=depth, buffer_size=size)
+        return Queue.loopback(depth=depth, buffer_size=size)
+
+    def _wake(self) -> None:
+        if self._queue is not None:
+            self._queue.wake()
 
     async def _attach(self, report: FailureLog) -> serving.AsyncServer:
         assert self._queue is not None
@@ -272,6 +284,8 @@ class Disk:
     def _serve(self, queue: Queue) -> None:
         if isinstance(self.target, NativeTarget):
             queue.serve_native(self.target.handler, self.target.context)
+        elif isinstance(self.target, MappedTarget):
+            serving.serve_mapped(queue, self.target, self._report)
         elif self._loop is not None:
             self._loop.run_until_complete(asyncio.sleep(0))
         elif self._pool is not None:

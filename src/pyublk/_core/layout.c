@@ -1,0 +1,193 @@
+/* SPDX-License-Identifier: MIT */
+#include "layout.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define SMALLEST_REGION (UINT64_C(1) << 20)
+#define MOST_REGIONS (UINT64_C(1) << 16)
+
+int pu_layout_init(struct pu_layout *layout, enum pu_layout_kind kind, uint64_t size,
+		   uint32_t nr_files, uint32_t nr_extents)
+{
+	uint64_t regions = 0;
+
+	memset(layout, 0, sizeof(*layout));
+	layout->kind = kind;
+	layout->size = size;
+	layout->nr_files = nr_files;
+	layout->nr_extents = nr_extents;
+	layout->gate = PU_NO_REGION;
+	if (kind == PU_LAYOUT_MIRROR) {
+		layout->region_bytes = SMALLEST_REGION;
+		while ((size - 1) / layout->region_bytes >= MOST_REGIONS)
+			layout->region_bytes *= 2;
+		regions = (size + layout->region_bytes - 1) / layout->region_bytes;
+	}
+	layout->files = calloc(nr_files, sizeof(*layout->files));
+	layout->extents = calloc(nr_extents + 1u, sizeof(*layout->extents));
+	layout->regions = calloc(regions + 1, sizeof(*layout->regions));
+	if (layout->files && layout->extents && layout->regions)
+		return 0;
+	pu_layout_destroy(layout);
+	return -ENOMEM;
+}
+
+void pu_layout_destroy(struct pu_layout *layout)
+{
+	free(layout->files);
+	free(layout->extents);
+	free(layout->regions);
+	layout->files = NULL;
+	layout->extents = NULL;
+	layout->regions = NULL;
+}
+
+static const struct pu_extent *find_extent(const struct pu_layout *layout, uint64_t offset)
+{
+	uint32_t low = 0, high = layout->nr_extents;
+
+	while (low + 1 < high) {
+		uint32_t middle = low + (high - low) / 2;
+
+		if (layout->extents[middle].start <= offset)
+			low = middle;
+		else
+			high = middle;
+	}
+	return &layout->extents[low];
+}
+
+static bool table_part(const struct pu_layout *layout, uint64_t offset, uint64_t length,
+		       uint64_t at, struct pu_part *part)
+{
+	const struct pu_extent *extent;
+	uint64_t inside;
+
+	if (at >= length)
+		return false;
+	extent = find_extent(layout, offset + at);
+	inside = offset + at - extent->start;
+	*part = (struct pu_part){ .file = extent->file, .offset = extent->offset + inside, .data = at };
+	part->length = extent->length - inside;
+	if (part->length > length - at)
+		part->length = length - at;
+	part->first = part->length;
+	return true;
+}
+
+static bool stripe_part(const struct pu_layout *layout, uint64_t offset, uint64_t length,
+			uint32_t nth, struct pu_part *part)
+{
+	uint64_t chunk = layout->chunk, files = layout->nr_files;
+	uint64_t first = offset / chunk, last = (offset + length - 1) / chunk;
+	uint64_t from = first + nth, to;
+	uint64_t end;
+
+	if (nth >= files || from > last)
+		return false;
+	to = last - (last - from) % files;
+	part->file = (uint32_t)(from % files);
+	part->offset = from / files * chunk + (nth ? 0 : offset % chunk);
+	end = to / files * chunk + (to == last ? (offset + length - 1) % chunk + 1 : chunk);
+	part->length = end - part->offset;
+	part->data = nth ? from * chunk - offset : 0;
+	part->first = nth ? chunk : chunk - offset % chunk;
+	if (part->first > part->length)
+		part->first = part->length;
+	part->chunk = chunk;
+	part->stride = chunk * files;
+	return true;
+}
+
+bool pu_layout_part(const struct pu_layout *layout, uint64_t offset, uint64_t length, uint32_t nth,
+		    uint64_t at, struct pu_part *part)
+{
+	if (layout->kind == PU_LAYOUT_STRIPE)
+		return stripe_part(layout, offset, length, nth, part);
+	return table_part(layout, offset, length, at, part);
+}
+
+uint64_t pu_part_data(const struct pu_part *part, uint64_t done, uint64_t *contiguous)
+{
+	uint64_t beyond, nth, left = part->length - done;
+
+	if (done < part->first || !part->chunk) {
+		*contiguous = part->chunk && part->first < part->length ? part->first - done : left;
+		return part->data + done;
+	}
+	beyond = done - part->first;
+	nth = beyond / part->chunk;
+	*contiguous = part->chunk - beyond % part->chunk;
+	if (*contiguous > left)
+		*contiguous = left;
+	/* The first chunk may have begun before the request. */
+	return part->data + part->first - part->chunk + (nth + 1) * part->stride +
+	       beyond % part->chunk;
+}
+
+enum pu_leg_state pu_layout_leg(const struct pu_layout *layout, uint32_t leg)
+{
+	return (enum pu_leg_state)__atomic_load_n(&layout->legs[leg].state, __ATOMIC_ACQUIRE);
+}
+
+void pu_layout_set_leg(struct pu_layout *layout, uint32_t leg, enum pu_leg_state state)
+{
+	__atomic_store_n(&layout->legs[leg].state, (uint8_t)state, __ATOMIC_RELEASE);
+}
+
+int pu_layout_readable(const struct pu_layout *layout, uint64_t offset, uint32_t without)
+{
+	/* Neighbours from the same leg: it may read ahead. */
+	uint32_t start = (uint32_t)(offset / layout->region_bytes % layout->nr_files);
+
+	for (uint32_t i = 0; i < layout->nr_files; i++) {
+		uint32_t leg = (start + i) % layout->nr_files;
+
+		if (!(without & 1u << leg) && pu_layout_leg(layout, leg) == PU_LEG_SYNCED)
+			return (int)leg;
+	}
+	return -1;
+}
+
+static uint64_t last_region(const struct pu_layout *layout, uint64_t offset, uint64_t length)
+{
+	return (offset + (length ? length : 1) - 1) / layout->region_bytes;
+}
+
+bool pu_layout_write_begins(struct pu_layout *layout, uint64_t offset, uint64_t length)
+{
+	uint64_t first = offset / layout->region_bytes, last = last_region(layout, offset, length);
+	uint64_t gate;
+
+	for (uint64_t region = first; region <= last; region++)
+		__atomic_fetch_add(&layout->regions[region].begun, 1, __ATOMIC_SEQ_CST);
+	/* After it is counted: who gates the region now will see it, or it sees the gate. */
+	gate = __atomic_load_n(&layout->gate, __ATOMIC_SEQ_CST);
+	if (gate < first || gate > last)
+		return true;
+	pu_layout_write_ends(layout, offset, length);
+	return false;
+}
+
+void pu_layout_write_ends(struct pu_layout *layout, uint64_t offset, uint64_t length)
+{
+	uint64_t last = last_region(layout, offset, length);
+
+	for (uint64_t region = offset / layout->region_bytes; region <= last; region++)
+		__atomic_fetch_add(&layout->regions[region].ended, 1, __ATOMIC_SEQ_CST);
+}
+
+void pu_layout_gate(struct pu_layout *layout, uint64_t region)
+{
+	__atomic_store_n(&layout->gate, region, __ATOMIC_SEQ_CST);
+}
+
+bool pu_layout_quiet(const struct pu_layout *layout, uint64_t region)
+{
+	const struct pu_region *r = &layout->regions[region];
+	uint32_t ended = __atomic_load_n(&r->ended, __ATOMIC_SEQ_CST);
+
+	return ended == __atomic_load_n(&r->begun, __ATOMIC_SEQ_CST);
+}

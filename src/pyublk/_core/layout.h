@@ -1,0 +1,103 @@
+/* SPDX-License-Identifier: MIT
+ * Where a disk's bytes live: files, and which of their bytes are which of the disk's
+ */
+#ifndef PU_LAYOUT_H
+#define PU_LAYOUT_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+enum pu_layout_kind {
+	PU_LAYOUT_TABLE,   /* extents, one after the other */
+	PU_LAYOUT_STRIPE,  /* chunks, in turn from every file */
+	PU_LAYOUT_MIRROR,  /* the same in every file */
+	PU_LAYOUT_PLANNED, /* somebody says it for each request (pu_mapped_plan) */
+};
+
+struct pu_file {
+	int fd;
+	bool memory; /* its bytes are in memory: calls on it do not wait */
+	bool device; /* a block device */
+};
+
+struct pu_extent {
+	uint64_t start; /* on the disk; all in bytes */
+	uint64_t length;
+	uint64_t offset; /* in the file */
+	uint32_t file;
+};
+
+enum pu_leg_state {
+	PU_LEG_SYNCED, /* read and written */
+	PU_LEG_RESYNC, /* written, not yet read */
+	PU_LEG_FAILED, /* left alone */
+};
+
+#define PU_MAX_LEGS 16u
+
+struct pu_leg {
+	uint8_t state;	 /* enum pu_leg_state; written by pu_layout_set_leg, read by every queue */
+	uint32_t errors; /* requests that failed on it */
+};
+
+#define PU_NO_REGION UINT64_MAX
+
+/* Writes begun and ended in a region of a mirror. */
+struct pu_region {
+	uint32_t begun, ended;
+};
+
+struct pu_layout {
+	enum pu_layout_kind kind;
+	uint64_t size;
+	struct pu_file *files;
+	uint32_t nr_files;
+	uint32_t version; /* counts replaced files: queues that see a new one register them anew */
+	struct pu_extent *extents;
+	uint32_t nr_extents;
+	uint64_t chunk;
+	struct pu_leg legs[PU_MAX_LEGS];
+	struct pu_region *regions;
+	uint64_t region_bytes;
+	uint64_t gate; /* the region that is copied to another leg now: no write begins in it */
+	int64_t leg_timeout_ns; /* 0: a leg may take as long as it likes */
+};
+
+/* A part of a request that is one contiguous range of one file. In the request's data it is
+ * contiguous too, or (chunk > 0) cut into chunks that lie `stride` apart, the first one shorter. */
+struct pu_part {
+	uint32_t file;
+	uint64_t offset; /* in the file */
+	uint64_t length;
+	uint64_t data;	 /* where it begins in the request's data */
+	uint64_t first;	 /* bytes of the first chunk */
+	uint64_t chunk, stride;
+};
+
+int pu_layout_init(struct pu_layout *layout, enum pu_layout_kind kind, uint64_t size,
+		   uint32_t nr_files, uint32_t nr_extents);
+void pu_layout_destroy(struct pu_layout *layout);
+
+/* The nth part of a range of the disk, for a table (where `at` is how far the parts before it
+ * reached) or a stripe. False when there are no more. */
+bool pu_layout_part(const struct pu_layout *layout, uint64_t offset, uint64_t length, uint32_t nth,
+		    uint64_t at, struct pu_part *part);
+
+/* Of a part: the place in the request's data of its byte `done`, and how many bytes lie there in
+ * one piece. */
+uint64_t pu_part_data(const struct pu_part *part, uint64_t done, uint64_t *contiguous);
+
+enum pu_leg_state pu_layout_leg(const struct pu_layout *layout, uint32_t leg);
+void pu_layout_set_leg(struct pu_layout *layout, uint32_t leg, enum pu_leg_state state);
+/* A leg to read `offset` from, not one of `without` (bits), or -1. */
+int pu_layout_readable(const struct pu_layout *layout, uint64_t offset, uint32_t without);
+
+/* A write (or discard) of a mirror begins, unless it touches the gated region (false). */
+bool pu_layout_write_begins(struct pu_layout *layout, uint64_t offset, uint64_t length);
+void pu_layout_write_ends(struct pu_layout *layout, uint64_t offset, uint64_t length);
+/* Gates a region, or none; a gated one may be copied once it is quiet. */
+void pu_layout_gate(struct pu_layout *layout, uint64_t region);
+bool pu_layout_quiet(const struct pu_layout *layout, uint64_t region);
+
+#endif

@@ -1,0 +1,849 @@
+/* SPDX-License-Identifier: MIT */
+#define _GNU_SOURCE
+#include "mapped.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/falloc.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/uio.h>
+#include <time.h>
+#include <unistd.h>
+
+#define NO_SLOT UINT32_MAX
+#define VECTOR 16u		     /* pieces of memory in one operation */
+#define SLOTS_BESIDE_DEPTH 64u
+#define ON_THE_SPOT (UINT64_C(32) << 10) /* longer ones are worth a worker thread and no copy */
+#define ZEROES_BYTES (UINT64_C(1) << 20)
+#define BLOCK_DISCARD 0x1200u /* BLOCK_URING_CMD_DISCARD (Linux 6.12) */
+
+enum { KIND_PART = PU_KIND_OTHER, KIND_REGISTER, KIND_UNREGISTER };
+
+/* Where a request's data is while it is served. */
+enum place {
+	IN_BUFFER,     /* the tag's, where the kernel copied or will copy it */
+	IN_USER_COPY,  /* the tag's: we copy */
+	IN_REGISTERED, /* the request's own memory, registered under the tag's number */
+};
+
+struct pu_work {
+	uint64_t offset, length;
+	uint64_t cut; /* bytes (or, of a stripe or mirror, parts) that have been given to slots */
+	uint32_t op, flags;
+	uint32_t open; /* operations under way */
+	uint8_t place;
+	bool by_hand;	  /* its memory is to be unregistered */
+	bool unregistered; /* its memory could not be registered */
+	bool by_writing;  /* zeroes are written */
+	bool queued;	  /* it is in `waiting` */
+	bool held;
+	bool writes_mirror; /* counted in the layout's regions */
+	int error;
+	uint32_t good_legs, bad_legs; /* bits */
+	struct pu_extent *plan;
+	uint32_t nr_plan, plan_room;
+};
+
+struct pu_slot {
+	struct pu_part part;
+	uint64_t done;
+	uint64_t asked; /* bytes of the operation under way */
+	int64_t begun_ns;
+	uint32_t next_free;
+	uint32_t generation;
+	uint16_t tag;
+	bool busy;
+	bool orphan; /* nobody waits for it any more */
+};
+
+static int64_t now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+uint32_t pu_mapped_entries(uint16_t depth)
+{
+	return 3u * depth + SLOTS_BESIDE_DEPTH; /* two slots for each tag, and its registration */
+}
+
+static void complete(void *context, uint64_t user_data, int32_t result);
+
+int pu_mapped_open(struct pu_mapped *m, struct pu_queue *q, struct pu_layout *layout)
+{
+	memset(m, 0, sizeof(*m));
+	m->q = q;
+	m->layout = layout;
+	m->version = __atomic_load_n(&layout->version, __ATOMIC_ACQUIRE);
+	m->on_the_spot = q->zero_copy ? ON_THE_SPOT : UINT64_MAX;
+	m->nr_slots = 2u * q->depth + SLOTS_BESIDE_DEPTH;
+	m->works = calloc(q->depth, sizeof(*m->works));
+	m->slots = calloc(m->nr_slots, sizeof(*m->slots));
+	m->vectors = calloc((size_t)m->nr_slots * VECTOR, sizeof(*m->vectors));
+	m->waiting = calloc(q->depth, sizeof(*m->waiting));
+	m->gated = calloc(q->depth, sizeof(*m->gated));
+	m->zeroes_bytes = ZEROES_BYTES;
+	m->zeroes = mmap(NULL, m->zeroes_bytes, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+			 -1, 0);
+	if (m->zeroes == MAP_FAILED)
+		m->zeroes = NULL;
+	if (!m->works || !m->slots || !m->vectors || !m->waiting || !m->gated ||
+	    !m->zeroes) {
+		pu_mapped_close(m);
+		return -ENOMEM;
+	}
+	for (uint32_t i = 0; i < m->nr_slots; i++)
+		m->slots[i].next_free = i + 1 < m->nr_slots ? i + 1 : NO_SLOT;
+	q->complete = complete;
+	q->completer = m;
+	return 0;
+}
+
+void pu_mapped_close(struct pu_mapped *m)
+{
+	for (uint32_t tag = 0; m->works && tag < m->q->depth; tag++)
+		free(m->works[tag].plan);
+	free(m->works);
+	free(m->slots);
+	free(m->vectors);
+	free(m->waiting);
+	free(m->gated);
+	if (m->zeroes)
+		munmap(m->zeroes, m->zeroes_bytes);
+	m->works = NULL;
+	m->slots = NULL;
+	m->vectors = NULL;
+	m->waiting = NULL;
+	m->gated = NULL;
+	m->zeroes = NULL;
+}
+
+static bool has_data(uint32_t op)
+{
+	return op == PU_OP_READ || op == PU_OP_WRITE;
+}
+
+static bool every_file_in_memory(const struct pu_layout *layout)
+{
+	for (uint32_t i = 0; i < layout->nr_files; i++)
+		if (!layout->files[i].memory)
+			return false;
+	return true;
+}
+
+/* ---- one operation on one file ---- */
+
+static void *data_address(const struct pu_mapped *m, const struct pu_slot *slot, uint64_t data)
+{
+	const struct pu_work *w = &m->works[slot->tag];
+
+	if (w->by_writing)
+		return m->zeroes;
+	if (w->place == IN_REGISTERED)
+		return (void *)(uintptr_t)data; /* counted from the start of the request's memory */
+	return (uint8_t *)pu_queue_buffer(m->q, slot->tag) + data;
+}
+
+/* The pieces of memory of what is left of a part, as many as go into one operation. */
+static uint32_t gather(struct pu_mapped *m, struct pu_slot *slot, struct iovec *vector)
+{
+	const struct pu_work *w = &m->works[slot->tag];
+	uint64_t at = slot->done, contiguous;
+	uint32_t count = 0;
+
+	if (w->by_writing) {
+		contiguous = slot->part.length - at;
+		if (contiguous > m->zeroes_bytes)
+			contiguous = m->zeroes_bytes;
+		vector[0] = (struct iovec){ m->zeroes, contiguous };
+		slot->asked = contiguous;
+		return 1;
+	}
+	while (at < slot->part.length && count < VECTOR) {
+		uint64_t data = pu_part_data(&slot->part, at, &contiguous);
+
+		vector[count++] = (struct iovec){ data_address(m, slot, data), contiguous };
+		at += contiguous;
+	}
+	slot->asked = at - slot->done;
+	return count;
+}
+
+static int fallocate_mode(const struct pu_work *w)
+{
+	if (w->op == PU_OP_DISCARD || !(w->flags & PU_FLAG_NOUNMAP))
+		return FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
+	return FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE;
+}
+
+static int64_t or_errno(int64_t result)
+{
+	return result < 0 ? -errno : result;
+}
+
+static int64_t do_now(struct pu_mapped *m, struct pu_slot *slot)
+{
+	const struct pu_work *w = &m->works[slot->tag];
+	struct iovec vector[VECTOR];
+	int fd = m->layout->files[slot->part.file].fd;
+	off_t offset = (off_t)(slot->part.offset + slot->done);
+
+	if (w->op == PU_OP_FLUSH)
+		return or_errno(fdatasync(fd));
+	if (!has_data(w->op) && !w->by_writing)
+		return or_errno(fallocate(fd, fallocate_mode(w), offset,
+					  (off_t)slot->part.length));
+
+	int count = (int)gather(m, slot, vector);
+	int flags = w->flags & PU_FLAG_FUA ? RWF_DSYNC : 0;
+
+	if (w->op == PU_OP_READ)
+		return or_errno(preadv2(fd, vector, count, offset, 0));
+	return or_errno(pwritev2(fd, vector, count, offset, flags));
+}
+
+static void fill_transfer(struct pu_mapped *m, struct pu_slot *slot, struct pu_sqe *sqe)
+{
+	const struct pu_work *w = &m->works[slot->tag];
+	struct iovec *vector = &m->vectors[(size_t)(slot - m->slots) * VECTOR];
+	uint32_t count = gather(m, slot, vector);
+	bool read = w->op == PU_OP_READ;
+	bool fixed = w->place == IN_REGISTERED && !w->by_writing;
+
+	sqe->off = slot->part.offset + slot->done;
+	if (fixed)
+		sqe->buf_index = slot->tag;
+	if (w->flags & PU_FLAG_FUA && !read)
+		sqe->op_flags = RWF_DSYNC;
+	if (count == 1) {
+		sqe->addr = (uint64_t)(uintptr_t)vector[0].iov_base;
+		sqe->len = (uint32_t)vector[0].iov_len;
+		sqe->opcode = fixed ? (read ? PU_OPCODE_READ_FIXED : PU_OPCODE_WRITE_FIXED) :
+				      (read ? PU_OPCODE_READ : PU_OPCODE_WRITE);
+		return;
+	}
+	sqe->addr = (uint64_t)(uintptr_t)vector;
+	sqe->len = count;
+	sqe->opcode = fixed ? (read ? PU_OPCODE_READV_FIXED : PU_OPCODE_WRITEV_FIXED) :
+			      (read ? PU_OPCODE_READV : PU_OPCODE_WRITEV);
+}
+
+static int submit(struct pu_mapped *m, struct pu_slot *slot)
+{
+	const struct pu_work *w = &m->works[slot->tag];
+	const struct pu_file *file = &m->layout->files[slot->part.file];
+	struct pu_sqe *sqe = pu_queue_sqe(m->q);
+
+	if (!sqe)
+		return -EAGAIN;
+	sqe->flags = PU_SQE_FIXED_FILE;
+	sqe->fd = (int32_t)slot->part.file + 1;
+	sqe->user_data = PU_USER_DATA(KIND_PART, slot - m->slots);
+	if (has_data(w->op) || w->by_writing) {
+		fill_transfer(m, slot, sqe);
+	} else if (w->op == PU_OP_FLUSH) {
+		sqe->opcode = PU_OPCODE_FSYNC;
+		sqe->op_flags = PU_FSYNC_DATASYNC;
+	} else if (w->op == PU_OP_DISCARD && file->device) {
+		sqe->opcode = PU_OPCODE_URING_CMD;
+		sqe->off = BLOCK_DISCARD;
+		sqe->addr = slot->part.offset;
+		sqe->cmd[0] = slot->part.length;
+	} else {
+		sqe->opcode = PU_OPCODE_FALLOCATE;
+		sqe->off = slot->part.offset;
+		sqe->addr = slot->part.length;
+		sqe->len = (uint32_t)fallocate_mode(w);
+	}
+	if (m->layout->leg_timeout_ns)
+		slot->begun_ns = now_ns();
+	m->q->others++;
+	return 0;
+}
+
+static bool on_the_spot(const struct pu_mapped *m, const struct pu_slot *slot)
+{
+	const struct pu_work *w = &m->works[slot->tag];
+
+	return m->layout->files[slot->part.file].memory && w->place != IN_REGISTERED &&
+	       !w->by_writing && w->length <= m->on_the_spot;
+}
+
+/* ---- requests ---- */
+
+static void advance(struct pu_mapped *m, struct pu_slot *slot, int64_t result);
+
+static void operate(struct pu_mapped *m, struct pu_slot *slot)
+{
+	int error;
+
+	if (on_the_spot(m, slot)) {
+		advance(m, slot, do_now(m, slot));
+		return;
+	}
+	error = submit(m, slot);
+	if (error)
+		advance(m, slot, -ENOMEM);
+}
+
+static struct pu_slot *take_slot(struct pu_mapped *m)
+{
+	struct pu_slot *slot;
+
+	if (m->free_slot == NO_SLOT)
+		return NULL;
+	slot = &m->slots[m->free_slot];
+	m->free_slot = slot->next_free;
+	slot->busy = true;
+	slot->orphan = false;
+	slot->done = 0;
+	return slot;
+}
+
+static void free_slot(struct pu_mapped *m, struct pu_slot *slot)
+{
+	slot->busy = false;
+	slot->next_free = m->free_slot;
+	m->free_slot = (uint32_t)(slot - m->slots);
+}
+
+static bool mirrored(const struct pu_mapped *m)
+{
+	return m->layout->kind == PU_LAYOUT_MIRROR;
+}
+
+/* The next part of a request. False when all are cut. */
+static bool next_part(struct pu_mapped *m, struct pu_work *w, struct pu_part *part)
+{
+	const struct pu_layout *layout = m->layout;
+	uint64_t nth = w->cut;
+
+	*part = (struct pu_part){ .offset = w->offset, .length = w->length, .first = w->length };
+	if (w->op == PU_OP_FLUSH || mirrored(m)) {
+		while (nth < layout->nr_files && mirrored(m) &&
+		       pu_layout_leg(layout, (uint32_t)nth) == PU_LEG_FAILED)
+			nth++;
+		part->file = (uint32_t)nth;
+		w->cut = nth + 1;
+		return nth < layout->nr_files;
+	}
+	if (layout->kind == PU_LAYOUT_PLANNED) {
+		if (nth >= w->nr_plan)
+			return false;
+		part->file = w->plan[nth].file;
+		part->offset = w->plan[nth].offset;
+		part->length = part->first = w->plan[nth].length;
+		part->data = w->plan[nth].start;
+		w->cut = nth + 1;
+		return true;
+	}
+	if (!pu_layout_part(layout, w->offset, w->length, (uint32_t)nth, w->cut, part))
+		return false;
+	w->cut = layout->kind == PU_LAYOUT_STRIPE ? nth + 1 : w->cut + part->length;
+	return true;
+}
+
+static void wait_for_slots(struct pu_mapped *m, uint16_t tag)
+{
+	if (m->works[tag].queued)
+		return;
+	m->works[tag].queued = true;
+	m->waiting[m->nr_waiting++] = tag;
+}
+
+static void answer(struct pu_mapped *m, uint16_t tag);
+
+/* Gives parts to slots until all are cut, or no slot is left. */
+static void cut(struct pu_mapped *m, uint16_t tag)
+{
+	struct pu_work *w = &m->works[tag];
+	struct pu_part part;
+
+	w->open++; /* parts that end on the spot must not end the request */
+	for (;;) {
+		struct pu_slot *slot = m->free_slot == NO_SLOT ? NULL : &m->slots[m->free_slot];
+
+		if (!slot) {
+			wait_for_slots(m, tag);
+			break;
+		}
+		if (!next_part(m, w, &part))
+			break;
+		slot = take_slot(m);
+		slot->part = part;
+		slot->tag = tag;
+		slot->generation = m->q->tags[tag].generation;
+		w->open++;
+		operate(m, slot);
+	}
+	if (--w->open == 0 && !w->queued)
+		answer(m, tag);
+}
+
+static void read_mirror(struct pu_mapped *m, uint16_t tag)
+{
+	struct pu_work *w = &m->works[tag];
+	int leg = pu_layout_readable(m->layout, w->offset, w->bad_legs);
+	struct pu_slot *slot = take_slot(m);
+
+	if (!slot) {
+		wait_for_slots(m, tag);
+		return;
+	}
+	w->open++;
+	slot->part = (struct pu_part){
+		.file = leg < 0 ? 0 : (uint32_t)leg,
+		.offset = w->offset,
+		.length = w->length,
+		.first = w->length,
+	};
+	slot->tag = tag;
+	slot->generation = m->q->tags[tag].generation;
+	if (leg < 0)
+		advance(m, slot, w->error ? w->error : -EIO);
+	else
+		operate(m, slot);
+}
+
+static void proceed(struct pu_mapped *m, uint16_t tag)
+{
+	if (mirrored(m) && m->works[tag].op == PU_OP_READ)
+		read_mirror(m, tag);
+	else
+		cut(m, tag);
+}
+
+static int register_buffer(struct pu_mapped *m, uint16_t tag)
+{
+	struct pu_queue *q = m->q;
+	struct pu_sqe *sqe = pu_queue_sqe(q);
+
+	if (!sqe)
+		return -EAGAIN;
+	sqe->opcode = PU_OPCODE_URING_CMD;
+	sqe->flags = PU_SQE_FIXED_FILE;
+	sqe->off = PU_IO_REGISTER_IO_BUF;
+	sqe->cmd[0] = q->id | (uint64_t)tag << 16;
+	sqe->cmd[1] = q->faults & PU_FAULT_REGISTER ? UINT16_MAX : tag;
+	sqe->user_data = PU_USER_DATA(KIND_REGISTER, tag);
+	q->others++;
+	m->works[tag].open++;
+	m->works[tag].by_hand = true;
+	return 0;
+}
+
+static void unregister_buffer(struct pu_mapped *m, uint16_t tag)
+{
+	struct pu_queue *q = m->q;
+	struct pu_sqe *sqe = pu_queue_sqe(q);
+
+	if (!sqe) /* the ring's end gives it back */
+		return;
+	sqe->opcode = PU_OPCODE_URING_CMD;
+	sqe->flags = PU_SQE_FIXED_FILE;
+	sqe->off = PU_IO_UNREGISTER_IO_BUF;
+	sqe->cmd[0] = q->id | (uint64_t)tag << 16;
+	sqe->cmd[1] = tag;
+	sqe->user_data = PU_USER_DATA(KIND_UNREGISTER, tag);
+	q->others++;
+}
+
+static enum place choose_place(const struct pu_mapped *m, const struct pu_work *w)
+{
+	const struct pu_queue *q = m->q;
+
+	if (!has_data(w->op) || (!q->user_copy && !q->zero_copy))
+		return IN_BUFFER;
+	if (!q->zero_copy || w->unregistered)
+		return IN_USER_COPY;
+	if (!q->auto_buffer && w->length <= m->on_the_spot && every_file_in_memory(m->layout))
+		return IN_USER_COPY;
+	return IN_REGISTERED;
+}
+
+/* Finds the data, then serves. */
+static void begin(struct pu_mapped *m, uint16_t tag)
+{
+	struct pu_work *w = &m->works[tag];
+	struct pu_queue *q = m->q;
+	int error = 0;
+
+	w->cut = 0;
+	w->open = 1;
+	w->place = (uint8_t)choose_place(m, w);
+	if (w->place == IN_USER_COPY)
+		error = pu_queue_fill_buffer(q, tag);
+	/* The kernel registers before it takes the next entry of the ring. */
+	else if (w->place == IN_REGISTERED &&
+		 (!q->auto_buffer || q->desc[tag].op_flags & PU_FLAG_NEED_REG_BUF)) {
+		if (q->auto_buffer)
+			q->counters.fallbacks++;
+		error = register_buffer(m, tag);
+	}
+	if (error)
+		w->error = error;
+	else
+		proceed(m, tag);
+	if (--w->open == 0 && !w->queued)
+		answer(m, tag);
+}
+
+static void start(struct pu_mapped *m, uint16_t tag)
+{
+	const struct pu_desc *desc = &m->q->desc[tag];
+	struct pu_work *w = &m->works[tag];
+	struct pu_extent *plan = w->plan;
+	uint32_t nr_plan = w->nr_plan, plan_room = w->plan_room;
+	uint32_t op = desc->op_flags & 0xff;
+
+	*w = (struct pu_work){
+		.offset = pu_desc_offset(desc),
+		.length = (uint64_t)desc->nr_sectors << PU_SECTOR_SHIFT,
+		.op = op,
+		.flags = desc->op_flags & ~0xffu,
+		.plan = plan,
+		.nr_plan = nr_plan,
+		.plan_room = plan_room,
+	};
+	w->by_writing = op == PU_OP_WRITE_ZEROES && m->no_zero_range;
+	if (op > PU_OP_DISCARD && op != PU_OP_WRITE_ZEROES) {
+		pu_queue_answer(m->q, tag, -EOPNOTSUPP);
+		return;
+	}
+	if (mirrored(m) && op != PU_OP_READ && op != PU_OP_FLUSH) {
+		if (!pu_layout_write_begins(m->layout, w->offset, w->length)) {
+			m->gated[m->nr_gated++] = tag;
+			return;
+		}
+		w->writes_mirror = true;
+	}
+	begin(m, tag);
+}
+
+static void try_gated(struct pu_mapped *m)
+{
+	uint32_t count = m->nr_gated;
+
+	m->nr_gated = 0; /* those that are still refused enter again, at a place already read */
+	for (uint32_t i = 0; i < count; i++)
+		start(m, m->gated[i]);
+}
+
+static void finish(struct pu_mapped *m, uint16_t tag, int64_t result)
+{
+	struct pu_work *w = &m->works[tag];
+
+	if (w->by_hand && !w->unregistered)
+		unregister_buffer(m, tag);
+	if (w->writes_mirror)
+		pu_layout_write_ends(m->layout, w->offset, w->length);
+	if (result >= 0 && w->place == IN_USER_COPY && w->op == PU_OP_READ)
+		result = pu_queue_copy(m->q, tag, pu_queue_buffer(m->q, tag), 0, w->length, 0);
+	pu_queue_answer(m->q, tag, result);
+}
+
+/* All parts of a request have ended. */
+static void answer(struct pu_mapped *m, uint16_t tag)
+{
+	struct pu_work *w = &m->works[tag];
+
+	if (w->held)
+		return;
+	if (w->unregistered && w->place == IN_REGISTERED) {
+		m->q->counters.fallbacks++;
+		w->error = 0;
+		w->good_legs = w->bad_legs = 0;
+		begin(m, tag);
+		return;
+	}
+	if (w->error == -EOPNOTSUPP && w->op == PU_OP_DISCARD)
+		w->error = 0; /* a hint: the bytes stay */
+	if (w->error == -EOPNOTSUPP && w->op == PU_OP_WRITE_ZEROES && !w->by_writing) {
+		m->no_zero_range = true;
+		w->by_writing = true;
+		w->error = 0;
+		w->bad_legs = 0;
+		begin(m, tag);
+		return;
+	}
+	/* What one leg has, the disk has; but only once it is known that the other lacks it. */
+	if (w->bad_legs && w->good_legs) {
+		w->error = 0;
+		m->failed_legs |= w->bad_legs;
+		w->held = true;
+		m->held++;
+		return;
+	}
+	finish(m, tag, w->error);
+}
+
+static void resume_waiting(struct pu_mapped *m)
+{
+	while (m->nr_waiting && m->free_slot != NO_SLOT) {
+		uint16_t tag = m->waiting[0];
+
+		m->nr_waiting--;
+		memmove(m->waiting, m->waiting + 1, m->nr_waiting * sizeof(*m->waiting));
+		m->works[tag].queued = false;
+		proceed(m, tag);
+		if (m->works[tag].queued)
+			return;
+	}
+}
+
+static void leg_ends(struct pu_mapped *m, struct pu_slot *slot, int64_t result)
+{
+	struct pu_work *w = &m->works[slot->tag];
+	uint32_t leg = slot->part.file, bit = 1u << leg;
+
+	if (result >= 0) {
+		w->good_legs |= bit;
+		return;
+	}
+	if (result == -EOPNOTSUPP && !has_data(w->op)) {
+		w->error = -EOPNOTSUPP; /* what a file cannot do at all is no failure of it */
+		return;
+	}
+	w->bad_legs |= bit;
+	w->error = (int)result;
+	m->leg_error[leg] = (int)-result;
+	__atomic_fetch_add(&m->layout->legs[leg].errors, 1, __ATOMIC_RELAXED);
+}
+
+/* An operation has ended: the part goes on, or is done. */
+static void advance(struct pu_mapped *m, struct pu_slot *slot, int64_t result)
+{
+	uint16_t tag = slot->tag;
+	struct pu_work *w = &m->works[tag];
+	bool transfer = has_data(w->op) || w->by_writing;
+
+	if (result == -EINTR) {
+		operate(m, slot);
+		return;
+	}
+	if (result >= 0 && transfer) {
+		slot->done += (uint64_t)result;
+		if (slot->done < slot->part.length) {
+			if (result > 0) {
+				operate(m, slot);
+				return;
+			}
+			result = -EIO; /* the file is shorter than was said */
+		}
+	}
+	if (mirrored(m))
+		leg_ends(m, slot, result);
+	else if (result < 0 && !w->error)
+		w->error = (int)result;
+	free_slot(m, slot);
+	/* A read that failed on one leg is tried on another. */
+	if (mirrored(m) && w->op == PU_OP_READ && result < 0 && !w->unregistered &&
+	    pu_layout_readable(m->layout, w->offset, w->bad_legs) >= 0) {
+		w->open--;
+		proceed(m, tag);
+		return;
+	}
+	if (--w->open == 0 && !w->queued)
+		answer(m, tag);
+}
+
+static void complete(void *context, uint64_t user_data, int32_t result)
+{
+	struct pu_mapped *m = context;
+	uint32_t number = (uint32_t)user_data;
+	struct pu_work *w;
+
+	if (user_data >> PU_KIND_SHIFT == KIND_PART) {
+		struct pu_slot *slot = &m->slots[number];
+
+		if (slot->orphan || slot->generation != m->q->tags[slot->tag].generation) {
+			if (!slot->orphan)
+				m->q->others--;
+			free_slot(m, slot);
+			return;
+		}
+		m->q->others--;
+		/* Transient, says the kernel: resources were short. */
+		advance(m, slot, result == -EAGAIN ? -EINTR : result);
+		return;
+	}
+	m->q->others--;
+	if (user_data >> PU_KIND_SHIFT == KIND_UNREGISTER)
+		return;
+	w = &m->works[number];
+	if (result < 0)
+		w->unregistered = true;
+	if (--w->open == 0 && !w->queued)
+		answer(m, (uint16_t)number);
+}
+
+/* ---- legs that fail or hang ---- */
+
+static int renew_buffer(struct pu_mapped *m, uint16_t tag)
+{
+	void *fresh = mmap(NULL, m->q->buffer_bytes, PROT_READ | PROT_WRITE,
+			   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+	if (fresh == MAP_FAILED)
+		return -ENOMEM;
+	madvise(fresh, m->q->buffer_bytes, MADV_DONTFORK);
+	m->q->tags[tag].buffer = fresh;
+	return 0;
+}
+
+/* Whether the request can do without the leg. */
+static bool dispensable(const struct pu_mapped *m, const struct pu_work *w, uint32_t leg)
+{
+	if (w->op == PU_OP_READ)
+		return pu_layout_readable(m->layout, w->offset, w->bad_legs | 1u << leg) >= 0;
+	return w->good_legs;
+}
+
+static void look_for_hanging(struct pu_mapped *m, int64_t now)
+{
+	int64_t limit = m->layout->leg_timeout_ns;
+
+	m->look_at_ns = now + limit / 4;
+	for (uint32_t i = 0; i < m->nr_slots; i++) {
+		struct pu_slot *slot = &m->slots[i], *stand_in;
+		struct pu_work *w = &m->works[slot->tag];
+
+		if (!slot->busy || slot->orphan || now - slot->begun_ns < limit ||
+		    !dispensable(m, w, slot->part.file))
+			continue;
+		stand_in = take_slot(m);
+		if (!stand_in)
+			continue;
+		/* The operation keeps its slot, and the memory that it may still read or fill. */
+		if (has_data(w->op) && renew_buffer(m, slot->tag)) {
+			free_slot(m, stand_in);
+			continue;
+		}
+		stand_in->part = slot->part;
+		stand_in->tag = slot->tag;
+		stand_in->generation = slot->generation;
+		slot->orphan = true;
+		m->q->others--;
+		advance(m, stand_in, -ETIMEDOUT);
+	}
+}
+
+bool pu_mapped_next_failure(struct pu_mapped *m, struct pu_leg_failure *failure)
+{
+	if (!m->failed_legs)
+		return false;
+	failure->leg = (uint32_t)__builtin_ctz(m->failed_legs);
+	failure->error = m->leg_error[failure->leg];
+	m->failed_legs &= ~(1u << failure->leg);
+	return true;
+}
+
+void pu_mapped_recorded(struct pu_mapped *m)
+{
+	for (uint32_t tag = 0; m->held && tag < m->q->depth; tag++) {
+		if (!m->works[tag].held)
+			continue;
+		m->works[tag].held = false;
+		m->held--;
+		finish(m, (uint16_t)tag, 0);
+	}
+}
+
+/* ---- serving ---- */
+
+static int register_files_anew(struct pu_mapped *m, uint32_t version)
+{
+	struct { /* io_uring_files_update */
+		uint32_t offset, resv;
+		uint64_t fds;
+	} update;
+
+	for (uint32_t i = 0; i < m->layout->nr_files; i++) {
+		int error;
+
+		update.offset = i + 1;
+		update.resv = 0;
+		update.fds = (uint64_t)(uintptr_t)&m->layout->files[i].fd;
+		error = pu_ring_register(&m->q->ring, PU_REGISTER_FILES_UPDATE, &update, 1);
+		if (error < 0)
+			return error;
+	}
+	m->version = version;
+	return 0;
+}
+
+int pu_mapped_plan(struct pu_mapped *m, uint16_t tag, const struct pu_extent *parts, uint32_t count)
+{
+	struct pu_work *w = &m->works[tag];
+	const struct pu_desc *desc = &m->q->desc[tag];
+	uint64_t sum = 0;
+
+	for (uint32_t i = 0; i < count; i++) {
+		if (parts[i].file >= m->layout->nr_files || !parts[i].length)
+			return -EINVAL;
+		sum += parts[i].length;
+	}
+	if (sum != (uint64_t)desc->nr_sectors << PU_SECTOR_SHIFT)
+		return -EINVAL;
+	if (count > w->plan_room) {
+		struct pu_extent *more = realloc(w->plan, count * sizeof(*more));
+
+		if (!more)
+			return -ENOMEM;
+		w->plan = more;
+		w->plan_room = count;
+	}
+	sum = 0;
+	for (uint32_t i = 0; i < count; i++) {
+		w->plan[i] = parts[i];
+		w->plan[i].start = sum; /* in the request's data */
+		sum += parts[i].length;
+	}
+	w->nr_plan = count;
+	start(m, tag);
+	return 0;
+}
+
+static int64_t limited(const struct pu_mapped *m, int64_t timeout_ns)
+{
+	int64_t limit = m->layout->leg_timeout_ns / 4;
+
+	if (!limit || !m->q->others || (timeout_ns >= 0 && timeout_ns < limit))
+		return timeout_ns;
+	return limit;
+}
+
+int pu_mapped_turn(struct pu_mapped *m, int64_t timeout_ns)
+{
+	struct pu_queue *q = m->q;
+	uint32_t version = __atomic_load_n(&m->layout->version, __ATOMIC_ACQUIRE);
+	uint32_t need_plan = 0;
+	int there = version == m->version ? 0 : register_files_anew(m, version);
+
+	if (!there)
+		there = pu_queue_wait(q, limited(m, timeout_ns));
+	if (there < 0)
+		return there;
+	for (uint32_t i = 0; i < q->nr_ready; i++) {
+		uint16_t tag = q->ready[i];
+
+		if (m->layout->kind == PU_LAYOUT_PLANNED &&
+		    (q->desc[tag].op_flags & 0xff) != PU_OP_FLUSH)
+			q->ready[need_plan++] = tag;
+		else
+			start(m, tag);
+	}
+	try_gated(m);
+	resume_waiting(m);
+	if (m->layout->leg_timeout_ns) {
+		int64_t now = now_ns();
+
+		if (now >= m->look_at_ns)
+			look_for_hanging(m, now);
+	}
+	return (int)need_plan;
+}

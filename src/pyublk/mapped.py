@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: MIT
+"""Targets that say where their bytes live: the queue's own ring moves them."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from pyublk._native import Layout
+from pyublk.backing import Backing
+from pyublk.params import DmaAlign
+from pyublk.paths import DataPath
+from pyublk.target import Dispatch, Target
+
+#: A part of a file: its index among the target's files, offset, and length (bytes).
+Extent = tuple[int, int, int]
+
+
+class MappedTarget(Target):
+    """A disk whose bytes live in files. Python says where, once; the kernel moves them.
+
+    The disk is `extents()`, one after the other: as it stands, all the files, each whole. A
+    subclass says something else there, or defines
+
+    ``map(op, offset, length)``
+        called for each request but flush: returns where these bytes are, as an offset in the only
+        file, one ``(file, offset, length)``, or a sequence of them that add up to `length`. It is
+        called by every queue's thread, so what it changes needs a lock. An exception fails the
+        request, as in other targets.
+
+    Reads and writes become reads and writes of the files, discard a hole punch, write-zeroes
+    ``fallocate`` (or writing, where the file system cannot), flush ``fdatasync`` of every file,
+    and a write with FUA is a durable write. A request that spans several parts is done when all
+    are; when one fails, the request fails with its errno.
+
+    Args:
+        files: regular files, or block devices, which are opened exclusively; when the disk starts.
+        size: bytes of the disk; without, what the extents add up to. A target with `map` and more
+            than one file needs it. With one file it is made, or extended, to this size.
+        block_size: the disk's logical block size in bytes.
+        direct: bypass the page cache (O_DIRECT); the block size is then at least what the files'
+            devices demand.
+        read_only: open the files for reading, and make the disk read-only.
+    """
+
+    dispatch: ClassVar[Dispatch | None] = "mapped"
+    concurrency = "parallel"
+    flushes = True
+    discards = True
+    writes_zeroes = True
+    takes_fua = True
+
+    #: The `map` method of a subclass, if it has one.
+    map: ClassVar[Callable[..., object] | None] = None
+
+    def __init__(
+        self,
+        files: Sequence[Path | str],
+        *,
+        size: int | None = None,
+        block_size: int = 512,
+        direct: bool = False,
+        read_only: bool = False,
+    ) -> None:
+        if not files:
+            raise ValueError("a mapped target needs at least one file")
+        super().__init__(size=size or 0, block_size=block_size, read_only=read_only)
+        self.files = [Path(file) for file in files]
+        #: The open files, while the disk is served.
+        self.backing: list[Backing] = []
+        #: Makes the queues look at the layout again; set by the device.
+        self.wake_queues: Callable[[], None] = lambda: None
+        self._wanted_size = size
+        self._wanted_block_size = block_size
+        self._direct = direct
+        self._layout: Layout | None = None
+
+    # ---- what a subclass may say ----
+
+    def extents(self) -> Iterable[Extent]:
+        """The disk from its first byte to its last; called with the files open."""
+        for number, backing in enumerate(self.backing):
+            yield number, 0, backing.size
+
+    def make_layout(self, files: list[tuple[int, bool, bool]]) -> Layout:
+        """The layout of the open files (descriptor, in memory, block device)."""
+        if self.map is not None:
+            size = self._wanted_size
+            if size is None and len(files) == 1:
+                size = self.backing[0].size
+            if size is None:
+                raise ValueError("a target with map and several files needs a size")
+            return Layout.planned(files, size)
+        extents = _cut_off(list(self.extents()), self._wanted_size)
+        self._check_extents(extents)
+        return Layout.table(files, extents)
+
+    def leg_failed(self, leg: int, error: int) -> None:
+        """A mirror's leg failed; called before the request that noticed it is answered."""
+        raise NotImplementedError
+
+    # ---- how it is served ----
+
+    @property
+    def layout(self) -> Layout:
+        """Where the bytes are, while the disk is served."""
+        if self._layout is None:
+            raise RuntimeError("the target is not open")
+        return self._layout
+
+    @property
+    def paths(self) -> tuple[DataPath, ...]:  # type: ignore[override]
+        """The data paths that it can be served by, the best first; they depend on the files."""
+        if self.layout.in_memory:
+            return (DataPath.COPY, DataPath.USER_COPY, DataPath.ZERO_COPY, DataPath.AUTO_BUFFER)
+        return (DataPath.AUTO_BUFFER, DataPath.COPY, DataPath.ZERO_COPY, DataPath.USER_COPY)
+
+    def open(self) -> None:
+        alone = len(self.files) == 1
+        try:
+            for path in self.files:
+                self.backing.append(self.open_file(path, self._wanted_size if alone else None))
+            self.block_size = max(
+                self._wanted_block_size, *(backing.block_size for backing in self.backing)
+            )
+            self._layout = self.make_layout(
+                [(backing.fd, backing.in_memory, backing.is_device) for backing in self.backing]
+            )
+            self.size = self._layout.size
+            if self.size == 0 or self.size % self.block_size:
+                raise ValueError(
+                    f"the size is {self.size} bytes: it must be a positive multiple of the block "
+                    f"size, {self.block_size}"
+                )
+        except BaseException:
+            for backing in self.backing:
+                if backing.made:
+                    backing.path.unlink()
+            self.close()
+            raise
+
+    def open_file(self, path: Path, size: int | None = None) -> Backing:
+        return Backing.open(path, size=size, direct=self._direct, read_only=self.read_only)
+
+    def close(self) -> None:
+        self._layout = None
+        while self.backing:
+            self.backing.pop().close()
+
+    def dma_alignment(self) -> DmaAlign | None:
+        """What zero copy to these files demands of a request's memory; None: nothing."""
+        return DmaAlign(alignment=self.block_size) if self._direct else None
+
+    def _check_extents(self, extents: list[Extent]) -> None:
+        for number, offset, length in extents:
+            if not 0 <= number < len(self.backing):
+                raise ValueError(f"an extent names file {number}; there are {len(self.backing)}")
+            whole = self.backing[number].size
+            if offset == 0 and length == whole and (not whole or whole % self.block_size):
+                raise ValueError(
+                    f"{self.files[number]} has {whole} bytes: a disk needs a positive multiple of "
+                    f"its block size, {self.block_size}; give a size, or another block size"
+                )
+            if offset % self.block_size or length % self.block_size or offset < 0 or length <= 0:
+                raise ValueError(
+                    f"the extent at {offset} of {length} bytes in {self.files[number]} must be "
+                    f"positive multiples of the block size, {self.block_size}"
+                )
+            if offset + length > whole:
+                raise ValueError(
+                    f"the extent at {offset} of {length} bytes is not inside {self.files[number]}, "
+                    f"which has {whole}"
+                )
+
+
+def _cut_off(extents: list[Extent], size: int | None) -> list[Extent]:
+    """The first `size` bytes of the extents."""
+    if size is None:
+        return extents
+    kept: list[Extent] = []
+    for number, offset, length in extents:
+        if size > 0:
+            kept.append((number, offset, min(length, size)))
+        size -= length
+    if size > 0:
+        raise ValueError(f"size is {size} bytes more than the extents have together")
+    return kept

@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: MIT
+"""The same bytes in several files or block devices: the disk outlives all but one of them."""
+
+import json
+import logging
+import mmap
+import os
+import threading
+import time
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+from pyublk._native import Layout
+from pyublk.backing import Backing
+from pyublk.mapped import MappedTarget
+from pyublk.paths import DataPath
+
+log = logging.getLogger("pyublk.targets.mirror")
+
+
+class LegState(IntEnum):
+    """A leg of a mirror: read and written; written but not yet read; left alone."""
+
+    SYNCED = 0
+    RESYNC = 1
+    FAILED = 2
+
+
+class Mirror(MappedTarget):
+    """Writes to every leg, reads from one, as RAID 1 does.
+
+    A leg on which a request fails, or takes longer than `leg_timeout`, is left alone from then on,
+    and the disk lives on with the others; a read is tried on another leg. The failure is on record,
+    durably, before the request that noticed it is answered: a leg that missed a write is never read
+    again, also after a restart. When the last leg fails, its errors are the client's.
+
+    A leg comes back with `replace`, or with `rebuild` at the next start: all is copied to it while
+    the disk is in use. After a stop that was none (a crash, a power cut) legs may differ in what
+    was being written: then the first one is copied to the others.
+
+    Args:
+        files: the legs, regular files or block devices; the smallest says how large the disk is.
+        size: bytes of the disk, at most that.
+        state: the file with the record; by default beside the first leg, with the suffix
+            ".mirror". Needed when the first leg is a block device.
+        leg_timeout: seconds; 0 waits for ever, and allows zero copy.
+        rebuild: bring failed legs back in step.
+        direct, read_only, block_size: as for `File`.
+    """
+
+    def __init__(
+        self,
+        *files: Path,
+        size: int | None = None,
+        state: Path | None = None,
+        leg_timeout: float = 30.0,
+        rebuild: bool = False,
+        direct: bool = False,
+        read_only: bool = False,
+        block_size: int = 512,
+    ) -> None:
+        if len(files) < 2:
+            raise ValueError("a mirror needs at least two files")
+        if leg_timeout < 0:
+            raise ValueError(f"leg_timeout must be 0 or more seconds, not {leg_timeout}")
+        super().__init__(
+            files, size=size, direct=direct, read_only=read_only, block_size=block_size
+        )
+        self._state_path = None if state is None else Path(state)
+        self._leg_timeout = leg_timeout
+        self._rebuild = rebuild
+        self._lock = threading.Lock()  # the record, and changes of legs
+        self._since: list[float | None] = [None] * len(files)
+        self._progress = 0.0
+        self._stopping = threading.Event()
+        self._copier: threading.Thread | None = None
+
+    # ---- looking at it ----
+
+    def state(self) -> dict[str, Any]:
+        """What `pyublk info` shows: each leg's path, state, errors, and since when (seconds since
+        1970) it is not in step; `progress` of a resync from 0 to 1."""
+        layout = self.layout
+        legs = [
+            {
+                "path": str(path),
+                "state": LegState(layout.leg_state(leg)).name.lower(),
+                "errors": layout.leg_errors(leg),
+                "since": self._since[leg],
+            }
+            for leg, path in enumerate(self.files)
+        ]
+        return {"legs": legs, "progress": self._progress}
+
+    @property
+    def degraded(self) -> bool:
+        """Whether a leg is not in step."""
+        return any(self.layout.leg_state(leg) for leg in range(len(self.files)))
+
+    # ---- as a mapped target ----
+
+    @property
+    def paths(self) -> tuple[DataPath, ...]:  # type: ignore[override]
+        if self._leg_timeout:
+            # Memory that a hanging leg may still read must not be the request's own.
+            return (DataPath.COPY, DataPath.USER_COPY)
+        return super().paths
+
+    def make_layout(self, files: list[tuple[int, bool, bool]]) -> Layout:
+        smallest = min(backing.size for backing in self.backing)
+        size = smallest - smallest % self.block_size
+        if self._wanted_size is not None:
+            if self._wanted_size > size:
+                raise ValueError(
+                    f"size {self._wanted_size} is more than the smallest leg has, {size} bytes"
+                )
+            size = self._wanted_size
+        return Layout.mirror(files, size, leg_timeout=self._leg_timeout)
+
+    def open(self) -> None:
+        super().open()
+        try:
+            if self._state_path is None:
+                if self.backing[0].is_device:
+                    raise ValueError(
+                        f"{self.files[0]} is a block device: say with state which file is to hold "
+                        "the record of legs that failed"
+                    )
+                self._state_path = self.files[0].with_name(self.files[0].name + ".mirror")
+            self._stopping.clear()
+            if self._take_up_record():
+                self._begin_resync()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._stopping.set()
+        if self._copier is not None:
+            self._copier.join()
+            self._copier = None
+        if self._layout is not None and self._state_path is not None:
+            with self._lock:
+                self._record(active=False)
+        super().close()
+
+    def leg_failed(self, leg: int, error: int) -> None:
+        with self._lock:
+            layout = self.layout
+            if layout.leg_state(leg) == LegState.FAILED:
+                return
+            layout.set_leg_state(leg, LegState.FAILED)
+            self._since[leg] = time.time()
+            self._record(active=True)
+        log.error(
+            "leg %d (%s) failed: %s; the disk goes on without it",
+            leg,
+            self.files[leg],
+            os.strerror(error),
+        )
+
+    # ---- the record ----
+
+    def _take_up_record(self) -> bool:
+        """Puts legs into the state on record; whether one is to be brought in step."""
+        assert self._state_path is not None
+        record = self._read_record()
+        layout = self.layout
+        states = [LegState.SYNCED] * len(self.files)
+        known = {leg["path"]: leg for leg in record.get("legs", [])}
+        for leg, path in enumerate(self.files):
+            before = known.get(str(path.absolute()))
+            if before is None and known:
+                states[leg] = LegState.RESYNC  # new here
+            elif before is not None and before["state"] != "synced":
+                self._since[leg] = before["since"]
+                again = self._rebuild or before["state"] == "resync"
+                states[leg] = LegState.RESYNC if again else LegState.FAILED
+        if LegState.SYNCED not in states:
+            raise ValueError(
+                f"no leg is in step, says {self._state_path}: name one that is, or remove that "
+                "file if you know that all are the same"
+            )
+        if record.get("active"):
+            first = states.index(LegState.SYNCED)
+            log.warning("the mirror was not stopped: copying %s to the others", self.files[first])
+            for leg, state in enumerate(states):
+                if leg != first and state == LegState.SYNCED:
+                    states[leg] = LegState.RESYNC
+        for leg, state in enumerate(states):
+            layout.set_leg_state(leg, state)
+        if not self.read_only:
+            self._record(active=True)
+        return LegState.RESYNC in states and not self.read_only
+
+    def _read_record(self) -> dict[str, Any]:
+        assert self._state_path is not None
+        try:
+            record = json.loads(self._state_path.read_text())
+        except FileNotFoundError:
+            return {}
+        except ValueError:
+            raise ValueError(f"{self._state_path} is not a mirror's record") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{self._state_path} is not a mirror's record")
+        return record
+
+    def _record(self, *, active: bool) -> None:
+        """Writes the record durably, whole or not at all."""
+        if self.read_only:
+            return
+        assert self._state_path is not None
+        layout = self.layout
+        legs = [
+            {
+                "path": str(path.absolute()),
+                "state": LegState(layout.leg_state(leg)).name.lower(),
+                "since": self._since[leg],
+            }
+            for leg, path in enumerate(self.files)
+        ]
+        fresh = self._state_path.with_name(self._state_path.name + ".new")
+        with open(fresh, "w") as file:
+            json.dump({"active": active, "legs": legs}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, self._state_path)
+        directory = os.open(self._state_path.absolute().parent, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    # ---- bringing a leg in step ----
+
+    def replace(self, leg: int, path: Path | None = None) -> None:
+        """Puts a new file in a failed leg's place (None: the same, still open) and copies all to it.
+
+        Returns at once; `state` tells how far it is, `wait_in_step` waits.
+
+        Raises ValueError for a leg that has not failed, or a file that is too small.
+        """
+        with self._lock:
+            layout = self.layout
+            if not 0 <= leg < len(self.files):
+                raise ValueError(f"there is no leg {leg}, only 0 to {len(self.files) - 1}")
+            if layout.leg_state(leg) != LegState.FAILED:
+                raise ValueError(f"leg {leg} ({self.files[leg]}) has not failed")
+            if path is not None:
+                self._put_in_place(leg, Path(path))
+            layout.set_leg_state(leg, LegState.RESYNC)
+            self._record(active=True)
+        self.wake_queues()
+        self._begin_resync()
+
+    def _put_in_place(self, leg: int, path: Path) -> None:
+        backing = self.open_file(path)
+        if backing.size < self.layout.size:
+            backing.close()
+            raise ValueError(
+                f"{path} has {backing.size} bytes, the mirror needs {self.layout.size}"
+            )
+        self.layout.replace_file(leg, backing.fd, backing.in_memory, backing.is_device)
+        self.backing[leg].close()
+        self.backing[leg] = backing
+        self.files[leg] = path
+
+    def wait_in_step(self, timeout: float | None = None) -> bool:
+        """Waits, at most `timeout` seconds, until no leg is being brought in step; whether the
+        mirror is whole then."""
+        copier = self._copier
+        if copier is not None:
+            copier.join(timeout)
+        return not self.degraded
+
+    def _begin_resync(self) -> None:
+        if self._copier is not None and self._copier.is_alive():
+            return  # it looks again before it ends
+        self._copier = threading.Thread(target=self._resync, name="mirror-resync", daemon=True)
+        self._copier.start()
+
+    def _resync(self) -> None:
+        while legs := self._legs(LegState.RESYNC):
+            try:
+                if not self._copy_everything(legs):
+                    return
+            except OSError as error:
+                log.error("bringing a mirror in step failed: %s", error)
+                for leg in legs:
+                    self.leg_failed(leg, error.errno or 5)
+
+    def _legs(self, state: LegState) -> list[int]:
+        layout = self.layout
+        return [leg for leg in range(len(self.files)) if layout.leg_state(leg) == state]
+
+    def _copy_everything(self, legs: list[int]) -> bool:
+        """False when the mirror is stopped before it is done."""
+        layout = self.layout
+        step = layout.region_bytes
+        regions = -(-layout.size // step)
+        for region in range(regions):
+            if self._stopping.is_set():
+                return False
+            layout.gate(region)
+            try:
+                while not layout.quiet(region):
+                    if self._stopping.wait(0.001):
+                        return False
+                self._copy(region * step, min(step, layout.size - region * step), legs)
+            finally:
+                layout.gate(None)
+                self.wake_queues()
+            self._progress = (region + 1) / regions
+        for leg in legs:
+            os.fsync(self.backing[leg].fd)
+        with self._lock:
+            for leg in legs:
+                if layout.leg_state(leg) == LegState.RESYNC:
+                    layout.set_leg_state(leg, LegState.SYNCED)
+                    self._since[leg] = None
+            self._record(active=True)
+        log.info("the mirror is in step again")
+        return True
+
+    def _copy(self, offset: int, length: int, legs: list[int]) -> None:
+        source = self.backing[self._legs(LegState.SYNCED)[0]]
+        memory = memoryview(mmap.mmap(-1, length))  # page-aligned, as direct I/O wants it
+        _transfer(os.preadv, source, memory, offset)
+        for leg in legs:
+            if self.layout.leg_state(leg) == LegState.RESYNC:
+                _transfer(os.pwritev, self.backing[leg], memory, offset)
+
+
+def _transfer(call: Any, backing: Backing, memory: memoryview, offset: int) -> None:
+    while memory:
+        done = call(backing.fd, [memory], offset)
+        if not done:
+            raise OSError(5, f"{backing.path} ends at {offset}")
+        memory, offset = memory[done:], offset + done

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: MIT
+"""A part of a file or block device as a disk: a range of it, or a partition."""
+
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+
+from pyublk.backing import Backing
+from pyublk.mapped import Extent, MappedTarget
+
+
+class Slice(MappedTarget):
+    """Serves `size` bytes of `file` from `offset` on, or its partition number `partition`.
+
+    Args:
+        file: a regular file or block device.
+        offset: where the disk begins in it, a multiple of the block size.
+        size: bytes of the disk; without, all that is left.
+        partition: the number of a partition, from 1, of the file's GPT or MBR (the four primary
+            ones), instead of offset and size.
+        direct, read_only, block_size: as for `File`. The partition table is read with sectors of
+            512 bytes, or of 4096 when block_size says so.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        *,
+        offset: int = 0,
+        size: int | None = None,
+        partition: int | None = None,
+        direct: bool = False,
+        read_only: bool = False,
+        block_size: int = 512,
+    ) -> None:
+        if partition is not None and (offset or size is not None):
+            raise ValueError("give either a partition, or offset and size")
+        super().__init__([file], direct=direct, read_only=read_only, block_size=block_size)
+        self.offset = offset
+        self.length = size
+        self.partition = partition
+
+    def extents(self) -> Iterable[Extent]:
+        (backing,) = self.backing
+        if self.partition is not None:
+            offset, length = find_partition(backing, self.partition, self._wanted_block_size)
+        else:
+            offset = self.offset
+            length = backing.size - offset if self.length is None else self.length
+        return [(0, offset, length)]
+
+
+def find_partition(backing: Backing, number: int, sector: int = 512) -> tuple[int, int]:
+    """Offset and length, in bytes, of a partition of a GPT (UEFI specification, 5.3) or MBR.
+
+    Raises ValueError when there is no such partition, naming those that there are.
+    """
+    with open(backing.path, "rb") as file:
+        partitions = _gpt(file.read(sector * 34), sector)
+        if partitions is None:
+            file.seek(0)
+            partitions = _mbr(file.read(512), sector)
+    if number not in partitions:
+        there = ", ".join(map(str, sorted(partitions))) or "none"
+        raise ValueError(f"{backing.path} has no partition {number}; there is: {there}")
+    return partitions[number]
+
+
+def _gpt(start: bytes, sector: int) -> dict[int, tuple[int, int]] | None:
+    header = start[sector : sector + 92]
+    if header[:8] != b"EFI PART":
+        return None
+    table, count, entry = struct.unpack_from("<QII", header, 72)
+    found = {}
+    for number in range(count):
+        place = table * sector + number * entry
+        if place + 48 > len(start):
+            break
+        kind = start[place : place + 16]
+        first, last = struct.unpack_from("<QQ", start, place + 32)
+        if any(kind):
+            found[number + 1] = (first * sector, (last - first + 1) * sector)
+    return found
+
+
+def _mbr(start: bytes, sector: int) -> dict[int, tuple[int, int]]:
+    found = {}
+    if start[510:512] == b"\x55\xaa":
+        for number in range(4):
+            kind, first, count = struct.unpack_from("<4xB3xII", start, 446 + 16 * number)
+            if kind and count:
+                found[number + 1] = (first * sector, count * sector)
+    return found

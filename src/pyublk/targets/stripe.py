@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: MIT
+"""Several files or block devices, a chunk of each in turn, as one disk."""
+
+from pathlib import Path
+
+from pyublk._native import Layout
+from pyublk.mapped import MappedTarget
+
+
+class Stripe(MappedTarget):
+    """Stripes over `files`, as RAID 0 does: any one lost loses the disk.
+
+    Each file gives as many whole chunks as the smallest has; the first chunk of the disk is the
+    first of the first file, the second the first of the second file.
+
+    Args:
+        files: regular files or block devices, in order.
+        chunk: bytes taken from a file before it is the next one's turn; a multiple of the block
+            size.
+        size: bytes of the disk; without, all whole chunks.
+        direct, read_only, block_size: as for `File`.
+    """
+
+    def __init__(
+        self,
+        *files: Path,
+        chunk: int = 64 * 1024,
+        size: int | None = None,
+        direct: bool = False,
+        read_only: bool = False,
+        block_size: int = 512,
+    ) -> None:
+        super().__init__(
+            files, size=size, direct=direct, read_only=read_only, block_size=block_size
+        )
+        self.chunk = chunk
+
+    def make_layout(self, files: list[tuple[int, bool, bool]]) -> Layout:
+        if self.chunk < self.block_size or self.chunk % self.block_size:
+            raise ValueError(
+                f"chunk is {self.chunk} bytes: it must be a positive multiple of the block size, "
+                f"{self.block_size}"
+            )
+        smallest = min(self.backing, key=lambda backing: backing.size)
+        whole = smallest.size // self.chunk * self.chunk * len(files)
+        if not whole:
+            raise ValueError(
+                f"{smallest.path} has {smallest.size} bytes, less than one chunk of {self.chunk}"
+            )
+        size = whole if self._wanted_size is None else self._wanted_size
+        if size > whole:
+            raise ValueError(f"size {size} is more than the files give, {whole} bytes")
+        return Layout.stripe(files, size, self.chunk)

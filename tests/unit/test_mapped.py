@@ -1,0 +1,311 @@
+"""Mapped targets without a kernel's disk: the ring's I/O is real, on this machine's files."""
+
+import errno
+import json
+import os
+import random
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import pyublk
+from pyublk import MappedTarget
+from pyublk.targets import File, Linear, Mirror, Slice, Stripe
+from pyublk.testing import Disk
+
+SIZE = 1 << 20
+
+
+def make(folder: Path, name: str, size: int) -> Path:
+    path = folder / name
+    path.write_bytes(os.urandom(size))
+    return path
+
+
+class Chunked(MappedTarget):
+    """Two files, 8 KiB from each in turn, said for each request."""
+
+    def map(self, op: object, offset: int, length: int) -> object:
+        parts = []
+        while length:
+            size = min(length, 8192 - offset % 8192)
+            row = offset // 8192
+            parts.append((row % 2, row // 2 * 8192 + offset % 8192, size))
+            offset, length = offset + size, length - size
+        return parts
+
+
+LAYOUTS: dict[str, Callable[[Path], MappedTarget]] = {
+    "file": lambda folder: File(make(folder, "a", SIZE)),
+    "linear": lambda folder: Linear(
+        make(folder, "a", SIZE // 2), make(folder, "b", SIZE // 4), make(folder, "c", SIZE // 4)
+    ),
+    "stripe": lambda folder: Stripe(*(make(folder, n, SIZE // 4) for n in "abcd"), chunk=4096),
+    "stripe of one sector": lambda folder: Stripe(
+        *(make(folder, n, SIZE // 4) for n in "abcd"), chunk=512
+    ),
+    "mirror": lambda folder: Mirror(make(folder, "a", SIZE), make(folder, "b", SIZE)),
+    "slice": lambda folder: Slice(make(folder, "a", SIZE * 2), offset=SIZE // 2, size=SIZE),
+    "map": lambda folder: Chunked([make(folder, n, SIZE // 2) for n in "ab"], size=SIZE),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_random_requests_read_what_was_written(layout: str, tmp_path: Path) -> None:
+    chance = random.Random(layout)
+    target = LAYOUTS[layout](tmp_path)
+    with Disk(target, depth=4, max_io_size=128 * 1024) as disk:
+        assert disk.size == SIZE
+        if layout == "mirror":
+            disk.pwrite(bytes(SIZE), 0)
+        expected = bytearray(disk.pread(SIZE, 0))
+        for _ in range(200):
+            length = chance.randrange(1, 512) * 512
+            offset = chance.randrange((SIZE - length) // 512 + 1) * 512
+            if (what := chance.random()) < 0.45:
+                data = chance.randbytes(length)
+                disk.pwrite(data, offset, fua=chance.random() < 0.1)
+                expected[offset : offset + length] = data
+            elif what < 0.9:
+                assert disk.pread(length, offset) == expected[offset : offset + length]
+            elif what < 0.95:
+                disk.write_zeroes(offset, length, unmap=chance.random() < 0.5)
+                expected[offset : offset + length] = bytes(length)
+            else:
+                disk.flush()
+        assert disk.pread(SIZE, 0) == expected
+    # And after a restart.
+    with Disk(target) as disk:
+        assert disk.pread(SIZE, 0) == expected
+
+
+def test_a_stripe_puts_the_chunks_where_raid_0_does(tmp_path: Path) -> None:
+    files = [make(tmp_path, name, 64 * 1024) for name in "abc"]
+    data = os.urandom(48 * 1024)
+    with Disk(Stripe(*files, chunk=4096)) as disk:
+        disk.pwrite(data, 0)
+    for number, file in enumerate(files):
+        chunks = [data[at : at + 4096] for at in range(number * 4096, len(data), 3 * 4096)]
+        assert file.read_bytes()[: len(chunks) * 4096] == b"".join(chunks)
+
+
+def test_discards_punch_holes(tmp_path: Path) -> None:
+    file = make(tmp_path, "a", SIZE)
+    with Disk(File(file)) as disk:
+        disk.flush()
+        os.sync()
+        before = file.stat().st_blocks
+        disk.discard(65536, 262144)
+        assert disk.pread(262144, 65536) == bytes(262144)
+    assert file.stat().st_blocks <= before - 262144 // 512 // 2
+
+
+def test_a_file_that_shrank_fails_reads(tmp_path: Path) -> None:
+    file = make(tmp_path, "a", SIZE)
+    with Disk(File(file)) as disk:
+        os.truncate(file, SIZE // 2)
+        with pytest.raises(OSError, match="READ at 524288 failed") as failure:
+            disk.pread(4096, SIZE // 2)
+        assert failure.value.errno == errno.EIO
+        # Half of it is there: no short success.
+        with pytest.raises(OSError, match="failed"):
+            disk.pread(8192, SIZE // 2 - 4096)
+        assert len(disk.pread(4096, 0)) == 4096
+
+
+def test_map_that_raises_or_does_not_add_up_fails_the_request(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Wrong(MappedTarget):
+        answer: object = 0
+
+        def map(self, op: object, offset: int, length: int) -> object:
+            if isinstance(self.answer, Exception):
+                raise self.answer
+            return self.answer
+
+    target = Wrong([make(tmp_path, "a", SIZE)])
+    with Disk(target) as disk:
+        for answer, number in (
+            ([(0, 0, 512)], errno.EIO),
+            ([(1, 0, 4096)], errno.EIO),
+            (None, errno.EIO),
+            (OSError(errno.ENOSPC, "full"), errno.ENOSPC),
+            (RuntimeError("broken"), errno.EIO),
+        ):
+            target.answer = answer
+            with pytest.raises(OSError, match="READ at 0 failed") as failure:
+                disk.pread(4096, 0)
+            assert failure.value.errno == number
+        target.answer = 0
+        assert len(disk.pread(4096, 0)) == 4096
+    assert "its parts must be 4096 bytes together" in caplog.text
+
+
+def test_bad_layouts_are_refused_by_name(tmp_path: Path) -> None:
+    small, large = make(tmp_path, "small", 4096), make(tmp_path, "large", SIZE)
+    odd = make(tmp_path, "odd", 1000)
+
+    class Outside(MappedTarget):
+        def extents(self) -> list[tuple[int, int, int]]:
+            return [(0, 4096, 4096)]
+
+    cases: list[tuple[MappedTarget, str]] = [
+        (Outside([small]), "extent at 4096 of 4096 bytes is not inside .*small, which has 4096"),
+        (Linear(large, odd), "odd has 1000 bytes: a disk needs a positive multiple"),
+        (Stripe(small, large), "small has 4096 bytes, less than one chunk of 65536"),
+        (Stripe(large, large, chunk=1000), "chunk is 1000 bytes: it must be a positive multiple"),
+        (Stripe(large, large, size=4 * SIZE), "is more than the files give, 2097152 bytes"),
+        (Slice(large, offset=100), "must be positive multiples of the block size, 512"),
+        (Slice(large, partition=1), "large has no partition 1; there is: none"),
+        (Mirror(small, large, size=8192), "more than the smallest leg has, 4096"),
+        (Chunked([small, large]), "with map and several files needs a size"),
+    ]
+    for target, words in cases:
+        with pytest.raises(ValueError, match=words):
+            target.open()
+        assert not target.backing
+    with pytest.raises(ValueError, match="at least one file"):
+        MappedTarget([])
+    with pytest.raises(ValueError, match="a mirror needs at least two files"):
+        Mirror(large)
+    with pytest.raises(ValueError, match="either a partition, or offset and size"):
+        Slice(large, partition=1, offset=512)
+
+
+def test_slice_finds_partitions(tmp_path: Path) -> None:
+    mbr = bytearray(SIZE)
+    struct.pack_into("<4xB3xII", mbr, 446 + 16, 0x83, 100, 50)
+    mbr[510:512] = b"\x55\xaa"
+    mbr[51200 : 51200 + 5] = b"hello"
+    image = tmp_path / "mbr.img"
+    image.write_bytes(mbr)
+    with Disk(Slice(image, partition=2)) as disk:
+        assert disk.size == 50 * 512
+        assert disk.pread(512, 0)[:5] == b"hello"
+    with pytest.raises(ValueError, match="has no partition 1; there is: 2"):
+        Slice(image, partition=1).open()
+    gpt = bytearray(SIZE)
+    gpt[512:520] = b"EFI PART"
+    struct.pack_into("<QII", gpt, 512 + 72, 2, 128, 128)
+    gpt[1024 + 2 * 128] = 1
+    struct.pack_into("<QQ", gpt, 1024 + 2 * 128 + 32, 40, 59)
+    image.write_bytes(gpt)
+    with Disk(Slice(image, partition=3)) as disk:
+        assert disk.size == 20 * 512
+
+
+# ---- mirrors ----
+
+
+def mirror_of(folder: Path, **options: object) -> Mirror:
+    for name in "ab":
+        if not (folder / name).exists():
+            (folder / name).write_bytes(bytes(SIZE * 4))
+    return Mirror(folder / "a", folder / "b", **options)  # type: ignore[arg-type]
+
+
+def states(mirror: Mirror) -> list[str]:
+    return [leg["state"] for leg in mirror.state()["legs"]]
+
+
+def record(folder: Path) -> list[str]:
+    return [leg["state"] for leg in json.loads((folder / "a.mirror").read_text())["legs"]]
+
+
+def test_a_mirror_lives_on_without_a_leg_and_remembers(tmp_path: Path) -> None:
+    mirror = mirror_of(tmp_path)
+    data = os.urandom(65536)
+    with Disk(mirror) as disk:
+        disk.pwrite(data, 0)
+        os.truncate(tmp_path / "a", 0)
+        assert disk.pread(65536, 0) == data
+        assert states(mirror) == ["failed", "synced"]
+        assert record(tmp_path) == ["failed", "synced"]
+        assert mirror.degraded
+        disk.pwrite(data[::-1], 0)
+    os.truncate(tmp_path / "a", SIZE * 4)
+    # The leg that missed a write is not read, also after a restart.
+    mirror = mirror_of(tmp_path)
+    with Disk(mirror) as disk:
+        assert states(mirror) == ["failed", "synced"]
+        assert disk.pread(65536, 0) == data[::-1]
+    mirror = mirror_of(tmp_path, rebuild=True)
+    with Disk(mirror) as disk:
+        assert mirror.wait_in_step(30)
+        assert states(mirror) == ["synced", "synced"]
+        assert disk.pread(65536, 0) == data[::-1]
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_the_last_leg_s_errors_are_the_client_s(tmp_path: Path) -> None:
+    mirror = mirror_of(tmp_path)
+    with Disk(mirror) as disk:
+        os.truncate(tmp_path / "a", 0)
+        os.truncate(tmp_path / "b", 0)
+        with pytest.raises(OSError, match="READ at 0 failed"):
+            disk.pread(4096, 0)
+        # Nobody is better than the other: both stay.
+        assert "synced" in states(mirror)
+
+
+def test_a_leg_is_replaced_while_the_disk_is_written(tmp_path: Path) -> None:
+    mirror = mirror_of(tmp_path)
+    spare = make(tmp_path, "spare", SIZE * 4)
+    chance = random.Random(1)
+    with Disk(mirror) as disk:
+        disk.pwrite(os.urandom(SIZE * 4), 0)
+        os.truncate(tmp_path / "a", 0)
+        disk.pread(4096, 0)
+        with pytest.raises(ValueError, match="has not failed"):
+            mirror.replace(1, spare)
+        with pytest.raises(ValueError, match="the mirror needs"):
+            mirror.replace(0, make(tmp_path, "small", 4096))
+        mirror.replace(0, spare)
+        while not mirror.wait_in_step(0):
+            disk.pwrite(chance.randbytes(4096), chance.randrange(SIZE * 4 // 4096) * 4096)
+        assert states(mirror) == ["synced", "synced"]
+    assert spare.read_bytes() == (tmp_path / "b").read_bytes()
+    assert json.loads((tmp_path / "a.mirror").read_text())["legs"][0]["path"] == str(spare)
+
+
+def test_after_a_crash_the_first_leg_is_copied_to_the_others(tmp_path: Path) -> None:
+    mirror = mirror_of(tmp_path)
+    with Disk(mirror) as disk:
+        disk.pwrite(b"\1" * 4096, 0)
+        crashed = (tmp_path / "a.mirror").read_bytes()
+    (tmp_path / "a.mirror").write_bytes(crashed)
+    with open(tmp_path / "b", "r+b") as leg:
+        leg.write(b"\2" * 4096)
+    mirror = mirror_of(tmp_path)
+    with Disk(mirror) as disk:
+        assert mirror.wait_in_step(30)
+        assert disk.pread(4096, 0) == b"\1" * 4096
+    assert (tmp_path / "b").read_bytes()[:4096] == b"\1" * 4096
+
+
+def test_a_mirror_without_a_good_leg_does_not_start(tmp_path: Path) -> None:
+    mirror_of(tmp_path)
+    legs = [{"path": str(tmp_path / name), "state": "failed", "since": 1.0} for name in "ab"]
+    (tmp_path / "a.mirror").write_text(json.dumps({"active": False, "legs": legs}))
+    with pytest.raises(ValueError, match=r"no leg is in step, says .*a\.mirror"):
+        mirror_of(tmp_path).open()
+    (tmp_path / "a.mirror").write_text("nonsense")
+    with pytest.raises(ValueError, match=r"a\.mirror is not a mirror's record"):
+        mirror_of(tmp_path).open()
+
+
+def test_mapped_targets_announce_what_files_can_do(tmp_path: Path) -> None:
+    target = File(make(tmp_path, "a", SIZE))
+    target.open()
+    try:
+        params = target.params(65536)
+        assert params.basic.volatile_cache
+        assert params.basic.fua
+        assert params.discard is not None
+        assert params.discard.max_write_zeroes_size
+    finally:
+        target.close()
+    assert isinstance(target, pyublk.Target)
