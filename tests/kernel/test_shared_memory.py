@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from blocks import Blocks
 from conftest import Serve
-from servers import Server
+from servers import Server, until
 
 import pyublk
 from pyublk._native import address
@@ -194,8 +194,16 @@ def test_sharing_while_requests_are_under_way(serve: Serve) -> None:
     thread = threading.Thread(target=client)
     thread.start()
     try:
-        for _ in range(10):
-            disk.share(fd=fd).close()
+        for _ in range(5):
+            target.seen.clear()
+            with disk.share(fd=fd):
+                until(
+                    lambda: (
+                        {(op, shared) for op, shared, _ in list(target.seen)}
+                        >= {(Op.READ, True), (Op.WRITE, True)}
+                    ),
+                    what="requests from the shared memory",
+                )
     finally:
         over.set()
         thread.join(20)
