@@ -7,10 +7,12 @@ General layout, from the bottom up; a module imports only from the lines above i
     errors                   what is raised, and the sentences for it
     _native (over _core/)    Ring, Queue, IO; control commands; native targets
     features, params, stats  what the kernel can do; device parameters; counters
+    zones                    the zones of a zoned disk, and the rules for writing to them
     paths                    the ways a request's data takes, and the choice among them
     control                  Controller: one method per control command
     backing                  the files that hold a disk's bytes
     target, mapped, serving  what a target implements; the ways requests reach it
+    zoned, sharing           the base of zoned targets; memory shared with clients
     device                   Device: queues, threads, start in step, clean stop
     targets/, testing/       the targets that ship; disks without a kernel
     vm/                      a kernel with ublk for machines without
@@ -36,8 +38,10 @@ from pyublk.features import Features
 from pyublk.mapped import MappedTarget
 from pyublk.params import Params
 from pyublk.paths import DataPath, PathChoice
+from pyublk.sharing import SharedMemory
 from pyublk.stats import DeviceStats, QueueStats
 from pyublk.target import NativeTarget, Target
+from pyublk.zoned import ZonedTarget
 
 __all__ = [
     "IO",
@@ -63,7 +67,9 @@ __all__ = [
     "QueueStats",
     "Ring",
     "ShardedLock",
+    "SharedMemory",
     "StaleIO",
     "Target",
     "UblkError",
+    "ZonedTarget",
 ]

@@ -25,6 +25,8 @@ __all__ = [
     "Ram",
     "Ring",
     "ShardedLock",
+    "SharedTable",
+    "address",
     "control",
 ]
 
@@ -230,6 +232,23 @@ class Buffers:
     @property
     def size(self) -> int: ...
 
+def address(memory: Buffer) -> int:
+    """Where the bytes of a buffer are."""
+
+@final
+class SharedTable:
+    """The memory that a device shares with its clients, by the kernel's index.
+
+    `changing` is to be set around REG_BUF and UNREG_BUF; one change at a time.
+    """
+
+    def __init__(self) -> None: ...
+    def changing(self, now: bool) -> None: ...
+    def put(self, index: int, memory: Buffer) -> None:
+        """`memory` is kept as long as it is in the table or in use by a request."""
+    def drop(self, index: int) -> None: ...
+    def clear(self) -> None: ...
+
 class Queue:
     """One queue of an open char device (`/dev/ublkcN`), served by the thread that makes it.
 
@@ -258,10 +277,16 @@ class Queue:
         extra_entries: int = 0,
         files: Iterable[int] = (),
         faults: int = 0,
+        table: SharedTable | None = None,
     ) -> None: ...
     @classmethod
     def loopback(
-        cls, *, depth: int = 128, buffer_size: int = 524288, extra_entries: int = 0
+        cls,
+        *,
+        depth: int = 128,
+        buffer_size: int = 524288,
+        extra_entries: int = 0,
+        table: SharedTable | None = None,
     ) -> Self:
         """A queue without kernel: requests are injected, answers read back (pyublk.testing)."""
     def close(self) -> None: ...
@@ -305,10 +330,12 @@ class Queue:
         """Fails every request not yet answered. From any thread."""
     def sever(self) -> None:
         """Takes the device away from a serving thread that is stuck. From any thread."""
-    def inject(self, tag: int, op_flags: int, offset: int, length: int) -> None:
+    def inject(self, tag: int, op_flags: int, offset: int, length: int, address: int = 0) -> None:
         """Loopback: a request (bytes) appears on a tag."""
     def answered(self, tag: int) -> int | None:
         """Loopback: the tag's result, or None while it is unanswered."""
+    def zone_sector(self, tag: int) -> int:
+        """Loopback: where the tag's zone append was written, as answered."""
     def memory(self, tag: int, length: int) -> memoryview:
         """The tag's buffer as the kernel sees it."""
 

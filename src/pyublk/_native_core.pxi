@@ -81,11 +81,13 @@ cdef extern from "_core/ublk.h" nogil:
     int PU_ZONE_BYTES
     uint32_t PU_FLAG_NOUNMAP
     uint32_t PU_FLAG_INTEGRITY
+    uint32_t PU_FLAG_SHMEM_ZC
 
     struct pu_desc:
         uint32_t op_flags
         uint32_t nr_sectors
         uint64_t start_sector
+        uint64_t addr
 
     uint64_t pu_desc_offset(const pu_desc *)
 
@@ -96,6 +98,13 @@ cdef extern from "_core/ublk.h" nogil:
         uint64_t addr
         uint64_t data
         uint16_t dev_path_len
+
+cdef extern from "_core/shared.h" nogil:
+    struct pu_shared:
+        pass
+
+    void pu_shared_put(pu_shared *, uint16_t, uint8_t *, uint64_t)
+    void pu_shared_change(pu_shared *, uint32_t)
 
 cdef extern from "_core/queue.h" nogil:
     ctypedef int64_t (*pu_handler)(
@@ -129,6 +138,7 @@ cdef extern from "_core/queue.h" nogil:
         const int *files
         uint32_t nr_files
         uint32_t faults
+        const pu_shared *shared
 
     struct pu_queue:
         pu_ring ring
@@ -165,6 +175,7 @@ cdef extern from "_core/queue.h" nogil:
     int pu_queue_inject(pu_queue *, uint16_t, uint32_t, uint64_t, uint32_t)
     void pu_queue_counters(const pu_queue *, pu_counters *)
     void *pu_queue_buffer(const pu_queue *, uint16_t)
+    void *pu_queue_shared(const pu_queue *, uint16_t)
     bint pu_queue_holds(const pu_queue *, uint16_t, uint32_t)
 
 cdef extern from "_core/control.h" nogil:

@@ -22,6 +22,7 @@ cdef class IO:
     cdef object view         # for the operation that last used it; length bytes
     cdef uint64_t view_length
     cdef bint view_writable
+    cdef bint view_shared    # it shows memory shared with the client, for this one request
     cdef bint answer_in_buffer  # user copy: a read's data is in the buffer, to be given at the end
     cdef uint32_t generation
     cdef readonly uint16_t tag
@@ -137,6 +138,8 @@ cdef class IO:
         cdef uint32_t op = self.desc.op_flags & 0xFF
         cdef bint writable = not takes_data(op)
         cdef uint64_t length = self.data_length()
+        if self.desc.op_flags & PU_FLAG_SHMEM_ZC:
+            return self.get_shared_view(length, writable)
         if not self.queue.q.copies:
             self.bring_data(writable)
         if self.view is None or self.view_length != length or self.view_writable != writable:
@@ -145,6 +148,22 @@ cdef class IO:
             self.view = memoryview(span)
             self.view_length = length
             self.view_writable = writable
+        return self.view
+
+    cdef object get_shared_view(self, uint64_t length, bint writable):
+        """Straight into the memory that the client shares: nothing comes or goes."""
+        cdef void *bytes_of
+        if self.view_shared:
+            return self.view
+        with nogil:
+            bytes_of = pu_queue_shared(&self.queue.q, self.tag)
+        if bytes_of == NULL:
+            raise OSError(EIO, "the request lies in shared memory that is not known here")
+        self.drop_view()
+        index = self.desc.addr >> uapi.SHMEM_INDEX_OFFSET & 0xFFFF
+        memory = self.queue.table.memories.get(index)
+        self.view = memoryview(Span.make(memory, bytes_of, length, writable))
+        self.view_shared = True
         return self.view
 
     cdef int bring_data(self, bint writable) except -1:
@@ -163,12 +182,15 @@ cdef class IO:
 
     cdef int drop_view(self) except -1:
         """A view that the handler kept must not show the tag's next request."""
-        if self.view is not None and PU_REFERENCES(<PyObject *>self.view) != 1:
+        if self.view is None:
+            return 0
+        if PU_REFERENCES(<PyObject *>self.view) != 1 or self.view_shared:
             try:
                 self.view.release()
             except BufferError:
                 pass  # an array on top of it: it keeps the memory, whatever that will hold
             self.view = None
+            self.view_shared = False
         return 0
 
     def complete(self, *, zone_sector=None):
@@ -306,6 +328,47 @@ cdef class Buffers:
             pu_buffers_unmap(self.first, <uint16_t>self.depth, self.size)
 
 
+def address(memory):
+    """Where the bytes of a buffer are."""
+    return <uintptr_t>address_of(memoryview(memory))
+
+
+cdef class SharedTable:
+    """The memory that a device shares with its clients, by the kernel's index.
+
+    `changing` is to be set around REG_BUF and UNREG_BUF; one change at a time.
+    """
+
+    cdef pu_shared *table
+    cdef dict memories
+
+    def __cinit__(self):
+        self.table = <pu_shared *>calloc(1, sizeof(pu_shared))
+        if self.table == NULL:
+            raise MemoryError("cannot allocate the table of shared memory")
+        self.memories = {}
+
+    def __dealloc__(self):
+        free(self.table)
+
+    def changing(self, bint now):
+        pu_shared_change(self.table, now)
+
+    def put(self, uint16_t index, memory):
+        """`memory` is kept as long as it is in the table or in use by a request."""
+        cdef const unsigned char[::1] bytes_of = memory
+        self.memories[index] = memoryview(memory)  # which keeps a mapping from being closed
+        pu_shared_put(self.table, index, <uint8_t *>&bytes_of[0], len(bytes_of))
+
+    def drop(self, uint16_t index):
+        pu_shared_put(self.table, index, NULL, 0)
+        self.memories.pop(index, None)
+
+    def clear(self):
+        for index in list(self.memories):
+            self.drop(index)
+
+
 cdef class Queue:
     """One queue of an open char device; the thread that makes it serves it."""
 
@@ -315,12 +378,13 @@ cdef class Queue:
     cdef bint fetched
     cdef unsigned long owner
     cdef Buffers shared
+    cdef SharedTable table
     cdef object __weakref__
 
     def __init__(self, int fd, uint16_t queue_id=0, *, unsigned int depth=128,
                  size_t buffer_size=512 * 1024, uint64_t flags=0, unsigned int first_tag=0,
                  unsigned int tag_step=1, Buffers buffers=None, uint32_t extra_entries=0,
-                 files=(), uint32_t faults=0):
+                 files=(), uint32_t faults=0, SharedTable table=None):
         if self.ios is not None:
             raise RuntimeError("this queue is open already")
         if not 1 <= depth <= uapi.MAX_QUEUE_DEPTH:
@@ -345,6 +409,9 @@ cdef class Queue:
             self.shared = buffers
         options.extra_entries = extra_entries
         options.faults = faults
+        if table is not None:
+            options.shared = table.table
+            self.table = table
         numbers = array("i", files)
         cdef const int[::1] numbers_view = numbers if numbers else array("i", [-1])
         options.files = &numbers_view[0]
@@ -358,8 +425,9 @@ cdef class Queue:
         self.ios = [self.new_io(tag) for tag in range(depth)]
 
     @classmethod
-    def loopback(cls, *, depth=128, buffer_size=512 * 1024, extra_entries=0):
-        return cls(-1, depth=depth, buffer_size=buffer_size, extra_entries=extra_entries)
+    def loopback(cls, *, depth=128, buffer_size=512 * 1024, extra_entries=0, table=None):
+        return cls(-1, depth=depth, buffer_size=buffer_size, extra_entries=extra_entries,
+                   table=table)
 
     def __dealloc__(self):
         if self.ios is not None:
@@ -447,6 +515,8 @@ cdef class Queue:
         if PU_REFERENCES(<PyObject *>io) != 2:  # somebody kept it: not just the list and `io`
             io = self.new_io(tag)
             self.ios[tag] = io
+        if io.view_shared:
+            io.drop_view()
         io.generation = self.q.tags[tag].generation
         io.deferred = False
         io.answer_in_buffer = False
@@ -535,19 +605,26 @@ cdef class Queue:
 
     # Loopback only: the kernel's side of the conversation.
 
-    def inject(self, uint16_t tag, uint32_t op_flags, uint64_t offset, uint64_t length):
+    def inject(self, uint16_t tag, uint32_t op_flags, uint64_t offset, uint64_t length,
+               uint64_t address=0):
         self.alive()
         cdef int error = pu_queue_inject(
             &self.q, tag, op_flags, offset >> 9, <uint32_t>(length >> 9)
         )
         if error < 0:
             raise ValueError(f"tag {tag} cannot take a request now")
+        self.q.desc[tag].addr = address
         pu_queue_wake(&self.q)
 
     def answered(self, uint16_t tag):
         """None while the request is unanswered, then its result."""
         self.alive()
         return None if self.q.tags[tag].state != 1 else self.q.tags[tag].result
+
+    def zone_sector(self, uint16_t tag):
+        """Where the last zone append of the tag was written, as it was answered."""
+        self.alive()
+        return self.q.tags[tag].zone_lba
 
     def memory(self, uint16_t tag, size_t length):
         """The tag's buffer as the kernel would see it."""

@@ -21,11 +21,12 @@ from types import FrameType, TracebackType
 from typing import Literal, Self
 
 from pyublk import errors, serving
-from pyublk._native import Buffers, Guard, Handlers, MappedQueue, Queue
+from pyublk._native import Buffers, Guard, Handlers, MappedQueue, Queue, SharedTable
 from pyublk.control import Controller, DeviceInfo, check_wish, new_cookie
 from pyublk.mapped import MappedTarget
 from pyublk.params import Params
 from pyublk.paths import DataPath, PathChoice, choose_path
+from pyublk.sharing import SharedMemory, Sharing, check_share
 from pyublk.stats import DeviceStats, QueueStats
 from pyublk.target import FailureLog, NativeTarget, Target, dispatch_of
 from pyublk.uapi import ControlCommand, Feature
@@ -72,6 +73,10 @@ class Device:
         batch: whether commands carry many tags (Linux 7.0); None where the kernel can.
         threads: threads that serve each queue together (Linux 6.16), for targets whose calls may
             run at once; the handlers of a `serial` or `per_queue` target still take turns.
+        partition_scan: whether the kernel looks for partitions when the disk starts. False (Linux
+            7.0) keeps it from reading what an image says of itself; BLKRRPART, which
+            `blockdev --rereadpt` calls, looks for them later.
+        shared_memory: whether memory can be shared with clients (`share`; Linux 7.1).
         affinity: "auto" keeps each queue's thread to the CPUs whose requests it gets (the kernel
             allocates its buffers on their NUMA node, on first use); a sequence of CPU sets, one
             for each queue; or None, the scheduler's choice.
@@ -94,6 +99,8 @@ class Device:
         path: DataPath | str = "auto",
         batch: bool | None = None,
         threads: int = 1,
+        partition_scan: bool = True,
+        shared_memory: bool = False,
         affinity: Affinity = "auto",
         stop_timeout: float = 10.0,
         deadline: float = 30.0,
@@ -123,6 +130,15 @@ class Device:
         self._path_wish = path
         self._batch_wish = batch
         self._threads = threads
+        self._needed = Feature(0) if partition_scan else Feature.NO_AUTO_PART_SCAN
+        if shared_memory:
+            if isinstance(target, MappedTarget):
+                raise ValueError(
+                    "a mapped target's data does not come to the server: it cannot have "
+                    "shared_memory=True"
+                )
+            self._needed |= Feature.SHMEM_ZC
+        self._sharing: Sharing | None = None
         self._choice: PathChoice | None = None
         self._wish = {"queues": queues, "depth": depth, "max_io_size": max_io_size, "id": id}
         self._workers = workers
@@ -260,7 +276,11 @@ class Device:
         if self._threads > 1:
             features.require(Feature.PER_IO_DAEMON)
         self._choice = choose_path(
-            self.target.paths, features, path=self._path_wish, batch=self._batch_wish
+            self.target.paths,
+            features,
+            path=self._path_wish,
+            batch=self._batch_wish,
+            needed=self.target.needs | self._needed,
         )
         if (
             isinstance(self.target, MappedTarget)
@@ -274,6 +294,9 @@ class Device:
             **self._wish,  # type: ignore[arg-type]
         )
         self._guard = Guard(self._controller.fileno(), self.id, cookie)
+        if Feature.SHMEM_ZC in self._needed:
+            by_handler = weakref.WeakMethod(self._called_by_handler)
+            self._sharing = Sharing(self._controller, self.id, by_handler)
         params.check_granted(max_io_size=self._info.max_io_size, flags=self._info.flags)
         self._controller.set_params(self.id, params)
         self._params = self._controller.get_params(self.id)
@@ -304,6 +327,7 @@ class Device:
         info = self._device_info()
         report = FailureLog(self.target)
         handlers = Handlers(self.target, report)
+        table = self._sharing.table if self._sharing is not None else None
         shares = []
         for queue in range(info.queues):
             buffers = Buffers(info.depth, info.max_io_size) if self._threads > 1 else None
@@ -312,7 +336,7 @@ class Device:
         if on_this_loop:
             server = serving.AsyncServer(handlers)
             self._async_servers.append(server)
-            make_queues = partial(_make_queues, self._char_fd, info, shares, self.target)
+            make_queues = partial(_make_queues, self._char_fd, info, shares, self.target, table)
             self._servants = [serving.ServingLoop(make_queues, self._attention, server)]
             return
         one_thread = self._dispatch == "async" and self.target.concurrency == "serial"
@@ -323,7 +347,7 @@ class Device:
         for group in groups:
             self._servants.append(
                 serving.ServingThread(
-                    partial(_make_queues, self._char_fd, info, group, self.target),
+                    partial(_make_queues, self._char_fd, info, group, self.target, table),
                     self._attention,
                     serve,
                     name=f"ublk{info.id}-q{group[0].queue}",
@@ -438,6 +462,23 @@ class Device:
         self._controller.update_size(self.id, size)
         self._params = self._controller.get_params(self.id)
 
+    def share(
+        self, size: int | None = None, *, fd: int | None = None, read_only: bool = False
+    ) -> SharedMemory:
+        """Shares memory with clients (Linux 7.1): `size` bytes of it, or the file behind `fd`.
+
+        A client that maps the same file and does direct I/O from that mapping is copied for by
+        nobody: `IO.buffer` is the shared memory. `read_only`: the server only reads it, which
+        serves clients' writes alone. The device needs `shared_memory=True`. Not from a handler:
+        the kernel waits for every request in flight first.
+        """
+        check_share(size, fd)
+        if Feature.SHMEM_ZC not in self._needed:
+            raise ValueError("share needs a device made with shared_memory=True")
+        if self._sharing is None or self._state is not DeviceState.LIVE:
+            raise errors.DeviceClosed(f"the device is {self._state}, only a live one shares memory")
+        return self._sharing.begin(size, fd, read_only=read_only)
+
     # ---- stopping ----
 
     def stop(self, timeout: float | None = None) -> None:
@@ -550,7 +591,9 @@ class Device:
         hung: list[str] = []
         try:
             if not self._progress_until(
-                lambda: not stopper.is_alive() and self._all_ended(), patience, self._impatient
+                lambda: not stopper.is_alive() and self._all_ended(),
+                patience,
+                enough=self._impatient,
             ):
                 hung = self._give_up_hanging()
         finally:
@@ -640,6 +683,8 @@ class Device:
                 if self._guard is not None:  # else it deletes the device when this process ends
                     self._guard.stop()
         finally:
+            if self._sharing is not None:
+                self._sharing.over(unused=self._all_ended())
             if self._controller is not None:
                 self._controller.close()
             if self._pool is not None:
@@ -747,7 +792,7 @@ class _Share:
 
 
 def _make_queues(
-    char_fd: int, info: DeviceInfo, shares: list[_Share], target: Target
+    char_fd: int, info: DeviceInfo, shares: list[_Share], target: Target, table: SharedTable | None
 ) -> list[Queue]:
     make: Callable[..., Queue] = Queue
     if isinstance(target, MappedTarget):
@@ -765,6 +810,7 @@ def _make_queues(
                     first_tag=share.first,
                     tag_step=share.step,
                     buffers=share.buffers,
+                    table=table,
                 )
             )
     except BaseException:

@@ -93,7 +93,10 @@ class FeatureInfo:
 
 
 #: Features that a kernel of the right release can be built without.
-_BUILT_WITH = {Feature.INTEGRITY: "CONFIG_BLK_DEV_INTEGRITY"}
+_BUILT_WITH = {
+    Feature.INTEGRITY: "CONFIG_BLK_DEV_INTEGRITY",
+    Feature.ZONED: "CONFIG_BLK_DEV_ZONED",
+}
 
 _KNOWN = Feature(sum(_ABOUT))
 
@@ -110,6 +113,16 @@ def _is_privileged() -> bool:
     with open("/proc/self/status") as status:
         effective = next(line.split()[1] for line in status if line.startswith("CapEff:"))
     return bool(int(effective, 16) >> _CAP_SYS_ADMIN & 1)
+
+
+def check_together(combination: Feature) -> None:
+    """Raises ValueError for flags that do not go together on any kernel."""
+    for feature, needed in _NEEDS.items():
+        if feature in combination and not needed & combination:
+            raise ValueError(f"{feature.name} needs {_names(needed, 'or')} beside it")
+    for feature, excluded in _EXCLUDES.items():
+        if feature in combination and (both := excluded & combination):
+            raise ValueError(f"{feature.name} does not go together with {_names(both, 'and')}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,12 +165,7 @@ class Features:
         that this kernel or these rights lack. Otherwise the kernel would answer EINVAL, or clear
         them without a word.
         """
-        for feature, needed in _NEEDS.items():
-            if feature in combination and not needed & combination:
-                raise ValueError(f"{feature.name} needs {_names(needed, 'or')} beside it")
-        for feature, excluded in _EXCLUDES.items():
-            if feature in combination and (both := excluded & combination):
-                raise ValueError(f"{feature.name} does not go together with {_names(both, 'and')}")
+        check_together(combination)
         self.require(combination)
         if not self.privileged and Feature.UNPRIVILEGED_DEV not in combination:
             raise FeatureMissing(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from pyublk.errors import FeatureMissing
-from pyublk.features import Features
+from pyublk.features import Features, check_together
 from pyublk.uapi import Feature
 
 
@@ -75,7 +75,8 @@ def choose_path(
         why: what makes the first of `able` the best, for the `reason`.
 
     Raises:
-        ValueError: `path` is none, or not one for this target, or does not go with `batch`.
+        ValueError: `path` is none, or not one for this target, or does not go with `batch` or
+            `needed`.
         FeatureMissing: the kernel or the rights lack what was asked for, named.
     """
     if path == "auto":
@@ -90,8 +91,9 @@ def choose_path(
         chosen = _named(path, able)
         features.require(_FLAGS[chosen])
         reason = "asked for"
-    flags = _FLAGS[chosen] | needed
     features.require(needed)
+    flags = _FLAGS[chosen] | needed
+    check_together(flags)
     batch, about_batch = _choose_batch(batch, chosen, features)
     if batch:
         flags |= Feature.BATCH_IO

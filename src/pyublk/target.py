@@ -11,8 +11,9 @@ from typing import ClassVar, Literal
 
 from pyublk._native import IO
 from pyublk.errors import InvalidTarget
-from pyublk.params import Basic, Discard, Params
+from pyublk.params import Basic, Discard, Integrity, Params
 from pyublk.paths import DataPath
+from pyublk.uapi import Feature
 
 Concurrency = Literal["serial", "per_queue", "parallel"]
 Dispatch = Literal["native", "mapped", "sync", "async"]
@@ -75,6 +76,13 @@ class Target:
 
     #: The data paths that it can be served by, the best first.
     paths: tuple[DataPath, ...] = (DataPath.COPY, DataPath.USER_COPY, DataPath.GET_DATA)
+
+    #: Device features that it cannot do without, beside those of its path. A kernel that lacks one
+    #: refuses the disk, by the feature's name.
+    needs: Feature = Feature(0)
+
+    #: The metadata beside the data (Linux 7.0): needs Feature.INTEGRITY, user copy, and `handle`.
+    integrity: Integrity | None = None
 
     def __init__(
         self,
@@ -151,6 +159,7 @@ class Target:
                 fua=self.announces("write_fua"),
             ),
             discard=discard,
+            integrity=self.integrity,
         )
 
 

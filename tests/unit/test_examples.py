@@ -34,6 +34,14 @@ def test_rot13(ublk_disk: Callable[..., Disk]) -> None:
     assert bytes(target.data[:5]) == bytes(byte + 13 for byte in b"uryyb")
 
 
+def test_protected(ublk_disk: Callable[..., Disk]) -> None:
+    target = load("protected").Protected(1 << 20)
+    disk = ublk_disk(target)
+    assert disk.params.integrity == target.integrity
+    round_trip(disk)  # without a kernel no request has metadata
+    assert set(target.metadata) == {0xFF}
+
+
 def test_async_disk(ublk_disk: Callable[..., Disk]) -> None:
     round_trip(ublk_disk(load("async_disk").Slow(1 << 20, delay=0.001)))
 
@@ -61,5 +69,5 @@ def test_pointer_numba(ublk_disk: Callable[..., Disk]) -> None:
 
 def test_no_example_is_forgotten() -> None:
     """A new example needs a test here, or in the kernel suite."""
-    named = {"rot13", "async_disk", "pointer_ctypes", "pointer_cffi", "pointer_numba"}
+    named = {"rot13", "async_disk", "pointer_ctypes", "pointer_cffi", "pointer_numba", "protected"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == named | {"queue_by_hand"}

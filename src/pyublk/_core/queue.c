@@ -161,6 +161,7 @@ int pu_queue_open(struct pu_queue *q, int cdev, const struct pu_queue_options *o
 	q->first_tag = options->first_tag;
 	q->tag_step = options->tag_step ? options->tag_step : 1;
 	q->faults = options->faults;
+	q->shared = options->shared;
 	q->loopback = cdev < 0;
 	q->copies = !(flags & (PU_F_USER_COPY | PU_F_ZERO_COPY | PU_F_AUTO_BUF_REG));
 	q->user_copy = !q->loopback && flags & PU_F_USER_COPY;
@@ -370,6 +371,17 @@ static int64_t handle_copied(struct pu_queue *q, uint16_t tag, uint64_t length)
 	return result;
 }
 
+static int64_t handle_shared(struct pu_queue *q, uint16_t tag, uint64_t length)
+{
+	const struct pu_desc *desc = &q->desc[tag];
+	void *bytes = pu_queue_shared(q, tag);
+
+	if (!bytes)
+		return -EIO;
+	return q->native->handler(q->native->context, desc->op_flags & 0xff,
+				  desc->op_flags & ~0xffu, pu_desc_offset(desc), length, bytes);
+}
+
 static inline void handle(struct pu_queue *q, uint16_t tag, uint64_t length)
 {
 	const struct pu_desc *desc = &q->desc[tag];
@@ -377,7 +389,9 @@ static inline void handle(struct pu_queue *q, uint16_t tag, uint64_t length)
 	int64_t result;
 	int error;
 
-	if (native->copy)
+	if (desc->op_flags & PU_FLAG_SHMEM_ZC)
+		result = handle_shared(q, tag, length);
+	else if (native->copy)
 		result = handle_copied(q, tag, length);
 	else
 		result = native->handler(native->context, desc->op_flags & 0xff,
@@ -401,6 +415,7 @@ static inline void take(struct pu_queue *q, uint16_t tag)
 	count(&q->counters.bytes[op], length);
 	t->generation++;
 	t->fetched = false;
+	t->zone_lba = 0; /* the kernel refuses a commit that has one for nothing */
 	set_state(t, PU_TAG_OWNED);
 	q->owned++;
 	q->ready[q->nr_ready++] = tag;
@@ -693,6 +708,16 @@ int pu_queue_wait(struct pu_queue *q, int64_t timeout_ns)
 	return (int)q->nr_ready;
 }
 
+void *pu_queue_shared(const struct pu_queue *q, uint16_t tag)
+{
+	const struct pu_desc *desc = &q->desc[tag];
+
+	if (!q->shared)
+		return NULL;
+	return pu_shared_find(q->shared, desc->addr,
+			      (uint64_t)desc->nr_sectors << PU_SECTOR_SHIFT);
+}
+
 int pu_queue_copy(struct pu_queue *q, uint16_t tag, void *memory, uint64_t at, uint64_t length,
 		  uint64_t where)
 {
@@ -700,11 +725,16 @@ int pu_queue_copy(struct pu_queue *q, uint16_t tag, void *memory, uint64_t at, u
 	bool out = op == PU_OP_READ || op == PU_OP_REPORT_ZONES;
 	uint8_t *bytes = memory;
 
-	if (!q->user_copy) {
-		uint8_t *buffer = (uint8_t *)pu_queue_buffer(q, tag) + at;
+	bool shared = q->desc[tag].op_flags & PU_FLAG_SHMEM_ZC && !where;
+
+	if (!q->user_copy || shared) {
+		uint8_t *buffer = shared ? pu_queue_shared(q, tag) : pu_queue_buffer(q, tag);
 
 		if (where)
 			return -EOPNOTSUPP;
+		if (!buffer)
+			return -EIO;
+		buffer += at;
 		memcpy(out ? buffer : bytes, out ? bytes : buffer, length);
 		return 0;
 	}

@@ -25,6 +25,7 @@
 
 #include "batch.h"
 #include "ring.h"
+#include "shared.h"
 #include "ublk.h"
 
 typedef int64_t (*pu_handler)(void *context, uint32_t op, uint32_t flags, uint64_t offset,
@@ -79,6 +80,7 @@ struct pu_queue_options {
 	const int *files;	/* for it: registered behind the char device, which has index 0 */
 	uint32_t nr_files;
 	uint32_t faults;	/* enum pu_fault */
+	const struct pu_shared *shared; /* with clients; NULL: no memory */
 };
 
 /* A native target: served on the spot, as its requests arrive. */
@@ -130,6 +132,7 @@ struct pu_queue {
 	struct pu_ring post_ring; /* batch: other threads commit here; fd -1 until one does */
 
 	struct pu_batch *batch; /* NULL: a command for each tag */
+	const struct pu_shared *shared; /* NULL: no memory is shared with clients */
 	const struct pu_native *native; /* NULL: requests are gathered in `ready` */
 	pu_completer complete;
 	void *completer;
@@ -197,6 +200,9 @@ void pu_queue_wake(struct pu_queue *q);
  * it. `where`: 0, or PU_USER_COPY_INTEGRITY for its metadata. 0 or -errno. [any thread] */
 int pu_queue_copy(struct pu_queue *q, uint16_t tag, void *memory, uint64_t at, uint64_t length,
 		  uint64_t where);
+/* The bytes of a request in memory shared with the client (PU_FLAG_SHMEM_ZC), or NULL.
+ * [any thread] */
+void *pu_queue_shared(const struct pu_queue *q, uint16_t tag);
 /* User copy: brings a write's data into the tag's buffer, once. 0 or -errno. */
 int pu_queue_fill_buffer(struct pu_queue *q, uint16_t tag);
 

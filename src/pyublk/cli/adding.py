@@ -63,6 +63,8 @@ def _split_options(
               help="Threads for a parallel target whose methods block.")  # fmt: skip
 @click.option("--id", "device_id", type=click.IntRange(min=0), metavar="N",
               help="The N of /dev/ublkbN.  [default: the lowest free]")  # fmt: skip
+@click.option("--no-partition-scan", is_flag=True,
+              help="Do not look for partitions when the disk starts (Linux 7.0).")  # fmt: skip
 @click.option("-f", "--foreground", is_flag=True,
               help="Serve in this process until Ctrl-C, instead of in the background.")  # fmt: skip
 @json_option
@@ -78,12 +80,13 @@ def add(
     max_io_size: int,
     workers: int,
     device_id: int | None,
+    no_partition_scan: bool,
     foreground: bool,
     as_json: bool,
 ) -> None:
     """Serve TARGET as a disk, and print the disk's path once it can be used.
 
-    TARGET is `null`, `ram`, `file`, another installed target, `package.module:Class`, or
+    TARGET is `null`, `ram`, `file`, `zoned`, another installed target, `package.module:Class`, or
     `file.py:Class`. ARGUMENTs are the class's first parameters, --option names any of them.
 
     \b
@@ -105,6 +108,7 @@ def add(
         id=device_id,
         max_io_size=max_io_size,
         workers=workers,
+        partition_scan=not no_partition_scan,
     )
     open_controller().close()  # no driver, no rights: said before anything is started
     if not foreground:

@@ -31,6 +31,7 @@ class Plan:
     id: int | None = None
     max_io_size: int = 512 * 1024
     workers: int = 0
+    partition_scan: bool = True
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -54,6 +55,7 @@ class Plan:
             id=self.id,
             max_io_size=self.max_io_size,
             workers=self.workers,
+            partition_scan=self.partition_scan,
         )
 
     def _target(self) -> Target:

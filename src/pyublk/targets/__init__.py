@@ -23,6 +23,7 @@ from pyublk.targets.ram import Ram
 from pyublk.targets.sizes import format_size, parse_size
 from pyublk.targets.slice import Slice
 from pyublk.targets.stripe import Stripe
+from pyublk.targets.zoned import Zoned
 
 __all__ = [
     "File",
@@ -32,6 +33,7 @@ __all__ = [
     "Ram",
     "Slice",
     "Stripe",
+    "Zoned",
     "build",
     "format_size",
     "names",
@@ -47,6 +49,7 @@ BUILT_IN: dict[str, type[Target]] = {
     "ram": Ram,
     "slice": Slice,
     "stripe": Stripe,
+    "zoned": Zoned,
 }
 ENTRY_POINTS = "pyublk.targets"
 

@@ -14,7 +14,8 @@ from pyublk.mapped import MappedTarget
 from pyublk.params import Params
 from pyublk.stats import DeviceStats, QueueStats
 from pyublk.target import FailureLog, NativeTarget, Target, dispatch_of
-from pyublk.uapi import IOFlag, Op
+from pyublk.uapi import SECTOR_SIZE, IOFlag, Op
+from pyublk.zones import REPORT_BYTES, Zone
 
 NO_FLAGS = IOFlag(0)
 
@@ -199,6 +200,41 @@ class Disk:
         for batch in self._batches(offset, length, discard.max_write_zeroes_size):
             self._run(Op.WRITE_ZEROES, batch, flags)
 
+    # ---- zoned targets ----
+
+    def report_zones(self) -> list[Zone]:
+        """Every zone of a zoned disk."""
+        size = self._zone_size()
+        count = self.size // size
+        found: list[Zone] = []
+        while len(found) < count:
+            some = min(count - len(found), self._max_io_size // REPORT_BYTES)
+            memory = self._memory(0, some * REPORT_BYTES)
+            memory[:] = b"\xff" * len(memory)  # whatever was there before
+            self._run(Op.REPORT_ZONES, [(len(found) * size, some * SECTOR_SIZE)])
+            for at in range(0, len(memory), REPORT_BYTES):
+                found.append(Zone.unpack(memory[at : at + REPORT_BYTES]))
+        return found
+
+    def zone_append(self, data: bytes, offset: int) -> int:
+        """Appends to the zone at `offset`, in one request; returns where the data went."""
+        self._zone_size()
+        self._check(offset, len(data), beyond=errno.EIO)
+        self._memory(0, len(data))[:] = data
+        self._run(Op.ZONE_APPEND, [(offset, len(data))])
+        assert self._queue is not None
+        return self._queue.zone_sector(0) * SECTOR_SIZE
+
+    def manage_zone(self, op: Op, offset: int = 0) -> None:
+        """Sends ZONE_OPEN, _CLOSE, _FINISH, _RESET for the zone at `offset`, or ZONE_RESET_ALL."""
+        self._zone_size()
+        self._run(op, [(offset, 0)])
+
+    def _zone_size(self) -> int:
+        if self.params.zoned is None:
+            raise OSError(errno.EOPNOTSUPP, "the disk has no zones")
+        return self.params.basic.chunk_size
+
     # ---- as the kernel does ----
 
     def _writable(self) -> None:
@@ -219,9 +255,12 @@ class Disk:
 
     def _batches(self, offset: int, length: int, limit: int) -> Iterator[list[tuple[int, int]]]:
         """(offset, length) of each request, as many at once as there are tags."""
-        pieces = [
-            (at, min(limit, offset + length - at)) for at in range(offset, offset + length, limit)
-        ]
+        chunk, end = self.params.basic.chunk_size, offset + length
+        pieces = []
+        while offset < end:
+            size = min(limit, end - offset, chunk - offset % chunk if chunk else limit)
+            pieces.append((offset, size))
+            offset += size
         for first in range(0, len(pieces), self._depth):
             yield pieces[first : first + self._depth]
 

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: MIT
+"""Whether the kernel looks for partitions when a disk starts."""
+
+import fcntl
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from blocks import Blocks
+from conftest import Serve
+from memory import Memory
+from servers import until
+
+import pyublk
+from pyublk.uapi import Feature
+
+MIB = 1 << 20
+BLKRRPART = 0x125F
+
+
+def partitioned(size: int = 4 * MIB) -> Memory:
+    """A disk with an MBR that tells of one partition, from 1 MiB on."""
+    memory = Memory(size)
+    entry = struct.pack("<B3sB3sII", 0, b"", 0x83, b"", MIB // 512, (size - MIB) // 512)
+    memory.data[446 : 446 + len(entry)] = entry
+    memory.data[510:512] = b"\x55\xaa"
+    return memory
+
+
+def scan_can_be_switched_off() -> None:
+    with pyublk.Controller() as controller:
+        reason = controller.features().reason(Feature.NO_AUTO_PART_SCAN)
+    if reason:
+        pytest.skip(f"NO_AUTO_PART_SCAN {reason}")
+
+
+def test_partitions_appear_by_themselves(serve: Serve) -> None:
+    disk = serve(partitioned())
+    until(lambda: os.path.exists(f"{disk.path}p1"), what="the partition appears")
+
+
+def test_partitions_appear_when_asked_for(serve: Serve) -> None:
+    scan_can_be_switched_off()
+    disk = serve(partitioned(), partition_scan=False)
+    assert Feature.NO_AUTO_PART_SCAN in disk.info().flags
+    with Blocks(disk.path) as client:  # a scan would hold the open up until it is through
+        client.read(4096, 2 * MIB)
+        assert not os.path.exists(f"{disk.path}p1")
+        fcntl.ioctl(client.fd, BLKRRPART)
+    assert Path(f"/sys/block/{Path(disk.path).name}/{Path(disk.path).name}p1").exists()
+    until(lambda: os.path.exists(f"{disk.path}p1"), what="the partition's node")
+
+
+def test_a_kernel_without_it_is_named(controller: pyublk.Controller) -> None:
+    if controller.features().has(Feature.NO_AUTO_PART_SCAN):
+        pytest.skip("this kernel has NO_AUTO_PART_SCAN")
+    with pytest.raises(pyublk.FeatureMissing, match="NO_AUTO_PART_SCAN"):
+        pyublk.Device(partitioned(), partition_scan=False).start()
+
+
+def test_the_command_switches_it_off(tmp_path: Path) -> None:
+    scan_can_be_switched_off()
+    image = tmp_path / "image"
+    image.write_bytes(partitioned().data)
+    command = [sys.executable, "-m", "pyublk"]
+    environment = {**os.environ, "PYUBLK_RUN_DIR": str(tmp_path / "run")}
+
+    def run(*words: str) -> str:
+        done = subprocess.run(
+            [*command, *words],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    added = json.loads(run("add", "file", str(image), "--no-partition-scan", "--json"))
+    try:
+        assert not os.path.exists(f"{added['path']}p1")
+        subprocess.run(["blockdev", "--rereadpt", added["path"]], check=True, timeout=60)
+        until(lambda: os.path.exists(f"{added['path']}p1"), what="the partition's node")
+    finally:
+        run("stop", str(added["id"]))
