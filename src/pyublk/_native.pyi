@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Literal, Self, final
 
-from typing_extensions import Buffer
+from typing_extensions import Buffer, disjoint_base
 
 from pyublk.uapi import Op
 from pyublk.uring import Completion
@@ -249,6 +249,7 @@ class SharedTable:
     def drop(self, index: int) -> None: ...
     def clear(self) -> None: ...
 
+@disjoint_base
 class Queue:
     """One queue of an open char device (`/dev/ublkcN`), served by the thread that makes it.
 
@@ -444,6 +445,7 @@ class Planner:
 
     def __init__(self, target: object, report: Callable[[object, IO], int]) -> None: ...
 
+@disjoint_base
 class MappedQueue(Queue):
     """A queue that serves its requests from a layout's files, by its own ring."""
 

@@ -76,7 +76,8 @@ cdef class IO:
     @property
     def zones(self):
         self.current()
-        return self.desc.nr_sectors if self.desc.op_flags & 0xFF == <uint32_t>PU_OP_REPORT_ZONES else 0
+        cdef bint report = self.desc.op_flags & 0xFF == <uint32_t>PU_OP_REPORT_ZONES
+        return self.desc.nr_sectors if report else 0
 
     @property
     def metadata(self):
@@ -170,7 +171,7 @@ cdef class IO:
         """User copy: a write's data comes on the first look, a read's goes at the end."""
         cdef int error
         if not self.queue.q.user_copy:
-            raise OSError(EOPNOTSUPP, "this path has no buffer to look at: the kernel moves the data")
+            raise OSError(EOPNOTSUPP, "there is no buffer to look at: the kernel moves the data")
         if writable:
             self.answer_in_buffer = True
             return 0

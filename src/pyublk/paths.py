@@ -54,6 +54,9 @@ class PathChoice:
     flags: Feature
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.path}{', batch I/O' if self.batch else ''} ({self.reason})"
+
 
 def choose_path(
     able: Sequence[DataPath],

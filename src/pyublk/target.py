@@ -7,7 +7,8 @@ import logging
 import threading
 import time
 import traceback
-from typing import ClassVar, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
 from pyublk._native import IO
 from pyublk.errors import InvalidTarget
@@ -106,12 +107,21 @@ class Target:
         self.io_opt = io_opt
         self.discard_granularity = discard_granularity
         self.max_discard = max_discard
+        #: Tells whoever shows `status` that it changed; set by the server.
+        self.status_changed: Callable[[], None] = lambda: None
 
     def open(self) -> None:
         """Called in the serving process before the device appears: open files here, not before."""
 
     def close(self) -> None:
         """Called once after the last request, also when start-up failed after `open`."""
+
+    def status(self) -> dict[str, Any] | None:
+        """What `pyublk info` shows of a target whose state changes, as JSON; None: nothing.
+
+        A target calls `self.status_changed()` when it says something else now. From any thread.
+        """
+        return None
 
     def announces(self, method: str) -> bool:
         """Whether this target takes the requests behind `method` (a name of METHODS)."""

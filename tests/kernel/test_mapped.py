@@ -191,7 +191,7 @@ class Memory(pyublk.Target):
 
 
 def states(mirror: Mirror) -> list[str]:
-    return [leg["state"] for leg in mirror.state()["legs"]]
+    return [leg["state"] for leg in mirror.status()["legs"]]
 
 
 @pytest.mark.parametrize("method", ["read", "write", "flush"])

@@ -208,7 +208,7 @@ def mirror_of(folder: Path, **options: object) -> Mirror:
 
 
 def states(mirror: Mirror) -> list[str]:
-    return [leg["state"] for leg in mirror.state()["legs"]]
+    return [leg["state"] for leg in mirror.status()["legs"]]
 
 
 def record(folder: Path) -> list[str]:

@@ -8,6 +8,7 @@ from pyublk import targets
 from pyublk.cli.failures import ExitCode, open_controller
 from pyublk.cli.output import message, print_json
 from pyublk.cli.parameters import Size, json_option
+from pyublk.paths import DataPath
 from pyublk.service import daemon
 from pyublk.service.plan import Plan
 from pyublk.service.records import Record
@@ -61,6 +62,12 @@ def _split_options(
               help="Largest request, and buffer of each.")  # fmt: skip
 @click.option("--workers", type=click.IntRange(min=0), default=0, metavar="N",
               help="Threads for a parallel target whose methods block.")  # fmt: skip
+@click.option("--path", type=click.Choice(["auto", *DataPath]), default="auto", show_default=True,
+              help="How data travels.")  # fmt: skip
+@click.option("--batch/--no-batch", default=None,
+              help="Commands that carry many tags.  [default: where the kernel can]")  # fmt: skip
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
+              help="Threads for each queue.")  # fmt: skip
 @click.option("--id", "device_id", type=click.IntRange(min=0), metavar="N",
               help="The N of /dev/ublkbN.  [default: the lowest free]")  # fmt: skip
 @click.option("--no-partition-scan", is_flag=True,
@@ -79,6 +86,9 @@ def add(
     depth: int,
     max_io_size: int,
     workers: int,
+    path: str,
+    batch: bool | None,
+    threads: int,
     device_id: int | None,
     no_partition_scan: bool,
     foreground: bool,
@@ -86,7 +96,8 @@ def add(
 ) -> None:
     """Serve TARGET as a disk, and print the disk's path once it can be used.
 
-    TARGET is `null`, `ram`, `file`, `zoned`, another installed target, `package.module:Class`, or
+    TARGET is `null`, `ram`, `file`, `linear`, `stripe`, `mirror`, `slice`, `zoned`, another
+    installed target, `package.module:Class`, or
     `file.py:Class`. ARGUMENTs are the class's first parameters, --option names any of them.
 
     \b
@@ -108,6 +119,9 @@ def add(
         id=device_id,
         max_io_size=max_io_size,
         workers=workers,
+        path=path,
+        batch=batch,
+        threads=threads,
         partition_scan=not no_partition_scan,
     )
     open_controller().close()  # no driver, no rights: said before anything is started

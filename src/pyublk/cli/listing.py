@@ -111,9 +111,23 @@ def _details(one: Disk) -> dict[str, Any]:
         "cookie": device.cookie,
         "owner": {"uid": device.owner_uid, "gid": device.owner_gid},
         "plan": asdict(record.plan) if record else None,
+        "data_path": record.data_path if record else None,
+        "status": record.read_status() if record else None,
         "params": asdict(one.params) if one.params else None,
         "served": asdict(one.served) if one.served else None,
     }
+
+
+def _status_lines(status: dict[str, Any] | None) -> list[tuple[str, str]]:
+    lines = []
+    for name, value in (status or {}).items():
+        values = value if isinstance(value, list) else [value]
+        for one in values:
+            words = one
+            if isinstance(one, dict):
+                words = ", ".join(f"{key} {what}" for key, what in one.items() if what is not None)
+            lines.append((name, str(words)))
+    return lines
 
 
 def _flags(device: DeviceInfo) -> list[str]:
@@ -136,6 +150,8 @@ def _lines(one: Disk) -> list[tuple[str, str]]:
         words = [record.plan.target, *record.plan.arguments]
         words += [f"{key}={value}" for key, value in record.plan.options.items()]
         lines.append(("target", " ".join(words)))
+        lines.append(("data path", record.data_path or "unknown"))
+        lines += _status_lines(record.read_status())
         lines.append(("log", str(record.log) if record.log else "on the server's terminal"))
     else:
         lines.append(("target", "unknown: not made by `pyublk add`"))

@@ -31,6 +31,9 @@ class Plan:
     id: int | None = None
     max_io_size: int = 512 * 1024
     workers: int = 0
+    path: str = "auto"
+    batch: bool | None = None
+    threads: int = 1
     partition_scan: bool = True
 
     def to_json(self) -> str:
@@ -55,6 +58,9 @@ class Plan:
             id=self.id,
             max_io_size=self.max_io_size,
             workers=self.workers,
+            path=self.path,
+            batch=self.batch,
+            threads=self.threads,
             partition_scan=self.partition_scan,
         )
 

@@ -9,7 +9,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pyublk.control import DeviceInfo
 from pyublk.service.plan import Plan
@@ -36,7 +36,8 @@ def make_run_directory() -> Path:
 class Record:
     """A served disk: what the kernel does not know of it.
 
-    `cookie` is the device's own; `log` is None for a server that writes to its terminal.
+    `cookie` is the device's own; `log` is None for a server that writes to its terminal;
+    `data_path` is how the data travels, and why, in words.
     """
 
     id: int
@@ -44,6 +45,7 @@ class Record:
     server: ProcessId
     plan: Plan
     log: Path | None
+    data_path: str | None = None
 
     @property
     def path(self) -> str:
@@ -84,11 +86,31 @@ class Record:
         current = type(self).read(self.id)
         if current is not None and current.cookie == self.cookie:
             place(self.id).unlink(missing_ok=True)
+            status_place(self.id).unlink(missing_ok=True)
+
+    def write_status(self, status: dict[str, Any]) -> None:
+        """Keeps what the target says of itself now."""
+        draft = status_place(self.id).with_suffix(".new")
+        draft.write_text(json.dumps(status))
+        draft.replace(status_place(self.id))
+
+    def read_status(self) -> dict[str, Any] | None:
+        """What the target said of itself last; None for one that says nothing."""
+        try:
+            status = json.loads(status_place(self.id).read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+        return status if isinstance(status, dict) else None
 
 
 def log_place(device: int) -> Path:
     """The log of the server of a device id."""
     return run_directory() / f"{device}.log"
+
+
+def status_place(device: int) -> Path:
+    """What the target of a device id says of itself."""
+    return run_directory() / f"{device}.status"
 
 
 def recorded_ids() -> list[int]:

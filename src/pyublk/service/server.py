@@ -19,6 +19,7 @@ from pyublk.service.plan import Plan
 from pyublk.service.processes import ProcessId
 from pyublk.service.records import Record, log_place, make_run_directory
 from pyublk.stats import QueueStats
+from pyublk.target import Target
 
 log = logging.getLogger("pyublk.server")
 
@@ -93,6 +94,7 @@ def serve(plan: Plan, *, log_file: Path | None, ready: Callable[[Record], None])
             began = time.monotonic()
             record = _record(plan, device, log_file)
             record.write()
+            _keep_status(record, device.target)
             ready(record)
             with termination.raising():
                 device.wait()
@@ -115,7 +117,20 @@ def _record(plan: Plan, device: Device, log_file: Path | None) -> Record:
         server=ProcessId.own(),
         plan=plan,
         log=log_file and log_file.replace(log_place(device.id)),
+        data_path=str(device.data_path),
     )
+
+
+def _keep_status(record: Record, target: Target) -> None:
+    """From now on, what the target says of itself is beside the record."""
+
+    def keep() -> None:
+        status = target.status()
+        if status is not None:
+            record.write_status(status)
+
+    target.status_changed = keep
+    keep()
 
 
 def _run_daemon(report_fd: int, log_file: Path) -> int:
@@ -133,7 +148,7 @@ def _run_daemon(report_fd: int, log_file: Path) -> int:
 
     def ready(record: Record) -> None:
         nonlocal live
-        log.info("serving %s as %s", plan.target, record.path)
+        log.info("serving %s as %s by %s", plan.target, record.path, record.data_path)
         # The target has opened its files by now; no directory is to be kept busy for ever.
         os.chdir("/")
         with report:

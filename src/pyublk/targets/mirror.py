@@ -78,9 +78,9 @@ class Mirror(MappedTarget):
 
     # ---- looking at it ----
 
-    def state(self) -> dict[str, Any]:
-        """What `pyublk info` shows: each leg's path, state, errors, and since when (seconds since
-        1970) it is not in step; `progress` of a resync from 0 to 1."""
+    def status(self) -> dict[str, Any]:
+        """Each leg's path, state, errors, and since when (seconds since 1970) it is not in step;
+        `progress` of a resync from 0 to 1."""
         layout = self.layout
         legs = [
             {
@@ -120,6 +120,7 @@ class Mirror(MappedTarget):
 
     def open(self) -> None:
         super().open()
+        self.files = [path.absolute() for path in self.files]  # a daemon changes its directory
         try:
             if self._state_path is None:
                 if self.backing[0].is_device:
@@ -128,6 +129,7 @@ class Mirror(MappedTarget):
                         "the record of legs that failed"
                     )
                 self._state_path = self.files[0].with_name(self.files[0].name + ".mirror")
+            self._state_path = self._state_path.absolute()
             self._stopping.clear()
             if self._take_up_record():
                 self._begin_resync()
@@ -153,6 +155,7 @@ class Mirror(MappedTarget):
             layout.set_leg_state(leg, LegState.FAILED)
             self._since[leg] = time.time()
             self._record(active=True)
+        self.status_changed()
         log.error(
             "leg %d (%s) failed: %s; the disk goes on without it",
             leg,
@@ -237,7 +240,7 @@ class Mirror(MappedTarget):
     def replace(self, leg: int, path: Path | None = None) -> None:
         """Puts a new file in a failed leg's place (None: the same again), and copies all to it.
 
-        Returns at once; `state` tells how far it is, `wait_in_step` waits.
+        Returns at once; `status` tells how far it is, `wait_in_step` waits.
 
         Raises ValueError for a leg that has not failed, or a file that is too small.
         """
@@ -251,6 +254,8 @@ class Mirror(MappedTarget):
                 self._put_in_place(leg, Path(path))
             layout.set_leg_state(leg, LegState.RESYNC)
             self._record(active=True)
+        self._progress = 0.0
+        self.status_changed()
         self.wake_queues()
         self._begin_resync()
 
@@ -311,7 +316,7 @@ class Mirror(MappedTarget):
             finally:
                 layout.gate(None)
                 self.wake_queues()
-            self._progress = (region + 1) / regions
+            self._tell_progress((region + 1) / regions)
         for leg in legs:
             os.fsync(self.backing[leg].fd)
         with self._lock:
@@ -320,8 +325,15 @@ class Mirror(MappedTarget):
                     layout.set_leg_state(leg, LegState.SYNCED)
                     self._since[leg] = None
             self._record(active=True)
+        self.status_changed()
         log.info("the mirror is in step again")
         return True
+
+    def _tell_progress(self, progress: float) -> None:
+        hundredth = int(progress * 100) > int(self._progress * 100)
+        self._progress = progress
+        if hundredth:
+            self.status_changed()
 
     def _copy(self, offset: int, length: int, legs: list[int]) -> None:
         source = self.backing[self._legs(LegState.SYNCED)[0]]
