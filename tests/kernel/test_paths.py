@@ -3,7 +3,6 @@
 import errno
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +172,7 @@ def resident() -> int:
 
 
 @pytest.fixture
-def faulty_queues(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def faulty_queues(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Queues are made with the faults in this list."""
     faults = [0]
 
@@ -182,7 +181,7 @@ def faulty_queues(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
             super().__init__(*args, faults=faults[0], **options)
 
     monkeypatch.setattr(device, "Queue", Failing)
-    yield faults
+    return faults
 
 
 @pytest.mark.parametrize("path", [DataPath.COPY, DataPath.USER_COPY])
