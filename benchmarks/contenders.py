@@ -82,12 +82,12 @@ def _wait_for(path: str, condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def _null_blk(setting: Setting, stack: ExitStack, *, memory: bool) -> Disk:
+def _null_blk(setting: Setting, stack: ExitStack, *, memory: bool, suffix: str = "") -> Disk:
     programs.load_module("null_blk", "nr_devices=0")
     if not _NULL_BLK.is_dir():
         mount = programs.find("mount", "mount")
         programs.run(mount, "-t", "configfs", "none", str(_NULL_BLK.parent))
-    name = "pyublk_bench_memory" if memory else "pyublk_bench"
+    name = ("pyublk_bench_memory" if memory else "pyublk_bench") + suffix
     place = _NULL_BLK / name
     place.mkdir()
     stack.callback(place.rmdir)
@@ -198,6 +198,7 @@ def _pyublk(
     files: int = 0,
     path: str = "auto",
     batch: bool | None = None,
+    on: str = "",
 ) -> Disk:
     programs.load_module("ublk_drv")
     line = [sys.executable, "-m", "benchmarks.server", target, "--queues", str(setting.queues)]
@@ -207,7 +208,7 @@ def _pyublk(
     if batch is not None:
         line += ["--batch" if batch else "--no-batch"]
     name = f"pyublk-{target}-{path}-{batch}"
-    for file in _files(setting, name, files):
+    for file in _files(setting, name, files) if not on else [on]:
         line += ["--file", file]
     server = stack.enter_context(
         subprocess.Popen(
@@ -227,6 +228,12 @@ def _pyublk(
         words = server.stderr.read().strip().splitlines()
         raise Unavailable(words[-1] if words else "the server ended without a word")
     return Disk(disk, server.pid)
+
+
+def _pyublk_on_disk(setting: Setting, stack: ExitStack, *, path: str) -> Disk:
+    """Our file target on a null_blk disk with memory: direct I/O that really goes to a disk."""
+    under = _null_blk(setting, stack, memory=True, suffix=f"_{path}")
+    return _pyublk(setting, stack, target="file", path=path, on=under.path)
 
 
 #: kublk's modes: the name that ours have too, and its options. "copy" is its default.
@@ -296,6 +303,10 @@ def _all() -> list[Contender]:
         **_pyublks("stripe", 4),
         "pyublk-linear": partial(_pyublk, target="linear", files=4),
         "pyublk-map": partial(_pyublk, target="map", files=4),
+        **{
+            f"pyublk-disk-{path}": partial(_pyublk_on_disk, path=path)
+            for path in ("copy", "zero-copy", "auto-buffer")
+        },
     }
     return [
         *(Contender(name, "null", start) for name, start in null.items()),

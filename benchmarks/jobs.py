@@ -28,6 +28,7 @@ JOBS = {
         Job("randwrite", "4k random write, depth 64", "randwrite", 4096, 64),
         Job("read", "128k sequential read, depth 64", "read", 128 * 1024, 64),
         Job("write", "128k sequential write, depth 64", "write", 128 * 1024, 64),
+        Job("read-1m", "1 MiB sequential read, depth 16", "read", 1 << 20, 16),
         Job("latency", "latency: 4k random read, depth 1", "randread", 4096, 1),
     )
 }

@@ -257,8 +257,8 @@ class Queue:
     added with), `buffer_size` in bytes for each tag (the device's max_io_size), and the device's
     `flags`, from which the data path follows. Several of these may serve one queue, each on its own
     thread with every `tag_step`th tag from `first_tag` on, and with batch I/O the same `buffers`.
-    `faults` makes failures of a path, for
-    tests.
+    After `trim_after` seconds without a request, the memory of its buffers goes back to the kernel.
+    `faults` makes failures of a path, for tests.
 
     By hand: ``queue.fetch()``, then START_DEV from another thread, then ``for io in queue: ...``
     with ``io.complete()`` or ``io.fail(errno)``. Commits are submitted with the next wait.
@@ -277,6 +277,7 @@ class Queue:
         buffers: Buffers | None = None,
         extra_entries: int = 0,
         files: Iterable[int] = (),
+        trim_after: float | None = None,
         faults: int = 0,
         table: SharedTable | None = None,
     ) -> None: ...
@@ -461,6 +462,7 @@ class MappedQueue(Queue):
         first_tag: int = 0,
         tag_step: int = 1,
         buffers: Buffers | None = None,
+        trim_after: float | None = None,
         faults: int = 0,
     ) -> None: ...
     @classmethod

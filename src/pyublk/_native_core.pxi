@@ -137,6 +137,7 @@ cdef extern from "_core/queue.h" nogil:
         uint32_t extra_entries
         const int *files
         uint32_t nr_files
+        int64_t trim_after_ns
         uint32_t faults
         const pu_shared *shared
 

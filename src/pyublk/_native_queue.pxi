@@ -385,7 +385,7 @@ cdef class Queue:
     def __init__(self, int fd, uint16_t queue_id=0, *, unsigned int depth=128,
                  size_t buffer_size=512 * 1024, uint64_t flags=0, unsigned int first_tag=0,
                  unsigned int tag_step=1, Buffers buffers=None, uint32_t extra_entries=0,
-                 files=(), uint32_t faults=0, SharedTable table=None):
+                 files=(), trim_after=None, uint32_t faults=0, SharedTable table=None):
         if self.ios is not None:
             raise RuntimeError("this queue is open already")
         if not 1 <= depth <= uapi.MAX_QUEUE_DEPTH:
@@ -409,6 +409,7 @@ cdef class Queue:
             options.buffers = buffers.first
             self.shared = buffers
         options.extra_entries = extra_entries
+        options.trim_after_ns = 0 if trim_after is None else nanoseconds(trim_after)
         options.faults = faults
         if table is not None:
             options.shared = table.table

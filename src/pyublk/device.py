@@ -21,7 +21,7 @@ from types import FrameType, TracebackType
 from typing import Literal, Self
 
 from pyublk import errors, serving
-from pyublk._native import Buffers, Guard, Handlers, MappedQueue, Queue, SharedTable
+from pyublk._native import Buffers, Guard, Handlers, MappedQueue, Queue
 from pyublk.control import Controller, DeviceInfo, check_wish, new_cookie
 from pyublk.mapped import MappedTarget
 from pyublk.params import Params
@@ -77,6 +77,8 @@ class Device:
             7.0) keeps it from reading what an image says of itself; BLKRRPART, which
             `blockdev --rereadpt` calls, looks for them later.
         shared_memory: whether memory can be shared with clients (`share`; Linux 7.1).
+        trim_after: seconds without a request after which a queue gives the memory of its buffers
+            back to the kernel, until it needs it again; None: never. Not with several `threads`.
         affinity: "auto" keeps each queue's thread to the CPUs whose requests it gets (the kernel
             allocates its buffers on their NUMA node, on first use); a sequence of CPU sets, one
             for each queue; or None, the scheduler's choice.
@@ -99,6 +101,7 @@ class Device:
         path: DataPath | str = "auto",
         batch: bool | None = None,
         threads: int = 1,
+        trim_after: float | None = 60.0,
         partition_scan: bool = True,
         shared_memory: bool = False,
         affinity: Affinity = "auto",
@@ -130,6 +133,9 @@ class Device:
         self._path_wish = path
         self._batch_wish = batch
         self._threads = threads
+        if trim_after is not None and trim_after <= 0:
+            raise ValueError(f"trim_after must be positive seconds or None, not {trim_after}")
+        self._trim_after = trim_after
         self._needed = Feature(0) if partition_scan else Feature.NO_AUTO_PART_SCAN
         if shared_memory:
             if isinstance(target, MappedTarget):
@@ -333,10 +339,14 @@ class Device:
             buffers = Buffers(info.depth, info.max_io_size) if self._threads > 1 else None
             for thread in range(self._threads):
                 shares.append(_Share(queue, thread, self._threads, buffers))
+        make: Callable[..., Queue] = Queue
+        if isinstance(self.target, MappedTarget):
+            make = partial(MappedQueue, layout=self.target.layout)
+        make = partial(make, table=table, trim_after=self._trim_after)
         if on_this_loop:
             server = serving.AsyncServer(handlers)
             self._async_servers.append(server)
-            make_queues = partial(_make_queues, self._char_fd, info, shares, self.target, table)
+            make_queues = partial(_make_queues, make, self._char_fd, info, shares)
             self._servants = [serving.ServingLoop(make_queues, self._attention, server)]
             return
         one_thread = self._dispatch == "async" and self.target.concurrency == "serial"
@@ -347,7 +357,7 @@ class Device:
         for group in groups:
             self._servants.append(
                 serving.ServingThread(
-                    partial(_make_queues, self._char_fd, info, group, self.target, table),
+                    partial(_make_queues, make, self._char_fd, info, group),
                     self._attention,
                     serve,
                     name=f"ublk{info.id}-q{group[0].queue}",
@@ -792,11 +802,8 @@ class _Share:
 
 
 def _make_queues(
-    char_fd: int, info: DeviceInfo, shares: list[_Share], target: Target, table: SharedTable | None
+    make: Callable[..., Queue], char_fd: int, info: DeviceInfo, shares: list[_Share]
 ) -> list[Queue]:
-    make: Callable[..., Queue] = Queue
-    if isinstance(target, MappedTarget):
-        make = partial(MappedQueue, layout=target.layout)
     queues: list[Queue] = []
     try:
         for share in shares:
@@ -810,7 +817,6 @@ def _make_queues(
                     first_tag=share.first,
                     tag_step=share.step,
                     buffers=share.buffers,
-                    table=table,
                 )
             )
     except BaseException:

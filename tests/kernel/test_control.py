@@ -721,6 +721,32 @@ def test_a_killed_server_is_replaced(controller: Controller, tmp_path: Path) -> 
             assert second.ended() == 0
 
 
+def test_new_requests_fail_while_nobody_serves(controller: Controller, tmp_path: Path) -> None:
+    wish = Feature.USER_RECOVERY | Feature.USER_RECOVERY_FAIL_IO
+    if not has(controller, Feature.USER_RECOVERY_FAIL_IO):
+        with pytest.raises(OSError, match="asked for USER_RECOVERY_FAIL_IO, the kernel granted"):
+            controller.add(flags=wish)
+        return
+    with recoverable(controller, tmp_path, wish) as (info, server):
+        with server("start") as first:
+            assert first.line() == "live"
+            with Blocks(info.path) as client:
+                client.write(b"f" * 4096, 8192)
+                first.process.kill()
+                first.ended()
+                controller.wait_for_status(info.id, DeviceStatus.FAIL_IO)
+                with pytest.raises(OSError, match="I/O error") as failure:
+                    client.read(4096, 8192)
+                assert failure.value.errno in (errno.EIO, errno.EREMOTEIO)
+        start_recovery(controller, info.id)
+        with server("recover") as second:
+            assert second.line() == "live"
+            with Blocks(info.path, os.O_RDONLY) as client:
+                assert client.read(4096, 8192) == b"f" * 4096
+            controller.stop(info.id)
+            assert second.ended() == 0
+
+
 def test_a_live_server_is_replaced(controller: Controller, tmp_path: Path) -> None:
     wish = Feature.USER_RECOVERY | Feature.QUIESCE
     if not has(controller, Feature.QUIESCE):

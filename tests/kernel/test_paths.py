@@ -168,6 +168,17 @@ def resident() -> int:
     raise AssertionError("no RssAnon")
 
 
+def test_idle_buffers_go_back_to_the_kernel(serve: Serve) -> None:
+    disk = serve(Sync(), max_io_size=MIB, path="copy", trim_after=0.5)
+    before = resident()
+    verified(disk.path, rw="randwrite", bs="1m", size="8m", iodepth=8)
+    verified(disk.path, rw="write", bs="1m", size="8m", iodepth=8)
+    until(lambda: resident() - before < MIB, what="the buffers are given back")
+    verified(disk.path, rw="randwrite", bs="4k", size="1m", iodepth=8)
+    with pytest.raises(ValueError, match="trim_after must be positive seconds or None, not 0"):
+        Device(Sync(), trim_after=0)
+
+
 # ---- paths that fail on the way ----
 
 

@@ -161,6 +161,7 @@ int pu_queue_open(struct pu_queue *q, int cdev, const struct pu_queue_options *o
 	q->first_tag = options->first_tag;
 	q->tag_step = options->tag_step ? options->tag_step : 1;
 	q->faults = options->faults;
+	q->trim_after_ns = options->buffers ? 0 : options->trim_after_ns; /* shared: others use them */
 	q->shared = options->shared;
 	q->loopback = cdev < 0;
 	q->copies = !(flags & (PU_F_USER_COPY | PU_F_ZERO_COPY | PU_F_AUTO_BUF_REG));
@@ -687,6 +688,28 @@ static int wait_somewhere(struct pu_queue *q, int64_t timeout_ns)
 	return q->ring.fd < 0 ? wait_loopback(q, timeout_ns) : wait_loopback_ring(q, timeout_ns);
 }
 
+/* Nothing came for a while: the memory of requests goes back to the kernel until the next one. */
+static void trim(struct pu_queue *q)
+{
+	if (pu_queue_held(q) || q->others)
+		return;
+	madvise(q->buffers, q->depth * q->buffer_bytes, MADV_DONTNEED);
+	q->used = false;
+}
+
+static int wait_and_trim(struct pu_queue *q, int64_t timeout_ns)
+{
+	int error;
+
+	if (!q->trim_after_ns || !q->used ||
+	    (timeout_ns >= 0 && timeout_ns < q->trim_after_ns))
+		return wait_somewhere(q, timeout_ns);
+	error = wait_somewhere(q, q->trim_after_ns);
+	if (!error && !q->nr_ready)
+		trim(q);
+	return error;
+}
+
 int pu_queue_wait(struct pu_queue *q, int64_t timeout_ns)
 {
 	int error = read_inbox(q);
@@ -695,11 +718,12 @@ int pu_queue_wait(struct pu_queue *q, int64_t timeout_ns)
 	if (!error && drained(q))
 		return end_of(q);
 	if (!error)
-		error = wait_somewhere(q, timeout_ns);
+		error = wait_and_trim(q, timeout_ns);
 	if (!error)
 		error = read_inbox(q);
 	if (error)
 		return error;
+	q->used |= q->nr_ready > 0;
 	if (q->nr_ready > q->counters.largest_batch)
 		count(&q->counters.largest_batch, q->nr_ready - q->counters.largest_batch);
 	/* Said at once: nothing will ever wake a caller that waits for the descriptor instead. */

@@ -79,6 +79,7 @@ struct pu_queue_options {
 	uint32_t extra_entries; /* of the ring, for others' I/O */
 	const int *files;	/* for it: registered behind the char device, which has index 0 */
 	uint32_t nr_files;
+	int64_t trim_after_ns;	/* idle for so long, buffers are given back; 0: never */
 	uint32_t faults;	/* enum pu_fault */
 	const struct pu_shared *shared; /* with clients; NULL: no memory */
 };
@@ -117,6 +118,8 @@ struct pu_queue {
 	bool zoned;
 	bool aborted; /* the kernel has begun to take the tags away */
 	bool severed;
+	int64_t trim_after_ns;
+	bool used; /* since the buffers were given back */
 	uint32_t faults;
 	int error; /* the first refusal that is not an abort */
 
