@@ -51,6 +51,7 @@ int pu_batch_open(struct pu_queue *q)
 	}
 	if (q->auto_buffer)
 		b->flags |= PU_BATCH_BUF_FALLBACK;
+	b->plain = !q->zoned && !q->faults;
 	b->nr_provided = q->faults & PU_FAULT_FEW_BUFFERS ? 1 : 8;
 	b->arrivals = calloc((size_t)b->nr_provided * PU_BATCH_MAX_TAGS, sizeof(*b->arrivals));
 	for (int i = 0; i < 2; i++) /* one more for a fault's */

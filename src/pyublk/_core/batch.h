@@ -19,6 +19,7 @@ struct pu_batch {
 	uint32_t sent[2]; /* elements that the kernel has; 0: the array is free */
 	uint32_t filled;  /* elements in the array that is being filled */
 	uint8_t filling;  /* which one that is */
+	bool plain;	  /* no zones, and no faults on purpose */
 	uint8_t element_bytes;
 	uint16_t flags;
 	uint32_t preparing; /* PREP_IO_CMDS under way */
@@ -34,7 +35,7 @@ int pu_batch_open(struct pu_queue *q);
 void pu_batch_close(struct pu_queue *q);
 /* Prepares the queue's tags, then fetches. 0 or -errno. */
 int pu_batch_fetch(struct pu_queue *q);
-/* Queues a commit for the next submission. */
+/* Queues a commit for the next submission; queue.h has the shorter way for plain ones. */
 void pu_batch_commit(struct pu_queue *q, uint16_t tag, int32_t value);
 /* Turns queued commits into a command, and fetches again where that ended. 0 or -errno. */
 int pu_batch_submit(struct pu_queue *q);

@@ -333,6 +333,21 @@ static inline int32_t value_of(const struct pu_desc *desc, int64_t result)
 	return op == PU_OP_REPORT_ZONES ? (int32_t)(desc->nr_sectors * PU_ZONE_BYTES) : 0;
 }
 
+static inline void commit_in_batch(struct pu_queue *q, uint16_t tag, int32_t value)
+{
+	struct pu_batch *b = q->batch;
+	uint64_t *words;
+
+	if (!b->plain) {
+		pu_batch_commit(q, tag, value);
+		return;
+	}
+	words = (uint64_t *)(void *)b->elements[b->filling] + ((size_t)b->filled++ << q->copies);
+	words[0] = tag | (uint64_t)tag << 16 | (uint64_t)(uint32_t)value << 32;
+	if (q->copies)
+		words[1] = (uint64_t)(uintptr_t)pu_queue_buffer(q, tag);
+}
+
 static inline int commit(struct pu_queue *q, uint16_t tag, int64_t result)
 {
 	struct pu_tag *t = &q->tags[tag];
@@ -349,7 +364,7 @@ static inline int commit(struct pu_queue *q, uint16_t tag, int64_t result)
 	}
 	set_state(t, PU_TAG_COMMITTING);
 	if (q->batch) {
-		pu_batch_commit(q, tag, value);
+		commit_in_batch(q, tag, value);
 		return 0;
 	}
 	q->in_kernel++;
