@@ -679,6 +679,7 @@ static int wait_kernel(struct pu_queue *q, int64_t timeout_ns)
 	}
 	done = pu_ring_submit(&q->ring, timeout_ns != 0, timeout_ns, 0);
 	count(&q->counters.enters, 1);
+	q->timed_out = done == -ETIME;
 	if (__atomic_load_n(&q->severed, __ATOMIC_ACQUIRE))
 		return -ESHUTDOWN;
 	/* Out of memory or completions to be reaped first: the commits stay queued, try again. */
@@ -720,7 +721,8 @@ static int wait_and_trim(struct pu_queue *q, int64_t timeout_ns)
 	    (timeout_ns >= 0 && timeout_ns < q->trim_after_ns))
 		return wait_somewhere(q, timeout_ns);
 	error = wait_somewhere(q, q->trim_after_ns);
-	if (!error && !q->nr_ready)
+	/* Only then: commits' own completions, and wakes, bring no request either. */
+	if (!error && q->timed_out && !q->nr_ready)
 		trim(q);
 	return error;
 }

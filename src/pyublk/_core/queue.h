@@ -119,7 +119,8 @@ struct pu_queue {
 	bool aborted; /* the kernel has begun to take the tags away */
 	bool severed;
 	int64_t trim_after_ns;
-	bool used; /* since the buffers were given back */
+	bool used;	/* since the buffers were given back */
+	bool timed_out; /* the last wait */
 	uint32_t faults;
 	int error; /* the first refusal that is not an abort */
 
