@@ -129,6 +129,8 @@ class Device:
                 f"threads={threads} needs a target without coroutines, which one event loop runs; "
                 f"{type(target).__name__} is async"
             )
+        if isinstance(target, MappedTarget):
+            target.check_threads(threads)
         self.target = target
         self._path_wish = path
         self._batch_wish = batch

@@ -98,6 +98,9 @@ class MappedTarget(Target):
         """A mirror's leg failed; called before the request that noticed it is answered."""
         raise NotImplementedError
 
+    def check_threads(self, threads: int) -> None:
+        """Raises ValueError when so many threads cannot serve a queue together."""
+
     # ---- how it is served ----
 
     @property

@@ -309,3 +309,9 @@ def test_mapped_targets_announce_what_files_can_do(tmp_path: Path) -> None:
     finally:
         target.close()
     assert isinstance(target, pyublk.Target)
+
+
+def test_a_mirror_with_a_timeout_takes_one_thread(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="threads=2 needs a mirror with leg_timeout 0"):
+        pyublk.Device(mirror_of(tmp_path), threads=2)
+    pyublk.Device(mirror_of(tmp_path, leg_timeout=0), threads=2)

@@ -107,6 +107,13 @@ class Mirror(MappedTarget):
             return (DataPath.COPY, DataPath.USER_COPY)
         return super().paths
 
+    def check_threads(self, threads: int) -> None:
+        if threads > 1 and self._leg_timeout:
+            # A request that a leg keeps leaves its buffer behind, which one thread only knows.
+            raise ValueError(
+                f"threads={threads} needs a mirror with leg_timeout 0, which waits for ever"
+            )
+
     def make_layout(self, files: list[tuple[int, bool, bool]]) -> Layout:
         smallest = min(backing.size for backing in self.backing)
         size = smallest - smallest % self.block_size
