@@ -425,6 +425,8 @@ class Layout:
         """Whether no file's I/O ever waits."""
     def map_memory(self) -> None:
         """Maps the files in memory, for user copy straight between them and requests."""
+    def unmap_memory(self) -> None:
+        """Lets go of them: a mapped file keeps its file system from being unmounted."""
     def leg_state(self, leg: int) -> int:
         """0: in step; 1: being brought in step, written but not read; 2: failed, left alone."""
     def set_leg_state(self, leg: int, state: int) -> None: ...

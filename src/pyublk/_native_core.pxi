@@ -270,6 +270,7 @@ cdef extern from "_core/layout.h" nogil:
     int pu_layout_init(pu_layout *, pu_layout_kind, uint64_t, uint32_t, uint32_t)
     void pu_layout_destroy(pu_layout *)
     void pu_layout_map_memory(pu_layout *)
+    void pu_layout_unmap_memory(pu_layout *)
     pu_leg_state pu_layout_leg(const pu_layout *, uint32_t)
     void pu_layout_set_leg(pu_layout *, uint32_t, pu_leg_state)
     uint64_t PU_NO_REGION

@@ -27,6 +27,9 @@ cdef class Layout:
     def map_memory(self):
         pu_layout_map_memory(&self.layout)
 
+    def unmap_memory(self):
+        pu_layout_unmap_memory(&self.layout)
+
     def __dealloc__(self):
         if self.made:
             pu_layout_destroy(&self.layout)

@@ -147,7 +147,9 @@ class MappedTarget(Target):
         return Backing.open(path, size=size, direct=self._direct, read_only=self.read_only)
 
     def close(self) -> None:
-        self._layout = None
+        if self._layout is not None:
+            self._layout.unmap_memory()
+            self._layout = None
         while self.backing:
             self.backing.pop().close()
 

@@ -58,6 +58,16 @@ void pu_layout_map_memory(struct pu_layout *layout)
 	}
 }
 
+void pu_layout_unmap_memory(struct pu_layout *layout)
+{
+	for (uint32_t i = 0; i < layout->nr_files; i++) {
+		if (layout->files[i].map)
+			munmap(layout->files[i].map, layout->files[i].mapped);
+		layout->files[i].map = NULL;
+		layout->files[i].mapped = 0;
+	}
+}
+
 bool pu_file_holds(const struct pu_file *file, uint64_t offset, uint64_t length)
 {
 	unsigned char there[1024];
@@ -79,9 +89,8 @@ bool pu_file_holds(const struct pu_file *file, uint64_t offset, uint64_t length)
 
 void pu_layout_destroy(struct pu_layout *layout)
 {
-	for (uint32_t i = 0; layout->files && i < layout->nr_files; i++)
-		if (layout->files[i].map)
-			munmap(layout->files[i].map, layout->files[i].mapped);
+	if (layout->files)
+		pu_layout_unmap_memory(layout);
 	free(layout->files);
 	free(layout->extents);
 	free(layout->regions);

@@ -84,6 +84,7 @@ void pu_layout_destroy(struct pu_layout *layout);
 /* Maps the files whose bytes are in memory: the kernel then copies between them and requests.
  * Nobody else may touch the mapping, which faults where a file was cut short. */
 void pu_layout_map_memory(struct pu_layout *layout);
+void pu_layout_unmap_memory(struct pu_layout *layout);
 /* Whether all of a range is there: reading what is not would allocate it. */
 bool pu_file_holds(const struct pu_file *file, uint64_t offset, uint64_t length);
 
