@@ -263,6 +263,36 @@ def test_a_file_by_its_path(place: Path) -> None:
 # ---- in use ----
 
 
+def test_info_tells_the_data_path_and_a_mirror_s_legs(place: Path) -> None:
+    for name in ("a.img", "b.img"):
+        (place / name).write_bytes(bytes(MIB))
+    disk = added("mirror", "a.img", "b.img", "--path", "copy", "--no-batch")
+    told = run_here("info", str(disk["id"]))
+    assert told.exit_code == 0, told.output
+    assert "copy (asked for; batch I/O switched off)" in told.output
+    (details,) = json.loads(run_here("info", str(disk["id"]), "--json").output)
+    assert [leg["state"] for leg in details["status"]["legs"]] == ["synced", "synced"]
+    os.truncate(place / "a.img", 0)
+    with open(disk["path"], "rb") as client:
+        assert client.read(4096) == bytes(4096)
+
+    def told_failed() -> bool:
+        (now,) = json.loads(run_here("info", str(disk["id"]), "--json").output)
+        return [leg["state"] for leg in now["status"]["legs"]] == ["failed", "synced"]
+
+    until(told_failed)
+    assert f"path {place / 'a.img'}, state failed" in run_here("info", str(disk["id"])).output
+    assert run_here("stop", str(disk["id"])).exit_code == 0
+    assert left(place) == []
+
+
+def test_a_path_that_a_target_cannot_take_is_refused(place: Path) -> None:
+    refused = run_here("add", "ram", "--size", "1M", "--path", "zero-copy")
+    assert refused.exit_code == ExitCode.USAGE
+    assert "cannot be served by zero-copy: it takes copy, user-copy, get-data" in refused.output
+    assert left(place) == []
+
+
 def test_force_flushes_a_mounted_disk(place: Path) -> None:
     made = added("file", "disk.img", "--size", "16M")
     mkfs(made["path"])

@@ -128,3 +128,15 @@ def test_a_wrong_plan_says_what_is_allowed() -> None:
         Plan(target="rma").device()
     with pytest.raises(ValueError, match="workers=2 needs a target"):
         Plan(target="null", workers=2).device()
+
+
+def test_what_a_target_says_goes_with_its_record(run_dir: Path) -> None:
+    one = record()
+    one.write()
+    assert one.read_status() is None
+    one.write_status({"legs": ["synced", "failed"]})
+    assert one.read_status() == {"legs": ["synced", "failed"]}
+    (run_dir / "3.status").write_text("half a")
+    assert one.read_status() is None
+    one.remove()
+    assert not list(run_dir.glob("3.*"))

@@ -62,8 +62,8 @@ def _split_options(
               help="Largest request, and buffer of each.")  # fmt: skip
 @click.option("--workers", type=click.IntRange(min=0), default=0, metavar="N",
               help="Threads for a parallel target whose methods block.")  # fmt: skip
-@click.option("--path", type=click.Choice(["auto", *DataPath]), default="auto", show_default=True,
-              help="How data travels.")  # fmt: skip
+@click.option("--path", type=click.Choice(["auto", *(path.value for path in DataPath)]),
+              default="auto", show_default=True, help="How data travels.")  # fmt: skip
 @click.option("--batch/--no-batch", default=None,
               help="Commands that carry many tags.  [default: where the kernel can]")  # fmt: skip
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",

@@ -299,7 +299,7 @@ def check_devices() -> Iterator[Check]:
 
 
 def stale_records() -> list[Path]:
-    """Records whose server is gone, and their logs."""
+    """Records whose server is gone, with their logs and what their targets said last."""
     found = []
     for number in records.recorded_ids():
         record = records.Record.read(number)
@@ -307,7 +307,8 @@ def stale_records() -> list[Path]:
         if server is not None:
             with server:
                 continue
-        found += [p for p in (records.place(number), records.log_place(number)) if p.exists()]
+        places = (records.place(number), records.log_place(number), records.status_place(number))
+        found += [place for place in places if place.exists()]
     return found
 
 
