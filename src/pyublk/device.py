@@ -283,11 +283,13 @@ class Device:
         features = self._controller.features()
         if self._threads > 1:
             features.require(Feature.PER_IO_DAEMON)
+        depth = self._wish["depth"] or 0
         self._choice = choose_path(
             self.target.paths,
             features,
             path=self._path_wish,
             batch=self._batch_wish,
+            depth=depth,
             needed=self.target.needs | self._needed,
         )
         if (

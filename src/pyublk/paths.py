@@ -30,6 +30,8 @@ class DataPath(StrEnum):
 
 
 _NOTHING = Feature(0)
+#: ADD_DEV refuses less (EINVAL, seen on 7.3): the tags wait in a kfifo, which holds at least two.
+_LEAST_BATCH_DEPTH = 2
 
 _FLAGS: dict[DataPath, Feature] = {
     DataPath.COPY: _NOTHING,
@@ -64,6 +66,7 @@ def choose_path(
     *,
     path: DataPath | str = "auto",
     batch: bool | None = None,
+    depth: int = 128,
     needed: Feature = _NOTHING,
     why: str = "",
 ) -> PathChoice:
@@ -74,6 +77,7 @@ def choose_path(
         features: what the kernel and the caller's rights allow.
         path: "auto" for the first of `able` that the kernel has, or one of them by name.
         batch: batch I/O: None where the kernel has it, True or False as said.
+        depth: of the queues; the driver has no batch I/O for a depth of 1.
         needed: further device flags that the target cannot do without.
         why: what makes the first of `able` the best, for the `reason`.
 
@@ -97,7 +101,7 @@ def choose_path(
     features.require(needed)
     flags = _FLAGS[chosen] | needed
     check_together(flags)
-    batch, about_batch = _choose_batch(batch, chosen, features)
+    batch, about_batch = _choose_batch(batch, chosen, features, depth)
     if batch:
         flags |= Feature.BATCH_IO
     return PathChoice(path=chosen, batch=batch, flags=flags, reason=f"{reason}; {about_batch}")
@@ -115,11 +119,17 @@ def _named(path: str, able: Sequence[DataPath]) -> DataPath:
     return chosen
 
 
-def _choose_batch(wish: bool | None, path: DataPath, features: Features) -> tuple[bool, str]:
+def _choose_batch(
+    wish: bool | None, path: DataPath, features: Features, depth: int
+) -> tuple[bool, str]:
     if path is DataPath.GET_DATA:
         if wish:
             raise ValueError("batch I/O does not go together with get-data: choose another path")
         return False, "get-data has no batch I/O"
+    if depth < _LEAST_BATCH_DEPTH:
+        if wish:
+            raise ValueError(f"batch I/O needs a depth of 2 or more, not {depth}")
+        return False, "batch I/O needs a depth of 2 or more"
     if wish:
         features.require(Feature.BATCH_IO)
         return True, "batch I/O asked for"

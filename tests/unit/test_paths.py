@@ -76,6 +76,14 @@ def test_batch_can_be_switched_and_is_refused_by_name() -> None:
         choose_path(ALL, kernel(), path="get-data", batch=True)
 
 
+def test_a_depth_of_one_has_no_batch_io() -> None:
+    choice = choose_path(ALL, kernel(), depth=1)
+    assert not choice.batch
+    assert choice.reason.endswith("batch I/O needs a depth of 2 or more")
+    with pytest.raises(ValueError, match="batch I/O needs a depth of 2 or more, not 1"):
+        choose_path(ALL, kernel(), depth=1, batch=True)
+
+
 def test_wrong_paths_are_told_with_what_is_allowed() -> None:
     with pytest.raises(ValueError, match="path must be 'auto' or one of copy, get-data, user-copy"):
         choose_path(ALL, kernel(), path="teleport")
