@@ -359,4 +359,4 @@ def test_a_closed_queue_says_so(controller: pyublk.Controller) -> None:
                 use()
         queue.wake()
         queue.fail_held()
-        assert queue.counters()[2:] == (0, 0, 0)
+        assert queue.counters()[2:] == (0, 0, 0, 0)
