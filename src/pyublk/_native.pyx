@@ -26,8 +26,6 @@ from libc.string cimport memcpy, memset
 import errno as _errno
 import os
 from array import array
-from asyncio import CancelledError, Future, Task
-from asyncio.tasks import _enter_task, _leave_task
 from time import monotonic
 
 from pyublk import errors, uapi

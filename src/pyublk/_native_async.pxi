@@ -6,6 +6,17 @@ cdef extern from "Python.h":
     bint PyCoro_CheckExact(object)
 
 
+# Of asyncio, which only a Dispatcher needs, and which is half of what importing pyublk would cost.
+CancelledError = Future = Task = _enter_task = _leave_task = None
+
+
+cdef int import_asyncio() except -1:
+    global CancelledError, Future, Task, _enter_task, _leave_task
+    from asyncio import CancelledError, Future, Task
+    from asyncio.tasks import _enter_task, _leave_task
+    return 0
+
+
 cdef object owned(PyObject *reference):
     """Takes over a reference that a C function gave."""
     given = <object>reference
@@ -230,6 +241,7 @@ cdef class Dispatcher:
     cdef int references        # of `current`, when no handler keeps it
 
     def __init__(self, Handlers handlers not None, loop, answered=None):
+        import_asyncio()
         self.handlers = handlers
         self.loop = loop
         self.context = PyContext_CopyCurrent()

@@ -9,7 +9,6 @@ the stop of its own device while one of its handlers hangs.
 import ctypes
 import errno
 import os
-import secrets
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ COOKIE_MAGIC = 0x70797562
 
 def new_cookie() -> int:
     """A number that tells this device from every other of the same id."""
-    return COOKIE_MAGIC << 32 | secrets.randbits(32)
+    return COOKIE_MAGIC << 32 | int.from_bytes(os.urandom(4))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """A disk from start to stop: queues and their servants, in step with the control commands."""
 
-import asyncio
 import atexit
 import errno
 import logging
@@ -18,7 +17,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from types import FrameType, TracebackType
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from pyublk import errors, serving
 from pyublk._native import Buffers, Guard, Handlers, MappedQueue, Queue
@@ -30,6 +29,10 @@ from pyublk.sharing import SharedMemory, Sharing, check_share
 from pyublk.stats import DeviceStats, QueueStats
 from pyublk.target import FailureLog, NativeTarget, Target, dispatch_of
 from pyublk.uapi import ControlCommand, Feature
+
+# Event loops are for disks that need one: asyncio is half of what importing pyublk would cost.
+if TYPE_CHECKING:
+    from pyublk.loops import AsyncServer
 
 log = logging.getLogger("pyublk.device")
 
@@ -161,7 +164,7 @@ class Device:
         self._spare_fd = -1  # the stop needs one, also where none is left
         self._opened = False
         self._pool: serving.WorkerPool | None = None
-        self._async_servers: list[serving.AsyncServer] = []
+        self._async_servers: list[AsyncServer] = []
         self._servants: list[serving.Servant] = []
         self._final_stats: DeviceStats | None = None
         self._attention = threading.Event()  # a servant ended
@@ -247,6 +250,8 @@ class Device:
             self._go_live()
 
     async def _start_on_loop(self) -> None:
+        import asyncio
+
         with self._starting():
             await asyncio.to_thread(self._configure)
             self._begin_serving(on_this_loop=self._dispatch == "async")
@@ -348,10 +353,12 @@ class Device:
             make = partial(MappedQueue, layout=self.target.layout)
         make = partial(make, table=table, trim_after=self._trim_after)
         if on_this_loop:
-            server = serving.AsyncServer(handlers)
+            from pyublk import loops
+
+            server = loops.AsyncServer(handlers)
             self._async_servers.append(server)
             make_queues = partial(_make_queues, make, self._char_fd, info, shares)
-            self._servants = [serving.ServingLoop(make_queues, self._attention, server)]
+            self._servants = [loops.ServingLoop(make_queues, self._attention, server)]
             return
         one_thread = self._dispatch == "async" and self.target.concurrency == "serial"
         groups = [shares] if one_thread else [[share] for share in shares]
@@ -386,7 +393,9 @@ class Device:
             target.wake_queues = serving.waker(self._servants)
             return lambda queues: serving.serve_mapped(queues[0], target, report)
         if self._dispatch == "async":
-            return lambda queues: serving.serve_on_own_loop(queues, handlers, servers)
+            from pyublk import loops
+
+            return lambda queues: loops.serve_on_own_loop(queues, handlers, servers)
         if pool is not None:
             return lambda queues: serving.serve_with_workers(queues[0], pool)
         locks = self._locks()
@@ -759,6 +768,8 @@ class Device:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        import asyncio
+
         await asyncio.to_thread(self.stop)
 
     def __del__(self) -> None:

@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 
 import pyublk
-from pyublk import serving
+from pyublk import loops
 from pyublk._native import Handlers, Queue
-from pyublk.serving import AsyncServer
 from pyublk.target import FailureLog
 from pyublk.uapi import Op
 
@@ -26,7 +25,7 @@ Body = Callable[..., Any]
 class Client:
     """Sends requests to the queue and sees their answers; runs on the loop that serves it."""
 
-    def __init__(self, queue: Queue, server: AsyncServer) -> None:
+    def __init__(self, queue: Queue, server: loops.AsyncServer) -> None:
         self.queue = queue
         self.server = server
 
@@ -52,13 +51,13 @@ def serve(request: pytest.FixtureRequest) -> Serve:
     """Runs a client beside a target whose reads are `body`."""
 
     def run(body: Body, client: Callable[[Client], Awaitable[None]]) -> None:
-        selector = serving.RingSelector() if request.param == "ring" else None
+        selector = loops.RingSelector() if request.param == "ring" else None
         target = make(body)
         with Queue.loopback(depth=8, buffer_size=4096) as queue:
             queue.fetch()
 
             async def main() -> None:
-                server = AsyncServer(Handlers(target, FailureLog(target)))
+                server = loops.AsyncServer(Handlers(target, FailureLog(target)))
                 ended = server.attach(queue, selector)
                 try:
                     await asyncio.wait_for(client(Client(queue, server)), 30)
@@ -691,7 +690,7 @@ def test_the_ring_sleeps_as_long_as_the_loop_says() -> None:
     """And wakes for the epoll's descriptors, also when they are ready before it sleeps."""
     with Queue.loopback(depth=1) as queue:
         queue.fetch()
-        selector = serving.RingSelector()
+        selector = loops.RingSelector()
         near, far = socket.socketpair()
         with near, far:
             asked = []

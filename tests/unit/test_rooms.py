@@ -23,6 +23,7 @@ ROOMS = [
     ["target", "sharing"],
     ["mapped"],
     ["serving", "zoned"],
+    ["loops"],
     ["device"],
     ["targets", "vm", "testing"],
     ["service"],
@@ -81,6 +82,24 @@ print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
     )
     others = set(done.stdout.split()) - sys.stdlib_module_names - {"pyublk", "cython_runtime"}
     assert {name for name in others if not name.startswith("_cython_")} == set()
+
+
+@pytest.mark.parametrize("heavy", ["asyncio", "importlib.metadata"])
+def test_an_import_does_not_bring_what_few_disks_need(heavy: str) -> None:
+    program = f"import sys, pyublk, pyublk.targets; print({heavy!r} in sys.modules)"
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-I",
+            "-S",
+            "-c",
+            f"import sys; sys.path.append({str(PACKAGE.parent)!r})\n" + program,
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "False\n"
 
 
 def test_everything_exported_is_there_and_sorted() -> None:

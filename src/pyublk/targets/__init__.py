@@ -3,7 +3,6 @@
 
 import difflib
 import importlib
-import importlib.metadata
 import importlib.util
 import inspect
 import sys
@@ -12,6 +11,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pyublk.errors import InvalidTarget
 from pyublk.target import Target
@@ -24,6 +24,9 @@ from pyublk.targets.sizes import format_size, parse_size
 from pyublk.targets.slice import Slice
 from pyublk.targets.stripe import Stripe
 from pyublk.targets.zoned import Zoned
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoints
 
 __all__ = [
     "File",
@@ -54,9 +57,16 @@ BUILT_IN: dict[str, type[Target]] = {
 ENTRY_POINTS = "pyublk.targets"
 
 
+def _entry_points() -> "EntryPoints":
+    """Other packages' targets; looked for only when asked, since it imports half of email."""
+    from importlib.metadata import entry_points
+
+    return entry_points(group=ENTRY_POINTS)
+
+
 def names() -> list[str]:
     """Every target that has a short name: the built-in ones, and other packages' entry points."""
-    others = importlib.metadata.entry_points(group=ENTRY_POINTS)
+    others = _entry_points()
     return sorted({*BUILT_IN, *(point.name for point in others)})
 
 
@@ -70,7 +80,7 @@ def resolve(text: str) -> type[Target]:
         return BUILT_IN[text]
     module_name, colon, class_name = text.rpartition(":")
     if not colon:
-        for point in importlib.metadata.entry_points(group=ENTRY_POINTS, name=text):
+        for point in _entry_points().select(name=text):
             return _checked(point.load(), text)
         raise ValueError(
             f"there is no target {text!r}{_near(text, names())}; the targets are "

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
-from pyublk import serving
+from pyublk import loops, serving
 from pyublk._native import Handlers, MappedQueue, Queue
 from pyublk.errors import DeviceClosed
 from pyublk.mapped import MappedTarget
@@ -70,7 +70,7 @@ class Disk:
             if self._workers:
                 self._pool = serving.WorkerPool(self._handlers, self._workers, "disk")
             if self._dispatch == "async":
-                selector = serving.RingSelector()
+                selector = loops.RingSelector()
                 self._loop = asyncio.SelectorEventLoop(selector)
                 self._server = self._loop.run_until_complete(self._attach(selector))
         except BaseException:
@@ -88,9 +88,9 @@ class Disk:
         if self._queue is not None:
             self._queue.wake()
 
-    async def _attach(self, selector: serving.RingSelector) -> serving.AsyncServer:
+    async def _attach(self, selector: loops.RingSelector) -> loops.AsyncServer:
         assert self._queue is not None
-        server = serving.AsyncServer(self._handlers)
+        server = loops.AsyncServer(self._handlers)
         server.attach(self._queue, selector)
         return server
 
