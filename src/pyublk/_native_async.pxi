@@ -422,10 +422,10 @@ cdef class Dispatcher:
 
     cdef bint is_kept(self) noexcept:
         """Whether a handler keeps the current task, or has made an asyncio.Task of it."""
-        return (
-            PU_REFERENCES(<PyObject *>self.current) != self.references
-            or self.current.task is not None
-        )
+        cdef int references = PU_REFERENCES(<PyObject *>self.current)
+        if references == INT_MAX:  # no telling
+            return True
+        return references != self.references or self.current.task is not None
 
     cdef int let_go(self, Suspended request) except -1:
         """After a step: the current task stays with its request if somebody keeps it."""
