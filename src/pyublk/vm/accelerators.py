@@ -17,11 +17,11 @@ from pyublk.vm.architecture import Architecture
 from pyublk.vm.initramfs import Archive
 from pyublk.vm.kernels import Kernel, cache_directory
 
-# Counting is `icount`: one instruction is one nanosecond of the guest's time. Its processor must
-# not have the fast string instructions: with them every byte copied counts as an instruction.
+# Counting is `icount`: one instruction is one nanosecond of the guest's time. Emulated processors
+# do not have the fast string instructions: with them every byte copied is an instruction.
 OPTIONS = {
     "kvm": ("-accel", "kvm", "-cpu", "host"),
-    "tcg": ("-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max"),
+    "tcg": ("-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max,-erms,-fsrm"),
     "count": (
         *("-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off"),
         *("-cpu", "max,-erms,-fsrm"),
