@@ -26,7 +26,7 @@ static void provide(struct pu_batch *b, uint16_t id)
 	struct pu_provided *entry = &b->provided[b->provided_tail & (b->nr_provided - 1)];
 
 	entry->addr = (uint64_t)(uintptr_t)(b->arrivals + (size_t)id * PU_BATCH_MAX_TAGS);
-	entry->len = PU_BATCH_MAX_TAGS * sizeof(*b->arrivals);
+	entry->len = b->arrival_tags * sizeof(*b->arrivals);
 	entry->id = id;
 	b->provided_tail++;
 	__atomic_store_n(&b->provided[0].tail, b->provided_tail, __ATOMIC_RELEASE);
@@ -52,7 +52,9 @@ int pu_batch_open(struct pu_queue *q)
 	if (q->auto_buffer)
 		b->flags |= PU_BATCH_BUF_FALLBACK;
 	b->plain = !q->zoned && !q->faults;
+	/* Two requests at once are then one buffer too many, whatever the machine's speed. */
 	b->nr_provided = q->faults & PU_FAULT_FEW_BUFFERS ? 1 : 8;
+	b->arrival_tags = q->faults & PU_FAULT_FEW_BUFFERS ? 1 : PU_BATCH_MAX_TAGS;
 	b->arrivals = calloc((size_t)b->nr_provided * PU_BATCH_MAX_TAGS, sizeof(*b->arrivals));
 	for (int i = 0; i < 2; i++) /* one more for a fault's */
 		b->elements[i] = calloc(q->depth + 1u, b->element_bytes);

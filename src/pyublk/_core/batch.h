@@ -28,7 +28,8 @@ struct pu_batch {
 	struct pu_provided *provided;
 	uint32_t nr_provided;
 	uint16_t provided_tail;
-	uint16_t *arrivals; /* the buffers: PU_BATCH_MAX_TAGS tags each */
+	uint16_t *arrivals; /* the buffers, PU_BATCH_MAX_TAGS tags apart */
+	uint32_t arrival_tags; /* what each may hold */
 };
 
 int pu_batch_open(struct pu_queue *q);
