@@ -6,13 +6,14 @@ import errno
 import logging
 import os
 import signal
+import stat
 import sys
 import threading
 import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
@@ -430,14 +431,32 @@ class Device:
         self._raise_servant_error()
         self._controller.start(self.id, os.getpid())
         self._raise_servant_error()
-        while not os.path.exists(self.path):
+        self._await_node(until)
+        self._info = self._controller.info(self.id)
+        self._state = DeviceState.LIVE
+
+    def _await_node(self, until: float) -> None:
+        """Waits until `path` is this disk. Another file of that name would take what clients write:
+        programs that create what they write to leave one where a disk was gone before them."""
+        assert self._controller is not None
+        devt = self._controller.get_params(self.id).devt
+        assert devt is not None
+        ours = os.makedev(devt.disk_major, devt.disk_minor)
+        while True:
+            with suppress(FileNotFoundError):
+                node = os.stat(self.path)
+                if node.st_rdev == ours and stat.S_ISBLK(node.st_mode):
+                    return
+                if not stat.S_ISBLK(node.st_mode):
+                    raise errors.DeviceLost(
+                        f"{self.path} is not the disk but another file, which hides it: remove "
+                        f"that file (a program made it that wrote there while no disk was)"
+                    )
             if time.monotonic() > until:
                 raise errors.DeviceLost(
                     f"{self.path} did not appear: is devtmpfs mounted on /dev, or udev running?"
                 )
             time.sleep(0.005)
-        self._info = self._controller.info(self.id)
-        self._state = DeviceState.LIVE
 
     def _all_primed(self) -> bool:
         until = time.monotonic() + self._deadline

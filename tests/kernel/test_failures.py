@@ -640,10 +640,12 @@ tell(disk.state)
 class Load:
     """Clients that read and write until they cannot."""
 
+    # Never making a file: one in the place of a disk that went first would hide the next disk.
     COMMANDS = (
         "dd if={path} of=/dev/null bs=16k iflag=direct",
-        "dd if=/dev/zero of={path} bs=16k oflag=direct",
-        "dd if=/dev/zero of={path} bs=64k seek=65536",  # through the page cache
+        "dd if=/dev/zero of={path} bs=16k oflag=direct conv=nocreat,notrunc",
+        # Through the page cache.
+        "dd if=/dev/zero of={path} bs=64k seek=65536 conv=nocreat,notrunc",
     )
 
     def __init__(self, path: str) -> None:

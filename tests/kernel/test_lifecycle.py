@@ -680,6 +680,24 @@ def test_an_id_in_use(serve: Serve) -> None:
     round_trip(first.path)  # the other's disk was left alone
 
 
+def test_a_file_in_the_place_of_the_disk() -> None:
+    """What a program leaves that writes to a disk which is gone: writes would go there."""
+    stray = Path("/dev/ublkb77")
+    stray.write_bytes(b"not a disk")
+    try:
+        target = Closing(MIB)
+        disk = Device(target, id=77)
+        with pytest.raises(pyublk.DeviceLost, match=r"ublkb77 is not the disk .* remove"):
+            disk.start()
+        assert no_trace_of(disk)
+        assert target.closed == 1
+        assert stray.read_bytes() == b"not a disk"
+    finally:
+        stray.unlink()
+    with Device(Memory(MIB), id=77) as disk:
+        round_trip(disk.path)
+
+
 def test_a_pointer_that_was_not_set() -> None:
     target = NoHandler(size=MIB)
     disk = Device(target)
