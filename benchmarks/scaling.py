@@ -4,8 +4,11 @@
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 from pyublk import Device, Target
 from pyublk.targets.null import Null
@@ -38,13 +41,24 @@ TARGETS: dict[str, Callable[[], Target]] = {
 }
 
 
-def requests_per_second(target: Target, queues: int, runtime: float) -> float:
+@dataclass(frozen=True)
+class Run:
+    """What fio saw, and the seconds of CPU that this process spent on a request."""
+
+    iops: float
+    cpu: float
+
+
+def run(target: Target, queues: int, runtime: float) -> Run:
     """Serve `target` by so many queues to as many fio processes, for `runtime` seconds."""
     with Device(target, queues=queues) as disk:
         line = jobs.command(
             jobs.JOBS["randread"], disk.path, runtime=runtime, ramp=runtime / 4, processes=queues
         )
-        return jobs.run(line, timeout=runtime * 20 + 60, unblock=disk.stop).iops
+        requests, cpu = disk.stats().total.requests, time.process_time()
+        iops = jobs.run(line, timeout=runtime * 20 + 60, unblock=disk.stop).iops
+        cpu, requests = time.process_time() - cpu, disk.stats().total.requests - requests
+    return Run(iops, cpu / requests)
 
 
 def interpreter() -> str:
@@ -58,16 +72,18 @@ def measure(queues: list[int], repeats: int, runtime: float) -> None:
     """Print the medians, and what they are to those of the first number of queues."""
     print(f"{interpreter()}; {os.cpu_count()} processors; thousands of requests a second")
     for name, make in TARGETS.items():
-        rates: dict[int, list[float]] = {count: [] for count in queues}
+        runs: dict[int, list[Run]] = {count: [] for count in queues}
         for _ in range(repeats):
             for count in queues:
-                rates[count].append(requests_per_second(make(), count, runtime))
-        medians = {count: sorted(each)[len(each) // 2] for count, each in rates.items()}
-        for count, median in medians.items():
-            spread = (max(rates[count]) - min(rates[count])) / median
+                runs[count].append(run(make(), count, runtime))
+        medians = {count: median(each.iops for each in runs[count]) for count in queues}
+        for count, iops in medians.items():
+            rates = [each.iops for each in runs[count]]
+            cpu = median(each.cpu for each in runs[count])
             print(
-                f"{name:8} {count:2} queues {median / 1000:8.2f} ± {spread / 2:4.0%}   "
-                f"{median / medians[queues[0]]:5.2f} of {queues[0]}",
+                f"{name:8} {count:2} queues {iops / 1000:8.2f} ± "
+                f"{(max(rates) - min(rates)) / iops / 2:4.0%}   "
+                f"{iops / medians[queues[0]]:5.2f} of {queues[0]}   {cpu * 1e6:8.2f} µs CPU each",
                 flush=True,
             )
 

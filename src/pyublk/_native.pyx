@@ -1,4 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+# cython: freethreading_compatible=True
 # cython: initializedcheck=False, infer_types=True, auto_pickle=False
 # SPDX-License-Identifier: MIT
 """The binding of the C core: Ring, Queue, IO, control commands, native targets.

@@ -6,7 +6,14 @@ cdef extern from "Python.h":
 cdef extern from *:
     """
     #ifdef Py_GIL_DISABLED
-    #define PU_REFERENCES(o) INT_MAX  /* another thread may be about to take one */
+    /* No telling, unless the object is this thread's and no other has ever counted itself in: then
+     * there is nobody who could take one more meanwhile. */
+    static inline int PU_REFERENCES(PyObject *o)
+    {
+        if (o->ob_tid != _Py_ThreadId() || __atomic_load_n(&o->ob_ref_shared, __ATOMIC_ACQUIRE))
+            return INT_MAX;
+        return (int)o->ob_ref_local;
+    }
     #else
     #define PU_REFERENCES(o) Py_REFCNT(o)
     #endif
@@ -111,9 +118,10 @@ cdef extern from "_core/queue.h" nogil:
         void *, uint32_t, uint32_t, uint64_t, uint64_t, void *
     ) noexcept nogil
 
+    enum:
+        PU_TAG_FETCHING
+
     struct pu_tag:
-        uint32_t generation
-        uint8_t state
         bint fetched
         int32_t result
         uint64_t zone_lba
@@ -166,7 +174,9 @@ cdef extern from "_core/queue.h" nogil:
     int pu_queue_event_fd(pu_queue *)
     int pu_queue_watch(pu_queue *, int)
     int pu_queue_answer(pu_queue *, uint16_t, int64_t)
-    int pu_queue_post(pu_queue *, uint16_t, int64_t)
+    uint32_t pu_tag_generation(const pu_tag *)
+    int pu_tag_state(const pu_tag *)
+    int pu_queue_post(pu_queue *, uint16_t, uint32_t, int64_t)
     void pu_queue_fail_held(pu_queue *, int)
     void pu_queue_wake(pu_queue *)
     int pu_queue_copy(pu_queue *, uint16_t, void *, uint64_t, uint64_t, uint64_t)
@@ -260,7 +270,6 @@ cdef extern from "_core/layout.h" nogil:
         uint64_t size
         pu_file *files
         uint32_t nr_files
-        uint32_t version
         pu_extent *extents
         uint64_t chunk
         pu_leg legs[16]
@@ -272,6 +281,7 @@ cdef extern from "_core/layout.h" nogil:
     void pu_layout_map_memory(pu_layout *)
     void pu_layout_unmap_memory(pu_layout *)
     pu_leg_state pu_layout_leg(const pu_layout *, uint32_t)
+    void pu_layout_replace_file(pu_layout *, uint32_t, int, bint, bint)
     void pu_layout_set_leg(pu_layout *, uint32_t, pu_leg_state)
     uint64_t PU_NO_REGION
     void pu_layout_gate(pu_layout *, uint64_t)

@@ -103,8 +103,7 @@ cdef class Layout:
     def replace_file(self, uint32_t index, int fd, bint memory, bint device):
         """The queues take it up with their next turn; `wake` them."""
         self.check_leg(index)
-        self.set_file(index, fd, memory, device)
-        self.layout.version += 1
+        pu_layout_replace_file(&self.layout, index, fd, memory, device)
 
     @property
     def region_bytes(self):

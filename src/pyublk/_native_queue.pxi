@@ -135,6 +135,7 @@ cdef class IO:
     def completed(self):
         return not pu_queue_holds(&self.queue.q, self.tag, self.generation)
 
+    @cython.critical_section
     cdef object get_view(self):
         cdef uint32_t op = self.desc.op_flags & 0xFF
         cdef bint writable = not takes_data(op)
@@ -185,14 +186,21 @@ cdef class IO:
         """A view that the handler kept must not show the tag's next request."""
         if self.view is None:
             return 0
-        if PU_REFERENCES(<PyObject *>self.view) != 1 or self.view_shared:
+        view = self.take_kept_view()
+        if view is not None:
             try:
-                self.view.release()
+                view.release()
             except BufferError:
                 pass  # an array on top of it: it keeps the memory, whatever that will hold
-            self.view = None
-            self.view_shared = False
         return 0
+
+    @cython.critical_section
+    cdef object take_kept_view(self):
+        if PU_REFERENCES(<PyObject *>self.view) == 1 and not self.view_shared:
+            return None
+        view, self.view = self.view, None
+        self.view_shared = False
+        return view
 
     def complete(self, *, zone_sector=None):
         if zone_sector is not None:
@@ -212,7 +220,7 @@ cdef class IO:
     cdef int finish(self, int64_t result) except -1:
         self.current()
         self.drop_view()
-        if self.queue.finish(self.tag, self.give_answer(result)) < 0:
+        if self.queue.finish(self, self.give_answer(result)) < 0:
             self.current()
         return 0
 
@@ -305,7 +313,7 @@ cdef class Handlers:
         """Runs the handler on the calling thread; the queue's own thread commits."""
         cdef int64_t result = self.answer(io)
         if result != LATER:
-            pu_queue_post(&io.queue.q, io.tag, result)
+            pu_queue_post(&io.queue.q, io.tag, io.generation, result)
 
 
 cdef class Buffers:
@@ -449,6 +457,7 @@ cdef class Queue:
             raise errors.DeviceClosed("the queue is closed")
         return 0
 
+    @cython.critical_section
     def close(self):
         if self.is_open:
             self.is_open = False
@@ -519,7 +528,7 @@ cdef class Queue:
             self.ios[tag] = io
         if io.view_shared:
             io.drop_view()
-        io.generation = self.q.tags[tag].generation
+        io.generation = pu_tag_generation(&self.q.tags[tag])
         io.deferred = False
         io.answer_in_buffer = False
         return io
@@ -537,10 +546,10 @@ cdef class Queue:
         while (batch := self.wait()) is not None:
             yield from batch
 
-    cdef int finish(self, uint16_t tag, int64_t result) noexcept:
+    cdef int finish(self, IO io, int64_t result) noexcept:
         if PyThread_get_thread_ident() == self.owner:
-            return pu_queue_answer(&self.q, tag, result)
-        return pu_queue_post(&self.q, tag, result)
+            return pu_queue_answer(&self.q, io.tag, result)
+        return pu_queue_post(&self.q, io.tag, io.generation, result)
 
     def serve_native(self, uintptr_t handler, uintptr_t context=0, *, bint blind=False):
         self.alive()
@@ -599,11 +608,13 @@ cdef class Queue:
             pu_queue_fail_held(&self.q, error)
 
     def sever(self):
-        cdef int error
-        if self.is_open:
-            error = pu_queue_sever(&self.q)
-            if error < 0:
-                raise OSError(-error, os.strerror(-error))
+        cdef int error = self.cut_off()
+        if error < 0:
+            raise OSError(-error, os.strerror(-error))
+
+    @cython.critical_section
+    cdef int cut_off(self) noexcept:
+        return pu_queue_sever(&self.q) if self.is_open else 0
 
     # Loopback only: the kernel's side of the conversation.
 
@@ -621,7 +632,8 @@ cdef class Queue:
     def answered(self, uint16_t tag):
         """None while the request is unanswered, then its result."""
         self.alive()
-        return None if self.q.tags[tag].state != 1 else self.q.tags[tag].result
+        answered = pu_tag_state(&self.q.tags[tag]) == PU_TAG_FETCHING
+        return self.q.tags[tag].result if answered else None
 
     def zone_sector(self, uint16_t tag):
         """Where the last zone append of the tag was written, as it was answered."""

@@ -93,6 +93,9 @@ class Device:
     async target is served on the running event loop, which several devices may share.
     """
 
+    # Where __del__ finds them when an interpreter that ends has taken this module apart already.
+    _NOTHING_OPEN = (DeviceState.CREATED, DeviceState.STOPPED)
+
     def __init__(
         self,
         target: Target,
@@ -792,10 +795,7 @@ class Device:
         await asyncio.to_thread(self.stop)
 
     def __del__(self) -> None:
-        if getattr(self, "_state", DeviceState.STOPPED) in (
-            DeviceState.CREATED,
-            DeviceState.STOPPED,
-        ):
+        if getattr(self, "_state", self._NOTHING_OPEN[0]) in self._NOTHING_OPEN:
             return
         warnings.warn(
             f"{self!r}, made at {self._made_at}, was dropped while open: use `with` or stop()",

@@ -61,6 +61,8 @@ class Target:
       event loop; its coroutines interleave where they await.
     - ``"per_queue"``: one call at a time for each queue; queues run beside each other.
     - ``"parallel"``: any number of calls at once, from any thread; needed for `workers`.
+
+    The same holds with and without the GIL; without it, calls that may run at once do.
     """
 
     concurrency: ClassVar[Concurrency] = "serial"

@@ -50,9 +50,9 @@ static void every_request_is_answered_once(void)
 		for (uint16_t tag = 0; tag < DEPTH; tag++) {
 			uint8_t *buffer = pu_queue_buffer(&q, tag);
 
-			CHECK_EQUAL(q.tags[tag].state, PU_TAG_FETCHING);
+			CHECK_EQUAL(pu_tag_state(&q.tags[tag]), PU_TAG_FETCHING);
 			CHECK_EQUAL(q.tags[tag].result, tag & 1 ? -ENOSPC : 1024);
-			CHECK_EQUAL(q.tags[tag].generation, (uint32_t)round + 1);
+			CHECK_EQUAL(pu_tag_generation(&q.tags[tag]), (uint32_t)round + 1);
 			CHECK_EQUAL(buffer[0], tag);
 			CHECK_EQUAL(buffer[1023], tag);
 		}
@@ -78,16 +78,17 @@ static void a_second_answer_is_refused(void)
 	CHECK_EQUAL(pu_queue_inject(&q, 0, PU_OP_FLUSH, 0, 0), 0);
 	CHECK_EQUAL(pu_queue_wait(&q, 0), 1);
 	CHECK(pu_queue_holds(&q, 0, 1));
-	CHECK_EQUAL(pu_queue_post(&q, 0, -EIO), 0);
+	CHECK_EQUAL(pu_queue_post(&q, 0, 1, -EIO), 0);
 	CHECK(!pu_queue_holds(&q, 0, 1));
 	CHECK_EQUAL(pu_queue_answer(&q, 0, 0), -EALREADY);
-	CHECK_EQUAL(pu_queue_post(&q, 0, 0), -EALREADY);
+	CHECK_EQUAL(pu_queue_post(&q, 0, 1, 0), -EALREADY);
 	CHECK_EQUAL(pu_queue_wait(&q, 0), 0); /* reads the post */
 	CHECK_EQUAL(q.tags[0].result, -EIO);
 	CHECK_EQUAL(q.owned, 0);
 	/* an errno that is none becomes EIO, a flush has no length */
 	CHECK_EQUAL(pu_queue_inject(&q, 0, PU_OP_FLUSH, 0, 0), 0);
 	CHECK_EQUAL(pu_queue_wait(&q, 0), 1);
+	CHECK_EQUAL(pu_queue_post(&q, 0, 1, 0), -EALREADY); /* late: not for this request */
 	CHECK_EQUAL(pu_queue_answer(&q, 0, -100000), 0);
 	CHECK_EQUAL(q.tags[0].result, -EIO);
 	pu_queue_close(&q);
@@ -97,7 +98,7 @@ static void a_second_answer_is_refused(void)
 struct poster {
 	struct pu_queue *queue;
 	pthread_barrier_t start;
-	int64_t result;
+	uint32_t generation;
 	unsigned won;
 };
 
@@ -107,7 +108,7 @@ static void *post_all(void *argument)
 
 	pthread_barrier_wait(&poster->start);
 	for (uint16_t tag = 0; tag < DEPTH; tag++)
-		if (pu_queue_post(poster->queue, tag, 0) == 0)
+		if (pu_queue_post(poster->queue, tag, poster->generation, 0) == 0)
 			__atomic_add_fetch(&poster->won, 1, __ATOMIC_RELAXED);
 	return NULL;
 }
@@ -120,7 +121,7 @@ static void threads_race_to_answer_and_one_wins(void)
 	CHECK_EQUAL(open_queue(&q, -1, 0), 0);
 	CHECK_EQUAL(pu_queue_fetch(&q), 0);
 	for (int round = 0; round < 50; round++) {
-		struct poster poster = { .queue = &q };
+		struct poster poster = { .queue = &q, .generation = (uint32_t)round + 1 };
 
 		pthread_barrier_init(&poster.start, NULL, 3);
 		for (uint16_t tag = 0; tag < DEPTH; tag++)

@@ -192,6 +192,15 @@ void pu_layout_set_leg(struct pu_layout *layout, uint32_t leg, enum pu_leg_state
 	__atomic_store_n(&layout->legs[leg].state, (uint8_t)state, __ATOMIC_RELEASE);
 }
 
+void pu_layout_replace_file(struct pu_layout *layout, uint32_t index, int fd, bool memory,
+			    bool device)
+{
+	layout->files[index].fd = fd;
+	layout->files[index].memory = memory;
+	layout->files[index].device = device;
+	__atomic_fetch_add(&layout->version, 1, __ATOMIC_RELEASE); /* who sees it sees the file */
+}
+
 int pu_layout_readable(const struct pu_layout *layout, uint64_t offset, uint32_t without)
 {
 	/* Neighbours from the same leg: it may read ahead. */

@@ -99,6 +99,9 @@ uint64_t pu_part_data(const struct pu_part *part, uint64_t done, uint64_t *conti
 
 enum pu_leg_state pu_layout_leg(const struct pu_layout *layout, uint32_t leg);
 void pu_layout_set_leg(struct pu_layout *layout, uint32_t leg, enum pu_leg_state state);
+/* The queues take it up with their next turn. */
+void pu_layout_replace_file(struct pu_layout *layout, uint32_t index, int fd, bool memory,
+			    bool device);
 /* A leg to read `offset` from, not one of `without` (bits), or -1. */
 int pu_layout_readable(const struct pu_layout *layout, uint64_t offset, uint32_t without);
 

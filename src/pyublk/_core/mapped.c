@@ -409,7 +409,7 @@ static void cut(struct pu_mapped *m, uint16_t tag)
 		slot = take_slot(m);
 		slot->part = part;
 		slot->tag = tag;
-		slot->generation = m->q->tags[tag].generation;
+		slot->generation = pu_tag_generation(&m->q->tags[tag]);
 		w->open++;
 		operate(m, slot);
 	}
@@ -435,7 +435,7 @@ static void read_mirror(struct pu_mapped *m, uint16_t tag)
 		.first = w->length,
 	};
 	slot->tag = tag;
-	slot->generation = m->q->tags[tag].generation;
+	slot->generation = pu_tag_generation(&m->q->tags[tag]);
 	if (leg < 0)
 		advance(m, slot, w->error ? w->error : -EIO);
 	else
@@ -691,7 +691,7 @@ static void complete(void *context, uint64_t user_data, int32_t result)
 	if (user_data >> PU_KIND_SHIFT == KIND_PART) {
 		struct pu_slot *slot = &m->slots[number];
 
-		if (slot->orphan || slot->generation != m->q->tags[slot->tag].generation) {
+		if (slot->orphan || slot->generation != pu_tag_generation(&m->q->tags[slot->tag])) {
 			if (!slot->orphan)
 				m->q->others--;
 			free_slot(m, slot);

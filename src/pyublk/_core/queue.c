@@ -34,15 +34,27 @@ static inline void count(uint64_t *counter, uint64_t add)
 
 static inline void set_state(struct pu_tag *tag, enum pu_tag_state state)
 {
-	__atomic_store_n(&tag->state, (uint8_t)state, __ATOMIC_RELEASE);
+	__atomic_store_n(&tag->life, pu_life(state, pu_tag_generation(tag)), __ATOMIC_RELEASE);
 }
 
-static inline bool claim_answer(struct pu_tag *tag)
+static inline bool claim_answer(struct pu_tag *tag, uint32_t generation)
 {
-	uint8_t owned = PU_TAG_OWNED;
+	uint64_t owned = pu_life(PU_TAG_OWNED, generation);
 
-	return __atomic_compare_exchange_n(&tag->state, &owned, PU_TAG_ANSWERED, false,
-					   __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
+	return __atomic_compare_exchange_n(&tag->life, &owned, pu_life(PU_TAG_ANSWERED, generation),
+					   false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
+}
+
+/* By the owner, who alone brings a tag its next request. */
+static inline bool claim_current(struct pu_tag *tag)
+{
+	return claim_answer(tag, pu_tag_generation(tag));
+}
+
+static inline void own(struct pu_tag *tag)
+{
+	__atomic_store_n(&tag->life, pu_life(PU_TAG_OWNED, pu_tag_generation(tag) + 1),
+			 __ATOMIC_RELEASE);
 }
 
 static int open_ring(struct pu_queue *q, uint32_t extra)
@@ -190,12 +202,21 @@ int pu_queue_open(struct pu_queue *q, int cdev, const struct pu_queue_options *o
 	return error;
 }
 
+/* Descriptors at the same address with no device behind them: whoever still has a request, on
+ * whichever thread, may look at its descriptor until the queue is freed. */
+static int leave_device(struct pu_queue *q)
+{
+	int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED;
+
+	if (!q->desc)
+		return 0;
+	return mmap(q->desc, q->desc_bytes, PROT_READ, flags, -1, 0) == MAP_FAILED ? -errno : 0;
+}
+
 void pu_queue_close(struct pu_queue *q)
 {
 	pu_ring_close(&q->ring);
-	if (q->desc)
-		munmap(q->desc, q->desc_bytes);
-	q->desc = NULL;
+	leave_device(q);
 	for (uint32_t tag = 0; q->tags && tag < q->depth; tag++)
 		set_state(&q->tags[tag], PU_TAG_GONE);
 	pthread_mutex_lock(&q->inbox_lock);
@@ -212,12 +233,15 @@ void pu_queue_close(struct pu_queue *q)
 
 void pu_queue_free(struct pu_queue *q)
 {
+	if (q->desc)
+		munmap(q->desc, q->desc_bytes);
 	if (q->buffers)
 		pu_buffers_unmap(q->buffers, q->depth, q->buffer_bytes);
 	free(q->tags);
 	free(q->ready);
 	free(q->inbox);
 	pthread_mutex_destroy(&q->inbox_lock);
+	q->desc = NULL;
 	q->buffers = NULL;
 	q->tags = NULL;
 	q->ready = NULL;
@@ -227,12 +251,10 @@ void pu_queue_free(struct pu_queue *q)
 int pu_queue_sever(struct pu_queue *q)
 {
 	__atomic_store_n(&q->severed, true, __ATOMIC_RELEASE);
-	/* Same address, no device behind it: the owner may read it whenever it comes back. */
-	if (mmap(q->desc, q->desc_bytes, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) ==
-	    MAP_FAILED)
-		return -errno;
+	int error = leave_device(q);
 
-	int error = pu_ring_sever(&q->ring);
+	if (!error)
+		error = pu_ring_sever(&q->ring);
 
 	/* An owner that waits in the old ring keeps it. */
 	pthread_mutex_lock(&q->inbox_lock);
@@ -350,19 +372,17 @@ static inline void commit_in_batch(struct pu_queue *q, uint16_t tag, int32_t val
 
 static inline int commit(struct pu_queue *q, uint16_t tag, int64_t result)
 {
-	struct pu_tag *t = &q->tags[tag];
 	int32_t value = value_of(&q->desc[tag], result);
 
 	if (value < 0)
 		count(&q->counters.errors, 1);
 	q->owned--;
-	t->result = value;
 	if (q->loopback) {
-		set_state(t, PU_TAG_FETCHING);
+		q->tags[tag].result = value;
+		set_state(&q->tags[tag], PU_TAG_FETCHING);
 		q->in_kernel++;
 		return 0;
 	}
-	set_state(t, PU_TAG_COMMITTING);
 	if (q->batch) {
 		commit_in_batch(q, tag, value);
 		return 0;
@@ -371,7 +391,9 @@ static inline int commit(struct pu_queue *q, uint16_t tag, int64_t result)
 	return queue_command(q, PU_IO_COMMIT_AND_FETCH_REQ, tag, value);
 }
 
-static int64_t handle_copied(struct pu_queue *q, uint16_t tag, uint64_t length)
+/* The two rarer ways are kept out of the commonest, which is small enough to be inlined then. */
+static __attribute__((noinline)) int64_t handle_copied(struct pu_queue *q, uint16_t tag,
+						       uint64_t length)
 {
 	const struct pu_desc *desc = &q->desc[tag];
 	uint32_t op = desc->op_flags & 0xff;
@@ -387,7 +409,8 @@ static int64_t handle_copied(struct pu_queue *q, uint16_t tag, uint64_t length)
 	return result;
 }
 
-static int64_t handle_shared(struct pu_queue *q, uint16_t tag, uint64_t length)
+static __attribute__((noinline)) int64_t handle_shared(struct pu_queue *q, uint16_t tag,
+						       uint64_t length)
 {
 	const struct pu_desc *desc = &q->desc[tag];
 	void *bytes = pu_queue_shared(q, tag);
@@ -413,7 +436,7 @@ static inline void handle(struct pu_queue *q, uint16_t tag, uint64_t length)
 		result = native->handler(native->context, desc->op_flags & 0xff,
 					 desc->op_flags & ~0xffu, pu_desc_offset(desc), length,
 					 pu_queue_buffer(q, tag));
-	if (!claim_answer(&q->tags[tag])) /* failed from outside while the handler ran */
+	if (!claim_current(&q->tags[tag])) /* failed from outside while the handler ran */
 		return;
 	error = commit(q, tag, result);
 	if (error && !q->error)
@@ -429,10 +452,9 @@ static inline void take(struct pu_queue *q, uint16_t tag)
 
 	count(&q->counters.requests[op], 1);
 	count(&q->counters.bytes[op], length);
-	t->generation++;
 	t->fetched = false;
 	t->zone_lba = 0; /* the kernel refuses a commit that has one for nothing */
-	set_state(t, PU_TAG_OWNED);
+	own(t);
 	q->owned++;
 	q->ready[q->nr_ready++] = tag;
 	if (q->native)
@@ -494,7 +516,7 @@ static int reap(struct pu_queue *q)
 
 int pu_queue_answer(struct pu_queue *q, uint16_t tag, int64_t result)
 {
-	if (!claim_answer(&q->tags[tag]))
+	if (!claim_current(&q->tags[tag]))
 		return -EALREADY;
 	return commit(q, tag, result);
 }
@@ -538,9 +560,9 @@ static int post_to_kernel(struct pu_queue *q, uint16_t tag, int64_t result)
 	return error;
 }
 
-int pu_queue_post(struct pu_queue *q, uint16_t tag, int64_t result)
+int pu_queue_post(struct pu_queue *q, uint16_t tag, uint32_t generation, int64_t result)
 {
-	if (!claim_answer(&q->tags[tag]))
+	if (!claim_answer(&q->tags[tag], generation))
 		return -EALREADY;
 	/* The kernel may bring the tag's next request before this returns: its state is not touched. */
 	if (takes_posts(q) && !post_to_kernel(q, tag, result))
@@ -552,7 +574,7 @@ int pu_queue_post(struct pu_queue *q, uint16_t tag, int64_t result)
 void pu_queue_fail_held(struct pu_queue *q, int error)
 {
 	for (uint32_t tag = 0; tag < q->depth; tag++)
-		pu_queue_post(q, (uint16_t)tag, -error);
+		pu_queue_post(q, (uint16_t)tag, pu_tag_generation(&q->tags[tag]), -error);
 }
 
 void pu_queue_wake(struct pu_queue *q)
@@ -582,7 +604,7 @@ static int read_inbox(struct pu_queue *q)
 int pu_queue_inject(struct pu_queue *q, uint16_t tag, uint32_t op_flags, uint64_t start_sector,
 		    uint32_t nr_sectors)
 {
-	if (!q->loopback || q->tags[tag].state != PU_TAG_FETCHING)
+	if (!q->loopback || pu_tag_state(&q->tags[tag]) != PU_TAG_FETCHING)
 		return -EINVAL;
 	q->desc[tag] = (struct pu_desc){ op_flags, nr_sectors, start_sector, 0 };
 	q->in_kernel--;

@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: MIT
  * One ublk queue: the descriptor map, a buffer per tag, and each tag's way round
  *
- *     IDLE --fetch--> FETCHING --request--> OWNED --answer--> ANSWERED --commit--> COMMITTING
- *                        ^                                                             |
- *                        +---------------- (the commit is the next fetch) -------------+
- *     FETCHING, COMMITTING --abort (-ENODEV)--> GONE
+ *     IDLE --fetch--> FETCHING --request--> OWNED --answer--> ANSWERED
+ *                                             ^                   |
+ *                                             +-----request-------+ (a commit is the next fetch)
+ *     FETCHING, ANSWERED --abort (-ENODEV)--> GONE
  *
  * A kernel's queue may be served by several of these, each on a thread of its own. The thread that
  * opened one owns it: the kernel takes commits from the thread that fetched. Other threads may only
@@ -36,13 +36,13 @@ enum pu_tag_state {
 	PU_TAG_FETCHING,
 	PU_TAG_OWNED,
 	PU_TAG_ANSWERED,
-	PU_TAG_COMMITTING,
 	PU_TAG_GONE,
 };
 
 struct pu_tag {
-	uint32_t generation; /* counts requests: tells a stale reference from a live one */
-	uint8_t state;
+	/* Its generation, which counts requests, above its state. In one, so that an answer that
+	 * comes late cannot be given to the tag's next request. */
+	uint64_t life;
 	bool fetched; /* user copy: a write's data is in the buffer already */
 	int32_t result; /* loopback: the last answer */
 	uint8_t *buffer;
@@ -66,7 +66,7 @@ struct pu_message {
 enum pu_fault { /* failures of a path, made on purpose: tests want to see them survived */
 	PU_FAULT_AUTO_BUFFER = 1u << 0, /* every other request's buffer is not registered */
 	PU_FAULT_REGISTER = 1u << 1,	/* registering by hand fails too */
-	PU_FAULT_FEW_BUFFERS = 1u << 2, /* batch: the buffer ring is empty after every completion */
+	PU_FAULT_FEW_BUFFERS = 1u << 2, /* batch: the buffer ring is empty after every request */
 	PU_FAULT_COMMIT = 1u << 3,	/* batch: a commit in the middle of each batch is refused */
 };
 
@@ -192,9 +192,9 @@ int pu_queue_watch(struct pu_queue *q, int fd);
 /* Answers a request. result < 0: -errno; else success. Owner thread only.
  * 0, or -EALREADY when the tag holds no unanswered request. */
 int pu_queue_answer(struct pu_queue *q, uint16_t tag, int64_t result);
-/* The same from any thread. With batch I/O the kernel takes it at once where it can; else the owner
- * is woken and commits. */
-int pu_queue_post(struct pu_queue *q, uint16_t tag, int64_t result);
+/* The same from any thread, for the request of that generation. With batch I/O the kernel takes it
+ * at once where it can; else the owner is woken and commits. */
+int pu_queue_post(struct pu_queue *q, uint16_t tag, uint32_t generation, int64_t result);
 /* Fails every request not yet answered (a handler that never returns). [any thread] */
 void pu_queue_fail_held(struct pu_queue *q, int error);
 /* Makes a wait return. [any thread] */
@@ -229,18 +229,34 @@ static inline void *pu_queue_buffer(const struct pu_queue *q, uint16_t tag)
 	return q->tags[tag].buffer;
 }
 
+static inline uint64_t pu_life(enum pu_tag_state state, uint32_t generation)
+{
+	return (uint64_t)generation << 32 | (uint32_t)state;
+}
+
+static inline enum pu_tag_state pu_tag_state(const struct pu_tag *tag)
+{
+	return (enum pu_tag_state)(uint32_t)__atomic_load_n(&tag->life, __ATOMIC_ACQUIRE);
+}
+
+static inline uint32_t pu_tag_generation(const struct pu_tag *tag)
+{
+	return (uint32_t)(__atomic_load_n(&tag->life, __ATOMIC_RELAXED) >> 32);
+}
+
 /* The place in the buffer table where the kernel is to put the tag's next request. */
 static inline uint16_t pu_queue_buffer_index(const struct pu_queue *q, uint16_t tag)
 {
-	if (q->faults & PU_FAULT_AUTO_BUFFER && tag < q->depth && q->tags[tag].generation & 1)
+	if (q->faults & PU_FAULT_AUTO_BUFFER && tag < q->depth &&
+	    pu_tag_generation(&q->tags[tag]) & 1)
 		return UINT16_MAX;
 	return tag;
 }
 
 static inline bool pu_queue_holds(const struct pu_queue *q, uint16_t tag, uint32_t generation)
 {
-	return q->tags[tag].generation == generation &&
-	       __atomic_load_n(&q->tags[tag].state, __ATOMIC_ACQUIRE) == PU_TAG_OWNED;
+	return __atomic_load_n(&q->tags[tag].life, __ATOMIC_ACQUIRE) ==
+	       pu_life(PU_TAG_OWNED, generation);
 }
 
 static inline uint32_t pu_queue_held(const struct pu_queue *q)
