@@ -10,8 +10,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyublk.vm import accelerators, architecture, attached, guest_scripts, programs, qemu
-from pyublk.vm.errors import GuestFailed, GuestTimeout, Interrupted, MissingProgram, VMError
+from pyublk.vm import (
+    accelerators,
+    architecture,
+    attached,
+    guest_scripts,
+    machine,
+    programs,
+    qemu,
+)
+from pyublk.vm.errors import (
+    BootFailed,
+    GuestFailed,
+    GuestTimeout,
+    Interrupted,
+    MissingProgram,
+    VMError,
+)
 from pyublk.vm.initramfs import Archive
 from pyublk.vm.kernels import Kernel
 from pyublk.vm.machine import Machine
@@ -130,15 +145,16 @@ def test_output_may_come_after_the_exit_code(guest: Guest) -> None:
 
 def test_a_machine_that_stops_early_is_told_from_one_that_stops_late(guest: Guest) -> None:
     guest.control.close()
-    with pytest.raises(GuestFailed, match="stopped before it could start the command"):
+    with pytest.raises(BootFailed, match="stopped before it could start the command"):
         guest.session.run()
 
 
 def test_a_machine_that_stops_late(guest: Guest) -> None:
     guest.control.send(b"ready\n")
     guest.control.close()
-    with pytest.raises(GuestFailed, match="stopped before the command ended"):
+    with pytest.raises(GuestFailed, match="stopped before the command ended") as caught:
         guest.session.run()
+    assert not isinstance(caught.value, BootFailed)  # the command may have done things already
 
 
 def test_a_panic_is_told_by_the_console(guest: Guest) -> None:
@@ -160,6 +176,27 @@ def test_a_guest_that_never_starts_the_command(tmp_path: Path) -> None:
 def test_an_interrupt_during_the_boot_ends_the_machine(guest: Guest) -> None:
     with pytest.raises(Interrupted):
         guest.session.interrupt()
+
+
+@pytest.mark.parametrize(
+    ("failure", "tries"), [(BootFailed("it panicked", ""), 3), (GuestFailed("it panicked", ""), 1)]
+)
+def test_only_a_boot_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, failure: GuestFailed, tries: int
+) -> None:
+    commands: list[object] = []
+
+    def attempt(_machine: Machine, command: object, *_: object) -> None:
+        commands.append(command)
+        raise failure
+
+    monkeypatch.setattr(machine, "find_kernel", lambda *_, **__: KERNEL)
+    monkeypatch.setattr(programs, "find", lambda *_: "/bin/sh")
+    monkeypatch.setattr(Machine, "_attempt", attempt)
+    with pytest.raises(GuestFailed) as caught:
+        Machine().run(["true"])
+    assert caught.value is failure
+    assert commands == [["true"]] * tries
 
 
 # --- scripts and archives -------------------------------------------------------------------

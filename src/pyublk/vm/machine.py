@@ -30,7 +30,8 @@ GIB = 1 << 30
 
 # Where the guest mounts something of its own over the host's directory.
 _GUEST_OWN = ("/dev", "/proc", "/run", "/sys")
-# An emulated machine on a busy host now and then stops in its kernel's first second.
+# An emulated machine now and then stops in its kernel's first seconds, or panics: a processor meets
+# the breakpoint by which the kernel changes its own code after the change is over (an `int3` oops).
 _BOOTS = 3
 _PATIENCE = Patience(boot=60, ping_interval=10, ping_answer=60, output=10)
 # A guest that counts instructions runs ten to twenty times slower than the clock on the wall.

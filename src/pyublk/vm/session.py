@@ -175,7 +175,8 @@ class Session:
                 for output in self._outputs:
                     output.closed = True
                 return
-            raise GuestFailed(self._how_it_stopped(), self.console())
+            failure = BootFailed if self._stage is _Stage.BOOTING else GuestFailed
+            raise failure(self._how_it_stopped(), self.console())
         *lines, self._lines = (self._lines + data).split(b"\n")
         for line in lines:
             self._obey(line.decode(errors="replace").split())
