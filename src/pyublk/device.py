@@ -82,7 +82,8 @@ class Device:
             `blockdev --rereadpt` calls, looks for them later.
         shared_memory: whether memory can be shared with clients (`share`; Linux 7.1).
         trim_after: seconds without a request after which a queue gives the memory of its buffers
-            back to the kernel, until it needs it again; None: never. Not with several `threads`.
+            back to the kernel, until it needs it again (at most twice as many, since it looks once
+            in that time); None: never. Not with several `threads`.
         affinity: "auto" keeps each queue's thread to the CPUs whose requests it gets (the kernel
             allocates its buffers on their NUMA node, on first use); a sequence of CPU sets, one
             for each queue; or None, the scheduler's choice.

@@ -190,6 +190,39 @@ static void other_descriptors_end_a_wait(uint32_t extra)
 	close(fd);
 }
 
+/* The first byte of tag 0's buffer after so many milliseconds of waiting. */
+static uint8_t after_waiting(struct pu_queue *q, int ms)
+{
+	for (int i = 0; i < ms; i++)
+		CHECK(pu_queue_wait(q, 1000000) >= 0);
+	return *(uint8_t *)pu_queue_buffer(q, 0);
+}
+
+static void idle_buffers_are_given_back(void)
+{
+	struct pu_queue_options options = {
+		.depth = DEPTH, .buffer_bytes = 4096, .extra_entries = 8, .trim_after_ns = 20000000,
+	};
+	struct pu_queue q;
+
+	CHECK_EQUAL(pu_queue_open(&q, -1, &options), 0);
+	CHECK_EQUAL(pu_queue_fetch(&q), 0);
+	if (q.ring.setup_flags & PU_SETUP_DEFER_TASKRUN)
+		for (int round = 0; round < 3; round++) {
+			CHECK_EQUAL(pu_queue_inject(&q, 0, PU_OP_READ, 0, 1), 0);
+			CHECK_EQUAL(pu_queue_wait(&q, 0), 1);
+			memset(pu_queue_buffer(&q, 0), 'x', 512);
+			/* not while somebody has the request */
+			CHECK_EQUAL(after_waiting(&q, 100), 'x');
+			CHECK_EQUAL(pu_queue_answer(&q, 0, 0), 0);
+			for (int wait = 0; after_waiting(&q, 10) && wait < 500; wait++)
+				;
+			CHECK_EQUAL(*(uint8_t *)pu_queue_buffer(&q, 0), 0);
+		}
+	pu_queue_close(&q);
+	pu_queue_free(&q);
+}
+
 static void opening_fails_clean(void)
 {
 	struct pu_queue q;
@@ -207,6 +240,7 @@ int main(void)
 	held_requests_can_be_failed_from_outside();
 	other_descriptors_end_a_wait(0);
 	other_descriptors_end_a_wait(8);
+	idle_buffers_are_given_back();
 	opening_fails_clean();
 	return 0;
 }

@@ -257,9 +257,14 @@ void pu_batch_complete(struct pu_queue *q, const struct pu_cqe *cqe)
 	}
 }
 
+bool pu_batch_sent(const struct pu_batch *b)
+{
+	return !b->filled && !b->sent[0] && !b->sent[1];
+}
+
 bool pu_batch_idle(const struct pu_batch *b)
 {
-	return b->ended && !b->fetching && !b->preparing && !b->filled && !b->sent[0] && !b->sent[1];
+	return b->ended && !b->fetching && !b->preparing && pu_batch_sent(b);
 }
 
 int pu_batch_commit_now(struct pu_queue *q, struct pu_ring *ring, uint16_t tag, int32_t value)

@@ -42,6 +42,8 @@ void pu_batch_commit(struct pu_queue *q, uint16_t tag, int32_t value);
 int pu_batch_submit(struct pu_queue *q);
 /* Handles a completion of one of the three commands. */
 void pu_batch_complete(struct pu_queue *q, const struct pu_cqe *cqe);
+/* No answer is in the kernel, or waiting to go there. */
+bool pu_batch_sent(const struct pu_batch *batch);
 /* Nothing of the batch is in the kernel, or waiting to go there. */
 bool pu_batch_idle(const struct pu_batch *batch);
 /* Commits one tag through a ring that is not the owner's, at once. 0 or -errno. */

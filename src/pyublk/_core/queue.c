@@ -16,8 +16,14 @@
 #define PR_SET_IO_FLUSHER 57
 #endif
 
+/* The commonest way of a request is one piece of code, which counts at this rate: each call costs
+ * ten instructions of some two thousand. */
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+#define NEVER_INLINE static __attribute__((noinline))
+
 #define WAKE PU_USER_DATA(PU_KIND_WAKE, 0)
 #define WATCH PU_USER_DATA(PU_KIND_WATCH, 0)
+#define IDLE PU_USER_DATA(PU_KIND_IDLE, 0)
 
 static size_t page_round(size_t bytes)
 {
@@ -173,7 +179,10 @@ int pu_queue_open(struct pu_queue *q, int cdev, const struct pu_queue_options *o
 	q->first_tag = options->first_tag;
 	q->tag_step = options->tag_step ? options->tag_step : 1;
 	q->faults = options->faults;
-	q->trim_after_ns = options->buffers ? 0 : options->trim_after_ns; /* shared: others use them */
+	if (!options->buffers) { /* shared: others use them */
+		q->idle_time[0] = options->trim_after_ns / 1000000000;
+		q->idle_time[1] = options->trim_after_ns % 1000000000;
+	}
 	q->shared = options->shared;
 	q->loopback = cdev < 0;
 	q->copies = !(flags & (PU_F_USER_COPY | PU_F_ZERO_COPY | PU_F_AUTO_BUF_REG));
@@ -343,16 +352,19 @@ int pu_queue_fetch(struct pu_queue *q)
 	return error;
 }
 
-/* Never a short result: kernels disagree about what it means. */
-static inline int32_t value_of(const struct pu_desc *desc, int64_t result)
+/* Never a short result: kernels disagree about what it means. `length` is that of the request. */
+static inline int32_t value_for(uint32_t op, uint64_t length, int64_t result)
 {
-	uint32_t op = desc->op_flags & 0xff;
-
 	if (result < 0)
 		return result < -4095 ? -EIO : (int32_t)result;
 	if (op <= PU_OP_WRITE || op == PU_OP_ZONE_APPEND)
-		return (int32_t)(desc->nr_sectors << PU_SECTOR_SHIFT);
-	return op == PU_OP_REPORT_ZONES ? (int32_t)(desc->nr_sectors * PU_ZONE_BYTES) : 0;
+		return (int32_t)length;
+	return op == PU_OP_REPORT_ZONES ? (int32_t)((length >> PU_SECTOR_SHIFT) * PU_ZONE_BYTES) : 0;
+}
+
+static int32_t value_of(const struct pu_desc *desc, int64_t result)
+{
+	return value_for(desc->op_flags & 0xff, (uint64_t)desc->nr_sectors << PU_SECTOR_SHIFT, result);
 }
 
 static inline void commit_in_batch(struct pu_queue *q, uint16_t tag, int32_t value)
@@ -370,30 +382,29 @@ static inline void commit_in_batch(struct pu_queue *q, uint16_t tag, int32_t val
 		words[1] = (uint64_t)(uintptr_t)pu_queue_buffer(q, tag);
 }
 
-static inline int commit(struct pu_queue *q, uint16_t tag, int64_t result)
+NEVER_INLINE int commit_alone(struct pu_queue *q, uint16_t tag, int32_t value)
 {
-	int32_t value = value_of(&q->desc[tag], result);
+	q->in_kernel++;
+	if (!q->loopback)
+		return queue_command(q, PU_IO_COMMIT_AND_FETCH_REQ, tag, value);
+	q->tags[tag].result = value;
+	set_state(&q->tags[tag], PU_TAG_FETCHING);
+	return 0;
+}
 
+ALWAYS_INLINE int commit(struct pu_queue *q, uint16_t tag, int32_t value)
+{
 	if (value < 0)
 		count(&q->counters.errors, 1);
 	q->owned--;
-	if (q->loopback) {
-		q->tags[tag].result = value;
-		set_state(&q->tags[tag], PU_TAG_FETCHING);
-		q->in_kernel++;
-		return 0;
-	}
-	if (q->batch) {
-		commit_in_batch(q, tag, value);
-		return 0;
-	}
-	q->in_kernel++;
-	return queue_command(q, PU_IO_COMMIT_AND_FETCH_REQ, tag, value);
+	if (!q->batch)
+		return commit_alone(q, tag, value);
+	commit_in_batch(q, tag, value);
+	return 0;
 }
 
-/* The two rarer ways are kept out of the commonest, which is small enough to be inlined then. */
-static __attribute__((noinline)) int64_t handle_copied(struct pu_queue *q, uint16_t tag,
-						       uint64_t length)
+/* The rarer ways are kept out of the commonest. */
+NEVER_INLINE int64_t handle_copied(struct pu_queue *q, uint16_t tag, uint64_t length)
 {
 	const struct pu_desc *desc = &q->desc[tag];
 	uint32_t op = desc->op_flags & 0xff;
@@ -409,8 +420,7 @@ static __attribute__((noinline)) int64_t handle_copied(struct pu_queue *q, uint1
 	return result;
 }
 
-static __attribute__((noinline)) int64_t handle_shared(struct pu_queue *q, uint16_t tag,
-						       uint64_t length)
+NEVER_INLINE int64_t handle_shared(struct pu_queue *q, uint16_t tag, uint64_t length)
 {
 	const struct pu_desc *desc = &q->desc[tag];
 	void *bytes = pu_queue_shared(q, tag);
@@ -421,33 +431,33 @@ static __attribute__((noinline)) int64_t handle_shared(struct pu_queue *q, uint1
 				  desc->op_flags & ~0xffu, pu_desc_offset(desc), length, bytes);
 }
 
-static inline void handle(struct pu_queue *q, uint16_t tag, uint64_t length)
+ALWAYS_INLINE void handle(struct pu_queue *q, uint16_t tag, uint32_t op_flags, uint64_t length)
 {
-	const struct pu_desc *desc = &q->desc[tag];
 	const struct pu_native *native = q->native;
+	struct pu_tag *t = &q->tags[tag];
+	uint32_t op = op_flags & 0xff;
 	int64_t result;
 	int error;
 
-	if (desc->op_flags & PU_FLAG_SHMEM_ZC)
+	if (op_flags & PU_FLAG_SHMEM_ZC)
 		result = handle_shared(q, tag, length);
 	else if (native->copy)
 		result = handle_copied(q, tag, length);
 	else
-		result = native->handler(native->context, desc->op_flags & 0xff,
-					 desc->op_flags & ~0xffu, pu_desc_offset(desc), length,
-					 pu_queue_buffer(q, tag));
-	if (!claim_current(&q->tags[tag])) /* failed from outside while the handler ran */
+		result = native->handler(native->context, op, op_flags & ~0xffu,
+					 pu_desc_offset(&q->desc[tag]), length, t->buffer);
+	if (!claim_current(t)) /* failed from outside while the handler ran */
 		return;
-	error = commit(q, tag, result);
+	error = commit(q, tag, value_for(op, length, result));
 	if (error && !q->error)
 		q->error = error;
 }
 
-static inline void take(struct pu_queue *q, uint16_t tag)
+ALWAYS_INLINE void take(struct pu_queue *q, uint16_t tag)
 {
 	const struct pu_desc *desc = &q->desc[tag];
 	struct pu_tag *t = &q->tags[tag];
-	uint32_t op = desc->op_flags % PU_OP_COUNT;
+	uint32_t op_flags = desc->op_flags, op = op_flags % PU_OP_COUNT;
 	uint64_t length = (uint64_t)desc->nr_sectors << PU_SECTOR_SHIFT;
 
 	count(&q->counters.requests[op], 1);
@@ -456,9 +466,12 @@ static inline void take(struct pu_queue *q, uint16_t tag)
 	t->zone_lba = 0; /* the kernel refuses a commit that has one for nothing */
 	own(t);
 	q->owned++;
-	q->ready[q->nr_ready++] = tag;
-	if (q->native)
-		handle(q, tag, length);
+	if (q->native) {
+		q->nr_ready++;
+		handle(q, tag, op_flags, length);
+	} else {
+		q->ready[q->nr_ready++] = tag;
+	}
 }
 
 void pu_queue_take(struct pu_queue *q, const uint16_t *tags, uint32_t how_many)
@@ -506,6 +519,9 @@ static int reap(struct pu_queue *q)
 		else if (cqe->user_data == WATCH) {
 			q->watching = false;
 			q->watched = true;
+		} else if (cqe->user_data == IDLE) {
+			q->timing = false;
+			q->elapsed = true;
 		} else
 			failed = arm_wake(q);
 		error = error ? error : failed;
@@ -518,7 +534,7 @@ int pu_queue_answer(struct pu_queue *q, uint16_t tag, int64_t result)
 {
 	if (!claim_current(&q->tags[tag]))
 		return -EALREADY;
-	return commit(q, tag, result);
+	return commit(q, tag, value_of(&q->desc[tag], result));
 }
 
 static void send_message(struct pu_queue *q, uint16_t tag, int32_t result)
@@ -594,8 +610,11 @@ static int read_inbox(struct pu_queue *q)
 	if (!__atomic_load_n(&q->nr_inbox, __ATOMIC_RELAXED))
 		return 0;
 	pthread_mutex_lock(&q->inbox_lock);
-	for (uint32_t i = 0; i < q->nr_inbox && !error; i++)
-		error = commit(q, q->inbox[i].tag, q->inbox[i].result);
+	for (uint32_t i = 0; i < q->nr_inbox && !error; i++) {
+		uint16_t tag = q->inbox[i].tag;
+
+		error = commit(q, tag, value_of(&q->desc[tag], q->inbox[i].result));
+	}
 	__atomic_store_n(&q->nr_inbox, 0, __ATOMIC_RELAXED);
 	pthread_mutex_unlock(&q->inbox_lock);
 	return error;
@@ -701,7 +720,6 @@ static int wait_kernel(struct pu_queue *q, int64_t timeout_ns)
 	}
 	done = pu_ring_submit(&q->ring, timeout_ns != 0, timeout_ns, 0);
 	count(&q->counters.enters, 1);
-	q->timed_out = done == -ETIME;
 	if (__atomic_load_n(&q->severed, __ATOMIC_ACQUIRE))
 		return -ESHUTDOWN;
 	/* Out of memory or completions to be reaped first: the commits stay queued, try again. */
@@ -726,27 +744,37 @@ static int wait_somewhere(struct pu_queue *q, int64_t timeout_ns)
 	return q->ring.fd < 0 ? wait_loopback(q, timeout_ns) : wait_loopback_ring(q, timeout_ns);
 }
 
-/* Nothing came for a while: the memory of requests goes back to the kernel until the next one. */
-static void trim(struct pu_queue *q)
+/* By the ring, once in a while: a time-out of every wait was dearer than the rest of a round. Needs
+ * a ring that brings nothing, no write's data either, but in a wait. */
+static void set_idle_timer(struct pu_queue *q)
 {
-	if (pu_queue_held(q) || q->others)
+	bool wanted = q->idle_time[0] || q->idle_time[1];
+	struct pu_sqe *sqe = NULL;
+
+	if (wanted && q->ring.fd >= 0 && q->ring.setup_flags & PU_SETUP_DEFER_TASKRUN)
+		sqe = pu_queue_sqe(q);
+	if (!sqe)
 		return;
-	madvise(q->buffers, q->depth * q->buffer_bytes, MADV_DONTNEED);
+	sqe->opcode = PU_OPCODE_TIMEOUT;
+	sqe->fd = -1;
+	sqe->addr = (uint64_t)(uintptr_t)q->idle_time;
+	sqe->len = 1;
+	sqe->user_data = IDLE;
+	q->timing = true;
 	q->used = false;
 }
 
-static int wait_and_trim(struct pu_queue *q, int64_t timeout_ns)
+/* The memory of requests goes back to the kernel until the next one, unless it is in use: by a
+ * request, or by an answer that is still to be sent. */
+static void trim(struct pu_queue *q)
 {
-	int error;
+	bool sent = !pu_ring_unsubmitted(&q->ring) && (!q->batch || pu_batch_sent(q->batch));
 
-	if (!q->trim_after_ns || !q->used ||
-	    (timeout_ns >= 0 && timeout_ns < q->trim_after_ns))
-		return wait_somewhere(q, timeout_ns);
-	error = wait_somewhere(q, q->trim_after_ns);
-	/* Only then: commits' own completions, and wakes, bring no request either. */
-	if (!error && q->timed_out && !q->nr_ready)
-		trim(q);
-	return error;
+	q->elapsed = false;
+	if (q->used || pu_queue_held(q) || q->others || !sent)
+		set_idle_timer(q);
+	else
+		madvise(q->buffers, q->depth * q->buffer_bytes, MADV_DONTNEED);
 }
 
 int pu_queue_wait(struct pu_queue *q, int64_t timeout_ns)
@@ -757,12 +785,17 @@ int pu_queue_wait(struct pu_queue *q, int64_t timeout_ns)
 	if (!error && drained(q))
 		return end_of(q);
 	if (!error)
-		error = wait_and_trim(q, timeout_ns);
+		error = wait_somewhere(q, timeout_ns);
 	if (!error)
 		error = read_inbox(q);
 	if (error)
 		return error;
-	q->used |= q->nr_ready > 0;
+	if (q->nr_ready)
+		q->used = true;
+	if (q->elapsed)
+		trim(q);
+	else if (q->used && !q->timing)
+		set_idle_timer(q);
 	if (q->nr_ready > q->counters.largest_batch)
 		count(&q->counters.largest_batch, q->nr_ready - q->counters.largest_batch);
 	/* Said at once: nothing will ever wake a caller that waits for the descriptor instead. */
@@ -841,9 +874,12 @@ int pu_queue_serve(struct pu_queue *q, pu_handler handler, void *context, bool b
 		there = pu_queue_wait(q, PU_FOREVER);
 	while (there >= 0 && !q->loopback);
 	/* Injected before somebody was there to serve. */
-	for (uint32_t i = 0; q->loopback && i < q->nr_ready; i++)
-		handle(q, q->ready[i],
-		       (uint64_t)q->desc[q->ready[i]].nr_sectors << PU_SECTOR_SHIFT);
+	for (uint32_t i = 0; q->loopback && i < q->nr_ready; i++) {
+		const struct pu_desc *desc = &q->desc[q->ready[i]];
+
+		handle(q, q->ready[i], desc->op_flags,
+		       (uint64_t)desc->nr_sectors << PU_SECTOR_SHIFT);
+	}
 	q->native = NULL;
 	return there >= 0 || there == -ENODEV ? 0 : there;
 }

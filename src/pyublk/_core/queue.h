@@ -98,8 +98,8 @@ struct pu_queue {
 	struct pu_ring ring;
 	struct pu_desc *desc;
 	struct pu_tag *tags;
-	uint16_t *ready; /* tags that the last wait brought, nr_ready of them */
-	uint32_t nr_ready;
+	uint16_t *ready; /* tags that the last wait brought, unless they were served natively */
+	uint32_t nr_ready; /* how many it brought */
 	uint32_t nr_injected; /* loopback: of these, not yet waited for */
 	uint32_t in_kernel; /* commands that the kernel holds */
 	uint32_t owned;	    /* requests that this took and did not answer itself */
@@ -118,9 +118,10 @@ struct pu_queue {
 	bool zoned;
 	bool aborted; /* the kernel has begun to take the tags away */
 	bool severed;
-	int64_t trim_after_ns;
-	bool used;	/* since the buffers were given back */
-	bool timed_out; /* the last wait */
+	int64_t idle_time[2]; /* after it buffers are given back: a __kernel_timespec; 0: never */
+	bool used;    /* since the idle timer was set */
+	bool timing;  /* the ring runs the idle timer */
+	bool elapsed; /* it has ended */
 	uint32_t faults;
 	int error; /* the first refusal that is not an abort */
 
@@ -154,6 +155,7 @@ enum pu_kind {
 	PU_KIND_OTHER = 4, /* and all up to WAKE: for the completer */
 	PU_KIND_WAKE = 0x80,
 	PU_KIND_WATCH = 0x81,
+	PU_KIND_IDLE = 0x82,
 };
 #define PU_USER_DATA(kind, number) ((uint64_t)(kind) << PU_KIND_SHIFT | (uint64_t)(number))
 
@@ -176,7 +178,7 @@ int pu_queue_sever(struct pu_queue *q);
 int pu_queue_fetch(struct pu_queue *q);
 
 /* Submits all commits, then waits for requests, at most timeout_ns (0: do not wait).
- * Returns how many are in q->ready; 0 after a time-out, a signal, a wake, or others' completions;
+ * Returns how many it brought; 0 after a time-out, a signal, a wake, or others' completions;
  * -ENODEV when the kernel has taken every tag back (the normal end); -ESHUTDOWN when severed; other
  * -errno. */
 int pu_queue_wait(struct pu_queue *q, int64_t timeout_ns);
