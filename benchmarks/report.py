@@ -48,6 +48,7 @@ class Wanted:
 WANTED = (
     Wanted("pyublk-null", "kublk", 1.05),
     Wanted("pyublk-null", "kublk-batch", 1.02),
+    Wanted("pyublk-null-batch", "kublk", 1.02),
     Wanted("pyublk-null-copy", "kublk", 1.00),
     Wanted("pyublk-null-batch", "kublk-batch", 0.99),
     Wanted("pyublk-null-user-copy", "kublk-user-copy", 1.02),
