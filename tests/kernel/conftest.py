@@ -80,6 +80,10 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
                 controller.delete(device)
         pytest.fail(f"devices left behind: {sorted(left)}")
     until(lambda: running_children() <= children, what="every process of the test ends")
+    if strays := [node for node in Path("/dev").glob("ublkb*") if node.is_file()]:
+        for stray in strays:
+            stray.unlink()
+        pytest.fail(f"files in the place of disks: {strays}")
     if request.node.get_closest_marker("leaves_threads"):
         return
     for thread in set(threading.enumerate()) - threads:
