@@ -11,6 +11,7 @@ import errno
 import os
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -121,7 +122,8 @@ class Controller:
 
     `deadline` (seconds) holds for every command that is not given its own. Refusals are OSError, of
     the subclass that fits the errno: the message names command, device and likely cause, the notes
-    whose doing it was and what to do.
+    whose doing it was and what to do. A device of a user without CAP_SYS_ADMIN (UNPRIVILEGED_DEV)
+    is commanded by whoever may open its char device.
 
     Raises FileNotFoundError or PermissionError when the control node is missing or closed to us.
     """
@@ -193,6 +195,39 @@ class Controller:
             raise errors.command_error(command, -result, device=device)
         return result
 
+    def _command(
+        self,
+        command: ControlCommand,
+        device: int,
+        *,
+        queue: int = 0xFFFF,
+        data: int = 0,
+        payload: bytearray | None = None,
+        deadline: float | None = None,
+    ) -> int:
+        """A command to a device. One to an unprivileged user's device must name the device's node;
+        one to another device must not: its payload would be taken from where the name is."""
+        run = partial(self._run, command, device, queue=queue, data=data, deadline=deadline)
+        try:
+            return run(payload=payload)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not self._wants_its_name(device):
+                raise
+        path = _named(device)
+        whole = path + (payload or b"")
+        result = run(payload=whole, path_length=len(path))
+        if payload is not None:
+            payload[:] = whole[len(path) :]
+        return result
+
+    def _wants_its_name(self, device: int) -> bool:
+        try:
+            return Feature.UNPRIVILEGED_DEV in self.info2(device).flags
+        except PermissionError:  # told by nobody else
+            return True
+        except OSError:
+            return False
+
     def add(
         self,
         *,
@@ -236,11 +271,11 @@ class Controller:
         has gone.
         """
         command = ControlCommand.DEL_DEV if wait else ControlCommand.DEL_DEV_ASYNC
-        self._run(command, device, deadline=deadline)
+        self._command(command, device, deadline=deadline)
 
     def start(self, device: int, pid: int, *, deadline: float | None = None) -> None:
         """START_DEV: makes the block device; ends when `pid`, the server, has fetched every tag."""
-        self._run(ControlCommand.START_DEV, device, data=pid, deadline=deadline)
+        self._command(ControlCommand.START_DEV, device, data=pid, deadline=deadline)
 
     def stop(self, device: int, *, deadline: float | None = None) -> None:
         """STOP_DEV: removes the block device, having written back what its page cache holds.
@@ -248,34 +283,33 @@ class Controller:
         A recovery-enabled device loses that page cache instead: flush first. Ends when every
         request in flight was answered.
         """
-        self._run(ControlCommand.STOP_DEV, device, deadline=deadline)
+        self._command(ControlCommand.STOP_DEV, device, deadline=deadline)
 
     def safe_stop(self, device: int, *, deadline: float | None = None) -> None:
         """TRY_STOP_DEV (Linux 7.0): stops only if nobody has the block device open."""
-        self._run(ControlCommand.TRY_STOP_DEV, device, deadline=deadline)
+        self._command(ControlCommand.TRY_STOP_DEV, device, deadline=deadline)
 
     def set_params(self, device: int, params: Params, *, deadline: float | None = None) -> None:
         """SET_PARAMS: replaces all parameters; only before the device is started."""
         payload = bytearray(params.pack())
-        self._run(ControlCommand.SET_PARAMS, device, payload=payload, deadline=deadline)
+        self._command(ControlCommand.SET_PARAMS, device, payload=payload, deadline=deadline)
 
     def get_params(self, device: int, *, deadline: float | None = None) -> Params:
         """GET_PARAMS: what the kernel stored, which may be less than was set."""
         payload = bytearray(uapi.ublk_params(len=ctypes.sizeof(uapi.ublk_params)))
-        self._run(ControlCommand.GET_PARAMS, device, payload=payload, deadline=deadline)
+        self._command(ControlCommand.GET_PARAMS, device, payload=payload, deadline=deadline)
         return Params.unpack(bytes(payload))
 
     def info(self, device: int, *, deadline: float | None = None) -> DeviceInfo:
         """GET_DEV_INFO."""
         payload = bytearray(64)
-        self._run(ControlCommand.GET_DEV_INFO, device, payload=payload, deadline=deadline)
+        self._command(ControlCommand.GET_DEV_INFO, device, payload=payload, deadline=deadline)
         return _device_info(payload)
 
     def info2(self, device: int, *, deadline: float | None = None) -> DeviceInfo:
         """GET_DEV_INFO2: as `info`, but checked against our rights on the char device's node."""
-        path = f"/dev/ublkc{device}".encode()
-        path += bytes(16 - len(path) % 16)
-        payload = bytearray(path) + bytearray(64)
+        path = _named(device)
+        payload = path + bytes(64)
         self._run(
             ControlCommand.GET_DEV_INFO2,
             device,
@@ -303,7 +337,7 @@ class Controller:
     ) -> frozenset[int]:
         """GET_QUEUE_AFFINITY: the CPUs whose requests come to this queue."""
         payload = bytearray(128)
-        self._run(
+        self._command(
             ControlCommand.GET_QUEUE_AFFINITY,
             device,
             queue=queue,
@@ -316,11 +350,11 @@ class Controller:
 
     def start_recovery(self, device: int, *, deadline: float | None = None) -> None:
         """START_USER_RECOVERY: a new server may now open the char device and fetch."""
-        self._run(ControlCommand.START_USER_RECOVERY, device, deadline=deadline)
+        self._command(ControlCommand.START_USER_RECOVERY, device, deadline=deadline)
 
     def end_recovery(self, device: int, pid: int, *, deadline: float | None = None) -> None:
         """END_USER_RECOVERY: the device is live again, served by `pid`."""
-        self._run(ControlCommand.END_USER_RECOVERY, device, data=pid, deadline=deadline)
+        self._command(ControlCommand.END_USER_RECOVERY, device, data=pid, deadline=deadline)
 
     def update_size(self, device: int, size: int, *, deadline: float | None = None) -> None:
         """UPDATE_SIZE (Linux 6.16): gives a live device a new `size` in bytes.
@@ -337,14 +371,16 @@ class Controller:
                 device=device,
                 detail=f"the device is {status.name}, and only a LIVE one can be resized",
             )
-        self._run(ControlCommand.UPDATE_SIZE, device, data=size // 512, deadline=deadline)
+        self._command(ControlCommand.UPDATE_SIZE, device, data=size // 512, deadline=deadline)
 
     def quiesce(self, device: int, *, timeout: float = 0.0, deadline: float | None = None) -> None:
         """QUIESCE_DEV (Linux 6.16): new requests wait, so that the server can be replaced.
 
         `timeout` (seconds) limits the kernel's wait for an idle moment; 0 does not.
         """
-        self._run(ControlCommand.QUIESCE_DEV, device, data=int(timeout * 1000), deadline=deadline)
+        self._command(
+            ControlCommand.QUIESCE_DEV, device, data=int(timeout * 1000), deadline=deadline
+        )
 
     def register_buffer(
         self,
@@ -362,30 +398,24 @@ class Controller:
         wish = uapi.ublk_shmem_buf_reg(
             addr=address, len=length, flags=uapi.SHMEM_BUF_READ_ONLY if read_only else 0
         )
-        return self._run(ControlCommand.REG_BUF, device, payload=bytearray(wish), deadline=deadline)
+        return self._command(
+            ControlCommand.REG_BUF, device, payload=bytearray(wish), deadline=deadline
+        )
 
     def unregister_buffer(self, device: int, index: int, *, deadline: float | None = None) -> None:
         """UNREG_BUF (Linux 7.1)."""
-        self._run(ControlCommand.UNREG_BUF, device, data=index, deadline=deadline)
+        self._command(ControlCommand.UNREG_BUF, device, data=index, deadline=deadline)
 
     def devices(self, *, deadline: float | None = None) -> list[DeviceInfo]:
         """Every device of this machine, by id. The kernel has no call for it; sysfs has the ids."""
         found = []
         for node in sorted(Path("/sys/class/ublk-char").glob("ublkc*"), key=_node_id):
             try:
-                found.append(self._info_of_any(_node_id(node), deadline))
+                found.append(self.info(_node_id(node), deadline=deadline))
             except OSError as error:
                 if error.errno != errno.ENODEV:  # else: deleted since
                     raise
         return found
-
-    def _info_of_any(self, device: int, deadline: float | None) -> DeviceInfo:
-        try:
-            return self.info(device, deadline=deadline)
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # else: unprivileged, which wants its node's path
-                raise
-        return self.info2(device, deadline=deadline)
 
     def wait_for_status(
         self, device: int, *wanted: DeviceStatus, timeout: float = 10.0
@@ -403,6 +433,12 @@ class Controller:
                 )
             time.sleep(0.02)
         return info
+
+
+def _named(device: int) -> bytearray:
+    """The path of its char device, as commands to an unprivileged user's device begin with."""
+    path = f"/dev/ublkc{device}".encode()
+    return bytearray(path + bytes(16 - len(path) % 16))
 
 
 def _node_id(node: Path) -> int:

@@ -91,7 +91,7 @@ _Cause = tuple[str, str, str]
 _NOT_NAMED: _Cause = (
     "the device belongs to an unprivileged user, and then each command must name its node",
     _CALLER,
-    "let its owner do it",
+    "look whether its node is there, and yours to open",
 )
 _NOT_STARTED: _Cause = (
     "there is no such device, or it is not started",

@@ -21,7 +21,7 @@ import pyublk
 from pyublk import Controller
 from pyublk.control import CONTROL_NODE, new_cookie
 from pyublk.params import Basic, Discard, DmaAlign, Params, Segment
-from pyublk.uapi import ControlCommand, DeviceStatus, Feature
+from pyublk.uapi import DeviceStatus, Feature
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -881,29 +881,48 @@ with pyublk.Controller() as controller:
 
 
 def test_a_device_of_an_unprivileged_user(controller: Controller) -> None:
-    """Its commands must name its node: ours do so where they can."""
-    program = """
+    """Its commands must name its node, whose rights decide who may command it."""
+    added = """
 with pyublk.Controller() as controller:
     info = controller.add(depth=1, flags=Feature.UNPRIVILEGED_DEV)
     tell(info.id)
     refusal(lambda: controller.info(info.id))
-    refusal(lambda: controller.info2(info.id))
+    refusal(lambda: controller.delete(info.id))
+"""
+    commanded = """
+with pyublk.Controller() as controller:
+    tell(controller.info(device).owner_uid)
+    controller.set_params(device, params)
+    tell(controller.get_params(device).basic.size == params.basic.size)
+    refusal(lambda: controller.delete(device, wait=False))
+    controller.stop(device)
+    controller.delete(device)
 """
     with control_node_for_all():
-        number, unnamed, closed = run_program(AS_NOBODY + program, 0).splitlines()
-    try:
-        assert f"GET_DEV_INFO on device {number}: Invalid argument (EINVAL): " in unnamed
-        assert "then each command must name its node" in unnamed
-        assert f"GET_DEV_INFO2 on device {number}: Permission denied (EACCES): " in closed
-        assert "the device's node is closed to you" in closed
+        number, *closed = run_program(AS_NOBODY + added, 0).splitlines()
+        for command, words in zip(("GET_DEV_INFO", "DEL_DEV"), closed, strict=True):
+            assert f"{command} on device {number}: Permission denied (EACCES): " in words
+            assert "the device's node is closed to you" in words
         [info] = controller.devices()
         assert Feature.UNPRIVILEGED_DEV in info.flags
         assert (info.id, info.owner_uid, info.owner_gid) == (int(number), NOBODY, NOBODY)
-    finally:
-        path = f"/dev/ublkc{number}".encode().ljust(16, b"\0")
-        controller._run(
-            ControlCommand.DEL_DEV, int(number), payload=bytearray(path), path_length=len(path)
-        )
+        os.chown(info.char_path, NOBODY, NOBODY)  # as a rule of udev's would
+        owner, stored, at_once = run_program(AS_NOBODY + commanded, number).splitlines()
+    assert (owner, stored) == (str(NOBODY), "True")
+    assert "an unprivileged device cannot be deleted without waiting" in at_once
+    assert controller.devices() == []
+
+
+def test_root_commands_a_device_of_an_unprivileged_user(controller: Controller) -> None:
+    program = """
+with pyublk.Controller() as controller:
+    tell(controller.add(depth=1, flags=Feature.UNPRIVILEGED_DEV).id)
+"""
+    with control_node_for_all():
+        number = int(run_program(AS_NOBODY + program, 0))
+    assert controller.info(number).owner_uid == NOBODY
+    controller.delete(number)
+    assert controller.devices() == []
 
 
 def test_io_uring_that_is_forbidden_to_users() -> None:
