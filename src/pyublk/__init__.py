@@ -11,6 +11,7 @@ General layout, from the bottom up; a module imports only from the lines above i
     paths                    the ways a request's data takes, and the choice among them
     control                  Controller: one method per control command
     backing                  the files that hold a disk's bytes
+    scheduling               when a disk's requests and the threads that serve them run
     target, mapped, serving  what a target implements; the ways requests reach it
     zoned, sharing           the base of zoned targets; memory shared with clients
     loops                    queues served on an event loop

@@ -371,6 +371,7 @@ class Dispatcher:
     def tasks(self) -> list[Task[object]]:
         """These as tasks, made where there are none yet."""
 
+def write_apart(path: str, text: str, *, deadline: float) -> int | None: ...
 def control(
     fd: int,
     command: int,

@@ -1,4 +1,45 @@
-# Control commands from a child process, and the guardian of a device (_core/control.h).
+# Control commands and the like from a child process, and the guardian of a device (_core/control.h).
+
+cdef int await_child(pu_control *call, double deadline) except -1:
+    """Whether the child ended in time; a signal's handler may raise meanwhile."""
+    cdef int waited = 0
+    cdef int slice_ms
+    until = monotonic() + deadline
+    while not waited:
+        left = until - monotonic()
+        if left <= 0:
+            break
+        slice_ms = <int>min(left * 1000 + 1, 100.0)
+        with nogil:
+            waited = pu_control_wait(call, slice_ms)
+        if waited == -EINTR:
+            waited = 0
+        PyErr_CheckSignals()
+    return waited != 0
+
+
+def write_apart(path, text, *, double deadline):
+    """Writes a text to a file of sysfs, from a child process: some such files wait for a disk's
+    requests, beyond the reach of signals.
+
+    Returns 0 or -errno, or None when the deadline passed: the child goes on as long as it must.
+    """
+    cdef pu_control call
+    cdef bytes place = os.fsencode(path)
+    cdef bytes content = os.fsencode(text)
+    cdef int error = pu_control_begin_write(&call, place, content)
+    cdef bint ended = False
+    cdef int result
+    if error < 0:
+        return error
+    try:
+        ended = await_child(&call, deadline)
+        result = call.reply.result
+    finally:
+        with nogil:
+            pu_control_end(&call)
+    return result if ended else None
+
 
 def control(int fd, uint32_t command, uint32_t device, *, uint16_t queue=0xFFFF, uint64_t data=0,
             bytearray payload=None, uint16_t path_length=0, double deadline=30.0):
@@ -10,7 +51,7 @@ def control(int fd, uint32_t command, uint32_t device, *, uint16_t queue=0xFFFF,
     """
     cdef pu_ctrl_cmd cmd
     cdef pu_control call
-    cdef int waited = 0
+    cdef bint ended = False
     cdef int stage, result
     cdef bint gone
     cdef size_t size = len(payload) if payload is not None else 0
@@ -24,25 +65,15 @@ def control(int fd, uint32_t command, uint32_t device, *, uint16_t queue=0xFFFF,
     if error < 0:
         raise OSError(-error, f"no process for a control command: {os.strerror(-error)}")
     try:
-        until = monotonic() + deadline
-        while not waited:
-            left = until - monotonic()
-            if left <= 0:
-                break
-            slice_ms = <int>min(left * 1000 + 1, 100.0)
-            with nogil:
-                waited = pu_control_wait(&call, slice_ms)
-            if waited == -EINTR:
-                waited = 0
-            PyErr_CheckSignals()
+        ended = await_child(&call, deadline)
         stage = call.reply.stage
         result = call.reply.result
-        if waited and size:
+        if ended and size:
             memcpy(<char *>payload, call.reply.buffer, size)
     finally:
         with nogil:
             gone = pu_control_end(&call)
-    if not waited:
+    if not ended:
         return ("deadline", 0 if gone else 1)
     if stage == PU_CONTROL_DONE:
         return ("command", result)

@@ -203,6 +203,7 @@ cdef extern from "_core/control.h" nogil:
         pu_control_reply *reply
 
     int pu_control_begin(pu_control *, int, uint32_t, const pu_ctrl_cmd *, const void *, size_t)
+    int pu_control_begin_write(pu_control *, const char *, const char *)
     int pu_control_wait(pu_control *, int)
     bint pu_control_end(pu_control *)
     int pu_guard_start(int, uint32_t, uint64_t, int *)

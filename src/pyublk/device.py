@@ -12,13 +12,13 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Self
 
 from pyublk import errors, serving
 from pyublk._native import Buffers, Guard, Handlers, MappedQueue, Queue
@@ -26,6 +26,7 @@ from pyublk.control import Controller, DeviceInfo, check_wish, new_cookie
 from pyublk.mapped import MappedTarget
 from pyublk.params import Params
 from pyublk.paths import DataPath, PathChoice, choose_path
+from pyublk.scheduling import Affinity, checked_affinity, choose_io_scheduler
 from pyublk.sharing import SharedMemory, Sharing, check_share
 from pyublk.stats import DeviceStats, QueueStats
 from pyublk.target import FailureLog, NativeTarget, Target, dispatch_of
@@ -39,8 +40,6 @@ log = logging.getLogger("pyublk.device")
 
 #: Seconds for the id of a deleted device to become free; it does at once when nobody has it open.
 ID_FREED = 2.0
-
-Affinity = Literal["auto"] | Sequence[Iterable[int]] | None
 
 
 class DeviceState(StrEnum):
@@ -87,6 +86,11 @@ class Device:
         affinity: "auto" keeps each queue's thread to the CPUs whose requests it gets (the kernel
             allocates its buffers on their NUMA node, on first use); a sequence of CPU sets, one
             for each queue; or None, the scheduler's choice.
+        preempt: whether a request that arrives may take the CPU from a client that runs on it. Not
+            doing so (SCHED_BATCH, where the process has no policy of its own) lets requests gather
+            while clients send more, and be served together.
+        io_scheduler: the kernel's I/O scheduler for the disk, such as "mq-deadline"; "auto": none,
+            but for a zoned disk, which keeps what the kernel chose; None: what the kernel chose.
         stop_timeout: seconds without progress after which `stop` gives a hanging handler up.
         deadline: seconds for each control command.
 
@@ -113,6 +117,8 @@ class Device:
         partition_scan: bool = True,
         shared_memory: bool = False,
         affinity: Affinity = "auto",
+        preempt: bool = False,
+        io_scheduler: str | None = "auto",
         stop_timeout: float = 10.0,
         deadline: float = 30.0,
     ) -> None:
@@ -158,7 +164,9 @@ class Device:
         self._choice: PathChoice | None = None
         self._wish = {"queues": queues, "depth": depth, "max_io_size": max_io_size, "id": id}
         self._workers = workers
-        self._affinity = _checked_affinity(affinity, queues)
+        self._affinity = checked_affinity(affinity, queues)
+        self._preempt = preempt
+        self._io_scheduler = io_scheduler
         self._stop_timeout = stop_timeout
         self._deadline = deadline
         self._params: Params | None = None
@@ -378,6 +386,7 @@ class Device:
                     serve,
                     name=f"ublk{info.id}-q{group[0].queue}",
                     cpus=self._cpus_of([share.queue for share in group]),
+                    preempt=self._preempt,
                 )
             )
 
@@ -436,6 +445,9 @@ class Device:
         self._controller.start(self.id, os.getpid())
         self._raise_servant_error()
         self._await_node(until)
+        zoned = Feature.ZONED in self._device_info().flags
+        if self._io_scheduler is not None and not (zoned and self._io_scheduler == "auto"):
+            choose_io_scheduler(self.path, self._io_scheduler, self._deadline)
         self._info = self._controller.info(self.id)
         self._state = DeviceState.LIVE
 
@@ -805,22 +817,6 @@ class Device:
             stacklevel=2,
         )
         self._finish_quietly()
-
-
-def _checked_affinity(
-    affinity: Affinity, queues: int
-) -> Literal["auto"] | list[frozenset[int]] | None:
-    if affinity is None or affinity == "auto":
-        return affinity
-    if isinstance(affinity, str) or len(affinity) != queues:
-        raise ValueError(
-            f"affinity must be 'auto', None, or a set of CPUs for each of the {queues} queues"
-        )
-    sets = [frozenset(cpus) for cpus in affinity]
-    if frozenset() in sets:
-        queue = sets.index(frozenset())
-        raise ValueError(f"affinity must name at least one CPU for queue {queue}")
-    return sets
 
 
 @dataclass(frozen=True, slots=True)

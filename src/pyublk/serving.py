@@ -4,7 +4,6 @@
 Each runs on the thread that opened the queue and returns when the kernel has taken every tag back.
 """
 
-import os
 import queue as queues
 import sys
 import threading
@@ -13,6 +12,7 @@ from collections.abc import Callable
 
 from pyublk._native import IO, Handlers, MappedQueue, Planner, Queue
 from pyublk.mapped import MappedTarget
+from pyublk.scheduling import keep_to, never_interrupt
 
 
 def _stack(ident: int) -> traceback.StackSummary:
@@ -133,7 +133,10 @@ class Servant:
 
 
 class ServingThread(Servant):
-    """Queues served by `serve` on a thread of their own, kept to `cpus` if given."""
+    """Queues served by `serve` on a thread of their own, kept to `cpus` if given.
+
+    `preempt`: whether a request that comes may take the CPU from whoever runs on it.
+    """
 
     def __init__(
         self,
@@ -143,32 +146,26 @@ class ServingThread(Servant):
         *,
         name: str,
         cpus: frozenset[int] | None,
+        preempt: bool,
     ) -> None:
         super().__init__(make_queues, ended)
         # A daemon: a handler that hangs must not keep the process from ending.
         self._thread = threading.Thread(
-            target=self._run, args=(serve, cpus), name=name, daemon=True
+            target=self._run, args=(serve, cpus, preempt), name=name, daemon=True
         )
         self._thread.start()
 
-    def _run(self, serve: Callable[[list[Queue]], None], cpus: frozenset[int] | None) -> None:
+    def _run(
+        self, serve: Callable[[list[Queue]], None], cpus: frozenset[int] | None, preempt: bool
+    ) -> None:
         error: BaseException | None = None
         try:
             if cpus:
-                _keep_to(cpus)
+                keep_to(cpus)
+            if not preempt:
+                never_interrupt()
             self._open()
             serve(self.queues)
         except BaseException as raised:
             error = raised
         self._close(error)
-
-
-def _keep_to(cpus: frozenset[int]) -> None:
-    try:
-        os.sched_setaffinity(0, cpus)
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"a queue's thread cannot be kept to CPUs {sorted(cpus)}: {error.strerror}; this "
-            f"process may use {sorted(os.sched_getaffinity(0))}",
-        ) from None

@@ -99,6 +99,42 @@ def test_what_is_wanted_is_asked_of_the_counting_mode_only() -> None:
     assert report.verdicts(replace(RESULTS, counting=False)) == []
 
 
+def test_what_is_wanted_of_the_servers_processor_time() -> None:
+    lean = replace(
+        RESULTS,
+        measurements=(
+            replace(measured("kublk-batch", 70_000.0), server_cpu=3e-6),
+            replace(measured("pyublk-null-batch", 77_000.0), server_cpu=4e-6),
+        ),
+    )
+    values = {wanted.cpu: value for wanted, value in report.verdicts(lean)}
+    assert values == {False: pytest.approx(1.1), True: pytest.approx(0.75)}
+    output = StringIO()
+    assert not report.show(lean, Console(file=output, width=120))
+    words = "MISSED: pyublk-null-batch is 0.750 of kublk-batch in randread, per CPU, wanted 0.995"
+    assert words in output.getvalue()
+
+
+def test_what_a_saved_copy_predicts() -> None:
+    rates = {
+        "pyublk-null-batch": 5000.0,  # 200 us, of which 150 are for the copy
+        "pyublk-null-batch-user-copy": 20_000.0,
+        "pyublk-disk-copy": 1000.0,  # 1000 us, so 850 without
+        "pyublk-disk-auto-buffer": 1250.0,
+    }
+    measurements = tuple(
+        replace(measured(name, rate), job="read-1m") for name, rate in rates.items()
+    )
+    results = replace(RESULTS, measurements=measurements)
+    assert report.saved_copy(results) == pytest.approx((1000 / 850, 1.25))
+    output = StringIO()
+    report.show(results, Console(file=output, width=120))
+    assert (
+        "1 MiB reads without the copy: 1.25 of those with it, predicted 1.18" in output.getvalue()
+    )
+    assert report.saved_copy(replace(results, measurements=measurements[:3])) is None
+
+
 @pytest.mark.parametrize(("iops", "verdict"), [(74_000.0, "reached"), (73_000.0, "MISSED")])
 def test_the_tables_end_with_a_verdict(iops: float, verdict: str) -> None:
     results = replace(

@@ -18,7 +18,7 @@ ROOMS = [
     ["errors"],
     ["_native"],
     ["features", "params", "stats", "zones"],
-    ["paths", "backing"],
+    ["paths", "backing", "scheduling"],
     ["control"],
     ["target", "sharing"],
     ["mapped"],

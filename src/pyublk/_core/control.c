@@ -3,6 +3,7 @@
 #include "control.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
 #include <sched.h>
@@ -127,8 +128,9 @@ static void kill_child(int pidfd)
 	syscall(SYS_pidfd_send_signal, pidfd, SIGKILL, NULL, 0u);
 }
 
-int pu_control_begin(struct pu_control *control, int ctl_fd, uint32_t cmd_op,
-		     const struct pu_ctrl_cmd *cmd, const void *payload, size_t payload_bytes)
+/* Returns 0 in the child, whose signals are blocked and files closed but for `keep` (-1: none), and who
+ * dies with its parent; its pid, or -errno, in the parent. */
+static int begin(struct pu_control *control, size_t payload_bytes, int keep)
 {
 	pid_t parent = getpid();
 
@@ -137,29 +139,48 @@ int pu_control_begin(struct pu_control *control, int ctl_fd, uint32_t cmd_op,
 			      MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	if (control->reply == MAP_FAILED)
 		return -errno;
-
-	struct pu_ctrl_cmd command = *cmd;
-
-	if (payload_bytes) {
-		memcpy(control->reply->buffer, payload, payload_bytes);
-		command.addr = (uint64_t)(uintptr_t)control->reply->buffer;
-		command.len = (uint16_t)payload_bytes;
-	}
 	control->pid = spawn(&control->pidfd);
 	if (control->pid == 0) {
 		prctl(PR_SET_PDEATHSIG, SIGKILL);
 		if (getppid() != parent)
 			_exit(0);
-		keep_only(ctl_fd, ctl_fd);
-		control->reply->result =
-			run_command(ctl_fd, cmd_op, &command, &control->reply->stage);
-		_exit(0);
-	}
-	if (control->pid < 0) {
+		keep_only(keep, keep);
+	} else if (control->pid < 0) {
 		munmap(control->reply, control->map_bytes);
-		return control->pid;
 	}
-	return 0;
+	return control->pid;
+}
+
+int pu_control_begin(struct pu_control *control, int ctl_fd, uint32_t cmd_op,
+		     const struct pu_ctrl_cmd *cmd, const void *payload, size_t payload_bytes)
+{
+	struct pu_ctrl_cmd command = *cmd;
+	int pid = begin(control, payload_bytes, ctl_fd);
+
+	if (pid)
+		return pid < 0 ? pid : 0;
+	if (payload_bytes) {
+		memcpy(control->reply->buffer, payload, payload_bytes);
+		command.addr = (uint64_t)(uintptr_t)control->reply->buffer;
+		command.len = (uint16_t)payload_bytes;
+	}
+	control->reply->result = run_command(ctl_fd, cmd_op, &command, &control->reply->stage);
+	_exit(0);
+}
+
+int pu_control_begin_write(struct pu_control *control, const char *path, const char *text)
+{
+	int pid = begin(control, 0, -1);
+
+	if (pid)
+		return pid < 0 ? pid : 0;
+
+	int fd = open(path, O_WRONLY | O_CLOEXEC);
+
+	if (fd < 0 || write(fd, text, strlen(text)) < 0)
+		control->reply->result = -errno;
+	control->reply->stage = PU_CONTROL_DONE;
+	_exit(0);
 }
 
 int pu_control_wait(struct pu_control *control, int timeout_ms)

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT
- * Control commands, each from a child process that holds nothing else.
+ * Control commands, and what else may wait for a disk's requests, each by a child process that holds
+ * nothing else.
  *
  * STOP_DEV and DEL_DEV wait, beyond the reach of signals, for requests that a server holds. The
  * kernel runs them in a worker of the submitting process, and a process cannot end before its
@@ -40,7 +41,10 @@ struct pu_control {
  * 0 or -errno. */
 int pu_control_begin(struct pu_control *control, int ctl_fd, uint32_t cmd_op,
 		     const struct pu_ctrl_cmd *cmd, const void *payload, size_t payload_bytes);
-/* 1: the command has ended; 0: not within timeout_ms; -errno (-EINTR). */
+/* Starts writing `text` to a file of sysfs, such as the choice of a disk's I/O scheduler, which waits
+ * beyond the reach of signals too. control->reply->result will be 0 or -errno. 0 or -errno. */
+int pu_control_begin_write(struct pu_control *control, const char *path, const char *text);
+/* 1: the child has ended; 0: not within timeout_ms; -errno (-EINTR). */
 int pu_control_wait(struct pu_control *control, int timeout_ms);
 /* Ends a child that still waits. False: it is beyond signals and was left behind. */
 bool pu_control_end(struct pu_control *control);

@@ -72,6 +72,12 @@ def _split_options(
               help="The N of /dev/ublkbN.  [default: the lowest free]")  # fmt: skip
 @click.option("--no-partition-scan", is_flag=True,
               help="Do not look for partitions when the disk starts (Linux 7.0).")  # fmt: skip
+@click.option("--preempt", is_flag=True,
+              help="Let each request take the CPU from the client that runs on it, instead of "
+              "gathering what clients send.")  # fmt: skip
+@click.option("--io-scheduler", default="auto", show_default=True, metavar="NAME",
+              help="The kernel's I/O scheduler for the disk; auto: none, but for zoned "
+              "disks.")  # fmt: skip
 @click.option("-f", "--foreground", is_flag=True,
               help="Serve in this process until Ctrl-C, instead of in the background.")  # fmt: skip
 @json_option
@@ -91,6 +97,8 @@ def add(
     threads: int,
     device_id: int | None,
     no_partition_scan: bool,
+    preempt: bool,
+    io_scheduler: str,
     foreground: bool,
     as_json: bool,
 ) -> None:
@@ -123,6 +131,8 @@ def add(
         batch=batch,
         threads=threads,
         partition_scan=not no_partition_scan,
+        preempt=preempt,
+        io_scheduler=io_scheduler,
     )
     open_controller().close()  # no driver, no rights: said before anything is started
     if not foreground:

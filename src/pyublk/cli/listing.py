@@ -114,6 +114,7 @@ def _details(one: Disk) -> dict[str, Any]:
         "data_path": record.data_path if record else None,
         "status": record.read_status() if record else None,
         "params": asdict(one.params) if one.params else None,
+        "io_scheduler": one.io_scheduler,
         "served": asdict(one.served) if one.served else None,
     }
 
@@ -143,6 +144,7 @@ def _lines(one: Disk) -> list[tuple[str, str]]:
         ("queues", f"{device.queues}, depth {device.depth}"),
         ("largest request", format_size(device.max_io_size)),
         ("flags", ", ".join(_flags(device)) or "-"),
+        ("I/O scheduler", one.io_scheduler or "-"),
         ("server", f"{one.server_name or '?'}, process {device.server_pid or '-'}"),
         ("owner", f"uid {device.owner_uid}, gid {device.owner_gid}"),
     ]

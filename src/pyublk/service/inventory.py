@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pyublk.control import Controller, DeviceInfo
 from pyublk.params import Params
+from pyublk.scheduling import io_scheduler
 from pyublk.service.processes import command_name
 from pyublk.service.records import Record
 from pyublk.service.usage import Use, uses
@@ -30,7 +31,8 @@ class Disk:
     """One ublk device.
 
     `record` is there when `pyublk add` made it; `params` None if none were set; `size` in bytes,
-    0 while there is no block device; `server_name` None when there is no server.
+    0 while there is no block device; `io_scheduler` is the kernel's, None without a block device;
+    `server_name` None when there is no server.
     """
 
     device: DeviceInfo
@@ -39,6 +41,7 @@ class Disk:
     size: int
     uses: tuple[Use, ...]
     served: Served | None
+    io_scheduler: str | None
     server_name: str | None
 
 
@@ -57,6 +60,7 @@ def disk(controller: Controller, device: DeviceInfo) -> Disk:
         size=_size(name) if live else 0,
         uses=tuple(uses(name)),
         served=_served(name) if live else None,
+        io_scheduler=io_scheduler(name) if live else None,
         server_name=command_name(device.server_pid) if device.server_pid is not None else None,
     )
 

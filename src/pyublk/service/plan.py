@@ -35,6 +35,8 @@ class Plan:
     batch: bool | None = None
     threads: int = 1
     partition_scan: bool = True
+    preempt: bool = False
+    io_scheduler: str | None = "auto"
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -62,6 +64,8 @@ class Plan:
             batch=self.batch,
             threads=self.threads,
             partition_scan=self.partition_scan,
+            preempt=self.preempt,
+            io_scheduler=self.io_scheduler,
         )
 
     def _target(self) -> Target:

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: MIT
+"""When and where things run: a disk's requests in the kernel, and the threads that serve them.
+
+Two of the kernel's choices do not suit a disk whose requests a process serves. Together they halve
+what a small request costs (docs/tuning.md has the figures); each alone changes nothing, or harms.
+
+- A disk of one queue gets the I/O scheduler mq-deadline. It sorts for heads that move, and a worker
+  of the kernel's hands its requests over. With "none", the client's own system call does.
+- A server is woken by every request, and a thread that is woken may interrupt the one that runs:
+  the client, about to send its next request. So requests would be served one by one. A thread under
+  SCHED_BATCH does not interrupt: requests gather until the client waits, or another CPU is free.
+"""
+
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from pyublk._native import write_apart
+
+log = logging.getLogger("pyublk.scheduling")
+
+Affinity = Literal["auto"] | Sequence[Iterable[int]] | None
+
+#: Seconds that a disk's start waits for a switch that nobody asked for by name: the kernel waits
+#: for all requests in flight first, of which the partition scan may have some.
+PATIENCE = 1.0
+
+
+def checked_affinity(
+    affinity: Affinity, queues: int
+) -> Literal["auto"] | list[frozenset[int]] | None:
+    """A set of CPUs for each queue. Raises ValueError when it is none of what `Device` takes."""
+    if affinity is None or affinity == "auto":
+        return affinity
+    if isinstance(affinity, str) or len(affinity) != queues:
+        raise ValueError(
+            f"affinity must be 'auto', None, or a set of CPUs for each of the {queues} queues"
+        )
+    sets = [frozenset(cpus) for cpus in affinity]
+    if frozenset() in sets:
+        queue = sets.index(frozenset())
+        raise ValueError(f"affinity must name at least one CPU for queue {queue}")
+    return sets
+
+
+def keep_to(cpus: frozenset[int]) -> None:
+    """Keeps the calling thread to these CPUs. Raises OSError that names them."""
+    try:
+        os.sched_setaffinity(0, cpus)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"a queue's thread cannot be kept to CPUs {sorted(cpus)}: {error.strerror}; this "
+            f"process may use {sorted(os.sched_getaffinity(0))}",
+        ) from None
+
+
+def never_interrupt() -> None:
+    """From now on the calling thread does not interrupt others when it is woken (SCHED_BATCH).
+
+    A policy that the process was given (chrt, a service manager) is left alone.
+    """
+    if os.sched_getscheduler(0) == os.SCHED_OTHER:
+        try:
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        except OSError as error:  # a container's filter
+            log.info("a queue's thread stays under SCHED_OTHER: %s", error.strerror)
+
+
+def _place(disk: str) -> Path:
+    return Path("/sys/block") / os.path.basename(disk) / "queue/scheduler"
+
+
+def io_scheduler(disk: str) -> str | None:
+    """The I/O scheduler of a disk such as /dev/ublkb0; None where the kernel does not tell."""
+    return _parsed(_place(disk))[0]
+
+
+def _parsed(place: Path) -> tuple[str | None, list[str]]:
+    """The one in use, which stands in brackets, and all that there are."""
+    try:
+        words = place.read_text().split()
+    except OSError:
+        return None, []
+    used = [word[1:-1] for word in words if word.startswith("[")]
+    return (used[0] if used else None), [word.strip("[]") for word in words]
+
+
+def choose_io_scheduler(disk: str, name: str, deadline: float) -> None:
+    """Gives a disk the I/O scheduler of that name; "auto": none at all, if that can be had soon.
+
+    Raises:
+        ValueError: this kernel has none of that name.
+        OSError: the kernel refuses, or `deadline` seconds are over.
+    """
+    place = _place(disk)
+    current, offered = _parsed(place)
+    wanted = "none" if name == "auto" else name
+    if wanted == current:
+        return
+    if name != "auto" and offered and name not in offered:
+        raise ValueError(f"io_scheduler must be one of {', '.join(offered)}, not {name!r}")
+    result = write_apart(str(place), wanted, deadline=PATIENCE if name == "auto" else deadline)
+    if result == 0:
+        return
+    reason = "requests are in flight" if result is None else os.strerror(-result)
+    if name != "auto":
+        number = 110 if result is None else -result
+        raise OSError(number, f"{disk} cannot have the I/O scheduler {name}: {reason}", str(place))
+    log.info("%s has the I/O scheduler %s for now: %s", disk, current or "of the kernel", reason)

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: MIT
+"""When and where things run: policies of threads, the choice of a disk's I/O scheduler."""
+
+import errno
+import logging
+import os
+import re
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from pyublk import scheduling
+from pyublk._native import write_apart
+from pyublk.scheduling import choose_io_scheduler, io_scheduler, keep_to, never_interrupt
+
+T = TypeVar("T")
+
+
+def on_a_thread(call: Callable[[], T]) -> T:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()
+
+
+def test_a_thread_that_never_interrupts() -> None:
+    def policy() -> int:
+        never_interrupt()
+        return os.sched_getscheduler(0)
+
+    assert on_a_thread(policy) == os.SCHED_BATCH
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
+def test_a_policy_that_was_given_is_left_alone() -> None:
+    def policy() -> int:
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        never_interrupt()
+        return os.sched_getscheduler(0)
+
+    assert on_a_thread(policy) == os.SCHED_IDLE
+
+
+def test_cpus_that_there_are_not() -> None:
+    with pytest.raises(OSError, match=r"cannot be kept to CPUs \[4000\]: Invalid argument; this"):
+        on_a_thread(lambda: keep_to(frozenset({4000})))
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stands for sysfs' file, which says what there is, and takes what is wanted."""
+    file = tmp_path / "scheduler"
+    file.write_text("none [mq-deadline] kyber\n")
+    monkeypatch.setattr(scheduling, "_place", lambda _disk: file)
+    return file
+
+
+def test_the_scheduler_in_use_is_in_brackets(place: Path) -> None:
+    assert io_scheduler("/dev/ublkb0") == "mq-deadline"
+    place.unlink()
+    assert io_scheduler("/dev/ublkb0") is None
+
+
+@pytest.mark.parametrize(("name", "written"), [("auto", "none"), ("kyber", "kyber")])
+def test_a_scheduler_is_chosen(place: Path, name: str, written: str) -> None:
+    choose_io_scheduler("/dev/ublkb0", name, 5.0)
+    assert place.read_text().startswith(written)
+
+
+def test_nothing_is_written_where_it_is_so_already(place: Path) -> None:
+    place.write_text("[none] mq-deadline\n")
+    choose_io_scheduler("/dev/ublkb0", "auto", 5.0)
+    choose_io_scheduler("/dev/ublkb0", "none", 5.0)
+    assert place.read_text() == "[none] mq-deadline\n"
+
+
+def test_a_scheduler_that_there_is_not(place: Path) -> None:
+    words = "io_scheduler must be one of none, mq-deadline, kyber, not 'cfq'"
+    with pytest.raises(ValueError, match=re.escape(words)):
+        choose_io_scheduler("/dev/ublkb0", "cfq", 5.0)
+
+
+def test_a_scheduler_that_is_refused(
+    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(scheduling, "write_apart", lambda *_, **__: -errno.EROFS)
+    words = "/dev/ublkb0 cannot have the I/O scheduler kyber: Read-only file system"
+    with pytest.raises(OSError, match=words) as caught:
+        choose_io_scheduler("/dev/ublkb0", "kyber", 5.0)
+    assert caught.value.errno == errno.EROFS
+    with caplog.at_level(logging.INFO):
+        choose_io_scheduler("/dev/ublkb0", "auto", 5.0)  # nobody asked for it by name
+    assert "/dev/ublkb0 has the I/O scheduler mq-deadline for now: Read-only" in caplog.text
+
+
+def test_a_switch_that_waits_too_long(
+    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    given: list[float] = []
+
+    def write(_place: str, _text: str, *, deadline: float) -> None:
+        given.append(deadline)
+
+    monkeypatch.setattr(scheduling, "write_apart", write)
+    with pytest.raises(TimeoutError, match="scheduler kyber: requests are in flight"):
+        choose_io_scheduler("/dev/ublkb0", "kyber", 5.0)
+    with caplog.at_level(logging.INFO):
+        choose_io_scheduler("/dev/ublkb0", "auto", 5.0)
+    assert "for now: requests are in flight" in caplog.text
+    assert given == [5.0, scheduling.PATIENCE]
+
+
+def test_writing_apart(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    assert write_apart(str(file), "none", deadline=5.0) == -errno.ENOENT
+    file.write_text("")
+    assert write_apart(str(file), "none", deadline=5.0) == 0
+    assert file.read_text() == "none"
+
+
+def test_writing_apart_to_what_never_answers(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert write_apart(str(pipe), "none", deadline=0.2) is None  # nobody reads from it
+    children = Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text()
+    assert children == "", "the child was ended"
