@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Who is measured: how to start each one's disk, and how to take it away again.
 
-All are set up alike: so many queues, depth 128, the scheduler the kernel gives them; ublk servers
-take requests up to 1 MiB, which is kublk's own limit. Those of kind "null" move no bytes of their
-own; those of kind "bytes" keep 64 MiB in the machine's memory.
+All have so many queues and depth 128, and are otherwise as they come; ublk servers take requests up
+to 1 MiB, which is kublk's own limit. Those of kind "null" move no bytes of their own; those of kind
+"bytes" keep 64 MiB in the machine's memory.
+
+Ours come with no I/O scheduler and threads that never interrupt (`pyublk.scheduling`). So both
+sides are there with the other's choices too: "kernels-choices" and "our-choices".
 """
 
 import os
@@ -17,6 +20,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
+
+from pyublk.scheduling import choose_io_scheduler
 
 from . import programs
 from .programs import Unavailable
@@ -190,6 +195,14 @@ def _kublk(
     return Disk(f"/dev/ublkb{found[1]}", int(found[2]))
 
 
+def _kublk_with_our_choices(setting: Setting, stack: ExitStack, *, mode: str) -> Disk:
+    disk = _kublk(setting, stack, mode=mode)
+    choose_io_scheduler(disk.path, "none", _PATIENCE)
+    for thread in Path(f"/proc/{disk.server}/task").iterdir():
+        os.sched_setscheduler(int(thread.name), os.SCHED_BATCH, os.sched_param(0))
+    return disk
+
+
 def _pyublk(
     setting: Setting,
     stack: ExitStack,
@@ -199,6 +212,7 @@ def _pyublk(
     path: str = "auto",
     batch: bool | None = None,
     on: str = "",
+    kernels_choices: bool = False,
 ) -> Disk:
     programs.load_module("ublk_drv")
     line = [sys.executable, "-m", "benchmarks.server", target, "--queues", str(setting.queues)]
@@ -207,7 +221,9 @@ def _pyublk(
     line += ["--path", path]
     if batch is not None:
         line += ["--batch" if batch else "--no-batch"]
-    name = f"pyublk-{target}-{path}-{batch}"
+    if kernels_choices:
+        line += ["--kernels-choices"]
+    name = f"pyublk-{target}-{path}-{batch}-{kernels_choices}"
     for file in _files(setting, name, files) if not on else [on]:
         line += ["--file", file]
     server = stack.enter_context(
@@ -291,6 +307,20 @@ def _all() -> list[Contender]:
         **{
             f"pyublk-{target}": partial(_pyublk, target=target)
             for target in ("handle", "handle-fields", "methods", "async", "async-sleep")
+        },
+        **{
+            f"kublk-{mode}-our-choices": partial(_kublk_with_our_choices, mode=mode)
+            for mode in ("copy", "batch")
+        },
+        **{
+            f"pyublk-{name}-kernels-choices": partial(
+                _pyublk, target=target, path=path, batch=batch, kernels_choices=True
+            )
+            for name, target, (path, batch) in (
+                ("null", "null", ("auto", None)),
+                *((f"null-{mode}", "null", MODES[mode]) for mode in ("copy", "batch")),
+                *((name, name, ("auto", None)) for name in ("handle", "handle-fields")),
+            )
         },
     }
     files: dict[str, Start] = {

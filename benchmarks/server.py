@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--file", action="append", type=Path, default=[])
     parser.add_argument("--path", default="auto")
     parser.add_argument("--batch", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--kernels-choices", action="store_true")
     options = parser.parse_args()
     target = TARGETS[options.target](options.size, options.file)
     with pyublk.Device(
@@ -48,6 +49,8 @@ def main() -> None:
         max_io_size=options.max_io_size,
         path=options.path,
         batch=options.batch,
+        preempt=options.kernels_choices,
+        io_scheduler=None if options.kernels_choices else "auto",
     ) as disk:
         print(disk.path, flush=True)
         disk.wait()
