@@ -1,7 +1,9 @@
 """Every example that needs no kernel; tests/kernel and tests/vm have the others."""
 
+import importlib
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -23,8 +25,29 @@ def test_the_command_reference_is_as_the_commands_are() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_every_page_is_in_the_table_of_contents(tmp_path: Path) -> None:
-    """Sphinx warns of anything wrong, and -W makes it an error."""
-    command = [sys.executable, "-m", "sphinx", "-q", "-W", "-E", ROOT / "docs", tmp_path]
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pages, built. Sphinx warns of anything wrong, and -W makes it an error."""
+    made = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "-E", ROOT / "docs", made]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    return made
+
+
+def test_every_page_is_in_the_table_of_contents(site: Path) -> None:
+    assert (site / "index.html").exists()
+
+
+@pytest.mark.parametrize("module", ["pyublk", "pyublk.targets", "pyublk.testing", "pyublk.vm"])
+def test_every_public_name_is_in_the_reference(site: Path, module: str) -> None:
+    # Four lines of text, then one line for each thing: its name, what it is, where.
+    inventory = zlib.decompress((site / "objects.inv").read_bytes().split(b"\n", 4)[4])
+    described = {line.split()[0] for line in inventory.decode().splitlines() if " py:" in line}
+    package = importlib.import_module(module)
+    missing = [
+        name
+        for name in package.__all__
+        if not {f"{module}.{name}", f"{getattr(package, name).__module__}.{name}"} & described
+    ]
+    assert not missing, f"docs/api.md lacks {', '.join(missing)}"
