@@ -112,10 +112,14 @@ def _run_here() -> None:
         _say(f"\n{name}: {type(target).__name__}")
         summaries.append(_show(name, target, files))
     _say(f"\nall verified in {time.monotonic() - began:.0f} s")
-    if "QEMU TCG" in Path("/proc/cpuinfo").read_text():
+    if _is_emulated():
         _say("this processor is emulated: times and IOPS say little about a real one")
     for summary in summaries:
         _say(summary)
+
+
+def _is_emulated() -> bool:
+    return "QEMU TCG" in Path("/proc/cpuinfo").read_text()
 
 
 def _say(text: str) -> None:
