@@ -187,6 +187,13 @@ def test_file_errors_are_told_and_leave_nothing(tmp_path: Path) -> None:
         FileNotFoundError, match=r"missing\.img does not exist: give a size to make it"
     ):
         targets.File(missing).open()
+    for other in (
+        targets.File(missing, size=4096, read_only=True),  # which a size does not make
+        targets.Linear(missing, missing, size=4096),
+        targets.Slice(missing, size=4096),
+    ):
+        with pytest.raises(FileNotFoundError, match=r"missing\.img does not exist$"):
+            other.open()
     with pytest.raises(ValueError, match="is neither a regular file nor a block device"):
         targets.File(tmp_path).open()
     odd = tmp_path / "odd.img"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """A regular file, or another block device, as a disk."""
 
+import errno
 from pathlib import Path
 
 from pyublk.mapped import MappedTarget
@@ -31,3 +32,13 @@ class File(MappedTarget):
             [path], size=size, direct=direct, read_only=read_only, block_size=block_size
         )
         self.path = Path(path)
+
+    def open(self) -> None:
+        try:
+            super().open()
+        except FileNotFoundError as error:
+            if self.read_only:
+                raise
+            raise FileNotFoundError(
+                errno.ENOENT, f"{error.strerror}: give a size to make it"
+            ) from None
