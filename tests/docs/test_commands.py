@@ -18,6 +18,8 @@ def parse(words: list[str]) -> click.Context:
     """What `pyublk WORDS` would be called with, without the call."""
     root = main.make_context("pyublk", [*words])
     rest = [*root._protected_args, *root.args]
+    if not rest:  # options alone
+        return root
     name, command, rest = main.resolve_command(root, rest)
     assert command is not None
     return command.make_context(name, rest, parent=root)

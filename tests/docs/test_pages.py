@@ -1,6 +1,9 @@
 """Every example that needs no kernel; tests/kernel and tests/vm have the others."""
 
+import builtins
+import errno
 import importlib
+import re
 import subprocess
 import sys
 import zlib
@@ -8,6 +11,10 @@ from pathlib import Path
 
 import pytest
 from pages import ROOT, blocks, pages_that_need, run
+
+import pyublk
+from pyublk import errors
+from pyublk.cli import failures
 
 
 @pytest.mark.parametrize("page", pages_that_need(None), ids=lambda page: page.name)
@@ -51,3 +58,17 @@ def test_every_public_name_is_in_the_reference(site: Path, module: str) -> None:
         if not {f"{module}.{name}", f"{getattr(package, name).__module__}.{name}"} & described
     ]
     assert not missing, f"docs/api.md lacks {', '.join(missing)}"
+
+
+def test_the_table_of_errors_has_the_exit_codes() -> None:
+    page = (ROOT / "docs" / "errors.md").read_text()
+    rows = re.findall(r"^\| `(\w+)`([^|]*)\| (\d|–) \|", page, re.M)
+    named = {name for name, _, _ in rows}
+    raised = {name for name in pyublk.__all__ if name in vars(errors)}
+    assert raised - {"UblkError"} <= named
+    for name, detail, code in rows:
+        cls = vars(errors).get(name) or getattr(builtins, name)
+        for number in re.findall(r"\bE[A-Z]+\b", detail) or [None]:
+            made = cls.__new__(cls) if number is None else cls(getattr(errno, number), "")
+            if code != "–" and "ublk-control" not in detail:  # which the command looks for itself
+                assert failures.exit_code(made) == int(code), f"{name} {number or ''}"
