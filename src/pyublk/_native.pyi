@@ -40,8 +40,9 @@ class Ring:
         entries: room in the submission queue, 1 to 32768 (the kernel rounds up to a power of two).
         cq_entries: room in the completion queue; 0: twice `entries`.
         required: `SetupFlag` bits that must be had (OSError EINVAL if not).
-        wanted: `SetupFlag` bits of which each is dropped by itself on a kernel that lacks it;
-            the default is `uring.RECOMMENDED`. `flags` tells what was accepted.
+        wanted: `SetupFlag` bits to be had where the kernel has them; the default is
+            `uring.RECOMMENDED`, whose bits are dropped, the youngest first, until the kernel takes
+            the ring. `flags` tells what was accepted.
 
     With SINGLE_ISSUER (part of the default), only the thread that made the ring may submit; others
     get OSError EEXIST. Raises OSError, in one sentence, where io_uring is forbidden.
@@ -135,8 +136,8 @@ class Ring:
         """Submits what was filled and waits for `wait` completions; returns how many it submitted.
 
         `timeout` and `min_wait` are seconds; after `min_wait` one completion is enough (Linux
-        6.12, FeatureMissing before). Returns 0 on a time-out; signal handlers run. OSError EBUSY:
-        take completions first.
+        6.12, FeatureMissing before). A wait that times out, or is interrupted by a signal, whose
+        handler runs, returns as well. OSError EBUSY: take completions first.
         """
     def completions(self) -> list[Completion]:
         """Takes every completion that is there."""

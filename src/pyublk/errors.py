@@ -580,7 +580,7 @@ def queue_error(error: int, queue: int) -> OSError:
         errno.EOPNOTSUPP: (
             "the device wants another data path (batch I/O)",
             _CALLER,
-            "add the device without BATCH_IO",
+            "pass the device's flags to the queue, or add the device without BATCH_IO",
         ),
     }.get(error, ("the kernel ended it", _DRIVER, "see the kernel's log (dmesg)"))
     return _refusal(error, f"queue {queue}: {_described(error)}: {cause}", whose, remedy)

@@ -51,7 +51,7 @@ class Opcode(IntEnum):
     URING_CMD = 46
 
 
-#: Each of these is dropped by itself on a kernel that does not know it.
+#: A kernel that refuses one of these is asked again without, the youngest dropped first.
 RECOMMENDED = (
     SetupFlag.SUBMIT_ALL
     | SetupFlag.COOP_TASKRUN
