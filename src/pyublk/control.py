@@ -130,6 +130,7 @@ class Controller:
 
     def __init__(self, *, deadline: float = 30.0) -> None:
         self.deadline = deadline
+        self._stopped: set[int] = set()  # by this one, and not deleted since
         self._fd = -1
         try:
             self._fd = os.open(CONTROL_NODE, os.O_RDWR | os.O_CLOEXEC)
@@ -257,6 +258,7 @@ class Controller:
         payload = bytearray(wish)
         self._run(ControlCommand.ADD_DEV, id, payload=payload, deadline=deadline)
         granted = _device_info(payload)
+        self._stopped.discard(granted.id)
         try:
             _check_granted(granted, queues=queues, flags=flags)
         except OSError:
@@ -272,9 +274,18 @@ class Controller:
         """
         command = ControlCommand.DEL_DEV if wait else ControlCommand.DEL_DEV_ASYNC
         self._command(command, device, deadline=deadline)
+        self._stopped.discard(device)
 
     def start(self, device: int, pid: int, *, deadline: float | None = None) -> None:
-        """START_DEV: makes the block device; ends when `pid`, the server, has fetched every tag."""
+        """START_DEV: makes the block device; ends when `pid`, the server, has fetched every tag.
+
+        Raises DeviceClosed for a device that was stopped here: Linux 6.18 and 7.2 would crash.
+        """
+        if device in self._stopped:
+            raise errors.DeviceClosed(
+                f"device {device} was stopped, and kernels crash when such a device is started "
+                "again: delete it, and add a new one"
+            )
         self._command(ControlCommand.START_DEV, device, data=pid, deadline=deadline)
 
     def stop(self, device: int, *, deadline: float | None = None) -> None:
@@ -283,11 +294,13 @@ class Controller:
         A recovery-enabled device loses that page cache instead: flush first. Ends when every
         request in flight was answered.
         """
+        self._stopped.add(device)  # whatever comes of it
         self._command(ControlCommand.STOP_DEV, device, deadline=deadline)
 
     def safe_stop(self, device: int, *, deadline: float | None = None) -> None:
         """TRY_STOP_DEV (Linux 7.0): stops only if nobody has the block device open."""
         self._command(ControlCommand.TRY_STOP_DEV, device, deadline=deadline)
+        self._stopped.add(device)
 
     def set_params(self, device: int, params: Params, *, deadline: float | None = None) -> None:
         """SET_PARAMS: replaces all parameters; only before the device is started."""

@@ -379,6 +379,19 @@ def test_start_twice(controller: Controller, disk: ByHand) -> None:
         controller.start(disk.info.id, os.getpid())
 
 
+def test_start_after_stop(controller: Controller, added: pyublk.DeviceInfo) -> None:
+    """Sent to the kernel, it would be the end of this machine."""
+    controller.set_params(added.id, SIMPLE)
+    controller.stop(added.id)
+    with pytest.raises(pyublk.DeviceClosed, match=f"device {added.id} was stopped, and kernels"):
+        controller.start(added.id, os.getpid())
+    controller.delete(added.id)
+    again = controller.add(id=added.id, depth=1)
+    controller.set_params(again.id, SIMPLE)
+    with pytest.raises(TimeoutError):  # this one may: it waits for the fetches
+        controller.start(again.id, os.getpid(), deadline=0.3)
+
+
 # ---- stop ----
 
 
