@@ -15,6 +15,7 @@ General layout, from the bottom up; a module imports only from the lines above i
     target, mapped, serving  what a target implements; the ways requests reach it
     zoned, sharing           the base of zoned targets; memory shared with clients
     loops                    queues served on an event loop
+    crew                     everyone who serves a device, until nobody holds a request
     device                   Device: queues, threads, start in step, clean stop
     targets/, testing/       the targets that ship; disks without a kernel
     vm/                      a kernel with ublk for machines without

@@ -14,27 +14,28 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import StrEnum
 from functools import partial
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Self
 
-from pyublk import errors, serving
-from pyublk._native import Buffers, Guard, Handlers, MappedQueue, Queue
+from pyublk import errors
+from pyublk._native import Guard
 from pyublk.control import Controller, DeviceInfo, check_wish, new_cookie
+from pyublk.crew import Crew
 from pyublk.mapped import MappedTarget
 from pyublk.params import Params
 from pyublk.paths import DataPath, PathChoice, choose_path
 from pyublk.scheduling import Affinity, checked_affinity, choose_io_scheduler
 from pyublk.sharing import SharedMemory, Sharing, check_share
-from pyublk.stats import DeviceStats, QueueStats
-from pyublk.target import FailureLog, NativeTarget, Target, dispatch_of
+from pyublk.stats import DeviceStats
+from pyublk.target import Target
 from pyublk.uapi import ControlCommand, Feature
 
 # Event loops are for disks that need one: asyncio is half of what importing pyublk would cost.
 if TYPE_CHECKING:
-    from pyublk.loops import AsyncServer
+    pass
 
 log = logging.getLogger("pyublk.device")
 
@@ -123,35 +124,19 @@ class Device:
         deadline: float = 30.0,
     ) -> None:
         self._state = DeviceState.CREATED
-        self._dispatch = dispatch_of(target)
         check_wish(queues=queues, depth=depth, id=id)
         if max_io_size % 4096 or not 4096 <= max_io_size <= 32 << 20:
             raise ValueError(
                 f"max_io_size must be a multiple of 4096 from 4096 to {32 << 20}, not {max_io_size}"
             )
-        if workers < 0:
-            raise ValueError(f"workers must be 0 or more, not {workers}")
-        if workers and (self._dispatch != "sync" or target.concurrency != "parallel"):
-            raise ValueError(
-                f"workers={workers} needs a target with plain methods and concurrency 'parallel'; "
-                f"{type(target).__name__} is {self._dispatch} and {target.concurrency!r}"
-            )
         if not 1 <= threads <= depth:
             raise ValueError(f"threads must be 1 to the depth, {depth}, not {threads}")
-        if threads > 1 and self._dispatch == "async":
-            raise ValueError(
-                f"threads={threads} needs a target without coroutines, which one event loop runs; "
-                f"{type(target).__name__} is async"
-            )
-        if isinstance(target, MappedTarget):
-            target.check_threads(threads)
         self.target = target
+        self._crew = Crew(
+            target, threads=threads, workers=workers, preempt=preempt, trim_after=trim_after
+        )
         self._path_wish = path
         self._batch_wish = batch
-        self._threads = threads
-        if trim_after is not None and trim_after <= 0:
-            raise ValueError(f"trim_after must be positive seconds or None, not {trim_after}")
-        self._trim_after = trim_after
         self._needed = Feature(0) if partition_scan else Feature.NO_AUTO_PART_SCAN
         if shared_memory:
             if isinstance(target, MappedTarget):
@@ -163,9 +148,7 @@ class Device:
         self._sharing: Sharing | None = None
         self._choice: PathChoice | None = None
         self._wish = {"queues": queues, "depth": depth, "max_io_size": max_io_size, "id": id}
-        self._workers = workers
         self._affinity = checked_affinity(affinity, queues)
-        self._preempt = preempt
         self._io_scheduler = io_scheduler
         self._stop_timeout = stop_timeout
         self._deadline = deadline
@@ -176,11 +159,7 @@ class Device:
         self._char_fd = -1
         self._spare_fd = -1  # the stop needs one, also where none is left
         self._opened = False
-        self._pool: serving.WorkerPool | None = None
-        self._async_servers: list[AsyncServer] = []
-        self._servants: list[serving.Servant] = []
         self._final_stats: DeviceStats | None = None
-        self._attention = threading.Event()  # a servant ended
         self._stopped = threading.Event()
         self._start_over = threading.Event()
         self._start_over.set()
@@ -241,13 +220,7 @@ class Device:
         """Counters since the start; after the stop, the last ones."""
         if self._final_stats is not None:
             return self._final_stats
-        parts: dict[int, list[QueueStats]] = {}
-        for queue in self._queues():
-            parts.setdefault(queue.id, []).append(QueueStats.from_counters(queue.counters()))
-        return DeviceStats(tuple(QueueStats.sum(parts[queue]) for queue in sorted(parts)))
-
-    def _queues(self) -> list[Queue]:
-        return [queue for servant in self._servants for queue in servant.queues]
+        return self._crew.stats()
 
     def __repr__(self) -> str:
         where = self._info.path if self._info else "no node yet"
@@ -267,7 +240,7 @@ class Device:
 
         with self._starting():
             await asyncio.to_thread(self._configure)
-            self._begin_serving(on_this_loop=self._dispatch == "async")
+            self._begin_serving(on_this_loop=self._crew.dispatch == "async")
             await asyncio.to_thread(self._go_live)
 
     @contextmanager
@@ -299,7 +272,7 @@ class Device:
         self._opened = True
         params = self.target.params(self._wish["max_io_size"] or 0)
         features = self._controller.features()
-        if self._threads > 1:
+        if self._crew.threads > 1:
             features.require(Feature.PER_IO_DAEMON)
         depth = self._wish["depth"] or 0
         self._choice = choose_path(
@@ -323,7 +296,7 @@ class Device:
         )
         self._guard = Guard(self._controller.fileno(), self.id, cookie)
         if Feature.SHMEM_ZC in self._needed:
-            by_handler = weakref.WeakMethod(self._called_by_handler)
+            by_handler = weakref.WeakMethod(self._crew.runs_here)
             self._sharing = Sharing(self._controller, self.id, by_handler)
         params.check_granted(max_io_size=self._info.max_io_size, flags=self._info.flags)
         self._controller.set_params(self.id, params)
@@ -352,77 +325,13 @@ class Device:
 
     def _begin_serving(self, *, on_this_loop: bool) -> None:
         self._state = DeviceState.STARTING
-        info = self._device_info()
-        report = FailureLog(self.target)
-        handlers = Handlers(self.target, report)
-        table = self._sharing.table if self._sharing is not None else None
-        shares = []
-        for queue in range(info.queues):
-            buffers = Buffers(info.depth, info.max_io_size) if self._threads > 1 else None
-            for thread in range(self._threads):
-                shares.append(_Share(queue, thread, self._threads, buffers))
-        make: Callable[..., Queue] = Queue
-        if isinstance(self.target, MappedTarget):
-            make = partial(MappedQueue, layout=self.target.layout)
-        make = partial(make, table=table, trim_after=self._trim_after)
-        if on_this_loop:
-            from pyublk import loops
-
-            server = loops.AsyncServer(handlers)
-            self._async_servers.append(server)
-            make_queues = partial(_make_queues, make, self._char_fd, info, shares)
-            self._servants = [loops.ServingLoop(make_queues, self._attention, server)]
-            return
-        one_thread = self._dispatch == "async" and self.target.concurrency == "serial"
-        groups = [shares] if one_thread else [[share] for share in shares]
-        if self._workers:
-            self._pool = serving.WorkerPool(handlers, self._workers, f"ublk{info.id}")
-        serve = self._serve_function(handlers, report)
-        for group in groups:
-            self._servants.append(
-                serving.ServingThread(
-                    partial(_make_queues, make, self._char_fd, info, group),
-                    self._attention,
-                    serve,
-                    name=f"ublk{info.id}-q{group[0].queue}",
-                    cpus=self._cpus_of([share.queue for share in group]),
-                    preempt=self._preempt,
-                )
-            )
-
-    def _serve_function(
-        self, handlers: Handlers, report: FailureLog
-    ) -> Callable[[list[Queue]], None]:
-        """The dispatcher, bound to what it needs; must not hold this Device (see __del__)."""
-        target, pool, servers = self.target, self._pool, self._async_servers
-        if isinstance(target, NativeTarget):
-            handler, context = target.handler, target.context
-            if not handler:
-                raise errors.InvalidTarget(
-                    f"{type(target).__name__}.handler is 0: set it before open() returns"
-                )
-            blind = target.blind
-            return lambda queues: queues[0].serve_native(handler, context, blind=blind)
-        if isinstance(target, MappedTarget):
-            target.wake_queues = serving.waker(self._servants)
-            return lambda queues: serving.serve_mapped(queues[0], target, report)
-        if self._dispatch == "async":
-            from pyublk import loops
-
-            return lambda queues: loops.serve_on_own_loop(queues, handlers, servers)
-        if pool is not None:
-            return lambda queues: serving.serve_with_workers(queues[0], pool)
-        locks = self._locks()
-        return lambda queues: queues[0].serve(handlers, locks[queues[0].id])
-
-    def _locks(self) -> "list[threading.Lock | None]":
-        """What a sync handler holds, for each queue, so that the target's promise is kept."""
-        queues, concurrency = self._device_info().queues, self.target.concurrency
-        if concurrency == "serial" and queues * self._threads > 1:
-            return [threading.Lock()] * queues
-        if concurrency == "per_queue" and self._threads > 1:
-            return [threading.Lock() for _ in range(queues)]
-        return [None] * queues
+        self._crew.begin(
+            self._char_fd,
+            self._device_info(),
+            table=None if self._sharing is None else self._sharing.table,
+            cpus_of=self._cpus_of,
+            on_this_loop=on_this_loop,
+        )
 
     def _cpus_of(self, queues: list[int]) -> frozenset[int] | None:
         if self._affinity is None:
@@ -439,11 +348,11 @@ class Device:
         """START_DEV, once every tag is fetched; the partition scan in it is served already."""
         assert self._controller is not None
         until = time.monotonic() + self._deadline
-        if not self._all_primed():
+        if not self._crew.primed(self._deadline):
             raise errors.InternalError(f"a queue was not primed within {self._deadline:g} s")
-        self._raise_servant_error()
+        self._crew.raise_error()
         self._controller.start(self.id, os.getpid())
-        self._raise_servant_error()
+        self._crew.raise_error()
         self._await_node(until)
         zoned = Feature.ZONED in self._device_info().flags
         if self._io_scheduler is not None and not (zoned and self._io_scheduler == "auto"):
@@ -474,17 +383,6 @@ class Device:
                 )
             time.sleep(0.005)
 
-    def _all_primed(self) -> bool:
-        until = time.monotonic() + self._deadline
-        return all(
-            servant.primed.wait(max(0.0, until - time.monotonic())) for servant in self._servants
-        )
-
-    def _raise_servant_error(self) -> None:
-        for servant in self._servants:
-            if servant.error is not None:
-                raise servant.error
-
     # ---- while it lives ----
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -500,11 +398,11 @@ class Device:
             with _signals_raised():
                 while not self._stopped.is_set():
                     left = None if until is None else until - time.monotonic()
-                    if not self._attention.wait(left):
+                    if not self._crew.attention.wait(left):
                         return False
-                    self._attention.clear()
-                    self._raise_servant_error()
-                    if any(servant.ended.is_set() for servant in self._servants):
+                    self._crew.attention.clear()
+                    self._crew.raise_error()
+                    if self._crew.one_ended():
                         return True
         except _Signalled:
             pass
@@ -551,7 +449,7 @@ class Device:
         here = threading.get_ident()
         if here == self._stop_thread:
             return
-        if here == self._start_thread or self._called_by_handler():
+        if here == self._start_thread or self._crew.runs_here():
             threading.Thread(target=self.stop, args=(timeout,), name="ublk-stop").start()
             return
         # A kernel that gets START_DEV after STOP_DEV may crash.
@@ -635,7 +533,7 @@ class Device:
             return []
         controller, device = self._controller, self.id
         assert controller is not None
-        self._all_primed()  # a fetch that came after the stop would stay
+        self._crew.primed(self._deadline)  # a fetch that came after the stop would stay
         failure: list[BaseException] = []
 
         def stop_device() -> None:
@@ -648,9 +546,10 @@ class Device:
         stopper.start()
         hung: list[str] = []
         try:
-            if not self._progress_until(
-                lambda: not stopper.is_alive() and self._all_ended(),
-                patience,
+            if not self._crew.progress_until(
+                lambda: not stopper.is_alive() and self._crew.all_ended(),
+                patience=patience,
+                idle=self._deadline,
                 enough=self._impatient,
             ):
                 hung = self._give_up_hanging()
@@ -667,64 +566,16 @@ class Device:
             raise failure[0]
         return hung
 
-    def _all_ended(self) -> bool:
-        return all(servant.ended.is_set() for servant in self._servants)
-
-    def _progress_until(
-        self,
-        done: Callable[[], bool],
-        patience: float,
-        *,
-        idle: float | None = None,
-        enough: threading.Event | None = None,
-    ) -> bool:
-        """Waits for `done`; False after `patience` seconds in which requests were held and none
-        came, after `idle` seconds (None: the deadline) without any, or when it is `enough`."""
-        last = -1
-        since = 0.0
-        while not done():
-            if (now := self.stats().total.requests) != last:
-                last, since = now, time.monotonic()
-            held = any(servant.holds() for servant in self._servants)
-            limit = patience if held else self._deadline if idle is None else idle
-            if time.monotonic() - since > limit:
-                return False
-            if enough is not None and enough.is_set():
-                return False
-            time.sleep(0.005)
-        return True
-
     def _give_up_hanging(self) -> list[str]:
-        """Fails what handlers hold, then cuts off the threads that still do not return."""
-        servants = [servant for servant in self._servants if servant.holds()]
-        stacks = {servant: servant.stack() for servant in servants}
-        workers = [] if self._pool is None else self._pool.hanging()
-        coroutines = [stack for server in self._async_servers for stack in server.hanging()]
-        held = [
-            f"queue {queue.id} held {queue.held} request(s) that nobody completed"
-            for queue in self._queues()
-            if queue.held
-        ]
-        full = [servant for servant in servants if servant.holds_everything()]
-        for server in self._async_servers:
-            server.cancel_held()
-        for queue in self._queues():
-            queue.fail_held()
-        if self._progress_until(self._all_ended, 1.0, idle=1.0):
-            return workers + coroutines or held
-        for queue in self._queues():
-            queue.sever()
-        self._close_char_device()
-        if any(not servant.ended.is_set() for servant in full):
+        hanging = self._crew.give_up()
+        if hanging.cut_off:
+            self._close_char_device()
+        if hanging.holds_queue:
             assert self._controller is not None
             # These kernels learn of a server's end by a FETCH that it takes along, or, half a
             # minute later, by the end of the thread itself.
             self._kept_by_kernel = not self._controller.features().has(Feature.UPDATE_SIZE)
-        return workers + [stacks[servant] for servant in servants if not servant.ended.is_set()]
-
-    def _called_by_handler(self) -> bool:
-        pool = self._pool is not None and self._pool.runs_here()
-        return pool or any(servant.runs_here() for servant in self._servants)
+        return hanging.stacks
 
     def _close_char_device(self) -> None:
         if self._char_fd >= 0:
@@ -742,16 +593,14 @@ class Device:
                     self._guard.stop()
         finally:
             if self._sharing is not None:
-                self._sharing.over(unused=self._all_ended())
+                self._sharing.over(unused=self._crew.all_ended())
             if self._controller is not None:
                 self._controller.close()
-            if self._pool is not None:
-                self._pool.close()
             self._final_stats = self.stats()
-            self._servants = []
+            self._crew.dismiss()
             self._state = DeviceState.STOPPED
             self._stopped.set()
-            self._attention.set()
+            self._crew.attention.set()
             _open_devices.discard(self)
             if self._opened:
                 self._opened = False
@@ -817,44 +666,6 @@ class Device:
             stacklevel=2,
         )
         self._finish_quietly()
-
-
-@dataclass(frozen=True, slots=True)
-class _Share:
-    """What one thread serves: every `step`th tag of a queue, from `first` on.
-
-    With batch I/O any of the tags may come to it, so the threads of a queue share its buffers.
-    """
-
-    queue: int
-    first: int
-    step: int
-    buffers: Buffers | None
-
-
-def _make_queues(
-    make: Callable[..., Queue], char_fd: int, info: DeviceInfo, shares: list[_Share]
-) -> list[Queue]:
-    queues: list[Queue] = []
-    try:
-        for share in shares:
-            queues.append(
-                make(
-                    char_fd,
-                    share.queue,
-                    depth=info.depth,
-                    buffer_size=info.max_io_size,
-                    flags=info.flags,
-                    first_tag=share.first,
-                    tag_step=share.step,
-                    buffers=share.buffers,
-                )
-            )
-    except BaseException:
-        for queue in queues:
-            queue.close()
-        raise
-    return queues
 
 
 def _caller() -> str:

@@ -24,6 +24,7 @@ ROOMS = [
     ["mapped"],
     ["serving", "zoned"],
     ["loops"],
+    ["crew"],
     ["device"],
     ["targets", "vm", "testing"],
     ["service"],

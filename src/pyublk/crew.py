@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: MIT
+"""Everyone who serves a device: a thread for each queue or more, workers, event loops.
+
+Nothing here holds the `Device`: one that is dropped open is collected while its threads still run,
+and stops them.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from pyublk import errors, serving
+from pyublk._native import Buffers, Handlers, MappedQueue, Queue, SharedTable
+from pyublk.control import DeviceInfo
+from pyublk.mapped import MappedTarget
+from pyublk.stats import DeviceStats, QueueStats
+from pyublk.target import FailureLog, NativeTarget, Target, dispatch_of
+
+# Event loops are for disks that need one: asyncio is half of what importing pyublk would cost.
+if TYPE_CHECKING:
+    from pyublk.loops import AsyncServer
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one thread serves: every `step`th tag of a queue, from `first` on.
+
+    With batch I/O any of the tags may come to it, so the threads of a queue share its buffers.
+    """
+
+    queue: int
+    first: int
+    step: int
+    buffers: Buffers | None
+
+
+@dataclass(frozen=True, slots=True)
+class Hanging:
+    """What did not return when it was given up.
+
+    `stacks` tell where, in words; `cut_off`: some threads still run, and their queues are gone;
+    `holds_queue`: one of these holds every request of a queue.
+    """
+
+    stacks: list[str]
+    cut_off: bool
+    holds_queue: bool
+
+
+class Crew:
+    """Serves a device's queues from `begin` until the kernel takes every tag back.
+
+    Args as for `Device`.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        *,
+        threads: int,
+        workers: int,
+        preempt: bool,
+        trim_after: float | None,
+    ) -> None:
+        self.target = target
+        self.dispatch = dispatch_of(target)
+        if workers < 0:
+            raise ValueError(f"workers must be 0 or more, not {workers}")
+        if workers and (self.dispatch != "sync" or target.concurrency != "parallel"):
+            raise ValueError(
+                f"workers={workers} needs a target with plain methods and concurrency 'parallel'; "
+                f"{type(target).__name__} is {self.dispatch} and {target.concurrency!r}"
+            )
+        if threads > 1 and self.dispatch == "async":
+            raise ValueError(
+                f"threads={threads} needs a target without coroutines, which one event loop runs; "
+                f"{type(target).__name__} is async"
+            )
+        if isinstance(target, MappedTarget):
+            target.check_threads(threads)
+        if trim_after is not None and trim_after <= 0:
+            raise ValueError(f"trim_after must be positive seconds or None, not {trim_after}")
+        self.threads = threads
+        self._workers = workers
+        self._preempt = preempt
+        self._trim_after = trim_after
+        self.attention = threading.Event()  # a servant ended
+        self._pool: serving.WorkerPool | None = None
+        self._async_servers: list[AsyncServer] = []
+        self._servants: list[serving.Servant] = []
+
+    # ---- beginning ----
+
+    def begin(
+        self,
+        char_fd: int,
+        info: DeviceInfo,
+        *,
+        table: SharedTable | None,
+        cpus_of: Callable[[list[int]], frozenset[int] | None],
+        on_this_loop: bool,
+    ) -> None:
+        """Starts to serve, on threads that keep to `cpus_of` their queues, or on the running loop.
+
+        What a servant fails with at its start is for `raise_error`, once all are `primed`.
+        """
+        report = FailureLog(self.target)
+        handlers = Handlers(self.target, report)
+        shares = []
+        for queue in range(info.queues):
+            buffers = Buffers(info.depth, info.max_io_size) if self.threads > 1 else None
+            for thread in range(self.threads):
+                shares.append(Share(queue, thread, self.threads, buffers))
+        make: Callable[..., Queue] = Queue
+        if isinstance(self.target, MappedTarget):
+            make = partial(MappedQueue, layout=self.target.layout)
+        make = partial(make, table=table, trim_after=self._trim_after)
+        make_queues = partial(_make_queues, make, char_fd, info)
+        if on_this_loop:
+            from pyublk import loops
+
+            server = loops.AsyncServer(handlers)
+            self._async_servers.append(server)
+            self._servants = [
+                loops.ServingLoop(partial(make_queues, shares), self.attention, server)
+            ]
+            return
+        one_thread = self.dispatch == "async" and self.target.concurrency == "serial"
+        groups = [shares] if one_thread else [[share] for share in shares]
+        if self._workers:
+            self._pool = serving.WorkerPool(handlers, self._workers, f"ublk{info.id}")
+        serve = self._serve_function(handlers, report, info.queues)
+        for group in groups:
+            self._servants.append(
+                serving.ServingThread(
+                    partial(make_queues, group),
+                    self.attention,
+                    serve,
+                    name=f"ublk{info.id}-q{group[0].queue}",
+                    cpus=cpus_of([share.queue for share in group]),
+                    preempt=self._preempt,
+                )
+            )
+
+    def _serve_function(
+        self, handlers: Handlers, report: FailureLog, queues: int
+    ) -> Callable[[list[Queue]], None]:
+        """The dispatcher, bound to what it needs."""
+        target, pool, servers = self.target, self._pool, self._async_servers
+        if isinstance(target, NativeTarget):
+            handler, context = target.handler, target.context
+            if not handler:
+                raise errors.InvalidTarget(
+                    f"{type(target).__name__}.handler is 0: set it before open() returns"
+                )
+            blind = target.blind
+            return lambda queues: queues[0].serve_native(handler, context, blind=blind)
+        if isinstance(target, MappedTarget):
+            target.wake_queues = serving.waker(self._servants)
+            return lambda queues: serving.serve_mapped(queues[0], target, report)
+        if self.dispatch == "async":
+            from pyublk import loops
+
+            return lambda queues: loops.serve_on_own_loop(queues, handlers, servers)
+        if pool is not None:
+            return lambda queues: serving.serve_with_workers(queues[0], pool)
+        locks = self._locks(queues)
+        return lambda queues: queues[0].serve(handlers, locks[queues[0].id])
+
+    def _locks(self, queues: int) -> "list[threading.Lock | None]":
+        """What a sync handler holds, for each queue, so that the target's promise is kept."""
+        concurrency = self.target.concurrency
+        if concurrency == "serial" and queues * self.threads > 1:
+            return [threading.Lock()] * queues
+        if concurrency == "per_queue" and self.threads > 1:
+            return [threading.Lock() for _ in range(queues)]
+        return [None] * queues
+
+    def primed(self, timeout: float) -> bool:
+        """Waits until every tag of every queue was fetched, or a servant failed; at most `timeout`
+        seconds, then False."""
+        until = time.monotonic() + timeout
+        return all(
+            servant.primed.wait(max(0.0, until - time.monotonic())) for servant in self._servants
+        )
+
+    def raise_error(self) -> None:
+        """Raises what a servant failed with, if one did."""
+        for servant in self._servants:
+            if servant.error is not None:
+                raise servant.error
+
+    # ---- while they serve ----
+
+    def _queues(self) -> list[Queue]:
+        return [queue for servant in self._servants for queue in servant.queues]
+
+    def stats(self) -> DeviceStats:
+        """Counters of each queue, those of its threads added up."""
+        parts: dict[int, list[QueueStats]] = {}
+        for queue in self._queues():
+            parts.setdefault(queue.id, []).append(QueueStats.from_counters(queue.counters()))
+        return DeviceStats(tuple(QueueStats.sum(parts[queue]) for queue in sorted(parts)))
+
+    def runs_here(self) -> bool:
+        """Whether the caller is a handler."""
+        pool = self._pool is not None and self._pool.runs_here()
+        return pool or any(servant.runs_here() for servant in self._servants)
+
+    def one_ended(self) -> bool:
+        return any(servant.ended.is_set() for servant in self._servants)
+
+    # ---- ending ----
+
+    def all_ended(self) -> bool:
+        return all(servant.ended.is_set() for servant in self._servants)
+
+    def progress_until(
+        self,
+        done: Callable[[], bool],
+        *,
+        patience: float,
+        idle: float,
+        enough: threading.Event | None = None,
+    ) -> bool:
+        """Waits for `done`; False after `patience` seconds in which requests were held and none
+        came, after `idle` seconds without any, or when it is `enough`."""
+        last = -1
+        since = 0.0
+        while not done():
+            if (now := self.stats().total.requests) != last:
+                last, since = now, time.monotonic()
+            held = any(servant.holds() for servant in self._servants)
+            if time.monotonic() - since > (patience if held else idle):
+                return False
+            if enough is not None and enough.is_set():
+                return False
+            time.sleep(0.005)
+        return True
+
+    def give_up(self) -> Hanging:
+        """Fails what handlers hold, then cuts off the threads that still do not return."""
+        servants = [servant for servant in self._servants if servant.holds()]
+        stacks = {servant: servant.stack() for servant in servants}
+        workers = [] if self._pool is None else self._pool.hanging()
+        coroutines = [stack for server in self._async_servers for stack in server.hanging()]
+        held = [
+            f"queue {queue.id} held {queue.held} request(s) that nobody completed"
+            for queue in self._queues()
+            if queue.held
+        ]
+        full = [servant for servant in servants if servant.holds_everything()]
+        for server in self._async_servers:
+            server.cancel_held()
+        for queue in self._queues():
+            queue.fail_held()
+        if self.progress_until(self.all_ended, patience=1.0, idle=1.0):
+            return Hanging(workers + coroutines or held, cut_off=False, holds_queue=False)
+        for queue in self._queues():
+            queue.sever()
+        still = [servant for servant in servants if not servant.ended.is_set()]
+        return Hanging(
+            workers + [stacks[servant] for servant in still],
+            cut_off=True,
+            holds_queue=any(servant in full for servant in still),
+        )
+
+    def dismiss(self) -> None:
+        """Lets go of all that ended, and of the workers."""
+        if self._pool is not None:
+            self._pool.close()
+        self._servants = []
+
+
+def _make_queues(
+    make: Callable[..., Queue], char_fd: int, info: DeviceInfo, shares: list[Share]
+) -> list[Queue]:
+    queues: list[Queue] = []
+    try:
+        for share in shares:
+            queues.append(
+                make(
+                    char_fd,
+                    share.queue,
+                    depth=info.depth,
+                    buffer_size=info.max_io_size,
+                    flags=info.flags,
+                    first_tag=share.first,
+                    tag_step=share.step,
+                    buffers=share.buffers,
+                )
+            )
+    except BaseException:
+        for queue in queues:
+            queue.close()
+        raise
+    return queues
