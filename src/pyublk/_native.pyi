@@ -137,7 +137,8 @@ class Ring:
 
         `timeout` and `min_wait` are seconds; after `min_wait` one completion is enough (Linux
         6.12, FeatureMissing before). A wait that times out, or is interrupted by a signal, whose
-        handler runs, returns as well. OSError EBUSY: take completions first.
+        handler runs, returns as well. OSError EBUSY: take completions first; EAGAIN: the kernel is
+        short of memory. Entries that were not taken stay for the next call.
         """
     def completions(self) -> list[Completion]:
         """Takes every completion that is there."""

@@ -85,7 +85,7 @@ cdef class Ring:
             raise ValueError(f"user_data {user_data} is in flight: choose another number")
         sqe = pu_ring_get_sqe(&self.ring)
         if sqe is NULL:
-            self.submit()
+            self.make_room()
             sqe = pu_ring_get_sqe(&self.ring)
         if sqe is NULL:
             raise BlockingIOError(
@@ -96,6 +96,17 @@ cdef class Ring:
         sqe.fd = -1
         sqe.user_data = user_data
         return sqe
+
+    cdef int make_room(self) except -1:
+        cdef int done
+        with nogil:
+            done = pu_ring_submit(&self.ring, 0, 0, 0)
+        if done == -EINTR:
+            PyErr_CheckSignals()
+        # Out of memory, or completions first: sqe() says it, in words that fit.
+        elif done < 0 and done != -EAGAIN and done != -EBUSY:
+            raise OSError(-done, f"io_uring_enter: {os.strerror(-done)}")
+        return 0
 
     def prepare(self, uint8_t opcode, *, int fd=-1, uint64_t offset=0, uint64_t address=0,
                 uint32_t length=0, uint32_t op_flags=0, uint64_t user_data=0, uint8_t sqe_flags=0,

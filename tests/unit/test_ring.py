@@ -115,13 +115,11 @@ def test_entries_out_of_range(entries: int) -> None:
 
 # ---- where io_uring is forbidden ----
 
-#: A process whose seccomp filter answers io_uring_setup with EPERM, as containers' filters do.
-FORBIDDEN = """
+#: What a process gives itself as its seccomp filter, `rules` (struct sock_filter).
+SECCOMP = """
 import ctypes
 import struct
 
-# load the system call's number; is it io_uring_setup?; then EPERM; else allowed
-rules = ((0x20, 0, 0, 0), (0x15, 0, 1, 425), (0x06, 0, 0, 0x50001), (0x06, 0, 0, 0x7FFF0000))
 code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *rule) for rule in rules))
 filter = ctypes.create_string_buffer(struct.pack("HP", len(rules), ctypes.addressof(code)))
 libc = ctypes.CDLL(None, use_errno=True)
@@ -129,15 +127,45 @@ assert libc.prctl(38, 1, 0, 0, 0) == 0, "PR_SET_NO_NEW_PRIVS"
 assert libc.prctl(22, 2, filter, 0, 0) == 0, "PR_SET_SECCOMP"
 """
 
+#: io_uring_setup answers with EPERM, as containers' filters have it.
+FORBIDDEN = """
+# load the system call's number; is it io_uring_setup?; then EPERM; else allowed
+rules = ((0x20, 0, 0, 0), (0x15, 0, 1, 425), (0x06, 0, 0, 0x50001), (0x06, 0, 0, 0x7FFF0000))
+"""
 
-def run_forbidden(program: str) -> "subprocess.CompletedProcess[str]":
+#: io_uring_enter answers with an errno when it is to wait for nothing: an enter that waits for a
+#: completion, which is when a kernel that was short of something has it again, goes through.
+REFUSING = """
+import errno
+import sys
+
+error = int(sys.argv[1])
+# load the system call's number; is it io_uring_enter?; load min_complete; is it 0?; then the errno
+rules = (
+    (0x20, 0, 0, 0),
+    (0x15, 0, 3, 426),
+    (0x20, 0, 0, 32 if sys.byteorder == "little" else 36),
+    (0x15, 0, 1, 0),
+    (0x06, 0, 0, 0x50000 | error),
+    (0x06, 0, 0, 0x7FFF0000),
+)
+"""
+
+
+def run_filtered(
+    rules: str, program: str, *arguments: object
+) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, "-c", FORBIDDEN + program],
+        [sys.executable, "-c", rules + SECCOMP + program, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
+
+
+def run_forbidden(program: str) -> "subprocess.CompletedProcess[str]":
+    return run_filtered(FORBIDDEN, program)
 
 
 def test_a_seccomp_filter_gives_one_clear_sentence() -> None:
@@ -208,6 +236,71 @@ def test_a_refused_entry_does_not_stop_the_batch(wanted: SetupFlag) -> None:
         assert ring.submit(3) == 3
         results = {done.user_data: done.result for done in ring.completions()}
     assert results == {0: 0, 1: -errno.EINVAL, 2: 0}
+
+
+# ---- a kernel that takes nothing for now ----
+
+
+@needs_io_uring
+@pytest.mark.parametrize("error", [errno.EAGAIN, errno.EBUSY], ids=["EAGAIN", "EBUSY"])
+def test_what_the_kernel_refuses_for_now_is_submitted_later(error: int) -> None:
+    """EAGAIN is a kernel short of memory, EBUSY one that wants its completions taken first."""
+    done = run_filtered(
+        REFUSING,
+        """
+from pyublk import Ring
+
+ring = Ring(4)
+for number in range(4):
+    ring.nop(number)
+for attempt in range(2):
+    try:
+        ring.submit()
+    except OSError as refused:
+        print(refused, ring.unsubmitted)
+for use in (ring.nop, lambda number: ring.timeout(60, number)):
+    try:
+        use(4)
+    except BlockingIOError as full:
+        print(full, ring.unsubmitted)
+assert ring.submit(4, timeout=10) == 4
+ring.nop(4)  # the number is free: the time-out that found no room is not held for it
+assert ring.submit(1, timeout=10) == 1
+print([(done.user_data, done.result) for done in ring.completions()])
+""",
+        error,
+    )
+    assert done.stderr == ""
+    refusal = f"[Errno {error}] io_uring_enter: {os.strerror(error)} 4"
+    full = (
+        f"[Errno {errno.EAGAIN}] the submission queue is full and the kernel takes nothing: "
+        "take completions first 4"
+    )
+    expected = [(number, 0) for number in range(5)]
+    assert done.stdout.splitlines() == [refusal, refusal, full, full, str(expected)]
+
+
+@needs_io_uring
+def test_a_full_submission_queue_that_cannot_be_submitted_tells_why() -> None:
+    """Another thread's refusal is not the sentence about taking completions."""
+    with Ring(4) as ring:
+        if not ring.flags & SetupFlag.SINGLE_ISSUER:
+            pytest.skip("this kernel has no SINGLE_ISSUER")
+        for number in range(4):
+            ring.nop(number)
+        refusals: list[OSError] = []
+
+        def fill() -> None:
+            try:
+                ring.nop(4)
+            except OSError as error:
+                refusals.append(error)
+
+        thread = threading.Thread(target=fill)
+        thread.start()
+        thread.join(30)
+        assert str(refusals[0]) == "[Errno 17] io_uring_enter: File exists"
+        assert [done.user_data for done in drain(ring, 4)] == list(range(4))
 
 
 # ---- waiting ----
