@@ -2,23 +2,31 @@
 
 import gzip
 import os
+import resource
 from pathlib import Path
+from typing import Self
 
 import pytest
 
-from pyublk.service import records
+from pyublk.control import DeviceInfo, new_cookie
+from pyublk.service import doctor, records
 from pyublk.service.doctor import (
+    Check,
     Status,
+    check_devices,
     check_driver,
     check_io_uring,
     check_kernel,
+    check_locked_memory,
     check_nodes,
+    check_open_files,
     check_records,
     repair,
     stale_records,
 )
 from pyublk.service.plan import Plan
 from pyublk.service.processes import ProcessId
+from pyublk.uapi import DeviceStatus, Feature
 
 RELEASE = "6.12.9-amd64"
 
@@ -143,3 +151,141 @@ def test_records_of_dead_servers_are_found_and_removed(
     assert list(repair()) == [f"{path} was removed" for path in left]
     assert [check.status for check in check_records()] == [Status.OK]
     assert sorted(os.listdir(tmp_path)) == ["0.json", "0.log"]
+
+
+# ---- limits ----
+
+UNLIMITED = resource.RLIM_INFINITY
+
+
+def limited(monkeypatch: pytest.MonkeyPatch, wanted: int, soft: int, user: int = 1000) -> None:
+    limits = {wanted: (soft, UNLIMITED)}
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: limits[kind])
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        (UNLIMITED, (Status.OK, "limit none", None)),
+        (256, (Status.OK, "limit 256", None)),
+        (255, (Status.WARNING, "limit 255: few queues fit in it", "ulimit -n 1024")),
+    ],
+)
+def test_few_open_files_are_told(
+    monkeypatch: pytest.MonkeyPatch, limit: int, expected: tuple[Status, str, str | None]
+) -> None:
+    limited(monkeypatch, resource.RLIMIT_NOFILE, limit)
+    assert check_open_files() == Check("open files", *expected)
+
+
+@pytest.mark.parametrize(
+    ("limit", "user", "expected"),
+    [
+        (UNLIMITED, 1000, (Status.OK, "limit none", None)),
+        (8 << 20, 1000, (Status.OK, "limit 8388608", None)),
+        (65536, 0, (Status.OK, "limit 65536", None)),  # root may lock what it likes
+        (
+            (8 << 20) - 1,
+            1000,
+            (
+                Status.WARNING,
+                "limit 8388607 bytes: registering rings and buffers may be refused",
+                "ulimit -l 65536, or LimitMEMLOCK= of the service",
+            ),
+        ),
+    ],
+)
+def test_little_locked_memory_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+    limit: int,
+    user: int,
+    expected: tuple[Status, str, str | None],
+) -> None:
+    limited(monkeypatch, resource.RLIMIT_MEMLOCK, limit, user)
+    assert check_locked_memory() == Check("locked memory", *expected)
+
+
+# ---- devices ----
+
+
+def device(
+    number: int, status: DeviceStatus, *, cookie: int | None = None, server: int | None = None
+) -> DeviceInfo:
+    return DeviceInfo(
+        id=number,
+        queues=1,
+        depth=1,
+        max_io_size=4096,
+        flags=Feature.USER_RECOVERY,
+        status=status,
+        server_pid=server,
+        owner_uid=0,
+        owner_gid=0,
+        cookie=new_cookie() if cookie is None else cookie,
+    )
+
+
+def driver_with(monkeypatch: pytest.MonkeyPatch, devices: "list[DeviceInfo] | OSError") -> None:
+    class Driver:
+        def __init__(self, *, deadline: float) -> None:
+            assert deadline <= 10
+
+        def __enter__(self) -> Self:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def devices(self) -> list[DeviceInfo]:
+            if isinstance(devices, OSError):
+                raise devices
+            return devices
+
+    monkeypatch.setattr(doctor, "Controller", Driver)
+
+
+@pytest.mark.parametrize("status", [DeviceStatus.QUIESCED, DeviceStatus.FAIL_IO])
+@pytest.mark.parametrize("cookie", [None, 4711], ids=["ours", "somebody's"])
+def test_a_device_that_waits_for_a_new_server_is_told(
+    monkeypatch: pytest.MonkeyPatch, status: DeviceStatus, cookie: int | None
+) -> None:
+    live = device(3, DeviceStatus.LIVE, server=os.getpid())
+    driver_with(monkeypatch, [live, device(5, status, cookie=cookie)])
+    assert list(check_devices()) == [
+        Check(
+            "devices",
+            Status.WARNING,
+            f"device 5 is {status.name}: it waits for a new server",
+            "start its server again, or give it up: pyublk del --force 5",
+        )
+    ]
+
+
+def test_an_orphan_is_told_and_one_that_may_still_start_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gone = device(1_000_001, DeviceStatus.DEAD)  # no node of it either
+    starting = device(2, DeviceStatus.DEAD, server=os.getpid())
+    others = device(4, DeviceStatus.DEAD, cookie=4711)
+    driver_with(monkeypatch, [gone, starting, others])
+    assert list(check_devices()) == [
+        Check(
+            "devices",
+            Status.WARNING,
+            "device 1000001 is an orphan: its server is gone",
+            "pyublk doctor --repair",
+        )
+    ]
+    driver_with(monkeypatch, [starting, others])
+    assert list(check_devices()) == [Check("devices", Status.OK, "2 devices, none orphaned")]
+
+
+def test_a_driver_that_does_not_answer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    silent = TimeoutError(110, "GET_DEV_INFO on device 0: not answered within 10 s")
+    silent.add_note("Whose doing: the driver.")
+    silent.add_note("What to do: look at dmesg.")
+    driver_with(monkeypatch, silent)
+    assert list(check_devices()) == [
+        Check("devices", Status.FAILED, silent.strerror, "look at dmesg.")
+    ]
