@@ -187,14 +187,75 @@ def test_slice_finds_partitions(tmp_path: Path) -> None:
         assert disk.pread(512, 0)[:5] == b"hello"
     with pytest.raises(ValueError, match="has no partition 1; there is: 2"):
         Slice(image, partition=1).open()
-    gpt = bytearray(SIZE)
-    gpt[512:520] = b"EFI PART"
-    struct.pack_into("<QII", gpt, 512 + 72, 2, 128, 128)
-    gpt[1024 + 2 * 128] = 1
-    struct.pack_into("<QQ", gpt, 1024 + 2 * 128 + 32, 40, 59)
-    image.write_bytes(gpt)
-    with Disk(Slice(image, partition=3)) as disk:
-        assert disk.size == 20 * 512
+
+
+def gpt_image(
+    path: Path,
+    *,
+    sector: int = 512,
+    table: int = 2,
+    count: int = 128,
+    entry: int = 128,
+    partitions: dict[int, tuple[int, int]],
+) -> Path:
+    """An image with a GPT; partitions are first and last sector by number."""
+    image = bytearray(SIZE)
+    image[sector : sector + 8] = b"EFI PART"
+    struct.pack_into("<QII", image, sector + 72, table, count, entry)
+    for number, (first, last) in partitions.items():
+        place = table * sector + (number - 1) * entry
+        image[place] = 1
+        struct.pack_into("<QQ", image, place + 32, first, last)
+    path.write_bytes(image)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("number", "shape"),
+    [
+        (3, {}),
+        (128, {}),
+        (3, {"sector": 4096}),
+        (1000, {"count": 1024}),  # beyond the 34 sectors of the usual table
+        (5, {"table": 1000}),
+        (100, {"entry": 512}),
+    ],
+)
+def test_slice_finds_partitions_of_a_gpt(
+    tmp_path: Path, number: int, shape: dict[str, int]
+) -> None:
+    image = gpt_image(tmp_path / "gpt.img", partitions={number: (40, 59), 2: (60, 69)}, **shape)
+    sector = shape.get("sector", 512)
+    with Disk(Slice(image, partition=number, block_size=sector)) as disk:
+        assert disk.size == 20 * sector
+    with pytest.raises(ValueError, match=f"has no partition 7; there is: 2, {number}"):
+        Slice(image, partition=7, block_size=sector).open()
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"entry": 0, "count": 0xFFFFFFFF}, "says that it has 4294967295 entries of 0 bytes: an"),
+        ({"entry": 64}, "128 entries of 64 bytes: an entry has 128 bytes, 256, 512 and so on"),
+        ({"entry": 136}, "128 entries of 136 bytes: "),
+        ({"count": 8193}, "8193 entries of 128 bytes: .* and the table at most 1048576$"),
+        ({"table": SIZE // 512 - 31}, "gpt.img ends within the table of its GPT$"),
+        ({"table": 1 << 63}, "gpt.img ends within the table of its GPT$"),
+    ],
+)
+def test_a_gpt_that_cannot_be_is_refused(
+    tmp_path: Path, shape: dict[str, int], message: str
+) -> None:
+    image = gpt_image(tmp_path / "gpt.img", partitions={}, **shape)
+    with pytest.raises(ValueError, match=message):
+        Slice(image, partition=1).open()
+
+
+def test_a_gpt_whose_header_is_cut_off(tmp_path: Path) -> None:
+    image = tmp_path / "cut.img"
+    image.write_bytes(bytes(512) + b"EFI PART")
+    with pytest.raises(ValueError, match=r"cut\.img ends within the header of its GPT"):
+        Slice(image, partition=1, size=None).open()
 
 
 # ---- mirrors ----

@@ -4,9 +4,13 @@
 import struct
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 from pyublk.backing import Backing
 from pyublk.mapped import Extent, MappedTarget
+
+#: Bytes of the largest partition table that is read; those of every tool have 16 KiB.
+MAX_TABLE = 1 << 20
 
 
 class Slice(MappedTarget):
@@ -56,7 +60,7 @@ def find_partition(backing: Backing, number: int, sector: int = 512) -> tuple[in
     Raises ValueError when there is no such partition, naming those that there are.
     """
     with open(backing.path, "rb") as file:
-        partitions = _gpt(file.read(sector * 34), sector)
+        partitions = _gpt(file, backing, sector)
         if partitions is None:
             file.seek(0)
             partitions = _mbr(file.read(512), sector)
@@ -66,18 +70,28 @@ def find_partition(backing: Backing, number: int, sector: int = 512) -> tuple[in
     return partitions[number]
 
 
-def _gpt(start: bytes, sector: int) -> dict[int, tuple[int, int]] | None:
-    header = start[sector : sector + 92]
+def _gpt(file: BinaryIO, backing: Backing, sector: int) -> dict[int, tuple[int, int]] | None:
+    file.seek(sector)
+    header = file.read(92)
     if header[:8] != b"EFI PART":
         return None
+    if len(header) < 92:
+        raise ValueError(f"{backing.path} ends within the header of its GPT")
     table, count, entry = struct.unpack_from("<QII", header, 72)
+    size = count * entry
+    if entry < 128 or entry.bit_count() != 1 or size > MAX_TABLE:
+        raise ValueError(
+            f"the GPT of {backing.path} says that it has {count} entries of {entry} bytes: an "
+            f"entry has 128 bytes, 256, 512 and so on, and the table at most {MAX_TABLE}"
+        )
+    if table * sector + size > backing.size:
+        raise ValueError(f"{backing.path} ends within the table of its GPT")
+    file.seek(table * sector)
+    entries = file.read(size)
     found = {}
     for number in range(count):
-        place = table * sector + number * entry
-        if place + 48 > len(start):
-            break
-        kind = start[place : place + 16]
-        first, last = struct.unpack_from("<QQ", start, place + 32)
+        kind = entries[number * entry : number * entry + 16]
+        first, last = struct.unpack_from("<QQ", entries, number * entry + 32)
         if any(kind):
             found[number + 1] = (first * sector, (last - first + 1) * sector)
     return found
