@@ -19,9 +19,10 @@ _IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs"}
 class Backing:
     """An open file or block device.
 
-    `size` is in bytes; `block_size` is the smallest transfer that it takes (512 unless direct I/O
-    demands more); `in_memory` tells that its file system keeps it there, so that no call on it
-    waits; `made` that opening it made the file.
+    `size` is in bytes; `block_size` is a device's logical block size, which its discards are
+    multiples of even where the page cache takes any read and write, and of a file the smallest
+    transfer that it takes (512 unless direct I/O demands more); `in_memory` tells that its file
+    system keeps it there, so that no call on it waits; `made` that opening it made the file.
     """
 
     path: Path
@@ -60,7 +61,12 @@ class Backing:
                 actual = size
             if size is not None and size > actual:
                 raise ValueError(f"size {size} is more than {path} has, {actual} bytes")
-            block_size = _go_direct(path, fd, is_device) if direct else 512
+            if direct:
+                _go_direct(path, fd)
+            if is_device:
+                block_size = int.from_bytes(fcntl.ioctl(fd, BLKSSZGET, bytes(4)), "little")
+            else:
+                block_size = _smallest_transfer(path, fd) if direct else 512
         except BaseException:
             os.close(fd)
             if made:
@@ -99,8 +105,7 @@ def _measure(fd: int, is_device: bool) -> int:
     return os.fstat(fd).st_size
 
 
-def _go_direct(path: Path, fd: int, is_device: bool) -> int:
-    """Bytes of the smallest direct transfer."""
+def _go_direct(path: Path, fd: int) -> None:
     try:
         fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
     except OSError as error:
@@ -110,10 +115,10 @@ def _go_direct(path: Path, fd: int, is_device: bool) -> int:
             errno.EINVAL,
             f"{path} does not allow direct I/O on its file system: leave out direct",
         ) from None
-    if is_device:
-        return int.from_bytes(fcntl.ioctl(fd, BLKSSZGET, bytes(4)), "little")
-    # The smallest transfer that works is what the file's device demands. A memory file system
-    # takes any.
+
+
+def _smallest_transfer(path: Path, fd: int) -> int:
+    """What the device under a file demands of direct I/O; a memory file system takes any."""
     buffer = memoryview(mmap.mmap(-1, 4096))
     for size in (512, 1024, 2048, 4096):
         try:

@@ -36,7 +36,7 @@ class MappedTarget(Target):
         files: regular files, or block devices, which are opened exclusively; when the disk starts.
         size: bytes of the disk; without, what the extents add up to. A target with `map` and more
             than one file needs it. With one file it is made, or extended, to this size.
-        block_size: the disk's logical block size in bytes.
+        block_size: the disk's logical block size in bytes; at least that of its block devices.
         direct: bypass the page cache (O_DIRECT); the block size is then at least what the files'
             devices demand.
         read_only: open the files for reading, and make the disk read-only.

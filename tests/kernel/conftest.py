@@ -108,7 +108,7 @@ def serve() -> Iterator[Serve]:
 
     yield start
     failures = []
-    for disk in disks:
+    for disk in reversed(disks):  # those on other disks before these
         try:
             disk.stop(20)
         except Exception as error:  # every disk gets its turn

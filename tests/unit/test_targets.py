@@ -157,6 +157,28 @@ def test_discard_and_write_zeroes_give_blocks_back(
     assert disk.pread(128 << 10, 896 << 10) == b"x" * (128 << 10)
 
 
+def test_a_discard_that_is_no_command_of_its_device_punches_a_hole(
+    tmp_path: Path, ublk_disk: Callable[..., Disk]
+) -> None:
+    """A file passed off as a device: like those of kernels before 6.12, it has no such command."""
+
+    class Device(targets.File):
+        def make_layout(self, files: list[tuple[int, bool, bool]]) -> pyublk._native.Layout:
+            return super().make_layout([(files[0][0], False, True)])
+
+    path = tmp_path / "disk.img"
+    disk = ublk_disk(Device(path, size=1 << 20), depth=4, max_io_size=65536)
+    disk.pwrite(b"x" * (1 << 20), 0)
+    disk.flush()
+    full = path.stat().st_blocks
+    disk.discard(0, 512 << 10)
+    disk.discard(768 << 10, 128 << 10)
+    assert path.stat().st_blocks <= full - (640 << 10) // 512
+    gone, kept = bytes(512 << 10), b"x" * (128 << 10)
+    assert disk.pread(1 << 20, 0) == gone + kept + kept + bytes(128 << 10) + kept
+    assert disk.stats().total.errors == 0
+
+
 def test_a_read_only_file_is_a_read_only_disk(
     tmp_path: Path, ublk_disk: Callable[..., Disk]
 ) -> None:

@@ -56,6 +56,7 @@ struct pu_slot {
 	uint16_t tag;
 	bool busy;
 	bool orphan; /* nobody waits for it any more */
+	bool punch;  /* the device did not take the discard as such */
 };
 
 static int64_t now_ns(void)
@@ -281,7 +282,7 @@ static int submit(struct pu_mapped *m, struct pu_slot *slot)
 	} else if (w->op == PU_OP_FLUSH) {
 		sqe->opcode = PU_OPCODE_FSYNC;
 		sqe->op_flags = PU_FSYNC_DATASYNC;
-	} else if (w->op == PU_OP_DISCARD && file->device) {
+	} else if (w->op == PU_OP_DISCARD && file->device && !slot->punch) {
 		sqe->opcode = PU_OPCODE_URING_CMD;
 		sqe->off = BLOCK_DISCARD;
 		sqe->addr = slot->part.offset;
@@ -333,6 +334,7 @@ static struct pu_slot *take_slot(struct pu_mapped *m)
 	m->free_slot = slot->next_free;
 	slot->busy = true;
 	slot->orphan = false;
+	slot->punch = false;
 	slot->done = 0;
 	return slot;
 }
@@ -653,6 +655,13 @@ static void advance(struct pu_mapped *m, struct pu_slot *slot, int64_t result)
 	bool transfer = has_data(w->op) || w->by_writing;
 
 	if (result == -EINTR) {
+		operate(m, slot);
+		return;
+	}
+	/* A kernel before 6.12 has no such command for devices: a hole is what they all can punch. */
+	if (w->op == PU_OP_DISCARD && !slot->punch && (result == -EOPNOTSUPP || result == -EINVAL) &&
+	    m->layout->files[slot->part.file].device) {
+		slot->punch = true;
 		operate(m, slot);
 		return;
 	}

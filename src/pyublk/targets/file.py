@@ -16,7 +16,7 @@ class File(MappedTarget):
         direct: bypass the page cache (O_DIRECT), where the file allows it; the block size is then
             at least what its device demands.
         read_only: open it for reading, and make the disk read-only.
-        block_size: the disk's logical block size in bytes.
+        block_size: the disk's logical block size in bytes; at least that of a block device.
     """
 
     def __init__(

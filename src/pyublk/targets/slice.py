@@ -22,8 +22,8 @@ class Slice(MappedTarget):
         size: bytes of the disk; without, all that is left.
         partition: the number of a partition, from 1, of the file's GPT or MBR (the four primary
             ones), instead of offset and size.
-        direct, read_only, block_size: as for `File`. The partition table is read with sectors of
-            512 bytes, or of 4096 when block_size says so.
+        direct, read_only, block_size: as for `File`. A partition table has a device's sectors, and
+            in a file those of 512 bytes, or of 4096 when block_size says so.
     """
 
     def __init__(
@@ -47,7 +47,8 @@ class Slice(MappedTarget):
     def extents(self) -> Iterable[Extent]:
         (backing,) = self.backing
         if self.partition is not None:
-            offset, length = find_partition(backing, self.partition, self._wanted_block_size)
+            sector = backing.block_size if backing.is_device else self._wanted_block_size
+            offset, length = find_partition(backing, self.partition, sector)
         else:
             offset = self.offset
             length = backing.size - offset if self.length is None else self.length
