@@ -4,7 +4,6 @@ an error, the disk lives on or goes, and nothing waits for ever."""
 import asyncio
 import ctypes
 import errno
-import logging
 import os
 import signal
 import subprocess
@@ -30,25 +29,6 @@ from pyublk.uapi import Feature, Op
 pytestmark = pytest.mark.timeout(240)
 
 MIB = 1 << 20
-
-#: What the kernel hands on to clients as it is; everything else becomes EIO.
-PASSED_ON = [
-    errno.EOPNOTSUPP,
-    errno.ETIMEDOUT,
-    errno.ENOSPC,
-    errno.ENOLINK,
-    errno.EREMOTEIO,
-    errno.EBADE,
-    errno.ENODATA,
-    errno.EILSEQ,
-    errno.ENOMEM,
-    errno.EBUSY,
-    errno.EAGAIN,
-    errno.ENODEV,
-    errno.ETIME,
-    errno.EINVAL,
-    errno.EIO,
-]
 
 
 class Seconds:
@@ -112,79 +92,6 @@ def failure_of(client: Blocks, offset: int = MIB - 4096) -> int:
         client.read(4096, offset)
     assert failed.value.errno is not None
     return failed.value.errno
-
-
-@pytest.mark.parametrize("kind", RAISING)
-def test_an_os_error_reaches_the_client(
-    serve: Serve, caplog: pytest.LogCaptureFixture, kind: str
-) -> None:
-    make, options = RAISING[kind]
-    target = make(MIB)
-    disk = serve(target, **options)
-    seen = {}
-    with Blocks(disk.path, os.O_RDONLY) as client:
-        for number in [*PASSED_ON, errno.ENOENT, errno.EPERM, errno.EROFS]:
-            target.error = OSError(number, "as told")
-            seen[number] = failure_of(client)
-        target.error = None
-        assert client.read(4096, MIB - 4096) == bytes(4096)
-    expected = {number: number for number in PASSED_ON}
-    expected |= dict.fromkeys((errno.ENOENT, errno.EPERM, errno.EROFS), errno.EIO)
-    assert seen == expected
-    assert disk.stats().total.errors == len(seen)
-    assert caplog.records == []  # an errno is an answer, not an accident
-
-
-class Strange(BaseException):
-    pass
-
-
-STRANGE = [
-    ValueError("wrong"),
-    KeyboardInterrupt(),
-    SystemExit(3),
-    MemoryError(),
-    GeneratorExit(),
-    AssertionError("never"),
-    StopIteration(),
-    asyncio.CancelledError(),
-    Strange("who knows"),
-    OSError("without a number"),
-    OSError(0, "zero"),
-    OSError(-5, "negative"),
-    OSError(99999, "no errno"),
-]
-STRANGE_IN_COROUTINES = [error for error in STRANGE if not isinstance(error, StopIteration)]
-
-
-@pytest.mark.parametrize("kind", RAISING)
-def test_anything_raised_is_eio_and_the_disk_lives_on(
-    serve: Serve, caplog: pytest.LogCaptureFixture, kind: str
-) -> None:
-    make, options = RAISING[kind]
-    target = make(MIB)
-    disk = serve(target, **options)
-    # No coroutine raises StopIteration: Python makes a RuntimeError of it, raised elsewhere.
-    strange = STRANGE if kind != "async" else STRANGE_IN_COROUTINES
-    with Blocks(disk.path) as client:
-        for error in strange:
-            target.error = error
-            assert failure_of(client) == errno.EIO, repr(error)
-            assert client.read(4096, 0) == bytes(4096)
-        target.error = None
-        client.write(b"w" * 4096, MIB - 4096)
-        assert client.read(4096, MIB - 4096) == b"w" * 4096
-    assert disk.stats().total.errors == len(strange)
-    assert disk.state == "live"
-    # One place, one report.
-    [record] = caplog.records
-    assert (record.name, record.levelno) == ("pyublk.target", logging.ERROR)
-    assert record.getMessage() == (
-        f"{make.__name__}: the handler of a READ raised ValueError; the client gets EIO"
-    )
-    assert record.exc_info is not None
-    assert record.exc_info[1] is STRANGE[0]
-    assert "raise self.error" in caplog.text
 
 
 @pytest.mark.parametrize("kind", RAISING)

@@ -2,7 +2,6 @@
 
 import asyncio
 import errno
-import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -212,35 +211,6 @@ def test_an_os_error_is_the_clients_errno(ublk_disk: Callable[..., Disk]) -> Non
             disk.pwrite(bytes(512), 0)
     target.heal()
     disk.pwrite(bytes(512), 0)
-
-
-@pytest.mark.parametrize(
-    "raised", [ValueError("x"), KeyboardInterrupt(), SystemExit(3), MemoryError()]
-)
-@pytest.mark.parametrize("kind", ["sync", "async"])
-def test_anything_raised_is_eio_and_told_once(
-    raised: BaseException,
-    kind: str,
-    ublk_disk: Callable[..., Disk],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    class Raising(Memory):
-        def read(self, offset: int, buffer: memoryview) -> None:
-            raise raised
-
-    class RaisingAsync(Async):
-        async def read(self, offset: int, buffer: memoryview) -> None:
-            raise raised
-
-    disk = ublk_disk(Raising() if kind == "sync" else RaisingAsync())
-    with caplog.at_level(logging.ERROR, "pyublk.target"):
-        for _ in range(3):
-            with pytest.raises(OSError, match="READ at 0 failed") as seen:
-                disk.pread(512, 0)
-            assert seen.value.errno == errno.EIO
-    assert len(caplog.records) == 1
-    assert f"the handler of a READ raised {type(raised).__name__}" in caplog.text
-    assert disk.stats().total.errors == 3
 
 
 def test_returning_bytes_is_told(

@@ -19,6 +19,26 @@ from pyublk.zones import REPORT_BYTES, Zone
 
 NO_FLAGS = IOFlag(0)
 
+#: The errnos that the kernel passes on to clients (block/blk-core.c); others become EIO.
+_PASSED_ON = {
+    errno.EOPNOTSUPP,
+    errno.ETIMEDOUT,
+    errno.ENOSPC,
+    errno.ENOLINK,
+    errno.EREMOTEIO,
+    errno.EBADE,
+    errno.ENODATA,
+    errno.EILSEQ,
+    errno.ENOMEM,
+    errno.EBUSY,
+    errno.EAGAIN,
+    errno.ENODEV,
+    errno.ETIME,
+    errno.EINVAL,
+    errno.ETOOMANYREFS,
+    errno.EOVERFLOW,
+}
+
 
 class Disk:
     """Serves a target to `pread` and `pwrite` calls, without kernel or root.
@@ -32,8 +52,9 @@ class Disk:
     Requests are split, checked and answered as on a real disk: whole blocks only (OSError EINVAL),
     inside the disk (EIO for reads, ENOSPC for writes), at most `max_io_size` bytes apiece, a
     request of several pieces in flight at once up to `depth`; a handler's failure is the caller's
-    OSError. What the target does not announce is refused with EOPNOTSUPP, but write-zeroes, which
-    the kernel does by writing. One thread at a time.
+    OSError, with EIO for an errno that the kernel does not pass on. What the target does not
+    announce is refused with EOPNOTSUPP, but write-zeroes, which the kernel does by writing. One
+    thread at a time.
     """
 
     def __init__(
@@ -280,7 +301,8 @@ class Disk:
         for tag in tags:
             result = queue.answered(tag)
             if result is not None and result < 0:
-                raise OSError(-result, f"{op.name} at {batch[tag][0]} failed")
+                number = -result if -result in _PASSED_ON else errno.EIO
+                raise OSError(number, f"{op.name} at {batch[tag][0]} failed")
 
     def _serve(self, queue: Queue) -> None:
         if isinstance(self.target, NativeTarget):

@@ -1,0 +1,60 @@
+"""What a disk owes its clients, on a real one."""
+
+import errno
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import pytest
+from blocks import Blocks
+from conftest import Serve
+
+import pyublk
+from pyublk.stats import DeviceStats
+
+pytest.register_assert_rewrite("target_contract")
+
+from target_contract import TargetContract, target  # noqa: E402
+
+__all__ = ["target"]  # a fixture
+
+
+class Opened:
+    """A client that goes on after a short transfer, as far as the disk goes."""
+
+    def __init__(self, disk: pyublk.Device, client: Blocks) -> None:
+        self._disk, self._client = disk, client
+        self.stats: Callable[[], DeviceStats] = disk.stats
+        self.flush = client.sync
+        self.discard = client.discard
+        self.write_zeroes = client.zero_out
+
+    @property
+    def size(self) -> int:
+        return self._client.size
+
+    def pread(self, length: int, offset: int) -> bytes:
+        found = b""
+        while len(found) < length:
+            piece = self._client.read(length - len(found), offset + len(found))
+            if not piece:
+                raise OSError(errno.EIO, "the end of the disk")
+            found += piece
+        return found
+
+    def pwrite(self, data: bytes, offset: int) -> int:
+        done = 0
+        while done < len(data):
+            done += self._client.write(data[done:], offset + done)
+        return done
+
+
+class TestARealDisk(TargetContract):
+    @pytest.fixture
+    def open_disk(self, serve: Serve) -> Iterator[Callable[..., Opened]]:
+        with ExitStack() as clients:
+
+            def start(target: pyublk.Target, **options: object) -> Opened:
+                disk = serve(target, **options)
+                return Opened(disk, clients.enter_context(Blocks(disk.path)))
+
+            yield start

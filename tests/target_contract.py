@@ -1,0 +1,407 @@
+"""What a disk owes its clients, whatever target is behind it and whoever brings its requests: run
+by tests/unit on disks without a kernel, and by tests/kernel on real ones."""
+
+import asyncio
+import ctypes
+import errno
+import logging
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+
+import pyublk
+from pyublk.stats import DeviceStats
+from pyublk.targets import File, Ram
+from pyublk.uapi import Op
+
+SIZE = 1 << 20
+#: Tests that count, or want failures, keep to the second half: partitions are looked for below.
+HALF = SIZE // 2
+
+
+class Client(Protocol):
+    """Somebody with the disk open. A transfer is whole, or an OSError."""
+
+    @property
+    def size(self) -> int: ...
+    def pread(self, length: int, offset: int) -> bytes: ...
+    def pwrite(self, data: bytes, offset: int) -> int: ...
+    def flush(self) -> None: ...
+    def discard(self, offset: int, length: int) -> None: ...
+    def write_zeroes(self, offset: int, length: int) -> None: ...
+    def stats(self) -> DeviceStats: ...
+
+
+OpenDisk = Callable[..., Client]
+
+
+# ---- targets ----
+
+
+class Store:
+    """Bytes behind a target of any kind. `error` is raised from every `failing` request of the
+    second half, and from a flush."""
+
+    def __init__(self) -> None:
+        self.data = memoryview(bytearray(SIZE))
+        self.lengths: list[int] = []
+        self.failing = "read"
+        self.error: BaseException | None = None
+
+    def _begin(self, method: str, offset: int = HALF) -> None:
+        if self.error is not None and method == self.failing and offset >= HALF:
+            raise self.error
+
+    def read(self, offset: int, buffer: memoryview) -> None:
+        self._begin("read", offset)
+        self.lengths.append(len(buffer))
+        buffer[:] = self.data[offset : offset + len(buffer)]
+
+    def write(self, offset: int, data: memoryview) -> None:
+        self._begin("write", offset)
+        self.lengths.append(len(data))
+        self.data[offset : offset + len(data)] = data
+
+    def flush(self) -> None:
+        self._begin("flush")
+
+    def discard(self, offset: int, length: int) -> None:
+        self._begin("discard", offset)
+        self.data[offset : offset + length] = bytes(length)
+
+    def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        self._begin("write_zeroes", offset)
+        self.data[offset : offset + length] = bytes(length)
+
+
+class Sync(pyublk.Target):
+    def __init__(self) -> None:
+        super().__init__(size=SIZE)
+        self.store = Store()
+        for method in ("read", "write", "flush", "discard", "write_zeroes"):
+            setattr(self, method, getattr(self.store, method))
+
+
+class Workers(Sync):
+    concurrency = "parallel"
+
+
+class Async(pyublk.Target):
+    def __init__(self) -> None:
+        super().__init__(size=SIZE)
+        self.store = Store()
+
+    async def read(self, offset: int, buffer: memoryview) -> None:
+        await asyncio.sleep(0)
+        self.store.read(offset, buffer)
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        await asyncio.sleep(0)
+        self.store.write(offset, data)
+
+    async def flush(self) -> None:
+        self.store.flush()
+
+    async def discard(self, offset: int, length: int) -> None:
+        self.store.discard(offset, length)
+
+    async def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        self.store.write_zeroes(offset, length, unmap)
+
+
+def handle(store: Store, op: int, offset: int, length: int, buffer: memoryview) -> None:
+    if op == Op.READ:
+        store.read(offset, buffer)
+    elif op == Op.WRITE:
+        store.write(offset, buffer)
+    elif op == Op.FLUSH:
+        store.flush()
+    elif op == Op.DISCARD:
+        store.discard(offset, length)
+    else:
+        assert op == Op.WRITE_ZEROES
+        store.write_zeroes(offset, length, True)
+
+
+class Handle(pyublk.Target):
+    flushes = discards = writes_zeroes = True
+
+    def __init__(self) -> None:
+        super().__init__(size=SIZE)
+        self.store = Store()
+
+    def handle(self, io: pyublk.IO) -> None:
+        handle(self.store, io.op, io.offset, io.length, io.buffer)
+
+
+HANDLER = ctypes.CFUNCTYPE(
+    ctypes.c_int64,
+    ctypes.c_void_p,
+    ctypes.c_uint32,
+    ctypes.c_uint32,
+    ctypes.c_uint64,
+    ctypes.c_uint64,
+    ctypes.c_void_p,
+)
+
+
+class Pointer(pyublk.NativeTarget):
+    """A C function pointer, behind which ctypes has Python."""
+
+    flushes = discards = writes_zeroes = True
+
+    def __init__(self) -> None:
+        super().__init__(size=SIZE)
+        self.store = Store()
+        self._function = HANDLER(self._handle)
+        self.handler = ctypes.cast(self._function, ctypes.c_void_p).value or 0
+
+    def _handle(
+        self, context: int | None, op: int, flags: int, offset: int, length: int, buffer: int
+    ) -> int:
+        there = length if op in (Op.READ, Op.WRITE) else 0
+        memory = memoryview((ctypes.c_char * there).from_address(buffer)).cast("B")
+        try:
+            handle(self.store, op, offset, length, memory)
+        except OSError as error:
+            return -(error.errno or errno.EIO)
+        return 0
+
+
+#: Each with the options of its disk.
+FAILING: dict[str, tuple[Callable[[], Any], dict[str, int]]] = {
+    "sync": (Sync, {}),
+    "workers": (Workers, {"workers": 2}),
+    "async": (Async, {}),
+    "handle": (Handle, {}),
+    "pointer": (Pointer, {}),
+}
+RAISING = [kind for kind in FAILING if kind != "pointer"]  # C raises nothing
+KINDS = ["ram", "file", "sync", "async", "pointer"]
+
+
+@pytest.fixture(params=KINDS)
+def target(request: pytest.FixtureRequest, tmp_path: Path) -> pyublk.Target:
+    if request.param == "ram":
+        return Ram(size=SIZE)
+    if request.param == "file":
+        return File(tmp_path / "disk", size=SIZE)
+    return FAILING[request.param][0]()  # type: ignore[no-any-return]
+
+
+def pattern(length: int, seed: int) -> bytes:
+    return random.Random(seed).randbytes(length)
+
+
+def failure_of(call: Callable[..., object], *arguments: object) -> int | None:
+    with pytest.raises(OSError, match=r".") as failed:
+        call(*arguments)
+    return failed.value.errno
+
+
+#: What clients see as it is; everything else becomes EIO.
+PASSED_ON = [
+    errno.EOPNOTSUPP,
+    errno.ETIMEDOUT,
+    errno.ENOSPC,
+    errno.ENOLINK,
+    errno.EREMOTEIO,
+    errno.EBADE,
+    errno.ENODATA,
+    errno.EILSEQ,
+    errno.ENOMEM,
+    errno.EBUSY,
+    errno.EAGAIN,
+    errno.ENODEV,
+    errno.ETIME,
+    errno.EINVAL,
+    errno.EIO,
+]
+OTHERS = [errno.ENOENT, errno.EPERM, errno.EROFS, errno.ENOSYS]
+
+
+class Strange(BaseException):
+    pass
+
+
+STRANGE = [
+    ValueError("wrong"),
+    KeyboardInterrupt(),
+    SystemExit(3),
+    MemoryError(),
+    GeneratorExit(),
+    AssertionError("never"),
+    StopIteration(),
+    asyncio.CancelledError(),
+    Strange("who knows"),
+    OSError("without a number"),
+    OSError(0, "zero"),
+    OSError(-5, "negative"),
+    OSError(99999, "no errno"),
+]
+
+
+# ---- what they owe ----
+
+
+class TargetContract:
+    """Whoever inherits it has a fixture `open_disk`: `open_disk(target, **options)` is a Client."""
+
+    def test_what_is_written_is_read(self, open_disk: OpenDisk, target: pyublk.Target) -> None:
+        disk = open_disk(target)
+        assert disk.size == SIZE
+        data = pattern(SIZE, 1)
+        offset = 0
+        for length in (4096, 512, 3584, 65536, 131072, SIZE - 204800):
+            assert disk.pwrite(data[offset : offset + length], offset) == length
+            offset += length
+        assert offset == SIZE
+        assert disk.pread(SIZE, 0) == data
+        assert disk.pread(512, SIZE - 512) == data[-512:]
+        disk.pwrite(b"!" * 1024, 1536)
+        assert disk.pread(4096, 0) == data[:1536] + b"!" * 1024 + data[2560:4096]
+        assert disk.stats().total.bytes_written == SIZE + 1024
+        assert disk.stats().total.errors == 0
+
+    def test_large_transfers_are_split(self, open_disk: OpenDisk, target: pyublk.Target) -> None:
+        disk = open_disk(target, max_io_size=8192)
+        data = pattern(40960, 2)
+        assert disk.pwrite(data, HALF + 512) == 40960
+        assert disk.pread(40960, HALF + 512) == data
+        total = disk.stats().total
+        assert total.bytes_written == 40960
+        assert total.writes >= 5
+        assert total.reads >= 5
+        if store := getattr(target, "store", None):
+            assert max(store.lengths) <= 8192
+
+    @pytest.mark.parametrize(("offset", "length"), [(0, 100), (7, 512), (512, 513), (1000, 1000)])
+    def test_what_is_not_whole_blocks_is_refused(
+        self, open_disk: OpenDisk, target: pyublk.Target, offset: int, length: int
+    ) -> None:
+        disk = open_disk(target)
+        data = pattern(4096, 3)
+        disk.pwrite(data, 0)
+        assert failure_of(disk.pread, length, offset) == errno.EINVAL
+        assert failure_of(disk.pwrite, bytes(length), offset) == errno.EINVAL
+        assert failure_of(disk.discard, offset, length) == errno.EINVAL
+        assert failure_of(disk.write_zeroes, offset, length) == errno.EINVAL
+        assert disk.pread(4096, 0) == data
+        assert disk.stats().total.errors == 0  # no target has seen them
+
+    def test_nothing_is_beyond_the_end(self, open_disk: OpenDisk, target: pyublk.Target) -> None:
+        disk = open_disk(target)
+        disk.pwrite(b"e" * 512, SIZE - 512)
+        for offset in (SIZE, SIZE + 4096, 1 << 40):
+            assert failure_of(disk.pread, 512, offset) == errno.EIO
+            assert failure_of(disk.pwrite, bytes(512), offset) == errno.ENOSPC
+            assert failure_of(disk.discard, offset, 512) == errno.EINVAL
+            assert failure_of(disk.write_zeroes, offset, 512) == errno.EINVAL
+        assert failure_of(disk.pread, 1024, SIZE - 512) == errno.EIO
+        assert failure_of(disk.discard, SIZE - 512, 1024) == errno.EINVAL
+        assert failure_of(disk.write_zeroes, SIZE - 512, 1024) == errno.EINVAL
+        assert disk.pread(512, SIZE - 512) == b"e" * 512
+        assert failure_of(disk.pwrite, bytes(1024), SIZE - 512) == errno.ENOSPC
+        assert disk.stats().total.errors == 0
+
+    @pytest.mark.parametrize("method", ["discard", "write_zeroes"])
+    def test_what_is_cleared_reads_as_zeroes(
+        self, open_disk: OpenDisk, target: pyublk.Target, method: str
+    ) -> None:
+        disk = open_disk(target)
+        data = pattern(HALF, 4)
+        disk.pwrite(data, HALF)
+        getattr(disk, method)(HALF + 8192, 65536)
+        cleared = data[:8192] + bytes(65536) + data[73728:]
+        assert disk.pread(HALF, HALF) == cleared
+        disk.pwrite(b"again" * 1024, HALF + 8192 + 4096)
+        again = cleared[:12288] + b"again" * 1024 + cleared[17408:]
+        assert disk.pread(HALF, HALF) == again
+        total = disk.stats().total
+        assert (total.bytes_discarded, total.bytes_zeroed) == (
+            (65536, 0) if method == "discard" else (0, 65536)
+        )
+        assert total.errors == 0
+
+    def test_zeroes_are_zero_to_the_block(self, open_disk: OpenDisk, target: pyublk.Target) -> None:
+        disk = open_disk(target)
+        disk.pwrite(b"x" * 32768, HALF)
+        disk.write_zeroes(HALF + 1536, 12800)
+        expected = b"x" * 1536 + bytes(12800) + b"x" * (32768 - 14336)
+        assert disk.pread(32768, HALF) == expected
+
+    def test_a_flush_reaches_who_has_a_cache(
+        self, open_disk: OpenDisk, target: pyublk.Target
+    ) -> None:
+        disk = open_disk(target)
+        disk.pwrite(b"f" * 4096, 0)
+        before = disk.stats().total.flushes
+        disk.flush()
+        assert disk.stats().total.flushes - before == target.announces("flush")
+
+    @pytest.mark.parametrize("kind", FAILING)
+    def test_an_errno_is_the_clients_or_eio(
+        self, open_disk: OpenDisk, caplog: pytest.LogCaptureFixture, kind: str
+    ) -> None:
+        make, options = FAILING[kind]
+        target = make()
+        disk = open_disk(target, **options)
+        seen = {}
+        for number in [*PASSED_ON, *OTHERS]:
+            target.store.error = OSError(number, "as told")
+            seen[number] = failure_of(disk.pread, 4096, SIZE - 4096)
+        target.store.error = None
+        assert disk.pread(4096, SIZE - 4096) == bytes(4096)
+        expected = {number: number for number in PASSED_ON} | dict.fromkeys(OTHERS, errno.EIO)
+        assert seen == expected
+        assert disk.stats().total.errors == len(seen)
+        assert caplog.records == []  # an errno is an answer, not an accident
+
+    @pytest.mark.parametrize("kind", FAILING)
+    def test_every_operation_can_fail(self, open_disk: OpenDisk, kind: str) -> None:
+        make, options = FAILING[kind]
+        target = make()
+        disk = open_disk(target, **options)
+        calls: dict[str, Callable[[], object]] = {
+            "read": lambda: disk.pread(4096, HALF),
+            "write": lambda: disk.pwrite(b"w" * 4096, HALF),
+            "flush": disk.flush,
+            "discard": lambda: disk.discard(HALF, 4096),
+            "write_zeroes": lambda: disk.write_zeroes(HALF, 4096),
+        }
+        for method, call in calls.items():
+            target.store.failing, target.store.error = method, OSError(errno.ENOSPC, "full")
+            assert failure_of(call) == errno.ENOSPC, method
+            target.store.error = None
+            call()
+        assert disk.stats().total.errors == len(calls)
+
+    @pytest.mark.parametrize("kind", RAISING)
+    def test_anything_raised_is_eio_and_the_disk_lives_on(
+        self, open_disk: OpenDisk, caplog: pytest.LogCaptureFixture, kind: str
+    ) -> None:
+        make, options = FAILING[kind]
+        target = make()
+        disk = open_disk(target, **options)
+        # No coroutine raises StopIteration: Python makes a RuntimeError of it, raised elsewhere.
+        strange = [e for e in STRANGE if kind != "async" or not isinstance(e, StopIteration)]
+        for error in strange:
+            target.store.error = error
+            assert failure_of(disk.pread, 4096, SIZE - 4096) == errno.EIO, repr(error)
+            assert disk.pread(4096, 0) == bytes(4096)
+        target.store.error = None
+        disk.pwrite(b"w" * 4096, SIZE - 4096)
+        assert disk.pread(4096, SIZE - 4096) == b"w" * 4096
+        assert disk.stats().total.errors == len(strange)
+        # One place, one report.
+        [record] = caplog.records
+        assert (record.name, record.levelno) == ("pyublk.target", logging.ERROR)
+        assert record.getMessage() == (
+            f"{make.__name__}: the handler of a READ raised ValueError; the client gets EIO"
+        )
+        assert record.exc_info is not None
+        assert record.exc_info[1] is STRANGE[0]
+        assert "raise self.error" in caplog.text
