@@ -609,7 +609,8 @@ def test_shared_buffers(controller: Controller) -> None:
 
 # ---- recovery ----
 
-#: Serves one queue by hand, with its bytes in a file; argv: device, "start" or "recover", file.
+#: Serves one queue by hand, with its bytes in a file; argv: device, "start", "hold" (which starts,
+#: and does not answer writes) or "recover", file.
 BY_HAND = """
 import mmap
 from pyublk.uapi import Op
@@ -635,6 +636,9 @@ def serve():
         primed.set()
         for io in queue:
             span = slice(io.offset, io.offset + io.length)
+            if how == "hold" and io.op is Op.WRITE:
+                tell("holds", io.offset, io.length)
+                continue
             if io.op is Op.READ:
                 io.buffer[:] = data[span]
             else:
@@ -646,10 +650,10 @@ def serve():
 server = threading.Thread(target=serve)
 server.start()
 primed.wait()
-if how == "start":
-    controller.start(device, os.getpid())
-else:
+if how == "recover":
     controller.end_recovery(device, os.getpid())
+else:
+    controller.start(device, os.getpid())
 tell("live")
 server.join()
 """
@@ -729,6 +733,48 @@ def test_a_killed_server_is_replaced(controller: Controller, tmp_path: Path) -> 
             assert (live.status, live.server_pid) == (DeviceStatus.LIVE, second.pid)
             waiting.join(20)
             assert found == [b"o" * 4096]
+            controller.stop(info.id)
+            assert second.line() == "ended"
+            assert second.ended() == 0
+
+
+@pytest.mark.parametrize("reissue", [True, False], ids=["sent again", "failed"])
+def test_what_a_killed_server_held(controller: Controller, tmp_path: Path, reissue: bool) -> None:
+    wish = Feature.USER_RECOVERY
+    if reissue:
+        wish |= Feature.USER_RECOVERY_REISSUE
+    outcomes: list[int] = []
+
+    def write() -> None:
+        with Blocks(info.path) as client:
+            try:
+                outcomes.append(client.write(b"h" * 4096, 8192))
+            except OSError as error:
+                outcomes.append(-(error.errno or 0))
+
+    with recoverable(controller, tmp_path, wish) as (info, server):
+        store = tmp_path / "store"
+        client = threading.Thread(target=write, daemon=True)
+        with server("hold") as first:
+            assert first.line() == "live"
+            assert wish in controller.info(info.id).flags
+            client.start()
+            assert first.line() == "holds 8192 4096"
+            first.process.kill()
+            first.ended()
+        controller.wait_for_status(info.id, DeviceStatus.QUIESCED)
+        if not reissue:
+            client.join(60)
+            assert outcomes == [-errno.EIO]
+        start_recovery(controller, info.id)
+        assert store.read_bytes()[8192:12288] == bytes(4096)
+        if reissue:
+            assert client.is_alive()
+        with server("recover") as second:
+            assert second.line() == "live"
+            client.join(60)
+            assert outcomes == [4096 if reissue else -errno.EIO]
+            assert store.read_bytes()[8192:12288] == (b"h" if reissue else b"\0") * 4096
             controller.stop(info.id)
             assert second.line() == "ended"
             assert second.ended() == 0
