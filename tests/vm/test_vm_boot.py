@@ -3,13 +3,15 @@
 import hashlib
 import os
 import pty
+import resource
+import select
 import selectors
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -86,7 +88,7 @@ def test_files_streams_and_exit_code_pass_both_ways(tmp_path: Path) -> None:
     assert hashlib.sha256(done.stdout).digest() == hashlib.sha256(every_byte).digest()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["there"]
     assert there.read_bytes() == every_byte
-    assert 0 < done.boot_time < LIMIT
+    assert done.boot_time > 0
 
 
 def test_only_the_output_directory_is_written_and_leftover_programs_do_not_hold(
@@ -114,6 +116,32 @@ def test_only_the_output_directory_is_written_and_leftover_programs_do_not_hold(
     assert len(result) == 3 << 20
     assert done.stderr is not None
     assert done.stderr.split() == [b"xfs"]
+
+
+PROMISE = 10.0
+"""Seconds in which a command is there on two processors, emulated ones too."""
+
+
+def test_a_command_is_there_in_time() -> None:
+    """A busy host keeps no time: what the promise bounds is the processors' time, and the waiting
+    that was not for a processor."""
+
+    def processors_time() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    def somebody_waited() -> float:
+        """Seconds so far in which a thread of this host had no processor."""
+        return int(pressure.read_text().split()[4].removeprefix("total=")) / 1e6
+
+    pressure = Path("/proc/pressure/cpu")
+    if not pressure.exists():
+        pytest.skip("this host's kernel does not tell how busy it is (CONFIG_PSI)")
+    used, waited = processors_time(), somebody_waited()
+    done = Machine(cpus=2).run(["true"], stdin=DEVNULL, timeout=LIMIT)
+    assert done.returncode == 0
+    assert processors_time() - used < 2 * PROMISE  # the end of the machine included
+    assert done.boot_time - (somebody_waited() - waited) < PROMISE
 
 
 def test_a_command_that_is_not_there() -> None:
@@ -213,26 +241,45 @@ def test_a_reader_that_goes_away_ends_the_command() -> None:
         assert process.wait(LIMIT) == 128 + signal.SIGPIPE
 
 
-def test_a_terminal_is_a_terminal_in_the_guest() -> None:
+def talk(options: list[str], replies: dict[bytes, bytes]) -> tuple[bytes, int]:
+    """Run `python -m pyublk.vm` on a terminal; returns what it showed, and the exit code.
+
+    Each of `replies` is typed once, when what it answers to has been shown.
+    """
     child, terminal = pty.fork()
     if child == 0:
-        script = "stty size; tty; read line; echo got $line; kill -INT $$"
-        os.execv(sys.executable, [sys.executable, "-m", "pyublk.vm", "--", "sh", "-c", script])
-    seen = b""
-    with os.fdopen(terminal, "r+b", buffering=0) as stream:
+        os.environ["SHELL"] = "/bin/sh"
+        os.execv(sys.executable, [sys.executable, "-m", "pyublk.vm", *options])
+    seen, left = b"", dict(replies)
+    with os.fdopen(terminal, "r+b", buffering=0) as stream, suppress(OSError):
         end = time.monotonic() + LIMIT
-        try:
-            while time.monotonic() < end:
-                chunk = stream.read(4096)
-                seen += chunk
-                if b"/dev/pts/0" in seen and b"hello" not in seen:
-                    stream.write(b"hello\r")
-        except OSError:
-            # What reading a terminal says when the last program on it has ended.
-            pass
+        # OSError is what a terminal says when the last program on it has ended.
+        while select.select([stream], [], [], max(0.0, end - time.monotonic()))[0]:
+            seen += stream.read(4096)
+            for awaited in [awaited for awaited in left if awaited in seen]:
+                stream.write(left.pop(awaited))
+        os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
+    return seen, os.waitstatus_to_exitcode(status)
+
+
+def test_a_terminal_is_a_terminal_in_the_guest() -> None:
+    script = "stty size; tty; read line; echo got $line; kill -INT $$"
+    seen, code = talk(["--", "sh", "-c", script], {b"/dev/pts/0": b"hello\r"})
     assert b"got hello" in seen
-    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGINT
+    assert code == 128 + signal.SIGINT
+
+
+def test_without_a_command_there_is_the_callers_shell() -> None:
+    """With a prompt, line editing by the terminal, and the code it exits with."""
+    replies = {
+        b"ready> ": b"tty; echo $0 sum=$((40 + 3))\x7f\x7f\x7f2)) $(id -u)\r",
+        b"sum=42 0": b"test -c /dev/ublk-control && exit 9\r",
+    }
+    seen, code = talk(["--env", "PS1=ready> "], replies)
+    assert b"/dev/pts/0" in seen
+    assert b"/bin/sh sum=42 0" in seen
+    assert code == 9, seen
 
 
 def test_the_trial_of_an_accelerator() -> None:
