@@ -52,6 +52,7 @@ __all__ = [
     "SharedTable",
     "address",
     "control",
+    "write_apart",
 ]
 
 include "_native_core.pxi"

@@ -13,6 +13,7 @@ cdef inline bint takes_data(uint32_t op) noexcept nogil:
     return op == <uint32_t>PU_OP_WRITE or op == <uint32_t>PU_OP_ZONE_APPEND
 
 
+@cython.final
 cdef class IO:
     """One request. Made once per tag and used again, unless somebody kept it: then that one is
     stale for ever (its generation has passed) and the tag gets a new one."""
@@ -31,13 +32,16 @@ cdef class IO:
     def __init__(self):
         raise TypeError("IO objects come from a Queue")
 
-    cdef int current(self) except -1:
-        if not pu_queue_holds(&self.queue.q, self.tag, self.generation):
-            raise errors.StaleIO(
-                f"this IO (tag {self.tag}) was completed already: read what you need of it before "
-                "you complete it, and complete it once"
-            )
-        return 0
+    cdef inline int current(self) except -1:
+        if pu_queue_holds(&self.queue.q, self.tag, self.generation):
+            return 0
+        return self.raise_stale()
+
+    cdef int raise_stale(self) except -1:
+        raise errors.StaleIO(
+            f"this IO (tag {self.tag}) was completed already: read what you need of it before you "
+            "complete it, and complete it once"
+        )
 
     @property
     def op(self):
@@ -182,10 +186,11 @@ cdef class IO:
             raise OSError(-error, f"copying a write's data: {os.strerror(-error)}")
         return 0
 
-    cdef int drop_view(self) except -1:
+    cdef inline int drop_view(self) except -1:
         """A view that the handler kept must not show the tag's next request."""
-        if self.view is None:
-            return 0
+        return 0 if self.view is None else self.drop_kept_view()
+
+    cdef int drop_kept_view(self) except -1:
         view = self.take_kept_view()
         if view is not None:
             try:
@@ -247,6 +252,7 @@ cdef class IO:
         return f"<IO tag {self.tag} {name} offset {self.offset} length {self.length}>"
 
 
+@cython.final
 cdef class Handlers:
     """A target's methods, bound once, and who is told when one raises."""
 
