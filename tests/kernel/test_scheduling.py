@@ -15,13 +15,15 @@ from tests.kernel.blocks import Blocks
 from tests.kernel.conftest import Serve
 
 
+def threads(disk: pyublk.Device) -> list[int]:
+    """Those that serve a disk, one for each queue, in their order."""
+    names = [f"ublk{disk.id}-q{queue}" for queue in range(disk.info().queues)]
+    found = {thread.name: thread.native_id for thread in threading.enumerate()}
+    return [found[name] or 0 for name in names]
+
+
 def policies(disk: pyublk.Device) -> set[int]:
-    """Of the threads that serve a disk."""
-    threads = [
-        thread for thread in threading.enumerate() if thread.name.startswith(f"ublk{disk.id}-q")
-    ]
-    assert len(threads) == disk.info().queues
-    return {os.sched_getscheduler(thread.native_id or 0) for thread in threads}
+    return {os.sched_getscheduler(thread) for thread in threads(disk)}
 
 
 @pytest.mark.parametrize("queues", [1, 2])
@@ -80,3 +82,39 @@ def test_requests_in_flight_hold_up_no_start_for_long(serve: Serve) -> None:
     target.may_answer.set()
     with Blocks(disk.path) as blocks:
         assert blocks.read(512, 0) == bytes(512)
+
+
+# ---- CPUs ----
+
+CPUS = sorted(os.sched_getaffinity(0))
+two_cpus = pytest.mark.skipif(len(CPUS) < 2, reason="needs two CPUs")
+
+
+def cpus(disk: pyublk.Device) -> list[set[int]]:
+    """Where the threads that serve a disk may run."""
+    return [os.sched_getaffinity(thread) for thread in threads(disk)]
+
+
+@two_cpus
+def test_a_queues_thread_keeps_to_the_cpus_whose_requests_it_gets(serve: Serve) -> None:
+    disk = serve(Null(size=1 << 30), queues=2)
+    with pyublk.Controller() as controller:
+        wanted = [controller.queue_affinity(disk.id, queue) for queue in range(2)]
+    assert cpus(disk) == [set(one) & set(CPUS) for one in wanted]
+    assert not cpus(disk)[0] & cpus(disk)[1]
+
+
+@two_cpus
+def test_a_queues_thread_keeps_to_cpus_that_are_given(serve: Serve) -> None:
+    disk = serve(Null(size=1 << 30), queues=2, affinity=[[CPUS[1]], CPUS])
+    assert cpus(disk) == [{CPUS[1]}, set(CPUS)]
+
+
+def test_a_queues_thread_keeps_to_no_cpus(serve: Serve) -> None:
+    assert cpus(serve(Null(size=1 << 30), affinity=None)) == [set(CPUS)]
+
+
+def test_cpus_that_this_machine_has_not(serve: Serve) -> None:
+    words = r"a queue's thread cannot be kept to CPUs \[8191\]: Invalid argument; this process may"
+    with pytest.raises(OSError, match=words):
+        serve(Null(size=1 << 30), affinity=[[8191]])

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import click
@@ -16,6 +17,7 @@ from click.testing import CliRunner, Result
 from pyublk import errors
 from pyublk.cli import _COMMANDS, main
 from pyublk.cli.failures import ExitCode, Failure, NoDevice, NoDriver, exit_code
+from pyublk.cli.parameters import Cpus
 from pyublk.service.reports import TargetFailed
 from pyublk.uapi import ControlCommand
 
@@ -102,6 +104,9 @@ def test_python_m_pyublk_is_the_command() -> None:
         (["add", "null", "--queues", "none"], "'none' is not a valid integer"),
         (["add", "null", "-o", "size"], "'size' is no KEY=VALUE"),
         (["add", "null", "-o", "=1"], "'=1' is no KEY=VALUE"),
+        (["add", "null", "--cpus", "3-1"], "'3-1' names no CPUs: give such as 0-3,8"),
+        (["add", "null", "--cpus", "1,"], "'1,' names no CPUs"),
+        (["add", "null", "--cpus", "0", "--any-cpu"], "--cpus and --any-cpu exclude each other"),
         (["stop"], "Missing argument 'ID...'"),
         (["stop", "sda"], "'sda' is no device: give an id, /dev/ublkbN or `all`"),
         (["info", "all"], "'all' is no device: give an id, /dev/ublkbN\n"),
@@ -114,6 +119,12 @@ def test_wrong_usage(arguments: list[str], words: str) -> None:
     assert result.exit_code == ExitCode.USAGE
     assert words in result.stderr
     assert result.stdout == ""
+
+
+def test_cpus_as_the_kernel_writes_them() -> None:
+    convert = partial(Cpus().convert, param=None, ctx=None)
+    assert convert("0-3,8") == [0, 1, 2, 3, 8]
+    assert convert("5,4-5") == [4, 5]
 
 
 # ---- no driver: 3 ----

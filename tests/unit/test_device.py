@@ -313,3 +313,16 @@ except FileNotFoundError:
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "no driver\n", "")
+
+
+@pytest.mark.parametrize(
+    ("affinity", "words"),
+    [
+        ("all", "affinity must be 'auto', None, or a set of CPUs for each of the 1 queues"),
+        ([[0], [1]], "affinity must be 'auto', None, or a set of CPUs for each of the 1 queues"),
+        ([[]], "affinity must name at least one CPU for queue 0"),
+    ],
+)
+def test_an_affinity_that_says_nothing(affinity: object, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        pyublk.Device(Null(size=1 << 30), affinity=affinity)  # type: ignore[arg-type]

@@ -21,7 +21,12 @@ from pyublk.targets import Null, Ram
 from pyublk.uapi import DeviceStatus, Feature
 
 PLAN = Plan(
-    target="file", arguments=("disk.img",), options={"direct": "yes"}, size=1 << 30, queues=2
+    target="file",
+    arguments=("disk.img",),
+    options={"direct": "yes"},
+    size=1 << 30,
+    queues=2,
+    affinity=[[0], [1, 2]],
 )
 
 

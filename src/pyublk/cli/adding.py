@@ -7,7 +7,7 @@ from click.shell_completion import CompletionItem
 from pyublk import targets
 from pyublk.cli.failures import ExitCode, open_controller
 from pyublk.cli.output import message, print_json
-from pyublk.cli.parameters import Size, json_option
+from pyublk.cli.parameters import Cpus, Size, json_option
 from pyublk.paths import DataPath
 from pyublk.service import daemon
 from pyublk.service.plan import Plan
@@ -72,6 +72,10 @@ def _split_options(
               help="The N of /dev/ublkbN.  [default: the lowest free]")  # fmt: skip
 @click.option("--no-partition-scan", is_flag=True,
               help="Do not look for partitions when the disk starts (Linux 7.0).")  # fmt: skip
+@click.option("--cpus", multiple=True, type=Cpus(), metavar="LIST",
+              help="CPUs of a queue's thread, such as 0-3,8; once for each queue.  [default: those "
+              "whose requests it gets]")  # fmt: skip
+@click.option("--any-cpu", is_flag=True, help="Keep no thread to CPUs.")
 @click.option("--preempt", is_flag=True,
               help="Let each request take the CPU from the client that runs on it, instead of "
               "gathering what clients send.")  # fmt: skip
@@ -97,6 +101,8 @@ def add(
     threads: int,
     device_id: int | None,
     no_partition_scan: bool,
+    cpus: tuple[list[int], ...],
+    any_cpu: bool,
     preempt: bool,
     io_scheduler: str,
     foreground: bool,
@@ -115,6 +121,8 @@ def add(
 
     A server process stays in the background until `pyublk stop`; `pyublk info` names its log.
     """
+    if cpus and any_cpu:
+        raise click.UsageError("--cpus and --any-cpu exclude each other")
     plan = Plan(
         target=target,
         arguments=arguments,
@@ -131,6 +139,7 @@ def add(
         batch=batch,
         threads=threads,
         partition_scan=not no_partition_scan,
+        affinity=None if any_cpu else list(cpus) or "auto",
         preempt=preempt,
         io_scheduler=io_scheduler,
     )

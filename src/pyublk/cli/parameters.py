@@ -35,6 +35,25 @@ class Size(click.ParamType[int]):
             self.fail(str(error), param, ctx)
 
 
+class Cpus(click.ParamType[list[int]]):
+    """CPUs by their numbers, as the kernel writes them: 0-3,8."""
+
+    name = "cpus"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> list[int]:
+        if isinstance(value, list):
+            return value
+        cpus: set[int] = set()
+        for part in str(value).split(","):
+            match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part)
+            if match is None or (match[2] and int(match[2]) < int(match[1])):
+                self.fail(f"{value!r} names no CPUs: give such as 0-3,8", param, ctx)
+            cpus.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+        return sorted(cpus)
+
+
 class DeviceId(click.ParamType[int | str]):
     """A device by its id, `0`, or by one of its nodes, `/dev/ublkb0` or `ublkc0`."""
 

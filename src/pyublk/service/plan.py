@@ -4,7 +4,7 @@
 import inspect
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Self
+from typing import Literal, Self
 
 from pyublk import targets
 from pyublk.device import Device
@@ -35,6 +35,7 @@ class Plan:
     batch: bool | None = None
     threads: int = 1
     partition_scan: bool = True
+    affinity: list[list[int]] | Literal["auto"] | None = "auto"
     preempt: bool = False
     io_scheduler: str | None = "auto"
 
@@ -64,6 +65,7 @@ class Plan:
             batch=self.batch,
             threads=self.threads,
             partition_scan=self.partition_scan,
+            affinity=self.affinity,
             preempt=self.preempt,
             io_scheduler=self.io_scheduler,
         )
