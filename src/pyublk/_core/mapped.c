@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 #define _GNU_SOURCE
-#include "mapped.h"
+#include "work.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -9,7 +9,6 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/uio.h>
-#include <time.h>
 #include <unistd.h>
 
 #define NO_SLOT UINT32_MAX
@@ -19,53 +18,6 @@
 #define BLOCK_DISCARD 0x1200u /* BLOCK_URING_CMD_DISCARD (Linux 6.12) */
 
 enum { KIND_PART = PU_KIND_OTHER, KIND_REGISTER, KIND_UNREGISTER };
-
-/* Where a request's data is while it is served. */
-enum place {
-	IN_BUFFER,     /* the tag's, where the kernel copied or will copy it */
-	IN_USER_COPY,  /* the tag's: we copy */
-	IN_FILES,      /* in mapped files: the kernel copies from and to the request */
-	IN_REGISTERED, /* the request's own memory, registered under the tag's number */
-};
-
-struct pu_work {
-	uint64_t offset, length;
-	uint64_t cut; /* bytes (or, of a stripe or mirror, parts) that have been given to slots */
-	uint32_t op, flags;
-	uint32_t open; /* operations under way */
-	uint8_t place;
-	bool by_hand;	  /* its memory is to be unregistered */
-	bool unregistered; /* its memory could not be registered */
-	bool by_writing;  /* zeroes are written */
-	bool queued;	  /* it is in `waiting` */
-	bool held;
-	bool writes_mirror; /* counted in the layout's regions */
-	int error;
-	uint32_t good_legs, bad_legs; /* bits */
-	struct pu_extent *plan;
-	uint32_t nr_plan, plan_room;
-};
-
-struct pu_slot {
-	struct pu_part part;
-	uint64_t done;
-	uint64_t asked; /* bytes of the operation under way */
-	int64_t begun_ns;
-	uint32_t next_free;
-	uint32_t generation;
-	uint16_t tag;
-	bool busy;
-	bool orphan; /* nobody waits for it any more */
-	bool punch;  /* the device did not take the discard as such */
-};
-
-static int64_t now_ns(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
-}
 
 uint32_t pu_mapped_entries(uint16_t depth)
 {
@@ -129,11 +81,6 @@ void pu_mapped_close(struct pu_mapped *m)
 	m->waiting = NULL;
 	m->gated = NULL;
 	m->zeroes = NULL;
-}
-
-static bool has_data(uint32_t op)
-{
-	return op == PU_OP_READ || op == PU_OP_WRITE;
 }
 
 /* ---- one operation on one file ---- */
@@ -224,7 +171,7 @@ static int64_t do_now(struct pu_mapped *m, struct pu_slot *slot)
 
 	if (w->op == PU_OP_FLUSH)
 		return or_errno(fdatasync(fd));
-	if (!has_data(w->op) && !w->by_writing)
+	if (!pu_has_data(w->op) && !w->by_writing)
 		return or_errno(fallocate(fd, fallocate_mode(w), offset,
 					  (off_t)slot->part.length));
 
@@ -277,7 +224,7 @@ static int submit(struct pu_mapped *m, struct pu_slot *slot)
 	sqe->flags = PU_SQE_FIXED_FILE;
 	sqe->fd = (int32_t)slot->part.file + 1;
 	sqe->user_data = PU_USER_DATA(KIND_PART, slot - m->slots);
-	if (has_data(w->op) || w->by_writing) {
+	if (pu_has_data(w->op) || w->by_writing) {
 		fill_transfer(m, slot, sqe);
 	} else if (w->op == PU_OP_FLUSH) {
 		sqe->opcode = PU_OPCODE_FSYNC;
@@ -294,7 +241,7 @@ static int submit(struct pu_mapped *m, struct pu_slot *slot)
 		sqe->len = (uint32_t)fallocate_mode(w);
 	}
 	if (m->layout->leg_timeout_ns)
-		slot->begun_ns = now_ns();
+		slot->begun_ns = pu_now_ns();
 	m->q->others++;
 	return 0;
 }
@@ -311,7 +258,7 @@ static bool on_the_spot(const struct pu_mapped *m, const struct pu_slot *slot)
 
 static void advance(struct pu_mapped *m, struct pu_slot *slot, int64_t result);
 
-static void operate(struct pu_mapped *m, struct pu_slot *slot)
+void pu_slot_operate(struct pu_mapped *m, struct pu_slot *slot)
 {
 	int error;
 
@@ -324,7 +271,7 @@ static void operate(struct pu_mapped *m, struct pu_slot *slot)
 		advance(m, slot, -ENOMEM);
 }
 
-static struct pu_slot *take_slot(struct pu_mapped *m)
+struct pu_slot *pu_slot_take(struct pu_mapped *m, uint16_t tag, const struct pu_part *part)
 {
 	struct pu_slot *slot;
 
@@ -336,10 +283,14 @@ static struct pu_slot *take_slot(struct pu_mapped *m)
 	slot->orphan = false;
 	slot->punch = false;
 	slot->done = 0;
+	slot->part = *part;
+	slot->tag = tag;
+	slot->generation = pu_tag_generation(&m->q->tags[tag]);
+	m->works[tag].open++;
 	return slot;
 }
 
-static void free_slot(struct pu_mapped *m, struct pu_slot *slot)
+void pu_slot_free(struct pu_mapped *m, struct pu_slot *slot)
 {
 	slot->busy = false;
 	slot->next_free = m->free_slot;
@@ -359,12 +310,11 @@ static bool next_part(struct pu_mapped *m, struct pu_work *w, struct pu_part *pa
 
 	*part = (struct pu_part){ .offset = w->offset, .length = w->length, .first = w->length };
 	if (w->op == PU_OP_FLUSH || mirrored(m)) {
-		while (nth < layout->nr_files && mirrored(m) &&
-		       pu_layout_leg(layout, (uint32_t)nth) == PU_LEG_FAILED)
-			nth++;
+		bool more = mirrored(m) ? pu_mirror_next_leg(layout, &nth) : nth < layout->nr_files;
+
 		part->file = (uint32_t)nth;
 		w->cut = nth + 1;
-		return nth < layout->nr_files;
+		return more;
 	}
 	if (layout->kind == PU_LAYOUT_PLANNED) {
 		if (nth >= w->nr_plan)
@@ -382,15 +332,13 @@ static bool next_part(struct pu_mapped *m, struct pu_work *w, struct pu_part *pa
 	return true;
 }
 
-static void wait_for_slots(struct pu_mapped *m, uint16_t tag)
+void pu_work_wait_for_slots(struct pu_mapped *m, uint16_t tag)
 {
 	if (m->works[tag].queued)
 		return;
 	m->works[tag].queued = true;
 	m->waiting[m->nr_waiting++] = tag;
 }
-
-static void answer(struct pu_mapped *m, uint16_t tag);
 
 /* Gives parts to slots until all are cut, or no slot is left. */
 static void cut(struct pu_mapped *m, uint16_t tag)
@@ -400,54 +348,21 @@ static void cut(struct pu_mapped *m, uint16_t tag)
 
 	w->open++; /* parts that end on the spot must not end the request */
 	for (;;) {
-		struct pu_slot *slot = m->free_slot == NO_SLOT ? NULL : &m->slots[m->free_slot];
-
-		if (!slot) {
-			wait_for_slots(m, tag);
+		if (m->free_slot == NO_SLOT) {
+			pu_work_wait_for_slots(m, tag);
 			break;
 		}
 		if (!next_part(m, w, &part))
 			break;
-		slot = take_slot(m);
-		slot->part = part;
-		slot->tag = tag;
-		slot->generation = pu_tag_generation(&m->q->tags[tag]);
-		w->open++;
-		operate(m, slot);
+		pu_slot_operate(m, pu_slot_take(m, tag, &part));
 	}
-	if (--w->open == 0 && !w->queued)
-		answer(m, tag);
+	pu_work_release(m, tag);
 }
 
-static void read_mirror(struct pu_mapped *m, uint16_t tag)
-{
-	struct pu_work *w = &m->works[tag];
-	int leg = pu_layout_readable(m->layout, w->offset, w->bad_legs);
-	struct pu_slot *slot = take_slot(m);
-
-	if (!slot) {
-		wait_for_slots(m, tag);
-		return;
-	}
-	w->open++;
-	slot->part = (struct pu_part){
-		.file = leg < 0 ? 0 : (uint32_t)leg,
-		.offset = w->offset,
-		.length = w->length,
-		.first = w->length,
-	};
-	slot->tag = tag;
-	slot->generation = pu_tag_generation(&m->q->tags[tag]);
-	if (leg < 0)
-		advance(m, slot, w->error ? w->error : -EIO);
-	else
-		operate(m, slot);
-}
-
-static void proceed(struct pu_mapped *m, uint16_t tag)
+void pu_work_proceed(struct pu_mapped *m, uint16_t tag)
 {
 	if (mirrored(m) && m->works[tag].op == PU_OP_READ)
-		read_mirror(m, tag);
+		pu_mirror_read(m, tag);
 	else
 		cut(m, tag);
 }
@@ -491,7 +406,7 @@ static enum place choose_place(const struct pu_mapped *m, const struct pu_work *
 {
 	const struct pu_queue *q = m->q;
 
-	if (!has_data(w->op) || (!q->user_copy && !q->zero_copy))
+	if (!pu_has_data(w->op) || (!q->user_copy && !q->zero_copy))
 		return IN_BUFFER;
 	if (q->zero_copy && !w->unregistered)
 		return IN_REGISTERED;
@@ -520,9 +435,8 @@ static void begin(struct pu_mapped *m, uint16_t tag)
 	if (error)
 		w->error = error;
 	else
-		proceed(m, tag);
-	if (--w->open == 0 && !w->queued)
-		answer(m, tag);
+		pu_work_proceed(m, tag);
+	pu_work_release(m, tag);
 }
 
 static void start(struct pu_mapped *m, uint16_t tag)
@@ -566,7 +480,7 @@ static void try_gated(struct pu_mapped *m)
 		start(m, m->gated[i]);
 }
 
-static void finish(struct pu_mapped *m, uint16_t tag, int64_t result)
+void pu_work_finish(struct pu_mapped *m, uint16_t tag, int64_t result)
 {
 	struct pu_work *w = &m->works[tag];
 
@@ -603,15 +517,18 @@ static void answer(struct pu_mapped *m, uint16_t tag)
 		begin(m, tag);
 		return;
 	}
-	/* What one leg has, the disk has; but only once it is known that the other lacks it. */
-	if (w->bad_legs && w->good_legs) {
-		w->error = 0;
-		m->failed_legs |= w->bad_legs;
-		w->held = true;
-		m->held++;
-		return;
-	}
-	finish(m, tag, w->error);
+	if (mirrored(m))
+		pu_mirror_answer(m, tag);
+	else
+		pu_work_finish(m, tag, w->error);
+}
+
+void pu_work_release(struct pu_mapped *m, uint16_t tag)
+{
+	struct pu_work *w = &m->works[tag];
+
+	if (--w->open == 0 && !w->queued)
+		answer(m, tag);
 }
 
 static void resume_waiting(struct pu_mapped *m)
@@ -622,80 +539,60 @@ static void resume_waiting(struct pu_mapped *m)
 		m->nr_waiting--;
 		memmove(m->waiting, m->waiting + 1, m->nr_waiting * sizeof(*m->waiting));
 		m->works[tag].queued = false;
-		proceed(m, tag);
+		pu_work_proceed(m, tag);
 		if (m->works[tag].queued)
 			return;
 	}
 }
 
-static void leg_ends(struct pu_mapped *m, struct pu_slot *slot, int64_t result)
+void pu_work_part_ends(struct pu_mapped *m, uint16_t tag, uint32_t file, int64_t result)
 {
-	struct pu_work *w = &m->works[slot->tag];
-	uint32_t leg = slot->part.file, bit = 1u << leg;
+	struct pu_work *w = &m->works[tag];
 
-	if (result >= 0) {
-		w->good_legs |= bit;
-		return;
-	}
-	if (result == -EOPNOTSUPP && !has_data(w->op)) {
-		w->error = -EOPNOTSUPP; /* what a file cannot do at all is no failure of it */
-		return;
-	}
-	w->bad_legs |= bit;
-	w->error = (int)result;
-	m->leg_error[leg] = (int)-result;
-	__atomic_fetch_add(&m->layout->legs[leg].errors, 1, __ATOMIC_RELAXED);
+	if (mirrored(m))
+		pu_mirror_leg_ends(m, tag, file, result);
+	else if (result < 0 && !w->error)
+		w->error = (int)result;
+	pu_work_release(m, tag);
 }
 
 /* An operation has ended: the part goes on, or is done. */
 static void advance(struct pu_mapped *m, struct pu_slot *slot, int64_t result)
 {
 	uint16_t tag = slot->tag;
+	uint32_t file = slot->part.file;
 	struct pu_work *w = &m->works[tag];
-	bool transfer = has_data(w->op) || w->by_writing;
+	bool transfer = pu_has_data(w->op) || w->by_writing;
 
 	if (result == -EINTR) {
-		operate(m, slot);
+		pu_slot_operate(m, slot);
 		return;
 	}
 	/* A kernel before 6.12 has no such command for devices: a hole is what they all can punch. */
 	if (w->op == PU_OP_DISCARD && !slot->punch && (result == -EOPNOTSUPP || result == -EINVAL) &&
-	    m->layout->files[slot->part.file].device) {
+	    m->layout->files[file].device) {
 		slot->punch = true;
-		operate(m, slot);
+		pu_slot_operate(m, slot);
 		return;
 	}
 	if (result >= 0 && transfer) {
 		slot->done += (uint64_t)result;
 		if (slot->done < slot->part.length) {
 			if (result > 0) {
-				operate(m, slot);
+				pu_slot_operate(m, slot);
 				return;
 			}
 			result = -EIO; /* the file is shorter than was said */
 		}
 	}
-	if (mirrored(m))
-		leg_ends(m, slot, result);
-	else if (result < 0 && !w->error)
-		w->error = (int)result;
-	free_slot(m, slot);
-	/* A read that failed on one leg is tried on another. */
-	if (mirrored(m) && w->op == PU_OP_READ && result < 0 && !w->unregistered &&
-	    pu_layout_readable(m->layout, w->offset, w->bad_legs) >= 0) {
-		w->open--;
-		proceed(m, tag);
-		return;
-	}
-	if (--w->open == 0 && !w->queued)
-		answer(m, tag);
+	pu_slot_free(m, slot);
+	pu_work_part_ends(m, tag, file, result < 0 ? result : 0);
 }
 
 static void complete(void *context, uint64_t user_data, int32_t result)
 {
 	struct pu_mapped *m = context;
 	uint32_t number = (uint32_t)user_data;
-	struct pu_work *w;
 
 	if (user_data >> PU_KIND_SHIFT == KIND_PART) {
 		struct pu_slot *slot = &m->slots[number];
@@ -703,7 +600,7 @@ static void complete(void *context, uint64_t user_data, int32_t result)
 		if (slot->orphan || slot->generation != pu_tag_generation(&m->q->tags[slot->tag])) {
 			if (!slot->orphan)
 				m->q->others--;
-			free_slot(m, slot);
+			pu_slot_free(m, slot);
 			return;
 		}
 		m->q->others--;
@@ -714,83 +611,9 @@ static void complete(void *context, uint64_t user_data, int32_t result)
 	m->q->others--;
 	if (user_data >> PU_KIND_SHIFT == KIND_UNREGISTER)
 		return;
-	w = &m->works[number];
 	if (result < 0)
-		w->unregistered = true;
-	if (--w->open == 0 && !w->queued)
-		answer(m, (uint16_t)number);
-}
-
-/* ---- legs that fail or hang ---- */
-
-static int renew_buffer(struct pu_mapped *m, uint16_t tag)
-{
-	void *fresh = mmap(NULL, m->q->buffer_bytes, PROT_READ | PROT_WRITE,
-			   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-
-	if (fresh == MAP_FAILED)
-		return -ENOMEM;
-	madvise(fresh, m->q->buffer_bytes, MADV_DONTFORK);
-	m->q->tags[tag].buffer = fresh;
-	return 0;
-}
-
-/* Whether the request can do without the leg. */
-static bool dispensable(const struct pu_mapped *m, const struct pu_work *w, uint32_t leg)
-{
-	if (w->op == PU_OP_READ)
-		return pu_layout_readable(m->layout, w->offset, w->bad_legs | 1u << leg) >= 0;
-	return w->good_legs;
-}
-
-static void look_for_hanging(struct pu_mapped *m, int64_t now)
-{
-	int64_t limit = m->layout->leg_timeout_ns;
-
-	m->look_at_ns = now + limit / 4;
-	for (uint32_t i = 0; i < m->nr_slots; i++) {
-		struct pu_slot *slot = &m->slots[i], *stand_in;
-		struct pu_work *w = &m->works[slot->tag];
-
-		if (!slot->busy || slot->orphan || now - slot->begun_ns < limit ||
-		    !dispensable(m, w, slot->part.file))
-			continue;
-		stand_in = take_slot(m);
-		if (!stand_in)
-			continue;
-		/* The operation keeps its slot, and the memory that it may still read or fill. */
-		if (has_data(w->op) && renew_buffer(m, slot->tag)) {
-			free_slot(m, stand_in);
-			continue;
-		}
-		stand_in->part = slot->part;
-		stand_in->tag = slot->tag;
-		stand_in->generation = slot->generation;
-		slot->orphan = true;
-		m->q->others--;
-		advance(m, stand_in, -ETIMEDOUT);
-	}
-}
-
-bool pu_mapped_next_failure(struct pu_mapped *m, struct pu_leg_failure *failure)
-{
-	if (!m->failed_legs)
-		return false;
-	failure->leg = (uint32_t)__builtin_ctz(m->failed_legs);
-	failure->error = m->leg_error[failure->leg];
-	m->failed_legs &= ~(1u << failure->leg);
-	return true;
-}
-
-void pu_mapped_recorded(struct pu_mapped *m)
-{
-	for (uint32_t tag = 0; m->held && tag < m->q->depth; tag++) {
-		if (!m->works[tag].held)
-			continue;
-		m->works[tag].held = false;
-		m->held--;
-		finish(m, (uint16_t)tag, 0);
-	}
+		m->works[number].unregistered = true;
+	pu_work_release(m, (uint16_t)number);
 }
 
 /* ---- serving ---- */
@@ -879,11 +702,7 @@ int pu_mapped_turn(struct pu_mapped *m, int64_t timeout_ns)
 	}
 	try_gated(m);
 	resume_waiting(m);
-	if (m->layout->leg_timeout_ns) {
-		int64_t now = now_ns();
-
-		if (now >= m->look_at_ns)
-			look_for_hanging(m, now);
-	}
+	if (m->layout->leg_timeout_ns)
+		pu_mirror_look_for_hanging(m);
 	return (int)need_plan;
 }
