@@ -93,7 +93,7 @@ static void *data_address(const struct pu_mapped *m, const struct pu_slot *slot,
 		return m->zeroes;
 	if (w->place == IN_REGISTERED)
 		return (void *)(uintptr_t)data; /* counted from the start of the request's memory */
-	return (uint8_t *)pu_queue_buffer(m->q, slot->tag) + data;
+	return slot->memory + data;
 }
 
 /* The pieces of memory of what is left of a part, as many as go into one operation. */
@@ -285,6 +285,7 @@ struct pu_slot *pu_slot_take(struct pu_mapped *m, uint16_t tag, const struct pu_
 	slot->done = 0;
 	slot->part = *part;
 	slot->tag = tag;
+	slot->memory = pu_queue_buffer(m->q, tag);
 	slot->generation = pu_tag_generation(&m->q->tags[tag]);
 	m->works[tag].open++;
 	return slot;

@@ -38,6 +38,7 @@ struct pu_slot {
 	struct pu_part part;
 	uint64_t done;
 	uint64_t asked; /* bytes of the operation under way */
+	uint8_t *memory; /* the tag's buffer when the part began: a later one may be another */
 	int64_t begun_ns;
 	uint32_t next_free;
 	uint32_t generation;

@@ -1,0 +1,87 @@
+/* SPDX-License-Identifier: MIT
+ * A loopback queue that serves a layout of files in memory.
+ */
+#ifndef PU_BENCH_H
+#define PU_BENCH_H
+
+#include "mapped.h"
+
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "check.h"
+
+#define DEPTH 4
+#define BUFFER (256 * 1024)
+#define FILES 3
+#define FILE_BYTES (192 * 1024)
+
+static int fds[FILES];
+
+static inline void make_files(void)
+{
+	for (int i = 0; i < FILES; i++) {
+		fds[i] = memfd_create("leg", MFD_CLOEXEC);
+		CHECK(fds[i] >= 0);
+		CHECK_EQUAL(ftruncate(fds[i], FILE_BYTES), 0);
+	}
+}
+
+static inline void close_files(void)
+{
+	for (int i = 0; i < FILES; i++)
+		close(fds[i]);
+}
+
+struct bench {
+	struct pu_layout layout;
+	struct pu_queue queue;
+	struct pu_mapped mapped;
+	uint8_t *expected;
+};
+
+static inline void open_bench(struct bench *b, bool memory)
+{
+	struct pu_queue_options options = {
+		.depth = DEPTH,
+		.buffer_bytes = BUFFER,
+		.extra_entries = pu_mapped_entries(DEPTH),
+		.files = fds,
+		.nr_files = FILES,
+	};
+
+	for (int i = 0; i < FILES; i++) {
+		b->layout.files[i].fd = fds[i];
+		b->layout.files[i].memory = memory;
+	}
+	CHECK_EQUAL(pu_queue_open(&b->queue, -1, &options), 0);
+	CHECK_EQUAL(pu_mapped_open(&b->mapped, &b->queue, &b->layout), 0);
+	CHECK_EQUAL(pu_queue_fetch(&b->queue), 0);
+	b->expected = calloc(1, b->layout.size);
+}
+
+static inline void close_bench(struct bench *b)
+{
+	pu_queue_close(&b->queue);
+	pu_mapped_close(&b->mapped);
+	pu_queue_free(&b->queue);
+	pu_layout_destroy(&b->layout);
+	free(b->expected);
+}
+
+static inline int32_t request(struct bench *b, uint16_t tag, uint32_t op, uint64_t offset, uint64_t length)
+{
+	CHECK_EQUAL(pu_queue_inject(&b->queue, tag, op, offset >> 9, (uint32_t)(length >> 9)), 0);
+	while (pu_queue_held(&b->queue)) {
+		struct pu_leg_failure failure;
+
+		CHECK(pu_mapped_turn(&b->mapped, 1000000000) >= 0);
+		while (pu_mapped_next_failure(&b->mapped, &failure))
+			pu_layout_set_leg(&b->layout, failure.leg, PU_LEG_FAILED);
+		pu_mapped_recorded(&b->mapped);
+	}
+	return b->queue.tags[tag].result;
+}
+
+#endif

@@ -1,0 +1,165 @@
+/* SPDX-License-Identifier: MIT
+ * Mirrors whose legs fail or hang. A pipe is a leg that hangs: it takes what it has room for.
+ */
+#define _GNU_SOURCE
+#include "work.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+
+#include "bench.h"
+
+#define LONG_NS (INT64_C(3600) * 1000000000) /* no leg takes so long but the one that is aged */
+#define PAGE 4096
+
+/* Makes a leg a pipe with room for a page; its reading end. */
+static int make_pipe(int leg)
+{
+	int ends[2];
+
+	CHECK_EQUAL(pipe2(ends, O_CLOEXEC), 0);
+	CHECK(fcntl(ends[1], F_SETPIPE_SZ, PAGE) >= PAGE);
+	close(fds[leg]);
+	fds[leg] = ends[1];
+	return ends[0];
+}
+
+static void open_mirror(struct bench *b)
+{
+	CHECK_EQUAL(pu_layout_init(&b->layout, PU_LAYOUT_MIRROR, FILE_BYTES, FILES, 0), 0);
+	b->layout.leg_timeout_ns = LONG_NS;
+	open_bench(b, false);
+}
+
+static void turn(struct bench *b)
+{
+	struct pu_leg_failure failure;
+
+	CHECK(pu_mapped_turn(&b->mapped, 10000000) >= 0);
+	while (pu_mapped_next_failure(&b->mapped, &failure))
+		pu_layout_set_leg(&b->layout, failure.leg, PU_LEG_FAILED);
+	pu_mapped_recorded(&b->mapped);
+}
+
+/* What the leg holds has taken too long: it is given up, where the requests can do without. */
+static void give_up(struct bench *b, uint32_t leg)
+{
+	while (!b->layout.legs[leg].errors) {
+		for (uint32_t i = 0; i < b->mapped.nr_slots; i++)
+			if (b->mapped.slots[i].part.file == leg)
+				b->mapped.slots[i].begun_ns -= LONG_NS;
+		b->mapped.look_at_ns = 0;
+		turn(b);
+	}
+}
+
+static uint32_t busy_slots(const struct bench *b)
+{
+	uint32_t count = 0;
+
+	for (uint32_t i = 0; i < b->mapped.nr_slots; i++)
+		count += b->mapped.slots[i].busy;
+	return count;
+}
+
+/* Waits until the leg has taken `length` bytes, and checks them. */
+static void drain(struct bench *b, int end, uint8_t byte, size_t length)
+{
+	uint8_t taken[PAGE];
+
+	CHECK_EQUAL(fcntl(end, F_SETFL, O_NONBLOCK), 0);
+	while (length) {
+		ssize_t done = read(end, taken, length < PAGE ? length : PAGE);
+
+		for (ssize_t i = 0; i < done; i++)
+			CHECK_EQUAL(taken[i], byte);
+		length -= done > 0 ? (size_t)done : 0;
+		turn(b);
+	}
+}
+
+static void a_failed_leg_is_told_before_the_answer(void)
+{
+	struct bench b = { 0 };
+
+	make_files();
+	CHECK_EQUAL(pu_layout_init(&b.layout, PU_LAYOUT_MIRROR, FILE_BYTES, FILES, 0), 0);
+	open_bench(&b, false);
+	CHECK_EQUAL(ftruncate(fds[0], 0), 0);
+	CHECK_EQUAL(request(&b, 0, PU_OP_READ, 0, 4096), 4096);
+	CHECK_EQUAL(pu_layout_leg(&b.layout, 0), PU_LEG_FAILED);
+	CHECK_EQUAL(b.layout.legs[0].errors, 1);
+	CHECK_EQUAL(request(&b, 1, PU_OP_WRITE, 4096, 4096), 4096);
+	CHECK_EQUAL(lseek(fds[0], 0, SEEK_END), 0); /* left alone */
+	close_bench(&b);
+	close_files();
+}
+
+static void a_gated_write_waits(void)
+{
+	struct bench b = { 0 };
+
+	make_files();
+	CHECK_EQUAL(pu_layout_init(&b.layout, PU_LAYOUT_MIRROR, FILE_BYTES, FILES, 0), 0);
+	open_bench(&b, false);
+	pu_layout_gate(&b.layout, 0);
+	CHECK(pu_layout_quiet(&b.layout, 0));
+	CHECK_EQUAL(pu_queue_inject(&b.queue, 0, PU_OP_WRITE, 0, 8), 0);
+	for (int i = 0; i < 3; i++)
+		CHECK_EQUAL(pu_mapped_turn(&b.mapped, 1000000), 0);
+	CHECK_EQUAL(pu_queue_held(&b.queue), 1);
+	CHECK(pu_layout_quiet(&b.layout, 0));
+	pu_layout_gate(&b.layout, PU_NO_REGION);
+	while (pu_queue_held(&b.queue))
+		CHECK_EQUAL(pu_mapped_turn(&b.mapped, 1000000000), 0);
+	CHECK_EQUAL(b.queue.tags[0].result, 4096);
+	close_bench(&b);
+	close_files();
+}
+
+static void a_write_outlives_the_buffer_of_one_that_hangs(void)
+{
+	struct bench b = { 0 };
+	uint32_t length = 8 * PAGE;
+	int slow, hanging;
+
+	make_files();
+	hanging = make_pipe(1);
+	slow = make_pipe(2);
+	open_mirror(&b);
+	memset(pu_queue_buffer(&b.queue, 0), 7, length);
+	CHECK_EQUAL(pu_queue_inject(&b.queue, 0, PU_OP_WRITE, 0, length >> 9), 0);
+	drain(&b, slow, 7, 2 * PAGE);
+	give_up(&b, 1);
+	/* The rest of the slow leg's part comes from where its beginning came from. */
+	drain(&b, slow, 7, length - 2 * PAGE);
+	while (pu_queue_held(&b.queue))
+		turn(&b);
+	CHECK_EQUAL(b.queue.tags[0].result, length);
+	CHECK_EQUAL(pu_layout_leg(&b.layout, 1), PU_LEG_FAILED);
+	CHECK_EQUAL(pu_layout_leg(&b.layout, 2), PU_LEG_SYNCED);
+
+	/* The tag is used again; what the leg takes late is of the request that it held. */
+	memset(pu_queue_buffer(&b.queue, 0), 8, PAGE);
+	CHECK_EQUAL(pu_queue_inject(&b.queue, 0, PU_OP_WRITE, 0, PAGE >> 9), 0);
+	drain(&b, slow, 8, PAGE);
+	while (pu_queue_held(&b.queue))
+		turn(&b);
+	CHECK_EQUAL(busy_slots(&b), 1);
+	drain(&b, hanging, 7, 2 * PAGE); /* no more: nobody went on */
+	while (busy_slots(&b))
+		turn(&b);
+	close(slow);
+	close(hanging);
+	close_bench(&b);
+	close_files();
+}
+
+int main(void)
+{
+	a_failed_leg_is_told_before_the_answer();
+	a_gated_write_waits();
+	a_write_outlives_the_buffer_of_one_that_hangs();
+	return 0;
+}
