@@ -433,6 +433,13 @@ class Layout:
     def leg_state(self, leg: int) -> int:
         """0: in step; 1: being brought in step, written but not read; 2: failed, left alone."""
     def set_leg_state(self, leg: int, state: int) -> None: ...
+    def fail_leg(self, leg: int) -> bool:
+        """Leaves a leg alone from now on, and holds writes until `set_recorded`. False, and nothing
+        is done, for one that has failed, or the last in step, which is never given up."""
+    @property
+    def recorded(self) -> bool:
+        """Whether all legs that have failed are on record; no write is done while not."""
+    def set_recorded(self) -> None: ...
     def leg_errors(self, leg: int) -> int:
         """Requests that failed on it."""
     def replace_file(self, index: int, fd: int, memory: bool, device: bool) -> None:

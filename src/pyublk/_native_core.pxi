@@ -267,6 +267,9 @@ cdef extern from "_core/layout.h" nogil:
     struct pu_leg:
         uint32_t errors
 
+    struct pu_leg_bits:
+        uint16_t unrecorded
+
     struct pu_layout:
         uint64_t size
         pu_file *files
@@ -284,6 +287,9 @@ cdef extern from "_core/layout.h" nogil:
     pu_leg_state pu_layout_leg(const pu_layout *, uint32_t)
     void pu_layout_replace_file(pu_layout *, uint32_t, int, bint, bint)
     void pu_layout_set_leg(pu_layout *, uint32_t, pu_leg_state)
+    bint pu_layout_fail_leg(pu_layout *, uint32_t)
+    pu_leg_bits pu_layout_leg_bits(const pu_layout *)
+    void pu_layout_recorded(pu_layout *)
     uint64_t PU_NO_REGION
     void pu_layout_gate(pu_layout *, uint64_t)
     bint pu_layout_quiet(const pu_layout *, uint64_t)

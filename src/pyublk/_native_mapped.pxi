@@ -91,6 +91,20 @@ cdef class Layout:
         self.check_leg(leg)
         pu_layout_set_leg(&self.layout, leg, <pu_leg_state>state)
 
+    def fail_leg(self, uint32_t leg):
+        """Leaves a leg alone from now on, and holds writes until `recorded`. False, and nothing is
+        done, for one that has failed, or the last in step, which is never given up."""
+        self.check_leg(leg)
+        return pu_layout_fail_leg(&self.layout, leg)
+
+    @property
+    def recorded(self):
+        """Whether all legs that have failed are on record; no write is done while not."""
+        return not pu_layout_leg_bits(&self.layout).unrecorded
+
+    def set_recorded(self):
+        pu_layout_recorded(&self.layout)
+
     def leg_errors(self, uint32_t leg):
         self.check_leg(leg)
         return self.layout.legs[leg].errors

@@ -70,16 +70,26 @@ static inline void close_bench(struct bench *b)
 	free(b->expected);
 }
 
+static bool record_fails;
+
+static inline void record_failures(struct bench *b)
+{
+	struct pu_leg_failure failure;
+
+	while (pu_mapped_next_failure(&b->mapped, &failure)) {
+		pu_layout_fail_leg(&b->layout, failure.leg);
+		if (!record_fails)
+			pu_layout_recorded(&b->layout);
+	}
+	pu_mapped_recorded(&b->mapped);
+}
+
 static inline int32_t request(struct bench *b, uint16_t tag, uint32_t op, uint64_t offset, uint64_t length)
 {
 	CHECK_EQUAL(pu_queue_inject(&b->queue, tag, op, offset >> 9, (uint32_t)(length >> 9)), 0);
 	while (pu_queue_held(&b->queue)) {
-		struct pu_leg_failure failure;
-
 		CHECK(pu_mapped_turn(&b->mapped, 1000000000) >= 0);
-		while (pu_mapped_next_failure(&b->mapped, &failure))
-			pu_layout_set_leg(&b->layout, failure.leg, PU_LEG_FAILED);
-		pu_mapped_recorded(&b->mapped);
+		record_failures(b);
 	}
 	return b->queue.tags[tag].result;
 }

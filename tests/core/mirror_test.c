@@ -25,6 +25,26 @@ static int make_pipe(int leg)
 	return ends[0];
 }
 
+/* The file of a leg, which can only be read. */
+static int read_only(int leg)
+{
+	char path[32];
+	int fd;
+
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", fds[leg]);
+	fd = open(path, O_RDONLY | O_CLOEXEC);
+	CHECK(fd >= 0);
+	return fd;
+}
+
+static void refuse_writes(int leg)
+{
+	int fd = read_only(leg);
+
+	close(fds[leg]);
+	fds[leg] = fd;
+}
+
 static void open_mirror(struct bench *b)
 {
 	CHECK_EQUAL(pu_layout_init(&b->layout, PU_LAYOUT_MIRROR, FILE_BYTES, FILES, 0), 0);
@@ -34,12 +54,8 @@ static void open_mirror(struct bench *b)
 
 static void turn(struct bench *b)
 {
-	struct pu_leg_failure failure;
-
 	CHECK(pu_mapped_turn(&b->mapped, 10000000) >= 0);
-	while (pu_mapped_next_failure(&b->mapped, &failure))
-		pu_layout_set_leg(&b->layout, failure.leg, PU_LEG_FAILED);
-	pu_mapped_recorded(&b->mapped);
+	record_failures(b);
 }
 
 /* What the leg holds has taken too long: it is given up, where the requests can do without. */
@@ -92,6 +108,93 @@ static void a_failed_leg_is_told_before_the_answer(void)
 	CHECK_EQUAL(b.layout.legs[0].errors, 1);
 	CHECK_EQUAL(request(&b, 1, PU_OP_WRITE, 4096, 4096), 4096);
 	CHECK_EQUAL(lseek(fds[0], 0, SEEK_END), 0); /* left alone */
+	close_bench(&b);
+	close_files();
+}
+
+static void the_last_leg_in_step_is_not_given_up(void)
+{
+	struct bench b = { 0 };
+
+	make_files();
+	refuse_writes(0);
+	open_mirror(&b);
+	pu_layout_set_leg(&b.layout, 1, PU_LEG_RESYNC);
+	pu_layout_set_leg(&b.layout, 2, PU_LEG_FAILED);
+	/* The leg that takes the write is not one that may be read. */
+	CHECK_EQUAL(request(&b, 0, PU_OP_WRITE, 0, PAGE), -EBADF);
+	CHECK_EQUAL(pu_layout_leg(&b.layout, 0), PU_LEG_SYNCED);
+	CHECK_EQUAL(pu_layout_leg(&b.layout, 1), PU_LEG_RESYNC);
+	CHECK(!pu_layout_fail_leg(&b.layout, 0));
+	CHECK_EQUAL(request(&b, 0, PU_OP_READ, 0, PAGE), PAGE);
+	close_bench(&b);
+	close_files();
+}
+
+/* Two requests fail on a leg each, before either failure is known. */
+static void two_legs_that_fail_are_not_both_given_up(void)
+{
+	struct bench b = { 0 };
+	int first, second;
+
+	make_files();
+	open_mirror(&b);
+	pu_layout_set_leg(&b.layout, 2, PU_LEG_FAILED);
+	first = read_only(0);
+	second = read_only(1);
+	pu_layout_replace_file(&b.layout, 0, first, false, false);
+	CHECK_EQUAL(pu_queue_inject(&b.queue, 0, PU_OP_WRITE, 0, PAGE >> 9), 0);
+	while (b.mapped.held < 1)
+		CHECK_EQUAL(pu_mapped_turn(&b.mapped, 10000000), 0);
+	pu_layout_replace_file(&b.layout, 0, fds[0], false, false);
+	pu_layout_replace_file(&b.layout, 1, second, false, false);
+	CHECK_EQUAL(pu_queue_inject(&b.queue, 1, PU_OP_WRITE, 0, PAGE >> 9), 0);
+	while (b.mapped.held < 2)
+		CHECK_EQUAL(pu_mapped_turn(&b.mapped, 10000000), 0);
+	turn(&b);
+	CHECK_EQUAL(pu_layout_leg(&b.layout, 0), PU_LEG_FAILED);
+	CHECK_EQUAL(pu_layout_leg(&b.layout, 1), PU_LEG_SYNCED);
+	CHECK_EQUAL(b.queue.tags[0].result, PAGE);
+	CHECK_EQUAL(b.queue.tags[1].result, -EBADF);
+	close(first);
+	close(second);
+	close_bench(&b);
+	close_files();
+}
+
+static void what_no_leg_takes_is_not_done(void)
+{
+	struct bench b = { 0 };
+
+	make_files();
+	open_mirror(&b);
+	for (uint32_t leg = 0; leg < FILES; leg++)
+		pu_layout_set_leg(&b.layout, leg, PU_LEG_FAILED);
+	CHECK_EQUAL(request(&b, 0, PU_OP_WRITE, 0, PAGE), -EIO);
+	CHECK_EQUAL(request(&b, 0, PU_OP_WRITE_ZEROES, 0, PAGE), -EIO);
+	CHECK_EQUAL(request(&b, 0, PU_OP_DISCARD, 0, PAGE), -EIO);
+	CHECK_EQUAL(request(&b, 0, PU_OP_FLUSH, 0, 0), -EIO);
+	CHECK_EQUAL(request(&b, 0, PU_OP_READ, 0, PAGE), -EIO);
+	close_bench(&b);
+	close_files();
+}
+
+static void no_write_is_done_while_a_failure_is_not_on_record(void)
+{
+	struct bench b = { 0 };
+
+	make_files();
+	refuse_writes(0);
+	open_mirror(&b);
+	record_fails = true;
+	CHECK_EQUAL(request(&b, 0, PU_OP_WRITE, 0, PAGE), -EIO);
+	CHECK_EQUAL(pu_layout_leg(&b.layout, 0), PU_LEG_FAILED); /* but not read either */
+	CHECK_EQUAL(request(&b, 1, PU_OP_WRITE, 0, PAGE), -EIO);
+	CHECK_EQUAL(request(&b, 1, PU_OP_FLUSH, 0, 0), -EIO);
+	CHECK_EQUAL(request(&b, 1, PU_OP_READ, 0, PAGE), PAGE);
+	record_fails = false;
+	CHECK_EQUAL(request(&b, 0, PU_OP_WRITE, 0, PAGE), PAGE);
+	CHECK_EQUAL(pu_layout_leg_bits(&b.layout).unrecorded, 0);
 	close_bench(&b);
 	close_files();
 }
@@ -159,6 +262,10 @@ static void a_write_outlives_the_buffer_of_one_that_hangs(void)
 int main(void)
 {
 	a_failed_leg_is_told_before_the_answer();
+	the_last_leg_in_step_is_not_given_up();
+	two_legs_that_fail_are_not_both_given_up();
+	what_no_leg_takes_is_not_done();
+	no_write_is_done_while_a_failure_is_not_on_record();
 	a_gated_write_waits();
 	a_write_outlives_the_buffer_of_one_that_hangs();
 	return 0;

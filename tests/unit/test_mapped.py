@@ -13,6 +13,7 @@ import pytest
 import pyublk
 from pyublk import MappedTarget
 from pyublk.targets import File, Linear, Mirror, Slice, Stripe
+from pyublk.targets.mirror import LegState
 from pyublk.testing import Disk
 
 SIZE = 1 << 20
@@ -310,6 +311,23 @@ def test_the_last_leg_s_errors_are_the_client_s(tmp_path: Path) -> None:
             disk.pread(4096, 0)
         # Nobody is better than the other: both stay.
         assert "synced" in states(mirror)
+
+
+def test_the_last_leg_in_step_is_never_given_up(tmp_path: Path) -> None:
+    mirror = mirror_of(tmp_path)
+    with Disk(mirror) as disk:
+        mirror.leg_failed(0, errno.EIO)  # as two queues tell it
+        mirror.leg_failed(1, errno.EIO)
+        assert states(mirror) == ["failed", "synced"]
+        # Nor for a leg that is being brought in step, where writes end well.
+        mirror.layout.set_leg_state(0, LegState.RESYNC)
+        broken = os.open(tmp_path / "b", os.O_RDONLY)
+        mirror.layout.replace_file(1, broken, False, False)
+        with pytest.raises(OSError, match="WRITE at 0 failed"):
+            disk.pwrite(b"x" * 4096, 0)
+        assert states(mirror) == ["resync", "synced"]
+        assert disk.pread(4096, 0) == bytes(4096)
+        os.close(broken)
 
 
 def test_a_leg_is_replaced_while_the_disk_is_written(tmp_path: Path) -> None:

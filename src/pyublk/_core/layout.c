@@ -28,6 +28,7 @@ int pu_layout_init(struct pu_layout *layout, enum pu_layout_kind kind, uint64_t 
 		while ((size - 1) / layout->region_bytes >= MOST_REGIONS)
 			layout->region_bytes *= 2;
 		regions = (size + layout->region_bytes - 1) / layout->region_bytes;
+		layout->leg_bits.in_step = (uint16_t)((1u << nr_files) - 1);
 	}
 	layout->files = calloc(nr_files, sizeof(*layout->files));
 	layout->extents = calloc(nr_extents + 1u, sizeof(*layout->extents));
@@ -182,14 +183,56 @@ uint64_t pu_part_data(const struct pu_part *part, uint64_t done, uint64_t *conti
 	       beyond % part->chunk;
 }
 
+struct pu_leg_bits pu_layout_leg_bits(const struct pu_layout *layout)
+{
+	struct pu_leg_bits bits;
+
+	__atomic_load(&layout->leg_bits, &bits, __ATOMIC_ACQUIRE);
+	return bits;
+}
+
 enum pu_leg_state pu_layout_leg(const struct pu_layout *layout, uint32_t leg)
 {
-	return (enum pu_leg_state)__atomic_load_n(&layout->legs[leg].state, __ATOMIC_ACQUIRE);
+	struct pu_leg_bits bits = pu_layout_leg_bits(layout);
+
+	if (bits.in_step & 1u << leg)
+		return PU_LEG_SYNCED;
+	return bits.resync & 1u << leg ? PU_LEG_RESYNC : PU_LEG_FAILED;
+}
+
+static uint16_t with(uint16_t bits, uint32_t leg, bool set)
+{
+	return (uint16_t)(set ? bits | 1u << leg : bits & ~(1u << leg));
 }
 
 void pu_layout_set_leg(struct pu_layout *layout, uint32_t leg, enum pu_leg_state state)
 {
-	__atomic_store_n(&layout->legs[leg].state, (uint8_t)state, __ATOMIC_RELEASE);
+	struct pu_leg_bits bits = pu_layout_leg_bits(layout);
+
+	bits.in_step = with(bits.in_step, leg, state == PU_LEG_SYNCED);
+	bits.resync = with(bits.resync, leg, state == PU_LEG_RESYNC);
+	__atomic_store(&layout->leg_bits, &bits, __ATOMIC_RELEASE);
+}
+
+bool pu_layout_fail_leg(struct pu_layout *layout, uint32_t leg)
+{
+	struct pu_leg_bits bits = pu_layout_leg_bits(layout);
+
+	if (pu_layout_leg(layout, leg) == PU_LEG_FAILED || bits.in_step == 1u << leg)
+		return false;
+	bits.in_step = with(bits.in_step, leg, false);
+	bits.resync = with(bits.resync, leg, false);
+	bits.unrecorded = with(bits.unrecorded, leg, true);
+	__atomic_store(&layout->leg_bits, &bits, __ATOMIC_RELEASE);
+	return true;
+}
+
+void pu_layout_recorded(struct pu_layout *layout)
+{
+	struct pu_leg_bits bits = pu_layout_leg_bits(layout);
+
+	bits.unrecorded = 0;
+	__atomic_store(&layout->leg_bits, &bits, __ATOMIC_RELEASE);
 }
 
 void pu_layout_replace_file(struct pu_layout *layout, uint32_t index, int fd, bool memory,

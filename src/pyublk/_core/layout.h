@@ -39,8 +39,15 @@ enum pu_leg_state {
 #define PU_MAX_LEGS 16u
 
 struct pu_leg {
-	uint8_t state;	 /* enum pu_leg_state; written by pu_layout_set_leg, read by every queue */
 	uint32_t errors; /* requests that failed on it */
+};
+
+/* Legs by state, a bit for each; one word, so that nobody sees half of a change. */
+struct pu_leg_bits {
+	_Alignas(8) uint16_t in_step;
+	uint16_t resync; /* those in neither have failed */
+	uint16_t unrecorded; /* have failed, and a restart would not know */
+	uint16_t unused;
 };
 
 #define PU_NO_REGION UINT64_MAX
@@ -60,6 +67,7 @@ struct pu_layout {
 	uint32_t nr_extents;
 	uint64_t chunk;
 	struct pu_leg legs[PU_MAX_LEGS];
+	struct pu_leg_bits leg_bits; /* changed by one thread at a time, read by every queue */
 	struct pu_region *regions;
 	uint64_t region_bytes;
 	uint64_t gate; /* the region that is copied to another leg now: no write begins in it */
@@ -97,8 +105,14 @@ bool pu_layout_part(const struct pu_layout *layout, uint64_t offset, uint64_t le
  * one piece. */
 uint64_t pu_part_data(const struct pu_part *part, uint64_t done, uint64_t *contiguous);
 
+struct pu_leg_bits pu_layout_leg_bits(const struct pu_layout *layout);
 enum pu_leg_state pu_layout_leg(const struct pu_layout *layout, uint32_t leg);
 void pu_layout_set_leg(struct pu_layout *layout, uint32_t leg, enum pu_leg_state state);
+/* Leaves a leg alone from now on. False when it had failed before, or is the last in step, which is
+ * never given up. */
+bool pu_layout_fail_leg(struct pu_layout *layout, uint32_t leg);
+/* Every leg that has failed is on record. */
+void pu_layout_recorded(struct pu_layout *layout);
 /* The queues take it up with their next turn. */
 void pu_layout_replace_file(struct pu_layout *layout, uint32_t index, int fd, bool memory,
 			    bool device);

@@ -499,7 +499,7 @@ static void answer(struct pu_mapped *m, uint16_t tag)
 {
 	struct pu_work *w = &m->works[tag];
 
-	if (w->held)
+	if (w->told)
 		return;
 	if (w->unregistered && w->place == IN_REGISTERED) {
 		m->q->counters.fallbacks++;
@@ -508,13 +508,11 @@ static void answer(struct pu_mapped *m, uint16_t tag)
 		begin(m, tag);
 		return;
 	}
-	if (w->error == -EOPNOTSUPP && w->op == PU_OP_DISCARD)
-		w->error = 0; /* a hint: the bytes stay */
 	if (w->error == -EOPNOTSUPP && w->op == PU_OP_WRITE_ZEROES && !w->by_writing) {
 		m->no_zero_range = true;
 		w->by_writing = true;
 		w->error = 0;
-		w->bad_legs = 0;
+		w->good_legs = w->bad_legs = 0;
 		begin(m, tag);
 		return;
 	}
@@ -565,6 +563,8 @@ static void advance(struct pu_mapped *m, struct pu_slot *slot, int64_t result)
 	struct pu_work *w = &m->works[tag];
 	bool transfer = pu_has_data(w->op) || w->by_writing;
 
+	if (result == -EOPNOTSUPP && w->op == PU_OP_DISCARD)
+		result = 0; /* a hint: the bytes stay */
 	if (result == -EINTR) {
 		pu_slot_operate(m, slot);
 		return;
@@ -678,7 +678,7 @@ static int64_t limited(const struct pu_mapped *m, int64_t timeout_ns)
 
 	if (!limit || !m->q->others || (timeout_ns >= 0 && timeout_ns < limit))
 		return timeout_ns;
-	return limit;
+	return m->look_at_ns ? limit : 0;
 }
 
 int pu_mapped_turn(struct pu_mapped *m, int64_t timeout_ns)

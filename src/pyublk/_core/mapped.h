@@ -39,10 +39,10 @@ struct pu_mapped {
 	uint32_t nr_gated;
 	uint32_t version;	  /* of the layout's files, as registered */
 	bool every_file_mapped;
-	uint32_t held;		  /* requests that wait until a leg's failure is on record */
-	uint32_t failed_legs;	  /* bits: to be put on record */
+	uint32_t held;		  /* requests that wait until legs' failures are on record */
+	uint32_t failed_legs;	  /* bits: to be given up, and put on record */
 	int leg_error[PU_MAX_LEGS];
-	int64_t look_at_ns; /* when to look for legs that hang */
+	int64_t look_at_ns; /* when to look for legs that hang; 0: at once */
 	void *zeroes;
 	uint64_t zeroes_bytes;
 	bool no_zero_range; /* a file system that cannot: zeroes are written */
@@ -63,9 +63,9 @@ int pu_mapped_turn(struct pu_mapped *m, int64_t timeout_ns);
  * begin. 0 or -errno: -EINVAL when they are not as long as the request, or name no file. */
 int pu_mapped_plan(struct pu_mapped *m, uint16_t tag, const struct pu_extent *parts, uint32_t count);
 
-/* The next leg that failed and is not on record; false: none. */
+/* The next leg that failed, to be given up (pu_layout_fail_leg) and put on record; false: none. */
 bool pu_mapped_next_failure(struct pu_mapped *m, struct pu_leg_failure *failure);
-/* All that were told are on record, and out of the layout: answer those who waited. */
+/* That was done, or tried, for all that were told: answers those who waited. */
 void pu_mapped_recorded(struct pu_mapped *m);
 
 #endif

@@ -41,12 +41,12 @@ void pu_mirror_leg_ends(struct pu_mapped *m, uint16_t tag, uint32_t leg, int64_t
 		w->good_legs |= 1u << leg;
 		return;
 	}
-	if (result == -EOPNOTSUPP && !pu_has_data(w->op)) {
-		w->error = -EOPNOTSUPP; /* what a file cannot do at all is no failure of it */
+	if (w->error != -EOPNOTSUPP)
+		w->error = (int)result;
+	/* What a file cannot do at all is no failure of it: zeroes will be written. */
+	if (result == -EOPNOTSUPP && w->op == PU_OP_WRITE_ZEROES && !w->by_writing)
 		return;
-	}
 	w->bad_legs |= 1u << leg;
-	w->error = (int)result;
 	m->leg_error[leg] = (int)-result;
 	__atomic_fetch_add(&m->layout->legs[leg].errors, 1, __ATOMIC_RELAXED);
 	if (w->op == PU_OP_READ && !w->unregistered &&
@@ -54,19 +54,40 @@ void pu_mirror_leg_ends(struct pu_mapped *m, uint16_t tag, uint32_t leg, int64_t
 		pu_mirror_read(m, tag);
 }
 
+/* What one leg in step has, the disk has; but only once it is on record which legs lack it, since a
+ * restart would read those. A read is what it is. */
 void pu_mirror_answer(struct pu_mapped *m, uint16_t tag)
 {
 	struct pu_work *w = &m->works[tag];
+	struct pu_leg_bits bits = pu_layout_leg_bits(m->layout);
+	bool read = w->op == PU_OP_READ;
 
-	/* What one leg has, the disk has; but only once it is known that the other lacks it. */
-	if (w->bad_legs && w->good_legs) {
-		w->error = 0;
-		m->failed_legs |= w->bad_legs;
-		w->held = true;
-		m->held++;
+	if (!(read ? w->good_legs : w->good_legs & bits.in_step)) {
+		pu_work_finish(m, tag, w->error ? w->error : -EIO);
 		return;
 	}
-	pu_work_finish(m, tag, w->error);
+	w->told = w->bad_legs | (read ? 0 : bits.unrecorded);
+	if (!w->told) {
+		pu_work_finish(m, tag, 0);
+		return;
+	}
+	m->failed_legs |= w->told;
+	m->held++;
+}
+
+/* Of one that was held, when the legs that it was held for have been given up, or not: the last in
+ * step stays, and a record may fail to be written. */
+static int result_of(const struct pu_mapped *m, const struct pu_work *w)
+{
+	struct pu_leg_bits bits = pu_layout_leg_bits(m->layout);
+
+	if (w->op == PU_OP_READ)
+		return 0;
+	if (w->told & bits.unrecorded)
+		return -EIO;
+	if (!(w->good_legs & bits.in_step) || w->bad_legs & bits.in_step)
+		return w->error ? w->error : -EIO;
+	return 0;
 }
 
 /* ---- legs that fail or hang ---- */
@@ -88,7 +109,7 @@ static bool dispensable(const struct pu_mapped *m, const struct pu_work *w, uint
 {
 	if (w->op == PU_OP_READ)
 		return pu_layout_readable(m->layout, w->offset, w->bad_legs | 1u << leg) >= 0;
-	return w->good_legs;
+	return w->good_legs & pu_layout_leg_bits(m->layout).in_step;
 }
 
 void pu_mirror_look_for_hanging(struct pu_mapped *m)
@@ -102,15 +123,25 @@ void pu_mirror_look_for_hanging(struct pu_mapped *m)
 		struct pu_slot *slot = &m->slots[i];
 		struct pu_work *w = &m->works[slot->tag];
 
+		uint32_t leg = slot->part.file;
+
 		if (!slot->busy || slot->orphan || now - slot->begun_ns < limit ||
-		    !dispensable(m, w, slot->part.file))
+		    slot->generation != pu_tag_generation(&m->q->tags[slot->tag]) ||
+		    !dispensable(m, w, leg))
 			continue;
+		/* The leg is given up first: one that stays must not write late what was answered. */
+		if (pu_layout_leg(m->layout, leg) != PU_LEG_FAILED) {
+			m->leg_error[leg] = ETIMEDOUT;
+			m->failed_legs |= 1u << leg;
+			m->look_at_ns = 0;
+			continue;
+		}
 		/* The operation keeps its slot, and the memory that it may still read or fill. */
 		if (pu_has_data(w->op) && renew_buffer(m, slot->tag))
 			continue;
 		slot->orphan = true;
 		m->q->others--;
-		pu_work_part_ends(m, slot->tag, slot->part.file, -ETIMEDOUT);
+		pu_work_part_ends(m, slot->tag, leg, -ETIMEDOUT);
 	}
 }
 
@@ -127,10 +158,12 @@ bool pu_mapped_next_failure(struct pu_mapped *m, struct pu_leg_failure *failure)
 void pu_mapped_recorded(struct pu_mapped *m)
 {
 	for (uint32_t tag = 0; m->held && tag < m->q->depth; tag++) {
-		if (!m->works[tag].held)
+		struct pu_work *w = &m->works[tag];
+
+		if (!w->told)
 			continue;
-		m->works[tag].held = false;
 		m->held--;
-		pu_work_finish(m, (uint16_t)tag, 0);
+		pu_work_finish(m, (uint16_t)tag, result_of(m, w));
+		w->told = 0;
 	}
 }

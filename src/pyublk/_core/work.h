@@ -26,10 +26,10 @@ struct pu_work {
 	bool unregistered; /* its memory could not be registered */
 	bool by_writing;  /* zeroes are written */
 	bool queued;	  /* it is in `waiting` */
-	bool held;
 	bool writes_mirror; /* counted in the layout's regions */
 	int error;
 	uint32_t good_legs, bad_legs; /* bits */
+	uint32_t told; /* bits: it is held until these legs' failures are on record */
 	struct pu_extent *plan;
 	uint32_t nr_plan, plan_room;
 };
@@ -85,7 +85,7 @@ bool pu_mirror_next_leg(const struct pu_layout *layout, uint64_t *nth);
 /* Reads from a leg, another one than those that have failed the request. */
 void pu_mirror_read(struct pu_mapped *m, uint16_t tag);
 void pu_mirror_leg_ends(struct pu_mapped *m, uint16_t tag, uint32_t leg, int64_t result);
-/* Every leg has ended: the client is told, or waits until the failures are on record. */
+/* Every leg has ended: the client is told, or waits until failures are on record. */
 void pu_mirror_answer(struct pu_mapped *m, uint16_t tag);
 /* Gives up what legs have held for too long, where the request can do without. */
 void pu_mirror_look_for_hanging(struct pu_mapped *m);

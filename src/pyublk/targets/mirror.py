@@ -33,7 +33,8 @@ class Mirror(MappedTarget):
     A leg on which a request fails, or takes longer than `leg_timeout`, is left alone from then on,
     and the disk lives on with the others; a read is tried on another leg. The failure is on record,
     durably, before the request that noticed it is answered: a leg that missed a write is never read
-    again, also after a restart. When the last leg fails, its errors are the client's.
+    again, also after a restart. The last leg in step is never given up: its errors are
+    the client's.
 
     A leg comes back with `replace`, or with `rebuild` at the next start: all is copied to it while
     the disk is in use. After a stop that was none (a crash, a power cut) legs may differ in what
@@ -156,10 +157,8 @@ class Mirror(MappedTarget):
 
     def leg_failed(self, leg: int, error: int) -> None:
         with self._lock:
-            layout = self.layout
-            if layout.leg_state(leg) == LegState.FAILED:
+            if not self.layout.fail_leg(leg):
                 return
-            layout.set_leg_state(leg, LegState.FAILED)
             self._since[leg] = time.time()
             self._record(active=True)
         self.status_changed()
@@ -241,6 +240,7 @@ class Mirror(MappedTarget):
             os.fsync(directory)
         finally:
             os.close(directory)
+        layout.set_recorded()
 
     # ---- bringing a leg in step ----
 
