@@ -13,7 +13,7 @@ import pytest
 import pyublk
 from pyublk import MappedTarget
 from pyublk.targets import File, Linear, Mirror, Slice, Stripe
-from pyublk.targets.mirror import LegState
+from pyublk.targets.record import LegState
 from pyublk.testing import Disk
 
 SIZE = 1 << 20
@@ -365,15 +365,32 @@ def test_after_a_crash_the_first_leg_is_copied_to_the_others(tmp_path: Path) -> 
     assert (tmp_path / "b").read_bytes()[:4096] == b"\1" * 4096
 
 
-def test_a_mirror_without_a_good_leg_does_not_start(tmp_path: Path) -> None:
-    mirror_of(tmp_path)
-    legs = [{"path": str(tmp_path / name), "state": "failed", "since": 1.0} for name in "ab"]
-    (tmp_path / "a.mirror").write_text(json.dumps({"active": False, "legs": legs}))
-    with pytest.raises(ValueError, match=r"no leg is in step, says .*a\.mirror"):
-        mirror_of(tmp_path).open()
-    (tmp_path / "a.mirror").write_text("nonsense")
-    with pytest.raises(ValueError, match=r"a\.mirror is not a mirror's record"):
-        mirror_of(tmp_path).open()
+@pytest.mark.parametrize(
+    ("record", "options", "words"),
+    [
+        (("failed", "failed"), {}, r"no leg is in step, says .*a\.mirror"),
+        (("synced", "failed"), {"size": 1000}, "the size is 1000 bytes"),
+        ("nonsense", {}, r"a\.mirror is not a mirror's record"),
+        ("[1]", {}, r"a\.mirror is not a mirror's record"),
+        ('{"active": false, "legs": [{"path": "a"}]}', {}, r"a\.mirror is not a mirror's record"),
+    ],
+    ids=["both failed", "bad size", "no JSON", "a list", "no state"],
+)
+def test_a_mirror_that_does_not_start_leaves_the_record_as_it_is(
+    tmp_path: Path, record: str | tuple[str, str], options: dict[str, object], words: str
+) -> None:
+    if not isinstance(record, str):
+        legs = [
+            {"path": str(tmp_path / name), "state": state, "since": 1.0}
+            for name, state in zip("ab", record, strict=True)
+        ]
+        record = json.dumps({"active": True, "legs": legs})
+    place = tmp_path / "a.mirror"
+    place.write_text(record)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=words):
+            mirror_of(tmp_path, state=place, **options).open()
+        assert place.read_text() == record
 
 
 def test_mapped_targets_announce_what_files_can_do(tmp_path: Path) -> None:

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: MIT
 """The same bytes in several files or block devices: the disk outlives all but one of them."""
 
-import json
 import logging
 import mmap
 import os
 import threading
 import time
-from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +13,9 @@ from pyublk._native import Layout
 from pyublk.backing import Backing
 from pyublk.mapped import MappedTarget
 from pyublk.paths import DataPath
+from pyublk.targets.record import LegRecord, LegState, Record
 
 log = logging.getLogger("pyublk.targets.mirror")
-
-
-class LegState(IntEnum):
-    """A leg of a mirror: read and written; written but not yet read; left alone."""
-
-    SYNCED = 0
-    RESYNC = 1
-    FAILED = 2
 
 
 class Mirror(MappedTarget):
@@ -76,18 +67,18 @@ class Mirror(MappedTarget):
         self._progress = 0.0
         self._stopping = threading.Event()
         self._copier: threading.Thread | None = None
+        self._taken_up = False  # the record is ours to write
 
     # ---- looking at it ----
 
     def status(self) -> dict[str, Any]:
         """Each leg's path, state, errors, and since when (seconds since 1970) it is not in step;
         `progress` of a resync from 0 to 1."""
-        layout = self.layout
         legs = [
             {
                 "path": str(path),
-                "state": LegState(layout.leg_state(leg)).name.lower(),
-                "errors": layout.leg_errors(leg),
+                "state": str(self._state(leg)),
+                "errors": self.layout.leg_errors(leg),
                 "since": self._since[leg],
             }
             for leg, path in enumerate(self.files)
@@ -97,7 +88,13 @@ class Mirror(MappedTarget):
     @property
     def degraded(self) -> bool:
         """Whether a leg is not in step."""
-        return any(self.layout.leg_state(leg) for leg in range(len(self.files)))
+        return len(self._legs(LegState.SYNCED)) < len(self.files)
+
+    def _state(self, leg: int) -> LegState:
+        return LegState(self.layout.leg_state(leg))
+
+    def _legs(self, state: LegState) -> list[int]:
+        return [leg for leg in range(len(self.files)) if self._state(leg) == state]
 
     # ---- as a mapped target ----
 
@@ -150,7 +147,8 @@ class Mirror(MappedTarget):
         if self._copier is not None:
             self._copier.join()
             self._copier = None
-        if self._layout is not None and self._state_path is not None:
+        if self._taken_up:
+            self._taken_up = False
             with self._lock:
                 self._record(active=False)
         super().close()
@@ -174,73 +172,44 @@ class Mirror(MappedTarget):
     def _take_up_record(self) -> bool:
         """Puts legs into the state on record; whether one is to be brought in step."""
         assert self._state_path is not None
-        record = self._read_record()
-        layout = self.layout
+        record = Record.read(self._state_path)
         states = [LegState.SYNCED] * len(self.files)
-        known = {leg["path"]: leg for leg in record.get("legs", [])}
+        known = {leg.path: leg for leg in record.legs}
         for leg, path in enumerate(self.files):
-            before = known.get(str(path.absolute()))
+            before = known.get(str(path))
             if before is None and known:
                 states[leg] = LegState.RESYNC  # new here
-            elif before is not None and before["state"] != "synced":
-                self._since[leg] = before["since"]
-                again = self._rebuild or before["state"] == "resync"
+            elif before is not None and before.state != LegState.SYNCED:
+                self._since[leg] = before.since
+                again = self._rebuild or before.state == LegState.RESYNC
                 states[leg] = LegState.RESYNC if again else LegState.FAILED
         if LegState.SYNCED not in states:
             raise ValueError(
                 f"no leg is in step, says {self._state_path}: name one that is, or remove that "
                 "file if you know that all are the same"
             )
-        if record.get("active"):
+        if record.active:
             first = states.index(LegState.SYNCED)
             log.warning("the mirror was not stopped: copying %s to the others", self.files[first])
             for leg, state in enumerate(states):
                 if leg != first and state == LegState.SYNCED:
                     states[leg] = LegState.RESYNC
         for leg, state in enumerate(states):
-            layout.set_leg_state(leg, state)
-        if not self.read_only:
-            self._record(active=True)
+            self.layout.set_leg_state(leg, state)
+        self._record(active=True)
+        self._taken_up = True
         return LegState.RESYNC in states and not self.read_only
 
-    def _read_record(self) -> dict[str, Any]:
-        assert self._state_path is not None
-        try:
-            record = json.loads(self._state_path.read_text())
-        except FileNotFoundError:
-            return {}
-        except ValueError:
-            raise ValueError(f"{self._state_path} is not a mirror's record") from None
-        if not isinstance(record, dict):
-            raise ValueError(f"{self._state_path} is not a mirror's record")
-        return record
-
     def _record(self, *, active: bool) -> None:
-        """Writes the record durably, whole or not at all."""
-        if self.read_only:
-            return
-        assert self._state_path is not None
-        layout = self.layout
-        legs = [
-            {
-                "path": str(path.absolute()),
-                "state": LegState(layout.leg_state(leg)).name.lower(),
-                "since": self._since[leg],
-            }
-            for leg, path in enumerate(self.files)
-        ]
-        fresh = self._state_path.with_name(self._state_path.name + ".new")
-        with open(fresh, "w") as file:
-            json.dump({"active": active, "legs": legs}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, self._state_path)
-        directory = os.open(self._state_path.absolute().parent, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-        layout.set_recorded()
+        """Puts the state of every leg on record."""
+        if not self.read_only:
+            assert self._state_path is not None
+            legs = [
+                LegRecord(str(path), self._state(leg), self._since[leg])
+                for leg, path in enumerate(self.files)
+            ]
+            Record(active, legs).write(self._state_path)
+        self.layout.set_recorded()
 
     # ---- bringing a leg in step ----
 
@@ -301,10 +270,6 @@ class Mirror(MappedTarget):
                 log.error("bringing a mirror in step failed: %s", error)
                 for leg in legs:
                     self.leg_failed(leg, error.errno or 5)
-
-    def _legs(self, state: LegState) -> list[int]:
-        layout = self.layout
-        return [leg for leg in range(len(self.files)) if layout.leg_state(leg) == state]
 
     def _copy_everything(self, legs: list[int]) -> bool:
         """False when the mirror is stopped before it is done."""
