@@ -330,6 +330,35 @@ def test_the_last_leg_in_step_is_never_given_up(tmp_path: Path) -> None:
         os.close(broken)
 
 
+def test_nothing_is_written_while_a_failure_is_not_on_record(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    mirror = mirror_of(tmp_path, state=folder / "state")
+    broken = -1
+    with Disk(mirror) as disk:
+        broken = os.open(tmp_path / "a", os.O_RDONLY)
+        mirror.layout.replace_file(0, broken, False, False)
+        folder.rename(tmp_path / "away")
+        for _ in range(2):
+            with pytest.raises(OSError, match="WRITE at 0 failed") as failure:
+                disk.pwrite(b"x" * 4096, 0)
+            assert failure.value.errno == errno.EIO
+        with pytest.raises(OSError, match="FLUSH at 0 failed"):
+            disk.flush()
+        assert len(disk.pread(SIZE * 4, 0)) == SIZE * 4
+        assert states(mirror) == ["failed", "synced"]
+        (tmp_path / "away").rename(folder)
+        disk.pwrite(b"y" * 4096, 0)
+        legs = json.loads((folder / "state").read_text())["legs"]
+        assert [leg["state"] for leg in legs] == ["failed", "synced"]
+        folder.rename(tmp_path / "away")  # the close does without
+    os.close(broken)
+    assert not mirror.backing
+    assert caplog.text.count("cannot write the record") == 2
+
+
 def test_a_leg_is_replaced_while_the_disk_is_written(tmp_path: Path) -> None:
     mirror = mirror_of(tmp_path)
     spare = make(tmp_path, "spare", SIZE * 4)

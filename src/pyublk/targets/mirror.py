@@ -35,7 +35,8 @@ class Mirror(MappedTarget):
         files: the legs, regular files or block devices; the smallest says how large the disk is.
         size: bytes of the disk, at most that.
         state: the file with the record; by default beside the first leg, with the suffix
-            ".mirror". Needed when the first leg is a block device.
+            ".mirror". Needed when the first leg is a block device. It should lie on another disk
+            than the legs: while a failure cannot be put on record, nothing can be written.
         leg_timeout: seconds; 0 waits for ever, and allows zero copy.
         rebuild: bring failed legs back in step.
         direct, read_only, block_size: as for `File`.
@@ -68,6 +69,7 @@ class Mirror(MappedTarget):
         self._stopping = threading.Event()
         self._copier: threading.Thread | None = None
         self._taken_up = False  # the record is ours to write
+        self._record_fails = False  # and could not be written
 
     # ---- looking at it ----
 
@@ -150,22 +152,24 @@ class Mirror(MappedTarget):
         if self._taken_up:
             self._taken_up = False
             with self._lock:
-                self._record(active=False)
+                self._try_to_record(active=False)
         super().close()
 
     def leg_failed(self, leg: int, error: int) -> None:
         with self._lock:
-            if not self.layout.fail_leg(leg):
-                return
-            self._since[leg] = time.time()
-            self._record(active=True)
-        self.status_changed()
-        log.error(
-            "leg %d (%s) failed: %s; the disk goes on without it",
-            leg,
-            self.files[leg],
-            os.strerror(error),
-        )
+            fails_now = self.layout.fail_leg(leg)
+            if fails_now:
+                self._since[leg] = time.time()
+            if not self.layout.recorded:
+                self._try_to_record()
+        if fails_now:
+            log.error(
+                "leg %d (%s) failed: %s; the disk goes on without it",
+                leg,
+                self.files[leg],
+                os.strerror(error),
+            )
+            self.status_changed()
 
     # ---- the record ----
 
@@ -196,12 +200,12 @@ class Mirror(MappedTarget):
                     states[leg] = LegState.RESYNC
         for leg, state in enumerate(states):
             self.layout.set_leg_state(leg, state)
-        self._record(active=True)
+        self._record()
         self._taken_up = True
         return LegState.RESYNC in states and not self.read_only
 
-    def _record(self, *, active: bool) -> None:
-        """Puts the state of every leg on record."""
+    def _record(self, *, active: bool = True) -> None:
+        """Puts the state of every leg on record, with the lock held. Raises OSError."""
         if not self.read_only:
             assert self._state_path is not None
             legs = [
@@ -210,6 +214,22 @@ class Mirror(MappedTarget):
             ]
             Record(active, legs).write(self._state_path)
         self.layout.set_recorded()
+
+    def _try_to_record(self, *, active: bool = True) -> None:
+        """While a leg that failed is not on record, the queues fail every write, and each asks for
+        another try."""
+        try:
+            self._record(active=active)
+        except OSError as error:
+            if not self._record_fails:
+                log.error(
+                    "cannot write the record of legs that failed: %s; while a leg that failed is "
+                    "not on it, nothing can be written to the disk",
+                    error,
+                )
+            self._record_fails = True
+        else:
+            self._record_fails = False
 
     # ---- bringing a leg in step ----
 
@@ -229,7 +249,7 @@ class Mirror(MappedTarget):
             if path is not None:
                 self._put_in_place(leg, Path(path))
             layout.set_leg_state(leg, LegState.RESYNC)
-            self._record(active=True)
+            self._try_to_record()
         self._progress = 0.0
         self.status_changed()
         self.wake_queues()
@@ -296,7 +316,7 @@ class Mirror(MappedTarget):
                 if layout.leg_state(leg) == LegState.RESYNC:
                     layout.set_leg_state(leg, LegState.SYNCED)
                     self._since[leg] = None
-            self._record(active=True)
+            self._try_to_record()
         self.status_changed()
         log.info("the mirror is in step again")
         return True
