@@ -5,6 +5,7 @@ import json
 import os
 import random
 import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 import pyublk
 from pyublk import MappedTarget
-from pyublk.targets import File, Linear, Mirror, Slice, Stripe
+from pyublk.targets import File, Linear, Mirror, Slice, Stripe, copying
 from pyublk.targets.record import LegState
 from pyublk.testing import Disk
 
@@ -377,6 +378,122 @@ def test_a_leg_is_replaced_while_the_disk_is_written(tmp_path: Path) -> None:
         assert states(mirror) == ["synced", "synced"]
     assert spare.read_bytes() == (tmp_path / "b").read_bytes()
     assert json.loads((tmp_path / "a.mirror").read_text())["legs"][0]["path"] == str(spare)
+
+
+def tell_copies(monkeypatch: pytest.MonkeyPatch, told: Callable[[bool, Path, int], None]) -> None:
+    """Before a mirror's copier reads or writes: `told(is a write, path, offset)`."""
+    real = copying._transfer
+
+    def transfer(call: object, fd: int, memory: memoryview, offset: int) -> None:
+        told(call is os.pwritev, Path(f"/proc/self/fd/{fd}").readlink(), offset)
+        real(call, fd, memory, offset)
+
+    monkeypatch.setattr(copying, "_transfer", transfer)
+
+
+def test_a_leg_that_is_replaced_while_it_is_copied_to_is_copied_to_from_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached, go_on = threading.Event(), threading.Event()
+
+    def told(write: bool, path: Path, offset: int) -> None:
+        if write and offset == 2 * SIZE:
+            reached.set()
+            assert go_on.wait(30)
+
+    tell_copies(monkeypatch, told)
+    mirror = mirror_of(tmp_path)
+    spare = make(tmp_path, "spare", SIZE * 4)
+    with Disk(mirror) as disk:
+        disk.pwrite(os.urandom(SIZE * 4), 0)
+        mirror.leg_failed(1, errno.EIO)
+        mirror.replace(1)
+        assert reached.wait(30)
+        mirror.leg_failed(1, errno.EIO)
+        mirror.replace(1, spare)
+        go_on.set()
+        assert mirror.wait_in_step(30)
+        assert states(mirror) == ["synced", "synced"]
+    assert spare.read_bytes() == (tmp_path / "a").read_bytes()
+
+
+def test_a_leg_that_hangs_while_it_is_copied_to_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached, go_on = threading.Event(), threading.Event()
+
+    def told(write: bool, path: Path, offset: int) -> None:
+        if write:
+            reached.set()
+            assert go_on.wait(60)
+
+    tell_copies(monkeypatch, told)
+    mirror = mirror_of(tmp_path, leg_timeout=0.3)
+    try:
+        with Disk(mirror) as disk:
+            mirror.leg_failed(1, errno.EIO)
+            mirror.replace(1)
+            assert reached.wait(30)
+            disk.pwrite(b"x" * 4096, 0)  # to the region that was being copied
+            assert mirror.wait_in_step(30) is False
+            assert states(mirror) == ["synced", "failed"]
+    finally:
+        go_on.set()
+
+
+def test_a_stop_does_not_wait_for_a_leg_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached, go_on = threading.Event(), threading.Event()
+
+    def told(write: bool, path: Path, offset: int) -> None:
+        if write:
+            reached.set()
+            assert go_on.wait(60)
+
+    tell_copies(monkeypatch, told)
+    monkeypatch.setattr("pyublk.targets.mirror.STOP_SECONDS", 0.2)
+    mirror = mirror_of(tmp_path, leg_timeout=0)
+    try:
+        with Disk(mirror):
+            mirror.leg_failed(1, errno.EIO)
+            mirror.replace(1)
+            assert reached.wait(30)
+        assert record(tmp_path) == ["synced", "failed"]
+    finally:
+        go_on.set()
+
+
+def test_a_leg_that_cannot_be_read_does_not_fail_those_it_is_copied_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    unreadable = {tmp_path / "a"}
+
+    def told(write: bool, path: Path, offset: int) -> None:
+        if not write and path in unreadable and offset == SIZE:
+            if path.name == "b":
+                unreadable.discard(path)  # when it is tried again, it can be
+            raise OSError(errno.EIO, "unreadable")
+
+    tell_copies(monkeypatch, told)
+    monkeypatch.setattr("pyublk.targets.mirror.RETRY_SECONDS", 0.01)
+    mirror_of(tmp_path)
+    third = make(tmp_path, "c", SIZE * 4)
+    mirror = Mirror(tmp_path / "a", tmp_path / "b", third)
+    with Disk(mirror) as disk:
+        disk.pwrite(os.urandom(SIZE * 4), 0)
+        mirror.leg_failed(2, errno.EIO)
+        mirror.replace(2)
+        mirror.wait_in_step(30)
+        assert states(mirror) == ["failed", "synced", "synced"]
+        # The last in step is tried again.
+        mirror.leg_failed(2, errno.EIO)
+        unreadable.add(tmp_path / "b")
+        mirror.replace(2)
+        mirror.wait_in_step(30)
+        assert states(mirror) == ["failed", "synced", "synced"]
+        assert f"({tmp_path / 'b'}) cannot be read" in caplog.text
+    assert third.read_bytes() == (tmp_path / "b").read_bytes()
 
 
 def test_after_a_crash_the_first_leg_is_copied_to_the_others(tmp_path: Path) -> None:

@@ -1,21 +1,34 @@
 # SPDX-License-Identifier: MIT
 """The same bytes in several files or block devices: the disk outlives all but one of them."""
 
+import errno
 import logging
+import math
 import mmap
 import os
 import threading
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pyublk._native import Layout
-from pyublk.backing import Backing
 from pyublk.mapped import MappedTarget
 from pyublk.paths import DataPath
+from pyublk.targets.copying import PIECE, Job, Step, copy_steps, sync_steps
 from pyublk.targets.record import LegRecord, LegState, Record
 
 log = logging.getLogger("pyublk.targets.mirror")
+
+#: How long a stop waits for a leg, at most.
+STOP_SECONDS = 5.0
+#: After what time a copy that could not go on is tried again.
+RETRY_SECONDS = 30.0
+
+
+class _Stopped(Exception):
+    """The mirror is being closed: its copier ends."""
 
 
 class Mirror(MappedTarget):
@@ -65,9 +78,12 @@ class Mirror(MappedTarget):
         self._rebuild = rebuild
         self._lock = threading.Lock()  # the record, and changes of legs
         self._since: list[float | None] = [None] * len(files)
+        self._resyncs = [0] * len(files)  # how often each leg began to be brought in step
         self._progress = 0.0
         self._stopping = threading.Event()
         self._copier: threading.Thread | None = None
+        self._copying = False  # the copier will look for legs again
+        self._jobs: list[Job] = []  # that were given up
         self._taken_up = False  # the record is ours to write
         self._record_fails = False  # and could not be written
 
@@ -137,9 +153,10 @@ class Mirror(MappedTarget):
                     )
                 self._state_path = self.files[0].with_name(self.files[0].name + ".mirror")
             self._state_path = self._state_path.absolute()
-            self._stopping.clear()
+            self._stopping = threading.Event()
             if self._take_up_record():
-                self._begin_resync()
+                with self._lock:
+                    self._begin_resync()
         except BaseException:
             self.close()
             raise
@@ -147,8 +164,9 @@ class Mirror(MappedTarget):
     def close(self) -> None:
         self._stopping.set()
         if self._copier is not None:
-            self._copier.join()
+            self._copier.join(2 * STOP_SECONDS)
             self._copier = None
+            self._copying = False
         if self._taken_up:
             self._taken_up = False
             with self._lock:
@@ -249,11 +267,11 @@ class Mirror(MappedTarget):
             if path is not None:
                 self._put_in_place(leg, Path(path))
             layout.set_leg_state(leg, LegState.RESYNC)
+            self._resyncs[leg] += 1
             self._try_to_record()
-        self._progress = 0.0
+            self._begin_resync()
         self.status_changed()
         self.wake_queues()
-        self._begin_resync()
 
     def _put_in_place(self, leg: int, path: Path) -> None:
         backing = self.open_file(path)
@@ -276,50 +294,56 @@ class Mirror(MappedTarget):
         return not self.degraded
 
     def _begin_resync(self) -> None:
-        if self._copier is not None and self._copier.is_alive():
-            return  # it looks again before it ends
-        self._copier = threading.Thread(target=self._resync, name="mirror-resync", daemon=True)
-        self._copier.start()
+        """With the lock held, as the copier decides with it to end."""
+        if not self._copying:
+            self._copying = True
+            self._copier = threading.Thread(target=self._resync, name="mirror-resync", daemon=True)
+            self._copier.start()
 
     def _resync(self) -> None:
-        while legs := self._legs(LegState.RESYNC):
+        while legs := self._legs_to_copy():
             try:
-                if not self._copy_everything(legs):
+                self._copy_everything(legs)
+            except _Stopped:
+                return
+            except Exception:  # no descriptors, memory or threads
+                log.exception("bringing the mirror in step: it is tried again")
+                if self._stopping.wait(RETRY_SECONDS):
                     return
-            except OSError as error:
-                log.error("bringing a mirror in step failed: %s", error)
-                for leg in legs:
-                    self.leg_failed(leg, error.errno or 5)
 
-    def _copy_everything(self, legs: list[int]) -> bool:
-        """False when the mirror is stopped before it is done."""
-        layout = self.layout
-        step = layout.region_bytes
-        regions = -(-layout.size // step)
-        for region in range(regions):
-            if self._stopping.is_set():
-                return False
-            layout.gate(region)
-            try:
-                while not layout.quiet(region):
-                    if self._stopping.wait(0.001):
-                        return False
-                self._copy(region * step, min(step, layout.size - region * step), legs)
-            finally:
-                layout.gate(None)
-                self.wake_queues()
-            self._tell_progress((region + 1) / regions)
-        for leg in legs:
-            os.fsync(self.backing[leg].fd)
+    def _pause(self, seconds: float) -> None:
+        if self._stopping.wait(seconds):
+            raise _Stopped
+
+    def _legs_to_copy(self) -> dict[int, int]:
+        """Legs to bring in step, and which of their resyncs that is."""
         with self._lock:
-            for leg in legs:
-                if layout.leg_state(leg) == LegState.RESYNC:
-                    layout.set_leg_state(leg, LegState.SYNCED)
-                    self._since[leg] = None
+            legs = {leg: self._resyncs[leg] for leg in self._legs(LegState.RESYNC)}
+            self._copying = bool(legs)
+            return legs
+
+    def _still(self, legs: dict[int, int]) -> list[int]:
+        """Those that did not fail since; one that was replaced again needs everything again."""
+        return [leg for leg in self._legs(LegState.RESYNC) if legs.get(leg) == self._resyncs[leg]]
+
+    def _copy_everything(self, legs: dict[int, int]) -> None:
+        layout = self.layout
+        regions = -(-layout.size // layout.region_bytes)
+        self._progress = 0.0
+        for region in range(regions):
+            if not self._until_done(legs, partial(self._copy, region)):
+                return
+            self._tell_progress((region + 1) / regions)
+        if not self._until_done(legs, self._sync):
+            return
+        with self._lock:
+            for leg in self._still(legs):
+                layout.set_leg_state(leg, LegState.SYNCED)
+                self._since[leg] = None
             self._try_to_record()
         self.status_changed()
-        log.info("the mirror is in step again")
-        return True
+        if not self.degraded:
+            log.info("the mirror is in step again")
 
     def _tell_progress(self, progress: float) -> None:
         hundredth = int(progress * 100) > int(self._progress * 100)
@@ -327,18 +351,77 @@ class Mirror(MappedTarget):
         if hundredth:
             self.status_changed()
 
-    def _copy(self, offset: int, length: int, legs: list[int]) -> None:
-        source = self.backing[self._legs(LegState.SYNCED)[0]]
-        memory = memoryview(mmap.mmap(-1, length))  # page-aligned, as direct I/O wants it
-        _transfer(os.preadv, source, memory, offset)
-        for leg in legs:
-            if self.layout.leg_state(leg) == LegState.RESYNC:
-                _transfer(os.pwritev, self.backing[leg], memory, offset)
+    def _until_done(
+        self, legs: dict[int, int], work: Callable[[list[int]], tuple[int, int]]
+    ) -> bool:
+        """Does it with those that are left of `legs`, and again without those that fail in it;
+        whether any is left."""
+        while left := self._still(legs):
+            self._pause(0)
+            leg, error = work(left)
+            if not error:
+                return True
+            if leg not in legs or leg in self._still(legs):
+                self.leg_failed(leg, error)
+            if self._state(leg) == LegState.SYNCED:  # the last one, which all others wait for
+                log.error(
+                    "leg %d (%s) cannot be read: %s; as it is the last in step, no other can be "
+                    "brought in step until it can",
+                    leg,
+                    self.files[leg],
+                    os.strerror(error),
+                )
+                self._pause(RETRY_SECONDS)
+                while self._hangs(leg):
+                    self._pause(RETRY_SECONDS)
+        return False
 
+    def _copy(self, region: int, legs: list[int]) -> tuple[int, int]:
+        layout = self.layout
+        offset = region * layout.region_bytes
+        length = min(layout.region_bytes, layout.size - offset)
+        memory = memoryview(mmap.mmap(-1, min(length, PIECE)))  # page-aligned, for direct I/O
+        layout.gate(region)
+        try:
+            while not layout.quiet(region):
+                self._pause(0.001)
+            source = self._legs(LegState.SYNCED)[0]
+            fds = self._duplicates([source, *legs])
+            return self._run(copy_steps(fds, source, legs, memory, offset, length), fds)
+        finally:
+            layout.gate(None)
+            self.wake_queues()
 
-def _transfer(call: Any, backing: Backing, memory: memoryview, offset: int) -> None:
-    while memory:
-        done = call(backing.fd, [memory], offset)
-        if not done:
-            raise OSError(5, f"{backing.path} ends at {offset}")
-        memory, offset = memory[done:], offset + done
+    def _sync(self, legs: list[int]) -> tuple[int, int]:
+        fds = self._duplicates(legs)
+        return self._run(sync_steps(fds), fds)
+
+    def _duplicates(self, legs: list[int]) -> dict[int, int]:
+        fds: dict[int, int] = {}
+        try:
+            with self._lock:
+                for leg in legs:
+                    fds[leg] = os.dup(self.backing[leg].fd)
+        except BaseException:
+            for fd in fds.values():
+                os.close(fd)
+            raise
+        return fds
+
+    def _run(self, steps: Iterator[Step], fds: dict[int, int]) -> tuple[int, int]:
+        """Which leg failed, and its errno; 0: none. A leg that takes too long is left alone, with
+        the job that waits for it."""
+        job = Job(steps, list(fds.values()))
+        job.start()
+        while job.is_alive():
+            job.join(0.1)
+            limit = self._leg_timeout or math.inf
+            if job.give_up(min(limit, STOP_SECONDS) if self._stopping.is_set() else limit):
+                self._jobs.append(job)
+                return job.leg, errno.ETIMEDOUT
+        return job.leg, job.error
+
+    def _hangs(self, leg: int) -> bool:
+        """Whether a job that was given up still waits for the leg."""
+        self._jobs = [job for job in self._jobs if job.is_alive()]
+        return any(job.leg == leg for job in self._jobs)
