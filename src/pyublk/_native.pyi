@@ -442,6 +442,8 @@ class Layout:
     def set_recorded(self) -> None: ...
     def leg_errors(self, leg: int) -> int:
         """Requests that failed on it."""
+    def leg_orphans(self, leg: int) -> int:
+        """Operations that a leg still holds, though nobody waits for them any more."""
     def replace_file(self, index: int, fd: int, memory: bool, device: bool) -> None:
         """Puts another file in a place; queues see it with their next turn, so wake them."""
     @property

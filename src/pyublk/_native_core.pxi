@@ -266,6 +266,7 @@ cdef extern from "_core/layout.h" nogil:
 
     struct pu_leg:
         uint32_t errors
+        uint32_t orphans
 
     struct pu_leg_bits:
         uint16_t unrecorded

@@ -109,6 +109,11 @@ cdef class Layout:
         self.check_leg(leg)
         return self.layout.legs[leg].errors
 
+    def leg_orphans(self, uint32_t leg):
+        """Operations that a leg still holds, though nobody waits for them any more."""
+        self.check_leg(leg)
+        return self.layout.legs[leg].orphans
+
     cdef int check_leg(self, uint32_t leg) except -1:
         if leg >= self.layout.nr_files:
             raise ValueError(f"there is no leg {leg}")

@@ -250,9 +250,11 @@ static void a_write_outlives_the_buffer_of_one_that_hangs(void)
 	while (pu_queue_held(&b.queue))
 		turn(&b);
 	CHECK_EQUAL(busy_slots(&b), 1);
+	CHECK_EQUAL(b.layout.legs[1].orphans, 1);
 	drain(&b, hanging, 7, 2 * PAGE); /* no more: nobody went on */
-	while (busy_slots(&b))
+	while (b.layout.legs[1].orphans)
 		turn(&b);
+	CHECK_EQUAL(busy_slots(&b), 0);
 	close(slow);
 	close(hanging);
 	close_bench(&b);

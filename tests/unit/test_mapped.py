@@ -1,6 +1,7 @@
 """Mapped targets without a kernel's disk: the ring's I/O is real, on this machine's files."""
 
 import errno
+import fcntl
 import json
 import os
 import random
@@ -437,8 +438,56 @@ def test_a_leg_that_hangs_while_it_is_copied_to_has_failed(
             disk.pwrite(b"x" * 4096, 0)  # to the region that was being copied
             assert mirror.wait_in_step(30) is False
             assert states(mirror) == ["synced", "failed"]
+            with pytest.raises(ValueError, match="b still holds requests"):
+                mirror.replace(1)
+            go_on.set()
+            for job in mirror._jobs:
+                job.join(30)
+            mirror.replace(1)
+            assert mirror.wait_in_step(30)
     finally:
         go_on.set()
+
+
+def test_a_leg_that_may_write_late_is_not_taken_back(tmp_path: Path) -> None:
+    mirror = mirror_of(tmp_path, leg_timeout=0.2)
+    spare = make(tmp_path, "spare", SIZE * 4)
+    output, hanging = os.pipe()
+    fcntl.fcntl(hanging, fcntl.F_SETPIPE_SZ, 4096)
+    with Disk(mirror) as disk:
+        mirror.layout.replace_file(1, hanging, False, False)
+        disk.pwrite(b"x" * 65536, 0)
+        assert states(mirror) == ["synced", "failed"]
+        for again in (None, tmp_path / "b"):
+            with pytest.raises(ValueError, match="b still holds requests"):
+                mirror.replace(1, again)
+        mirror.replace(1, spare)
+        assert mirror.wait_in_step(30)
+        mirror.leg_failed(1, errno.EIO)
+        with pytest.raises(ValueError, match="b still holds requests"):
+            mirror.replace(1, tmp_path / "b")
+        while mirror.layout.leg_orphans(1):
+            os.read(output, 4096)
+            disk.pread(4096, 0)
+        mirror.replace(1, tmp_path / "b")
+        assert mirror.wait_in_step(30)
+    os.close(output)
+    os.close(hanging)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_the_record_names_files_whatever_directory_they_were_named_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path, "spare", SIZE * 4)
+    monkeypatch.chdir(tmp_path)
+    mirror = mirror_of(tmp_path)
+    with Disk(mirror):
+        mirror.leg_failed(1, errno.EIO)
+        mirror.replace(1, Path("spare"))
+        assert mirror.wait_in_step(30)
+    legs = json.loads((tmp_path / "a.mirror").read_text())["legs"]
+    assert legs[1]["path"] == str(tmp_path / "spare")
 
 
 def test_a_stop_does_not_wait_for_a_leg_that_hangs(

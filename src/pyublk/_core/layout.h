@@ -39,7 +39,8 @@ enum pu_leg_state {
 #define PU_MAX_LEGS 16u
 
 struct pu_leg {
-	uint32_t errors; /* requests that failed on it */
+	uint32_t errors;  /* requests that failed on it */
+	uint32_t orphans; /* operations that it still holds, though nobody waits for them */
 };
 
 /* Legs by state, a bit for each; one word, so that nobody sees half of a change. */

@@ -598,13 +598,15 @@ static void complete(void *context, uint64_t user_data, int32_t result)
 	if (user_data >> PU_KIND_SHIFT == KIND_PART) {
 		struct pu_slot *slot = &m->slots[number];
 
-		if (slot->orphan || slot->generation != pu_tag_generation(&m->q->tags[slot->tag])) {
-			if (!slot->orphan)
-				m->q->others--;
-			pu_slot_free(m, slot);
+		if (slot->orphan) {
+			pu_mirror_orphan_ends(m, slot);
 			return;
 		}
 		m->q->others--;
+		if (slot->generation != pu_tag_generation(&m->q->tags[slot->tag])) {
+			pu_slot_free(m, slot);
+			return;
+		}
 		/* Transient, says the kernel: resources were short. */
 		advance(m, slot, result == -EAGAIN ? -EINTR : result);
 		return;

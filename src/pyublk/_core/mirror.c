@@ -140,9 +140,16 @@ void pu_mirror_look_for_hanging(struct pu_mapped *m)
 		if (pu_has_data(w->op) && renew_buffer(m, slot->tag))
 			continue;
 		slot->orphan = true;
+		__atomic_fetch_add(&m->layout->legs[leg].orphans, 1, __ATOMIC_RELAXED);
 		m->q->others--;
 		pu_work_part_ends(m, slot->tag, leg, -ETIMEDOUT);
 	}
+}
+
+void pu_mirror_orphan_ends(struct pu_mapped *m, struct pu_slot *slot)
+{
+	__atomic_fetch_sub(&m->layout->legs[slot->part.file].orphans, 1, __ATOMIC_RELEASE);
+	pu_slot_free(m, slot);
 }
 
 bool pu_mapped_next_failure(struct pu_mapped *m, struct pu_leg_failure *failure)

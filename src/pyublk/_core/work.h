@@ -89,5 +89,7 @@ void pu_mirror_leg_ends(struct pu_mapped *m, uint16_t tag, uint32_t leg, int64_t
 void pu_mirror_answer(struct pu_mapped *m, uint16_t tag);
 /* Gives up what legs have held for too long, where the request can do without. */
 void pu_mirror_look_for_hanging(struct pu_mapped *m);
+/* One of these has ended after all. */
+void pu_mirror_orphan_ends(struct pu_mapped *m, struct pu_slot *slot);
 
 #endif

@@ -6,9 +6,11 @@ import logging
 import math
 import mmap
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,7 @@ class Mirror(MappedTarget):
         self._copier: threading.Thread | None = None
         self._copying = False  # the copier will look for legs again
         self._jobs: list[Job] = []  # that were given up
+        self._failed: dict[tuple[int, ...], int] = {}  # files that failed, and as which leg
         self._taken_up = False  # the record is ours to write
         self._record_fails = False  # and could not be written
 
@@ -256,16 +259,18 @@ class Mirror(MappedTarget):
 
         Returns at once; `status` tells how far it is, `wait_in_step` waits.
 
-        Raises ValueError for a leg that has not failed, or a file that is too small.
+        Raises ValueError for a leg that has not failed, a file that is too small, or one that may
+        still write late what it was asked before it failed.
         """
         with self._lock:
             layout = self.layout
             if not 0 <= leg < len(self.files):
                 raise ValueError(f"there is no leg {leg}, only 0 to {len(self.files) - 1}")
-            if layout.leg_state(leg) != LegState.FAILED:
+            if self._state(leg) != LegState.FAILED:
                 raise ValueError(f"leg {leg} ({self.files[leg]}) has not failed")
+            self._refuse_late_writers(leg, path)
             if path is not None:
-                self._put_in_place(leg, Path(path))
+                self._put_in_place(leg, Path(path).absolute())
             layout.set_leg_state(leg, LegState.RESYNC)
             self._resyncs[leg] += 1
             self._try_to_record()
@@ -273,17 +278,30 @@ class Mirror(MappedTarget):
         self.status_changed()
         self.wake_queues()
 
+    def _refuse_late_writers(self, leg: int, path: Path | None) -> None:
+        """What a file writes late would undo what is copied to it."""
+        failed = _identity(os.fstat(self.backing[leg].fd))
+        self._failed[failed] = leg
+        before = self._failed.get(failed if path is None else _identity(os.stat(path)))
+        if before is not None and (self.layout.leg_orphans(before) or self._hangs(before)):
+            raise ValueError(
+                f"{path or self.files[leg]} still holds requests that it did not answer in time: replace leg {leg} "
+                "when it has answered them, or by another file"
+            )
+
     def _put_in_place(self, leg: int, path: Path) -> None:
-        backing = self.open_file(path)
+        backing, old = self.open_file(path), self.backing[leg]
         if backing.size < self.layout.size:
             backing.close()
             raise ValueError(
                 f"{path} has {backing.size} bytes, the mirror needs {self.layout.size}"
             )
-        self.layout.replace_file(leg, backing.fd, backing.in_memory, backing.is_device)
-        self.backing[leg].close()
-        self.backing[leg] = backing
+        # The same number: a queue that is about to write by it must not find another's file.
+        os.dup2(backing.fd, old.fd, inheritable=False)
+        backing.close()
+        self.backing[leg] = replace(backing, fd=old.fd)
         self.files[leg] = path
+        self.layout.replace_file(leg, old.fd, backing.in_memory, backing.is_device)
 
     def wait_in_step(self, timeout: float | None = None) -> bool:
         """Waits, at most `timeout` seconds, until no leg is being brought in step; whether the
@@ -425,3 +443,10 @@ class Mirror(MappedTarget):
         """Whether a job that was given up still waits for the leg."""
         self._jobs = [job for job in self._jobs if job.is_alive()]
         return any(job.leg == leg for job in self._jobs)
+
+
+def _identity(about: os.stat_result) -> tuple[int, ...]:
+    """Of a file, whatever its names."""
+    if stat.S_ISBLK(about.st_mode):
+        return (about.st_rdev,)
+    return (about.st_dev, about.st_ino)
