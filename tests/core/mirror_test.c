@@ -6,6 +6,8 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
+#include <sched.h>
 #include <string.h>
 
 #include "bench.h"
@@ -221,6 +223,106 @@ static void a_gated_write_waits(void)
 	close_files();
 }
 
+/* ---- two queues of one mirror, each on a thread of its own ---- */
+
+static pthread_mutex_t record = PTHREAD_MUTEX_INITIALIZER;
+
+struct server {
+	struct pu_layout *layout;
+	uint64_t offset; /* of its half of the disk */
+	int failed;	 /* requests */
+};
+
+/* As a target does: one at a time. */
+static void record_together(struct pu_mapped *m)
+{
+	struct pu_leg_failure failure;
+
+	while (pu_mapped_next_failure(m, &failure)) {
+		pthread_mutex_lock(&record);
+		pu_layout_fail_leg(m->layout, failure.leg);
+		sched_yield(); /* a record takes time */
+		pu_layout_recorded(m->layout);
+		pthread_mutex_unlock(&record);
+	}
+	pu_mapped_recorded(m);
+}
+
+static void *serve(void *context)
+{
+	struct server *server = context;
+	struct pu_queue_options options = {
+		.depth = DEPTH,
+		.buffer_bytes = BUFFER,
+		.extra_entries = pu_mapped_entries(DEPTH),
+		.files = fds,
+		.nr_files = FILES,
+	};
+	struct pu_queue queue;
+	struct pu_mapped mapped;
+
+	CHECK_EQUAL(pu_queue_open(&queue, -1, &options), 0);
+	CHECK_EQUAL(pu_mapped_open(&mapped, &queue, server->layout), 0);
+	CHECK_EQUAL(pu_queue_fetch(&queue), 0);
+	for (uint64_t round = 0; round < 100; round++) {
+		for (uint16_t tag = 0; tag < DEPTH; tag++) {
+			uint64_t offset = server->offset + (round + tag) % 20 * PAGE;
+
+			memset(pu_queue_buffer(&queue, tag), 7, PAGE);
+			CHECK_EQUAL(pu_queue_inject(&queue, tag, tag ? PU_OP_WRITE : PU_OP_READ,
+						    offset >> 9, PAGE >> 9), 0);
+		}
+		while (pu_queue_held(&queue)) {
+			CHECK(pu_mapped_turn(&mapped, 1000000) >= 0);
+			record_together(&mapped);
+		}
+		for (uint16_t tag = 0; tag < DEPTH; tag++)
+			server->failed += queue.tags[tag].result != PAGE;
+	}
+	pu_queue_close(&queue);
+	pu_mapped_close(&mapped);
+	pu_queue_free(&queue);
+	return NULL;
+}
+
+static void two_queues_agree_on_legs(bool hangs)
+{
+	struct pu_layout layout;
+	struct server servers[2] = { { &layout, 0, 0 }, { &layout, FILE_BYTES / 2, 0 } };
+	pthread_t threads[2];
+	int end = -1;
+
+	make_files();
+	if (hangs)
+		end = make_pipe(1);
+	else
+		refuse_writes(1);
+	CHECK_EQUAL(pu_layout_init(&layout, PU_LAYOUT_MIRROR, FILE_BYTES, FILES, 0), 0);
+	layout.leg_timeout_ns = hangs ? 500000000 : LONG_NS;
+	for (uint32_t i = 0; i < FILES; i++)
+		layout.files[i].fd = fds[i];
+	for (int i = 0; i < 2; i++)
+		CHECK_EQUAL(pthread_create(&threads[i], NULL, serve, &servers[i]), 0);
+	/* A copier, which gates regions meanwhile. */
+	for (int i = 0; i < 100; i++) {
+		pu_layout_gate(&layout, 0);
+		for (int patience = 0; patience < 100 && !pu_layout_quiet(&layout, 0); patience++)
+			sched_yield();
+		pu_layout_gate(&layout, PU_NO_REGION);
+		usleep(100);
+	}
+	for (int i = 0; i < 2; i++)
+		pthread_join(threads[i], NULL);
+	CHECK_EQUAL(servers[0].failed + servers[1].failed, 0);
+	CHECK_EQUAL(pu_layout_leg(&layout, 1), PU_LEG_FAILED);
+	CHECK_EQUAL(pu_layout_leg_bits(&layout).in_step, 1 | 4);
+	CHECK(pu_layout_quiet(&layout, 0));
+	pu_layout_destroy(&layout);
+	if (hangs)
+		close(end);
+	close_files();
+}
+
 static void a_write_outlives_the_buffer_of_one_that_hangs(void)
 {
 	struct bench b = { 0 };
@@ -270,5 +372,8 @@ int main(void)
 	no_write_is_done_while_a_failure_is_not_on_record();
 	a_gated_write_waits();
 	a_write_outlives_the_buffer_of_one_that_hangs();
+	a_write_outlives_the_buffer_of_one_that_hangs();
+	two_queues_agree_on_legs(false);
+	two_queues_agree_on_legs(true);
 	return 0;
 }

@@ -285,8 +285,8 @@ class Mirror(MappedTarget):
         before = self._failed.get(failed if path is None else _identity(os.stat(path)))
         if before is not None and (self.layout.leg_orphans(before) or self._hangs(before)):
             raise ValueError(
-                f"{path or self.files[leg]} still holds requests that it did not answer in time: replace leg {leg} "
-                "when it has answered them, or by another file"
+                f"{path or self.files[leg]} still holds requests that it did not answer in time: "
+                f"replace leg {leg} when it has answered them, or by another file"
             )
 
     def _put_in_place(self, leg: int, path: Path) -> None:
