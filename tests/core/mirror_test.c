@@ -201,6 +201,31 @@ static void no_write_is_done_while_a_failure_is_not_on_record(void)
 	close_files();
 }
 
+static void a_leg_that_is_given_up_is_left_with_all_that_it_holds(void)
+{
+	struct bench b = { 0 };
+	int hanging;
+
+	make_files();
+	hanging = make_pipe(1);
+	open_mirror(&b);
+	for (uint16_t tag = 0; tag < 2; tag++)
+		CHECK_EQUAL(pu_queue_inject(&b.queue, tag, PU_OP_WRITE, 0, 2 * PAGE >> 9), 0);
+	turn(&b);
+	pu_layout_fail_leg(&b.layout, 1); /* another queue has noticed */
+	pu_layout_recorded(&b.layout);
+	while (pu_queue_held(&b.queue)) {
+		b.mapped.look_at_ns = 0;
+		turn(&b);
+	}
+	CHECK_EQUAL(b.layout.legs[1].orphans, 2);
+	CHECK_EQUAL(b.queue.tags[0].result, 2 * PAGE);
+	CHECK_EQUAL(b.queue.tags[1].result, 2 * PAGE);
+	close(hanging);
+	close_bench(&b);
+	close_files();
+}
+
 static void a_gated_write_waits(void)
 {
 	struct bench b = { 0 };
@@ -371,6 +396,7 @@ int main(void)
 	what_no_leg_takes_is_not_done();
 	no_write_is_done_while_a_failure_is_not_on_record();
 	a_gated_write_waits();
+	a_leg_that_is_given_up_is_left_with_all_that_it_holds();
 	a_write_outlives_the_buffer_of_one_that_hangs();
 	a_write_outlives_the_buffer_of_one_that_hangs();
 	two_queues_agree_on_legs(false);

@@ -122,15 +122,15 @@ void pu_mirror_look_for_hanging(struct pu_mapped *m)
 	for (uint32_t i = 0; i < m->nr_slots; i++) {
 		struct pu_slot *slot = &m->slots[i];
 		struct pu_work *w = &m->works[slot->tag];
-
 		uint32_t leg = slot->part.file;
+		bool failed = pu_layout_leg(m->layout, leg) == PU_LEG_FAILED;
 
-		if (!slot->busy || slot->orphan || now - slot->begun_ns < limit ||
+		if (!slot->busy || slot->orphan || (!failed && now - slot->begun_ns < limit) ||
 		    slot->generation != pu_tag_generation(&m->q->tags[slot->tag]) ||
 		    !dispensable(m, w, leg))
 			continue;
 		/* The leg is given up first: one that stays must not write late what was answered. */
-		if (pu_layout_leg(m->layout, leg) != PU_LEG_FAILED) {
+		if (!failed) {
 			m->leg_error[leg] = ETIMEDOUT;
 			m->failed_legs |= 1u << leg;
 			m->look_at_ns = 0;
