@@ -353,12 +353,14 @@ static void a_write_outlives_the_buffer_of_one_that_hangs(void)
 	struct bench b = { 0 };
 	uint32_t length = 8 * PAGE;
 	int slow, hanging;
+	uint8_t *memory;
 
 	make_files();
 	hanging = make_pipe(1);
 	slow = make_pipe(2);
 	open_mirror(&b);
-	memset(pu_queue_buffer(&b.queue, 0), 7, length);
+	memory = pu_queue_buffer(&b.queue, 0);
+	memset(memory, 7, length);
 	CHECK_EQUAL(pu_queue_inject(&b.queue, 0, PU_OP_WRITE, 0, length >> 9), 0);
 	drain(&b, slow, 7, 2 * PAGE);
 	give_up(&b, 1);
@@ -382,6 +384,7 @@ static void a_write_outlives_the_buffer_of_one_that_hangs(void)
 	while (b.layout.legs[1].orphans)
 		turn(&b);
 	CHECK_EQUAL(busy_slots(&b), 0);
+	CHECK_EQUAL(memory[0], 0); /* given back */
 	close(slow);
 	close(hanging);
 	close_bench(&b);

@@ -150,6 +150,13 @@ void pu_mirror_orphan_ends(struct pu_mapped *m, struct pu_slot *slot)
 {
 	__atomic_fetch_sub(&m->layout->legs[slot->part.file].orphans, 1, __ATOMIC_RELEASE);
 	pu_slot_free(m, slot);
+	/* What the tag does not use any more goes back, unless another part still does. */
+	if (slot->memory == pu_queue_buffer(m->q, slot->tag))
+		return;
+	for (uint32_t i = 0; i < m->nr_slots; i++)
+		if (m->slots[i].busy && m->slots[i].memory == slot->memory)
+			return;
+	madvise(slot->memory, m->q->buffer_bytes, MADV_DONTNEED);
 }
 
 bool pu_mapped_next_failure(struct pu_mapped *m, struct pu_leg_failure *failure)
