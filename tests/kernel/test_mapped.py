@@ -19,6 +19,7 @@ import pyublk
 from pyublk import DataPath, MappedTarget
 from pyublk.targets import File, Linear, Mirror, Slice, Stripe
 from pyublk.testing import Faulty
+from pyublk.uapi import Feature
 
 MIB = 1 << 20
 SIZE = 8 * MIB
@@ -81,21 +82,25 @@ def memory_folder(tmp_path: Path, kind: str) -> Path:
     return folder
 
 
-#: All ways for two of them; for the others, whose parts take the same ways, every path once.
+#: Every way for a file, half of them for a stripe; for the others, whose parts take the same ways,
+#: every path once.
 WAYS = [
-    pytest.param(name, path, batch, id=f"{name}-{path}-{'batch' if batch else 'each'}")
+    pytest.param(name, path, batch, kind, id=f"{name}-{path}-{'batch' if batch else 'each'}-{kind}")
     for name in TARGETS
     for path in PATHS
     for batch in (False, True)
-    if name in ("file", "stripe") or batch == (path in (DataPath.USER_COPY, DataPath.AUTO_BUFFER))
+    for kind in ("disk", "memory")
+    if name == "file"
+    or (name == "stripe" and batch == (kind == "memory"))
+    or batch == (path in (DataPath.USER_COPY, DataPath.AUTO_BUFFER)) == (kind == "memory")
 ]
 
 
-@pytest.mark.parametrize(("name", "path", "batch"), WAYS)
+@pytest.mark.parametrize(("name", "path", "batch", "kind"), WAYS)
 def test_every_path_keeps_the_bytes(
-    serve: Serve, tmp_path: Path, name: str, path: DataPath, batch: bool
+    serve: Serve, tmp_path: Path, name: str, path: DataPath, batch: bool, kind: str
 ) -> None:
-    folder = memory_folder(tmp_path, "memory" if batch else "disk")
+    folder = memory_folder(tmp_path, kind)
     target = TARGETS[name](folder)
     disk = started(serve, target, path=path, batch=batch, queues=2, max_io_size=256 * 1024)
     assert disk.data_path.path is path
@@ -309,3 +314,22 @@ def test_a_partition_of_an_image(serve: Serve, tmp_path: Path) -> None:
         blocks.write(b"p" * 4096, 0)
     disk.stop()
     assert image.read_bytes()[8192 * 512 :][:4096] == b"p" * 4096
+
+
+def test_what_is_beyond_the_target_is_not_touched(
+    serve: Serve, tmp_path: Path, controller: pyublk.Controller
+) -> None:
+    """Whoever has the rights may give a disk another size than its target has."""
+    if not controller.features().has(Feature.UPDATE_SIZE):
+        pytest.skip("Linux before 6.16 does not resize")
+    image = make(tmp_path, "image", SIZE)
+    disk = serve(Slice(image, offset=MIB, size=MIB))
+    controller.update_size(disk.id, 2 * MIB)
+    with Blocks(disk.path) as client:
+        client.write(b"i" * 4096, MIB - 4096)
+        for offset in (MIB - 2048, MIB, 2 * MIB - 4096):
+            with pytest.raises(OSError, match="Input/output error"):
+                client.write(b"o" * 4096, offset)
+            with pytest.raises(OSError, match="Input/output error"):
+                client.read(4096, offset)
+    assert image.read_bytes()[2 * MIB - 4096 :] == b"i" * 4096 + bytes(SIZE - 2 * MIB)

@@ -462,6 +462,11 @@ static void start(struct pu_mapped *m, uint16_t tag)
 		pu_queue_answer(m->q, tag, -EOPNOTSUPP);
 		return;
 	}
+	/* Somebody gave the disk another size (UPDATE_SIZE): what is beyond is not the target's. */
+	if (w->offset > m->layout->size || w->length > m->layout->size - w->offset) {
+		pu_queue_answer(m->q, tag, -EIO);
+		return;
+	}
 	if (mirrored(m) && op != PU_OP_READ && op != PU_OP_FLUSH) {
 		if (!pu_layout_write_begins(m->layout, w->offset, w->length)) {
 			m->gated[m->nr_gated++] = tag;
@@ -563,8 +568,6 @@ static void advance(struct pu_mapped *m, struct pu_slot *slot, int64_t result)
 	struct pu_work *w = &m->works[tag];
 	bool transfer = pu_has_data(w->op) || w->by_writing;
 
-	if (result == -EOPNOTSUPP && w->op == PU_OP_DISCARD)
-		result = 0; /* a hint: the bytes stay */
 	if (result == -EINTR) {
 		pu_slot_operate(m, slot);
 		return;
@@ -576,6 +579,8 @@ static void advance(struct pu_mapped *m, struct pu_slot *slot, int64_t result)
 		pu_slot_operate(m, slot);
 		return;
 	}
+	if (result == -EOPNOTSUPP && w->op == PU_OP_DISCARD)
+		result = 0; /* a hint: the bytes stay */
 	if (result >= 0 && transfer) {
 		slot->done += (uint64_t)result;
 		if (slot->done < slot->part.length) {
