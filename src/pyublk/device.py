@@ -140,10 +140,7 @@ class Device:
         self._needed = Feature(0) if partition_scan else Feature.NO_AUTO_PART_SCAN
         if shared_memory:
             if isinstance(target, MappedTarget):
-                raise ValueError(
-                    "a mapped target's data does not come to the server: it cannot have "
-                    "shared_memory=True"
-                )
+                target.check_shared_memory()
             self._needed |= Feature.SHMEM_ZC
         self._sharing: Sharing | None = None
         self._choice: PathChoice | None = None
@@ -409,7 +406,15 @@ class Device:
         return True
 
     def resize(self, size: int) -> None:
-        """Gives the live disk a new `size` in bytes (Linux 6.16), once the target has it too."""
+        """Gives the live disk a new `size` in bytes (Linux 6.16), once the target has it too.
+
+        Not that of a mapped target, whose layout says how large it is.
+        """
+        if isinstance(self.target, MappedTarget):
+            raise ValueError(
+                "a mapped target keeps its size as long as it is served: stop the disk, and "
+                "serve it anew"
+            )
         block_size = self.target.block_size
         if size <= 0 or size % block_size:
             raise ValueError(f"size must be a positive multiple of {block_size}, not {size}")

@@ -101,6 +101,9 @@ class MappedTarget(Target):
     def check_threads(self, threads: int) -> None:
         """Raises ValueError when so many threads cannot serve a queue together."""
 
+    def check_shared_memory(self) -> None:
+        """Raises ValueError when it must not work in memory that clients share."""
+
     # ---- how it is served ----
 
     @property

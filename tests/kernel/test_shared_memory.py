@@ -16,7 +16,7 @@ from servers import Server, until
 
 import pyublk
 from pyublk._native import address
-from pyublk.targets import Ram
+from pyublk.targets import File, Mirror, Ram, Stripe
 from pyublk.uapi import Feature, IOFlag, Op
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -76,6 +76,38 @@ def test_requests_are_served_in_the_clients_memory(
         target.seen.clear()
         assert client.read(64 * KIB, MIB) == data, "from memory that is not shared"
         assert [seen[1] for seen in target.seen] == [False]
+
+
+@pytest.mark.parametrize("folder", ["disk", "memory"])  # by the ring, and on the spot
+@pytest.mark.parametrize("path", ["copy", "user-copy", "zero-copy", "auto-buffer"])
+@pytest.mark.parametrize("kind", ["file", "stripe", "mirror"])
+def test_mapped_targets_too(
+    serve: Serve, tmp_path: Path, kind: str, path: str, folder: str
+) -> None:
+    """The kernel copies nothing for such a request: in the buffer there would be other bytes."""
+    place = tmp_path if folder == "disk" else Path("/dev/shm")
+    files = [place / f"{tmp_path.name}-{n}" for n in range(1 if kind == "file" else 2)]
+    for file in files:
+        file.write_bytes(bytes(4 * MIB))
+    targets = {
+        "file": lambda: File(files[0]),
+        "stripe": lambda: Stripe(*files, chunk=4096),
+        "mirror": lambda: Mirror(*files, state=tmp_path / "record", leg_timeout=0),
+    }
+    try:
+        disk = serve(targets[kind](), shared_memory=True, path=path)
+        data = os.urandom(256 * KIB)
+        with disk.share(MIB) as shared, Blocks(disk.path) as client:
+            shared.buffer[: 256 * KIB] = data
+            os.pwritev(client.fd, [shared.buffer[: 256 * KIB]], 4096)
+            os.preadv(client.fd, [shared.buffer[512 * KIB : 768 * KIB]], 4096)
+            assert shared.buffer[512 * KIB : 768 * KIB] == data
+            assert client.read(256 * KIB, 4096) == data
+        if kind == "mirror":
+            assert files[1].read_bytes()[4096 : 4096 + 256 * KIB] == data
+    finally:
+        for file in files:
+            file.unlink()
 
 
 @pytest.mark.parametrize("path", ["copy", "user-copy"])

@@ -13,7 +13,7 @@ import pytest
 import pyublk
 from pyublk._native import IO, Handlers, Queue, Ram, SharedTable, address
 from pyublk.sharing import check_share
-from pyublk.targets import File, Null
+from pyublk.targets import Mirror, Null
 from pyublk.uapi import IOFlag, Op
 
 PAGE = mmap.PAGESIZE
@@ -217,6 +217,10 @@ def test_a_device_that_was_not_asked_for_it_shares_nothing() -> None:
         pyublk.Device(Null(size=1 << 20), shared_memory=True).share(PAGE)
 
 
-def test_a_mapped_target_has_nothing_to_share(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="does not come to the server"):
-        pyublk.Device(File(tmp_path / "file", size=1 << 20), shared_memory=True)
+def test_a_mirror_whose_legs_may_answer_late_shares_nothing(tmp_path: Path) -> None:
+    legs = [tmp_path / name for name in "ab"]
+    for leg in legs:
+        leg.write_bytes(bytes(1 << 20))
+    with pytest.raises(ValueError, match="shared_memory=True needs a mirror with leg_timeout 0"):
+        pyublk.Device(Mirror(*legs), shared_memory=True)
+    pyublk.Device(Mirror(*legs, leg_timeout=0), shared_memory=True)

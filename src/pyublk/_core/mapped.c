@@ -285,7 +285,8 @@ struct pu_slot *pu_slot_take(struct pu_mapped *m, uint16_t tag, const struct pu_
 	slot->done = 0;
 	slot->part = *part;
 	slot->tag = tag;
-	slot->memory = pu_queue_buffer(m->q, tag);
+	slot->memory = m->works[tag].place == IN_SHARED ? pu_queue_shared(m->q, tag) :
+							 pu_queue_buffer(m->q, tag);
 	slot->generation = pu_tag_generation(&m->q->tags[tag]);
 	m->works[tag].open++;
 	return slot;
@@ -407,6 +408,8 @@ static enum place choose_place(const struct pu_mapped *m, const struct pu_work *
 {
 	const struct pu_queue *q = m->q;
 
+	if (pu_has_data(w->op) && w->flags & PU_FLAG_SHMEM_ZC)
+		return IN_SHARED;
 	if (!pu_has_data(w->op) || (!q->user_copy && !q->zero_copy))
 		return IN_BUFFER;
 	if (q->zero_copy && !w->unregistered)
@@ -424,7 +427,9 @@ static void begin(struct pu_mapped *m, uint16_t tag)
 	w->cut = 0;
 	w->open = 1;
 	w->place = (uint8_t)choose_place(m, w);
-	if (w->place == IN_USER_COPY)
+	if (w->place == IN_SHARED)
+		error = pu_queue_shared(q, tag) ? 0 : -EIO;
+	else if (w->place == IN_USER_COPY)
 		error = pu_queue_fill_buffer(q, tag);
 	/* The kernel registers before it takes the next entry of the ring. */
 	else if (w->place == IN_REGISTERED &&

@@ -14,6 +14,7 @@ enum place {
 	IN_USER_COPY,  /* the tag's: we copy */
 	IN_FILES,      /* in mapped files: the kernel copies from and to the request */
 	IN_REGISTERED, /* the request's own memory, registered under the tag's number */
+	IN_SHARED,     /* in memory that is shared with the client: the request's own, too */
 };
 
 struct pu_work {

@@ -133,6 +133,13 @@ class Mirror(MappedTarget):
                 f"threads={threads} needs a mirror with leg_timeout 0, which waits for ever"
             )
 
+    def check_shared_memory(self) -> None:
+        if self._leg_timeout:
+            raise ValueError(
+                "shared_memory=True needs a mirror with leg_timeout 0: a leg that answers late "
+                "would write into memory that the client has back already"
+            )
+
     def make_layout(self, files: list[tuple[int, bool, bool]]) -> Layout:
         smallest = min(backing.size for backing in self.backing)
         size = smallest - smallest % self.block_size
