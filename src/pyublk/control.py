@@ -244,7 +244,8 @@ class Controller:
 
         `max_io_size` is in bytes, `id` None lets the kernel choose. The kernel lowers `queues` to
         the number of CPUs and clears flags that it does not know, both without a word: then the
-        device is deleted again, and OSError (EOPNOTSUPP) says what was dropped.
+        device is deleted again, and OSError (EOPNOTSUPP) says what was dropped. With IO_DESC_SIZE
+        descriptors are asked for as large as `Queue` reads them: 24 bytes, all that has a meaning.
         """
         check_wish(queues=queues, depth=depth, id=id)
         wish = uapi.ublksrv_ctrl_dev_info(
@@ -254,6 +255,7 @@ class Controller:
             dev_id=0xFFFFFFFF if id is None else id,
             flags=flags,
             ublksrv_flags=cookie,
+            io_desc_size=uapi.DESCRIPTOR_SIZE if Feature.IO_DESC_SIZE in flags else 0,
         )
         payload = bytearray(wish)
         self._run(ControlCommand.ADD_DEV, id, payload=payload, deadline=deadline)

@@ -20,7 +20,7 @@ from servers import Server, device_is_gone, run_program, until
 
 import pyublk
 from pyublk import Device, DeviceState
-from pyublk.targets import Null
+from pyublk.targets import Null, Ram
 from pyublk.uapi import DeviceStatus, Feature, Op
 
 pytestmark = pytest.mark.timeout(240)
@@ -732,7 +732,6 @@ def test_a_queue_that_cannot_be_primed(monkeypatch: pytest.MonkeyPatch, failing:
 
 NO_DESCRIPTORS = """
 import errno
-import resource
 
 with pyublk.Controller() as controller:
     for spare in range(30):
@@ -813,6 +812,32 @@ def test_a_partition_scan_that_hangs() -> None:
         assert no_trace_of(disk)
     finally:
         target.release.set()
+
+
+# ---- what it costs to be there ----
+
+
+def test_an_idle_server_is_small() -> None:
+    """Its buffers, of 512 MiB, take memory when requests come."""
+    program = """
+from pyublk.targets import Null
+target = Null(size=1 << 30)
+queues = min(4, len(os.sched_getaffinity(0)))
+with pyublk.Device(target, queues=queues, depth=128, max_io_size=MIB, path="copy"):
+    status = open("/proc/self/status").read()
+tell(int(status.partition("VmRSS:")[2].split()[0]) * 1024)
+"""
+    assert int(run_program(program)) < 60 * MIB
+
+
+def test_a_sparse_tebibyte_takes_no_memory(serve: Serve) -> None:
+    target = Ram(size=1 << 40)
+    disk = serve(target)
+    with Blocks(disk.path) as client:
+        assert client.size == 1 << 40
+        client.write(b"e" * 4096, (1 << 40) - 4096)
+        assert client.read(4096, (1 << 40) - 4096) == b"e" * 4096
+    assert target.resident() < 4 * MIB
 
 
 # ---- new sizes ----

@@ -13,7 +13,7 @@ from servers import until
 
 import pyublk
 from pyublk.params import Basic, Discard, Params
-from pyublk.uapi import IOFlag, Op
+from pyublk.uapi import Feature, IOFlag, Op
 from pyublk.uring import SetupFlag
 
 pytestmark = pytest.mark.timeout(240)
@@ -124,6 +124,20 @@ class Bytes:
     def serve(self, queue: pyublk.Queue) -> None:
         for io in queue:
             self.answer(io)
+
+
+def test_descriptors_of_the_size_that_is_asked_for(controller: pyublk.Controller) -> None:
+    if reason := controller.features().reason(Feature.IO_DESC_SIZE):
+        pytest.skip(f"IO_DESC_SIZE {reason}")
+    held = Bytes()
+    with by_hand(controller, flags=Feature.IO_DESC_SIZE, queues=min(2, len(CPUS))) as disk:
+        assert Feature.IO_DESC_SIZE in disk.info.flags
+        disk.configure()
+        disk.live(held.serve)
+        with Blocks(disk.path) as blocks:
+            blocks.write(b"d" * 4096, 8192)
+            assert blocks.read(4096, 8192) == b"d" * 4096
+    assert held.data[8192:12288] == b"d" * 4096
 
 
 def test_requests_by_iteration(controller: pyublk.Controller) -> None:
