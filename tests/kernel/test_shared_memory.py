@@ -78,6 +78,18 @@ def test_requests_are_served_in_the_clients_memory(
         assert [seen[1] for seen in target.seen] == [False]
 
 
+def there_and_back(disk: pyublk.Device) -> bytes:
+    """Writes 256 KiB at 4096 from shared memory, reads them back into it; returns them."""
+    data = os.urandom(256 * KIB)
+    with disk.share(MIB) as shared, Blocks(disk.path) as client:
+        shared.buffer[: 256 * KIB] = data
+        os.pwritev(client.fd, [shared.buffer[: 256 * KIB]], 4096)
+        os.preadv(client.fd, [shared.buffer[512 * KIB : 768 * KIB]], 4096)
+        assert shared.buffer[512 * KIB : 768 * KIB] == data
+        assert client.read(256 * KIB, 4096) == data
+    return data
+
+
 @pytest.mark.parametrize("folder", ["disk", "memory"])  # by the ring, and on the spot
 @pytest.mark.parametrize("path", ["copy", "user-copy", "zero-copy", "auto-buffer"])
 @pytest.mark.parametrize("kind", ["file", "stripe", "mirror"])
@@ -96,13 +108,7 @@ def test_mapped_targets_too(
     }
     try:
         disk = serve(targets[kind](), shared_memory=True, path=path)
-        data = os.urandom(256 * KIB)
-        with disk.share(MIB) as shared, Blocks(disk.path) as client:
-            shared.buffer[: 256 * KIB] = data
-            os.pwritev(client.fd, [shared.buffer[: 256 * KIB]], 4096)
-            os.preadv(client.fd, [shared.buffer[512 * KIB : 768 * KIB]], 4096)
-            assert shared.buffer[512 * KIB : 768 * KIB] == data
-            assert client.read(256 * KIB, 4096) == data
+        data = there_and_back(disk)
         if kind == "mirror":
             assert files[1].read_bytes()[4096 : 4096 + 256 * KIB] == data
     finally:
@@ -113,13 +119,7 @@ def test_mapped_targets_too(
 @pytest.mark.parametrize("path", ["copy", "user-copy"])
 def test_native_targets_too(serve: Serve, path: str) -> None:
     disk = serve(Ram(size=8 * MIB), shared_memory=True, path=path, queues=2)
-    data = os.urandom(256 * KIB)
-    with disk.share(MIB) as shared, Blocks(disk.path) as client:
-        shared.buffer[: 256 * KIB] = data
-        os.pwritev(client.fd, [shared.buffer[: 256 * KIB]], 4096)
-        os.preadv(client.fd, [shared.buffer[512 * KIB : 768 * KIB]], 4096)
-        assert shared.buffer[512 * KIB : 768 * KIB] == data
-        assert client.read(256 * KIB, 4096) == data
+    there_and_back(disk)
     assert disk.stats().total.errors == 0
 
 

@@ -392,17 +392,26 @@ def tell_copies(monkeypatch: pytest.MonkeyPatch, told: Callable[[bool, Path, int
     monkeypatch.setattr(copying, "_transfer", transfer)
 
 
-def test_a_leg_that_is_replaced_while_it_is_copied_to_is_copied_to_from_the_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def hold_copies(
+    monkeypatch: pytest.MonkeyPatch, at: int | None = None
+) -> tuple[threading.Event, threading.Event]:
+    """A mirror's copier hangs when it writes (`at` that offset): events for that it does, and for
+    that it may go on."""
     reached, go_on = threading.Event(), threading.Event()
 
     def told(write: bool, path: Path, offset: int) -> None:
-        if write and offset == 2 * SIZE:
+        if write and at in (None, offset):
             reached.set()
-            assert go_on.wait(30)
+            assert go_on.wait(60)
 
     tell_copies(monkeypatch, told)
+    return reached, go_on
+
+
+def test_a_leg_that_is_replaced_while_it_is_copied_to_is_copied_to_from_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached, go_on = hold_copies(monkeypatch, at=2 * SIZE)
     mirror = mirror_of(tmp_path)
     spare = make(tmp_path, "spare", SIZE * 4)
     with Disk(mirror) as disk:
@@ -421,14 +430,7 @@ def test_a_leg_that_is_replaced_while_it_is_copied_to_is_copied_to_from_the_star
 def test_a_leg_that_hangs_while_it_is_copied_to_has_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reached, go_on = threading.Event(), threading.Event()
-
-    def told(write: bool, path: Path, offset: int) -> None:
-        if write:
-            reached.set()
-            assert go_on.wait(60)
-
-    tell_copies(monkeypatch, told)
+    reached, go_on = hold_copies(monkeypatch)
     mirror = mirror_of(tmp_path, leg_timeout=0.3)
     try:
         with Disk(mirror) as disk:
@@ -493,14 +495,7 @@ def test_the_record_names_files_whatever_directory_they_were_named_in(
 def test_a_stop_does_not_wait_for_a_leg_that_hangs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reached, go_on = threading.Event(), threading.Event()
-
-    def told(write: bool, path: Path, offset: int) -> None:
-        if write:
-            reached.set()
-            assert go_on.wait(60)
-
-    tell_copies(monkeypatch, told)
+    reached, go_on = hold_copies(monkeypatch)
     monkeypatch.setattr("pyublk.targets.mirror.STOP_SECONDS", 0.2)
     mirror = mirror_of(tmp_path, leg_timeout=0)
     try:

@@ -1,5 +1,6 @@
 """Plans and records: what is written can be read, and is believed only of the same device."""
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -17,6 +18,7 @@ from pyublk.service.records import (
     recorded_ids,
     run_directory,
 )
+from pyublk.service.server import _keep_status
 from pyublk.targets import Null, Ram
 from pyublk.uapi import DeviceStatus, Feature
 
@@ -145,3 +147,21 @@ def test_what_a_target_says_goes_with_its_record(run_dir: Path) -> None:
     assert one.read_status() is None
     one.remove()
     assert not list(run_dir.glob("3.*"))
+
+
+def test_a_status_that_cannot_be_written_ends_no_server(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Telling(Null):
+        def status(self) -> dict[str, object]:
+            return {"mood": "fine"}
+
+    def full(_record: Record, _status: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    target, one = Telling(size=1 << 20), record()
+    _keep_status(one, target)
+    assert one.read_status() == {"mood": "fine"}
+    monkeypatch.setattr(Record, "write_status", full)
+    target.status_changed()
+    assert "the status of /dev/ublkb3 cannot be written down: [Errno 28] No space" in caplog.text

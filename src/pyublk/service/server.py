@@ -126,8 +126,11 @@ def _keep_status(record: Record, target: Target) -> None:
 
     def keep() -> None:
         status = target.status()
-        if status is not None:
-            record.write_status(status)
+        try:
+            if status is not None:
+                record.write_status(status)
+        except OSError as error:  # a full /run is no reason to stop serving
+            log.warning("the status of %s cannot be written down: %s", record.path, error)
 
     target.status_changed = keep
     keep()
