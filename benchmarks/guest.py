@@ -33,8 +33,8 @@ def carry_out(plan: Plan, kernel: str) -> Results:
     with tempfile.TemporaryDirectory(prefix="pyublk-benchmark-") as directory:
         asked, answered = (Path(directory) / name for name in ("plan.json", "results.json"))
         asked.write_text(plan.to_json())
-        # Seconds of the guest take 5 to 20 here, three times that on a machine that is busy; and fio
-        # takes a third of one beside its run.
+        # Seconds of the guest take 5 to 20 here, three times that on a busy machine, and fio a
+        # third of one beside its run.
         measurements = len(plan.contenders) * len(plan.jobs) * plan.repeats
         limit = 300 + measurements * (plan.runtime + plan.ramp + 0.5) * 60
         machine = Machine(kernel, count_instructions=True, memory=_MEMORY, outputs=[directory])

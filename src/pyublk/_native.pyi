@@ -28,6 +28,7 @@ __all__ = [
     "SharedTable",
     "address",
     "control",
+    "write_apart",
 ]
 
 NULL_HANDLER: int

@@ -1,4 +1,4 @@
-# Control commands and the like from a child process, and the guardian of a device (_core/control.h).
+# Control commands and the like by a child process, and the guardian of a device (_core/control.h).
 
 cdef int await_child(pu_control *call, double deadline) except -1:
     """Whether the child ended in time; a signal's handler may raise meanwhile."""
