@@ -18,7 +18,7 @@ from dataclasses import replace
 from enum import StrEnum
 from functools import partial
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pyublk import errors
 from pyublk._native import Guard
@@ -693,7 +693,7 @@ def _signals_raised() -> Iterator[None]:
     setting an event: its lock may be held by the very wait that the signal interrupts.
     """
     defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-    replaced = {}
+    replaced: dict[signal.Signals, Any] = {}
     came = False
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
@@ -702,11 +702,12 @@ def _signals_raised() -> Iterator[None]:
             came = True
             raise _Signalled
 
-    if threading.current_thread() is threading.main_thread():
-        for number, default in defaults.items():
-            if signal.getsignal(number) == default:
-                replaced[number] = signal.signal(number, interrupt)
     try:
+        if threading.current_thread() is threading.main_thread():
+            for number, default in defaults.items():
+                if signal.getsignal(number) == default:
+                    replaced[number] = default  # first: the signal may come at once
+                    signal.signal(number, interrupt)
         yield
     finally:
         came = True

@@ -720,7 +720,7 @@ def test_a_queue_that_cannot_be_primed(monkeypatch: pytest.MonkeyPatch, failing:
         # The other one takes part in nothing but the map of a queue that is not there.
         return pyublk.Queue(fd, number + 100 if number == failing else number, **options)
 
-    monkeypatch.setattr("pyublk.device.Queue", queue)
+    monkeypatch.setattr("pyublk.crew.Queue", queue)
     target = Closing(MIB)
     disk = Device(target, queues=queues)
     with pytest.raises(OSError, match=f"queue {failing + 100}: Invalid argument") as refused:

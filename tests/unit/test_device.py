@@ -4,6 +4,7 @@ import asyncio
 import errno
 import gc
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -15,6 +16,7 @@ import pytest
 
 import pyublk
 from pyublk import Device, DeviceState
+from pyublk.device import _Signalled, _signals_raised
 from pyublk.target import dispatch_of
 from pyublk.targets import File, Null, Ram
 
@@ -333,3 +335,20 @@ except FileNotFoundError:
 def test_an_affinity_that_says_nothing(affinity: object, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         pyublk.Device(Null(size=1 << 30), affinity=affinity)  # type: ignore[arg-type]
+
+
+def test_a_signal_that_comes_while_wait_prepares_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's own handlers are back all the same."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    set_handler = signal.signal
+
+    def set_and_send(number: int, handler: Any) -> Any:
+        replaced = set_handler(number, handler)
+        if handler not in before:
+            signal.raise_signal(number)
+        return replaced
+
+    monkeypatch.setattr(signal, "signal", set_and_send)
+    with pytest.raises(_Signalled), _signals_raised():
+        pytest.fail("the signal did not end the preparation")
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
