@@ -131,13 +131,13 @@ def test_several_threads_serve_a_mapped_queue(serve: Serve, tmp_path: Path) -> N
 def test_registrations_that_fail_are_survived(
     serve: Serve, tmp_path: Path, faults: int, batch: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pyublk import device
+    from pyublk import crew
 
-    class Failing(device.MappedQueue):
+    class Failing(crew.MappedQueue):
         def __init__(self, *args: object, **options: object) -> None:
             super().__init__(*args, faults=faults, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(device, "MappedQueue", Failing)
+    monkeypatch.setattr(crew, "MappedQueue", Failing)
     disk = started(serve, TARGETS["stripe"](tmp_path), path="auto-buffer", batch=batch)
     verified(disk.path, rw="randwrite", bsrange="4k-128k", size="4m", iodepth=16)
     total = disk.stats().total

@@ -13,7 +13,7 @@ from fio import verified
 from servers import until
 
 import pyublk
-from pyublk import DataPath, Device, device
+from pyublk import DataPath, Device, crew
 from pyublk._native import Queue
 from pyublk.targets import Null, Ram
 from pyublk.uapi import Op
@@ -204,7 +204,7 @@ def faulty_queues(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, faults=faults[0], **options)
 
-    monkeypatch.setattr(device, "Queue", Failing)
+    monkeypatch.setattr(crew, "Queue", Failing)
     return faults
 
 
