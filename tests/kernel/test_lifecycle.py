@@ -820,11 +820,12 @@ def test_a_partition_scan_that_hangs() -> None:
 def test_an_idle_server_is_small() -> None:
     """Its buffers, of 512 MiB, take memory when requests come."""
     program = """
+from pathlib import Path
 from pyublk.targets import Null
 target = Null(size=1 << 30)
 queues = min(4, len(os.sched_getaffinity(0)))
 with pyublk.Device(target, queues=queues, depth=128, max_io_size=MIB, path="copy"):
-    status = open("/proc/self/status").read()
+    status = Path("/proc/self/status").read_text()
 tell(int(status.partition("VmRSS:")[2].split()[0]) * 1024)
 """
     assert int(run_program(program)) < 60 * MIB
