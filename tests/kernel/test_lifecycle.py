@@ -732,6 +732,7 @@ def test_a_queue_that_cannot_be_primed(monkeypatch: pytest.MonkeyPatch, failing:
 
 NO_DESCRIPTORS = """
 import errno
+import resource
 
 with pyublk.Controller() as controller:
     for spare in range(30):
