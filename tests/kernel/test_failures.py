@@ -742,7 +742,7 @@ with disk:
         server.send(signal.SIGINT)
         assert server.line() == "stops"
         server.send(signal.SIGINT)
-        assert server.ended() == -signal.SIGINT
+        assert server.ended() == -signal.SIGINT, server.errors()
         assert server.errors().endswith("KeyboardInterrupt\n")
         assert client.got() == errno.EIO
         nothing_left(controller, device, guard)
