@@ -515,12 +515,16 @@ class Device:
         interrupt: BaseException | None = None
         while not over.is_set():
             try:
-                if not unclaimed.locked():  # a signal may come in the middle of the beginning
-                    begin()
-                over.wait()
-            except BaseException as raised:
+                try:
+                    if interrupt is not None:
+                        self._impatient.set()
+                    if not unclaimed.locked():  # a signal may come in the middle of the beginning
+                        begin()
+                    over.wait()
+                except BaseException as raised:
+                    interrupt = raised
+            except BaseException as raised:  # another one, while that was noted
                 interrupt = raised
-                self._impatient.set()
         if interrupt is not None:
             raise interrupt
         if failures:
