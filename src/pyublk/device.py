@@ -18,7 +18,7 @@ from dataclasses import replace
 from enum import StrEnum
 from functools import partial
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from pyublk import errors
 from pyublk._native import Guard
@@ -32,10 +32,6 @@ from pyublk.sharing import SharedMemory, Sharing, check_share
 from pyublk.stats import DeviceStats
 from pyublk.target import Target
 from pyublk.uapi import ControlCommand, Feature
-
-# Event loops are for disks that need one: asyncio is half of what importing pyublk would cost.
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger("pyublk.device")
 

@@ -11,6 +11,7 @@ what a small request costs (docs/tuning.md has the figures); each alone changes 
   SCHED_BATCH does not interrupt: requests gather until the client waits, or another CPU is free.
 """
 
+import errno
 import logging
 import os
 from collections.abc import Iterable, Sequence
@@ -107,6 +108,6 @@ def choose_io_scheduler(disk: str, name: str, deadline: float) -> None:
         return
     reason = "requests are in flight" if result is None else os.strerror(-result)
     if name != "auto":
-        number = 110 if result is None else -result
+        number = errno.ETIMEDOUT if result is None else -result
         raise OSError(number, f"{disk} cannot have the I/O scheduler {name}: {reason}", str(place))
     log.info("%s has the I/O scheduler %s for now: %s", disk, current or "of the kernel", reason)
