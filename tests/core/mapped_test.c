@@ -58,13 +58,29 @@ static void layouts_keep_bytes(enum pu_layout_kind kind, bool memory)
 	close_files();
 }
 
+static void nothing_beyond_the_size(void)
+{
+	uint64_t size = FILES * FILE_BYTES;
+	struct bench b = { 0 };
+
+	make_files();
+	CHECK_EQUAL(pu_layout_init(&b.layout, PU_LAYOUT_STRIPE, size, FILES, 0), 0);
+	b.layout.chunk = 4096;
+	open_bench(&b, false);
+	CHECK_EQUAL(request(&b, 1, PU_OP_WRITE, size - 512, 1024), -EIO);
+	CHECK_EQUAL(request(&b, 1, PU_OP_READ, size, 512), -EIO);
+	CHECK_EQUAL(request(&b, 1, PU_OP_READ, size - 512, 512), 512);
+	close_bench(&b);
+	close_files();
+}
+
 static void a_plan_with_more_parts_than_slots(void)
 {
 	struct pu_extent parts[512];
 	struct bench b = { 0 };
 
 	make_files();
-	CHECK_EQUAL(pu_layout_init(&b.layout, PU_LAYOUT_PLANNED, FILE_BYTES, FILES, 0), 0);
+	CHECK_EQUAL(pu_layout_init(&b.layout, PU_LAYOUT_PLANNED, BUFFER, FILES, 0), 0);
 	open_bench(&b, false);
 	for (uint32_t i = 0; i < 512; i++)
 		parts[i] = (struct pu_extent){
@@ -95,6 +111,7 @@ int main(void)
 		layouts_keep_bytes(PU_LAYOUT_STRIPE, memory);
 		layouts_keep_bytes(PU_LAYOUT_MIRROR, memory);
 	}
+	nothing_beyond_the_size();
 	a_plan_with_more_parts_than_slots();
 	return 0;
 }
