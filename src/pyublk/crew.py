@@ -50,6 +50,18 @@ class Hanging:
     holds_queue: bool
 
 
+def check_workers(target: Target, workers: int) -> None:
+    """Raises ValueError unless so many workers may run the target's handlers."""
+    if workers < 0:
+        raise ValueError(f"workers must be 0 or more, not {workers}")
+    dispatch = dispatch_of(target)
+    if workers and (dispatch != "sync" or target.concurrency != "parallel"):
+        raise ValueError(
+            f"workers={workers} needs a target with plain methods and concurrency 'parallel'; "
+            f"{type(target).__name__} is {dispatch} and {target.concurrency!r}"
+        )
+
+
 class Crew:
     """Serves a device's queues from `begin` until the kernel takes every tag back.
 
@@ -67,13 +79,7 @@ class Crew:
     ) -> None:
         self.target = target
         self.dispatch = dispatch_of(target)
-        if workers < 0:
-            raise ValueError(f"workers must be 0 or more, not {workers}")
-        if workers and (self.dispatch != "sync" or target.concurrency != "parallel"):
-            raise ValueError(
-                f"workers={workers} needs a target with plain methods and concurrency 'parallel'; "
-                f"{type(target).__name__} is {self.dispatch} and {target.concurrency!r}"
-            )
+        check_workers(target, workers)
         if threads > 1 and self.dispatch == "async":
             raise ValueError(
                 f"threads={threads} needs a target without coroutines, which one event loop runs; "

@@ -83,12 +83,11 @@ def make(kind: str, folder: Path) -> tuple[pyublk.Target, dict[str, Any]]:
         "handle": lambda: (Handle(), {}),
         "ram": lambda: (targets.Ram(size=SIZE), {}),
         "file": lambda: (targets.File(folder / "disk.img", size=SIZE), {}),
-        "file-workers": lambda: (targets.File(folder / "disk.img", size=SIZE), {"workers": 2}),
         "faulty": lambda: (Faulty(Memory()), {}),
     }[kind]()
 
 
-KINDS = ["sync", "workers", "async", "handle", "ram", "file", "file-workers", "faulty"]
+KINDS = ["sync", "workers", "async", "handle", "ram", "file", "faulty"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -311,6 +310,40 @@ def test_a_hanging_request_is_released() -> None:
     with Disk(target, workers=1) as disk:
         threading.Timer(0.05, target.release).start()
         assert disk.pread(512, 0) == bytes(512)
+
+
+class Said(Handle):
+    """Says more of itself than its methods tell."""
+
+    flushes = True
+    discards = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.physical_block_size = 4096
+
+    def status(self) -> dict[str, Any]:
+        return {"mood": "good"}
+
+
+class ReadOnly(pyublk.Target):
+    def read(self, offset: int, buffer: memoryview) -> None:
+        pass
+
+
+def test_faulty_says_what_its_target_says() -> None:
+    with Disk(Said()) as plain, Disk(Faulty(Said())) as faulty:
+        assert faulty.params == plain.params
+        assert faulty.params.basic.volatile_cache
+        assert faulty.target.status() == {"mood": "good"}
+    with Disk(Faulty(ReadOnly(size=SIZE, read_only=True))) as disk:
+        assert disk.params.basic.read_only
+
+
+def test_workers_are_refused_as_by_a_device() -> None:
+    words = "workers=4 needs a target with plain methods and concurrency 'parallel'; Memory is sync"
+    with pytest.raises(ValueError, match=words):
+        Disk(Memory(), workers=4)
 
 
 def test_a_closed_disk_says_so() -> None:

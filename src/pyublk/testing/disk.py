@@ -9,6 +9,7 @@ from typing import Self
 
 from pyublk import loops, serving
 from pyublk._native import Handlers, MappedQueue, Queue
+from pyublk.crew import check_workers
 from pyublk.errors import DeviceClosed
 from pyublk.mapped import MappedTarget
 from pyublk.params import Params
@@ -66,6 +67,7 @@ class Disk:
         workers: int = 0,
     ) -> None:
         self._dispatch = dispatch_of(target)
+        check_workers(target, workers)
         self.target = target
         self._max_io_size = max_io_size
         self._workers = workers

@@ -7,7 +7,25 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from pyublk.params import Params
 from pyublk.target import METHODS, Target, dispatch_of
+
+#: What a target says of itself beside its methods.
+_SAID = (
+    "concurrency",
+    "flushes",
+    "discards",
+    "writes_zeroes",
+    "takes_fua",
+    "paths",
+    "needs",
+    "integrity",
+    "size",
+    "block_size",
+    "physical_block_size",
+    "read_only",
+    "rotational",
+)
 
 
 class Faulty(Target):
@@ -25,9 +43,9 @@ class Faulty(Target):
             raise ValueError(
                 f"Faulty needs a target with plain methods, not {type(target).__name__}"
             )
-        self.concurrency = target.concurrency  # type: ignore[misc]
         super().__init__(size=target.size)
         self._target = target
+        self._repeat()
         self._faults: dict[str, Callable[[], None]] = {}
         self._released = threading.Event()
         for method in METHODS:
@@ -35,14 +53,23 @@ class Faulty(Target):
             if callable(inner):
                 setattr(self, method, self._wrapped(method, inner))
 
+    def _repeat(self) -> None:
+        for name in _SAID:
+            setattr(self, name, getattr(self._target, name))
+
     def open(self) -> None:
         self._target.open()
-        for name in ("size", "block_size", "read_only", "rotational", "physical_block_size"):
-            setattr(self, name, getattr(self._target, name))
+        self._repeat()
 
     def close(self) -> None:
         self.release()
         self._target.close()
+
+    def params(self, max_io_size: int) -> Params:
+        return self._target.params(max_io_size)
+
+    def status(self) -> dict[str, Any] | None:
+        return self._target.status()
 
     def _wrapped(self, method: str, inner: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: object) -> object:
