@@ -120,6 +120,7 @@ cdef extern from "_core/queue.h" nogil:
 
     enum:
         PU_TAG_FETCHING
+        PU_TAG_OWNED
 
     struct pu_tag:
         bint fetched
@@ -171,6 +172,8 @@ cdef extern from "_core/queue.h" nogil:
     int pu_queue_sever(pu_queue *)
     int pu_queue_fetch(pu_queue *)
     int pu_queue_wait(pu_queue *, int64_t)
+    void pu_queue_leave(pu_queue *, uint32_t)
+    int64_t pu_queue_tick() noexcept
     int pu_queue_event_fd(pu_queue *)
     int pu_queue_watch(pu_queue *, int)
     int pu_queue_answer(pu_queue *, uint16_t, int64_t)

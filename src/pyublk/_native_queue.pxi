@@ -7,6 +7,10 @@ cdef tuple OPS = tuple(
 cdef enum:
     LATER = 1  # a handler's outcome: answered by itself, or to be answered later
 
+#: Nanoseconds after which answers go out, whatever else the batch has: clients of a slow handler
+#: must not wait for each other's requests.
+cdef int64_t ANSWERS_DUE = 5_000_000
+
 
 cdef inline bint takes_data(uint32_t op) noexcept nogil:
     """Whether a request brings data: not for the server to fill."""
@@ -583,14 +587,20 @@ cdef class Queue:
         cdef int64_t result
         cdef int error
         cdef uint16_t tag
+        cdef int64_t began = pu_queue_tick()
         for i in range(self.q.nr_ready):
             tag = self.q.ready[i]
+            if pu_tag_state(&self.q.tags[tag]) != PU_TAG_OWNED:  # failed from outside meanwhile
+                continue
             result = handlers.answer(self.take(tag))
             if result == LATER:
                 continue
             error = pu_queue_answer(&self.q, tag, result)
             if error < 0 and error != -EALREADY:  # else: failed from outside meanwhile
                 raise errors.queue_error(-error, self.q.id)
+            if pu_queue_tick() - began > ANSWERS_DUE:
+                pu_queue_leave(&self.q, i + 1)
+                return 0
         return 0
 
     def counters(self):

@@ -233,13 +233,13 @@ class Crew:
         enough: threading.Event | None = None,
     ) -> bool:
         """Waits for `done`; False after `patience` seconds in which requests were held and none
-        came, after `idle` seconds without any, or when it is `enough`."""
-        last = -1
+        came nor was answered, after `idle` seconds without any, or when it is `enough`."""
+        last: tuple[int, int] | None = None
         since = 0.0
         while not done():
-            if (now := self.stats().total.requests) != last:
+            held = sum(queue.held for queue in self._queues())
+            if (now := (self.stats().total.requests, held)) != last:
                 last, since = now, time.monotonic()
-            held = any(servant.holds() for servant in self._servants)
             if time.monotonic() - since > (patience if held else idle):
                 return False
             if enough is not None and enough.is_set():

@@ -95,6 +95,38 @@ static void a_second_answer_is_refused(void)
 	pu_queue_free(&q);
 }
 
+static void what_is_left_comes_first_and_once(void)
+{
+	struct pu_queue q;
+	struct pu_counters counters;
+
+	CHECK_EQUAL(open_queue(&q, -1, 0), 0);
+	CHECK_EQUAL(pu_queue_fetch(&q), 0);
+	for (uint16_t tag = 0; tag < 4; tag++)
+		CHECK_EQUAL(pu_queue_inject(&q, tag, PU_OP_READ, 0, 1), 0);
+	CHECK_EQUAL(pu_queue_wait(&q, 0), 4);
+	CHECK_EQUAL(pu_queue_answer(&q, 0, 0), 0);
+	CHECK_EQUAL(pu_queue_post(&q, 2, 1, -EIO), 0); /* from outside: not left */
+	pu_queue_leave(&q, 1);
+	CHECK_EQUAL(pu_queue_inject(&q, 0, PU_OP_READ, 0, 1), 0);
+	CHECK_EQUAL(pu_queue_wait(&q, PU_FOREVER), 3);
+	CHECK_EQUAL(q.ready[0], 1);
+	CHECK_EQUAL(q.ready[1], 3);
+	CHECK_EQUAL(q.ready[2], 0);
+	/* a tag that is there twice, its first request failed and its second arrived, is left once */
+	q.ready[q.nr_ready++] = 3;
+	pu_queue_leave(&q, 1);
+	CHECK_EQUAL(pu_queue_wait(&q, PU_FOREVER), 2);
+	CHECK_EQUAL(q.ready[0], 3);
+	CHECK_EQUAL(q.ready[1], 0);
+	pu_queue_leave(&q, 2);
+	CHECK_EQUAL(pu_queue_wait(&q, 0), 0);
+	pu_queue_counters(&q, &counters);
+	CHECK_EQUAL(counters.requests[PU_OP_READ], 5);
+	pu_queue_close(&q);
+	pu_queue_free(&q);
+}
+
 struct poster {
 	struct pu_queue *queue;
 	pthread_barrier_t start;
@@ -236,6 +268,7 @@ int main(void)
 {
 	every_request_is_answered_once();
 	a_second_answer_is_refused();
+	what_is_left_comes_first_and_once();
 	threads_race_to_answer_and_one_wins();
 	held_requests_can_be_failed_from_outside();
 	other_descriptors_end_a_wait(0);

@@ -525,6 +525,34 @@ def test_a_slow_handler_is_waited_for(serve: Serve) -> None:
     assert disk.stats().total.errors == 0
 
 
+class Slow(pyublk.Target):
+    """Answers one write after the other, each after a while."""
+
+    def __init__(self) -> None:
+        super().__init__(size=MIB)
+        self.data = bytearray(MIB)
+
+    def read(self, offset: int, buffer: memoryview) -> None:
+        buffer[:] = self.data[offset : offset + len(buffer)]
+
+    def write(self, offset: int, data: memoryview) -> None:
+        time.sleep(0.4)
+        self.data[offset : offset + len(data)] = data
+
+
+def test_writes_that_are_answered_one_by_one_are_all_waited_for(serve: Serve) -> None:
+    """Each in less than the patience of the stop, all together in more."""
+    target = Slow()
+    disk = serve(target, max_io_size=4096, stop_timeout=2)
+    written = os.urandom(16 * 4096)
+    file = os.open(disk.path, os.O_RDWR)
+    os.pwrite(file, written, 0)  # into the page cache, which the stop writes back
+    os.close(file)
+    disk.stop()
+    assert bytes(target.data[: len(written)]) == written
+    assert disk.stats().total.errors == 0
+
+
 # ---- servers that are killed ----
 
 SERVES = """

@@ -193,7 +193,7 @@ int pu_queue_open(struct pu_queue *q, int cdev, const struct pu_queue_options *o
 	q->buffer_bytes = page_round(options->buffer_bytes);
 	pthread_mutex_init(&q->inbox_lock, NULL);
 	q->tags = calloc(q->depth, sizeof(*q->tags));
-	q->ready = calloc(q->depth, sizeof(*q->ready));
+	q->ready = calloc(2u * q->depth, sizeof(*q->ready)); /* left ones, and as many that came */
 	q->inbox = calloc(q->depth, sizeof(*q->inbox));
 	q->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	if (!q->tags || !q->ready || !q->inbox)
@@ -777,11 +777,36 @@ static void trim(struct pu_queue *q)
 		madvise(q->buffers, q->depth * q->buffer_bytes, MADV_DONTNEED);
 }
 
+/* One that was failed from outside meanwhile is not left, and none twice: the tag may have brought
+ * its next request already. */
+void pu_queue_leave(struct pu_queue *q, uint32_t served)
+{
+	q->nr_left = 0;
+	for (uint32_t i = served; i < q->nr_ready; i++) {
+		struct pu_tag *tag = &q->tags[q->ready[i]];
+
+		if (pu_tag_state(tag) == PU_TAG_OWNED && !tag->left) {
+			tag->left = true;
+			q->ready[q->nr_left++] = q->ready[i];
+		}
+	}
+	for (uint32_t i = 0; i < q->nr_left; i++)
+		q->tags[q->ready[i]].left = false;
+	if (q->loopback) {
+		q->nr_injected = q->nr_left;
+		q->nr_left = 0;
+	}
+}
+
 int pu_queue_wait(struct pu_queue *q, int64_t timeout_ns)
 {
+	uint32_t left = q->nr_left;
 	int error = read_inbox(q);
 
-	q->nr_ready = 0;
+	q->nr_ready = left;
+	q->nr_left = 0;
+	if (left)
+		timeout_ns = 0;
 	if (!error && drained(q))
 		return end_of(q);
 	if (!error)
@@ -796,8 +821,8 @@ int pu_queue_wait(struct pu_queue *q, int64_t timeout_ns)
 		trim(q);
 	else if (q->used && !q->timing)
 		set_idle_timer(q);
-	if (q->nr_ready > q->counters.largest_batch)
-		count(&q->counters.largest_batch, q->nr_ready - q->counters.largest_batch);
+	if (q->nr_ready - left > q->counters.largest_batch)
+		count(&q->counters.largest_batch, q->nr_ready - left - q->counters.largest_batch);
 	/* Said at once: nothing will ever wake a caller that waits for the descriptor instead. */
 	if (drained(q))
 		return end_of(q);

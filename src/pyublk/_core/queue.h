@@ -22,6 +22,7 @@
 #define PU_QUEUE_H
 
 #include <pthread.h>
+#include <time.h>
 
 #include "batch.h"
 #include "ring.h"
@@ -44,6 +45,7 @@ struct pu_tag {
 	 * comes late cannot be given to the tag's next request. */
 	uint64_t life;
 	bool fetched; /* user copy: a write's data is in the buffer already */
+	bool left;    /* within pu_queue_leave: seen */
 	int32_t result; /* loopback: the last answer */
 	uint8_t *buffer;
 	uint64_t zone_lba; /* zone append: where it was written, in 512-byte sectors */
@@ -100,6 +102,7 @@ struct pu_queue {
 	struct pu_tag *tags;
 	uint16_t *ready; /* tags that the last wait brought, unless they were served natively */
 	uint32_t nr_ready; /* how many it brought */
+	uint32_t nr_left;  /* of these, left for the next wait to bring again */
 	uint32_t nr_injected; /* loopback: of these, not yet waited for */
 	uint32_t in_kernel; /* commands that the kernel holds */
 	uint32_t owned;	    /* requests that this took and did not answer itself */
@@ -183,6 +186,10 @@ int pu_queue_fetch(struct pu_queue *q);
  * -errno. */
 int pu_queue_wait(struct pu_queue *q, int64_t timeout_ns);
 
+/* Leaves what the last wait brought, from ready[served] on, to the next one: it brings that first,
+ * and waits for nothing. So the answers that there are go out before. */
+void pu_queue_leave(struct pu_queue *q, uint32_t served);
+
 /* A descriptor that becomes readable when there is something to wait for, or -errno. Not the ring's
  * own: a ring that defers its work does not wake those who poll it. Owner thread only. */
 int pu_queue_event_fd(struct pu_queue *q);
@@ -225,6 +232,15 @@ int pu_queue_inject(struct pu_queue *q, uint16_t tag, uint32_t op_flags, uint64_
 		    uint32_t nr_sectors);
 
 void pu_queue_counters(const struct pu_queue *q, struct pu_counters *snapshot);
+
+/* Nanoseconds, as of the last tick of the kernel's clock: a cheap look at the time. */
+static inline int64_t pu_queue_tick(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
+	return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
+}
 
 static inline void *pu_queue_buffer(const struct pu_queue *q, uint16_t tag)
 {
