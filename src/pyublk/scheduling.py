@@ -101,11 +101,16 @@ def choose_io_scheduler(disk: str, name: str, deadline: float) -> None:
     wanted = "none" if name == "auto" else name
     if wanted == current:
         return
-    if name != "auto" and offered and name not in offered:
-        raise ValueError(f"io_scheduler must be one of {', '.join(offered)}, not {name!r}")
-    result = write_apart(str(place), wanted, deadline=PATIENCE if name == "auto" else deadline)
+    # One that is not offered may be in a module, which the kernel loads when its name is written.
+    result = (
+        write_apart(str(place), wanted, deadline=PATIENCE if name == "auto" else deadline)
+        if wanted.strip()
+        else -errno.EINVAL
+    )
     if result == 0:
         return
+    if result == -errno.EINVAL and name != "auto":
+        raise ValueError(f"io_scheduler must be one of {', '.join(offered)}, not {name!r}")
     reason = "requests are in flight" if result is None else os.strerror(-result)
     if name != "auto":
         number = errno.ETIMEDOUT if result is None else -result

@@ -41,9 +41,10 @@ def test_the_kernels_own_choices(serve: Serve) -> None:
     assert policies(disk) == {os.SCHED_OTHER}
 
 
-def test_a_scheduler_by_its_name(serve: Serve) -> None:
-    disk = serve(Null(size=1 << 30), queues=2, io_scheduler="mq-deadline")
-    assert io_scheduler(disk.path) == "mq-deadline"
+@pytest.mark.parametrize("name", ["mq-deadline", "kyber"])  # kyber: the kernel loads its module
+def test_a_scheduler_by_its_name(serve: Serve, name: str) -> None:
+    disk = serve(Null(size=1 << 30), queues=2, io_scheduler=name)
+    assert io_scheduler(disk.path) == name
 
 
 def test_a_zoned_disk_keeps_the_kernels_scheduler(serve: Serve) -> None:

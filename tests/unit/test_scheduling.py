@@ -76,10 +76,19 @@ def test_nothing_is_written_where_it_is_so_already(place: Path) -> None:
     assert place.read_text() == "[none] mq-deadline\n"
 
 
-def test_a_scheduler_that_there_is_not(place: Path) -> None:
-    words = "io_scheduler must be one of none, mq-deadline, kyber, not 'cfq'"
+@pytest.mark.parametrize("name", ["cfq", "", " "])
+def test_a_scheduler_that_there_is_not(
+    place: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(scheduling, "write_apart", lambda *_, **__: -errno.EINVAL)
+    words = f"io_scheduler must be one of none, mq-deadline, kyber, not {name!r}"
     with pytest.raises(ValueError, match=re.escape(words)):
-        choose_io_scheduler("/dev/ublkb0", "cfq", 5.0)
+        choose_io_scheduler("/dev/ublkb0", name, 5.0)
+
+
+def test_a_scheduler_in_a_module(place: Path) -> None:
+    choose_io_scheduler("/dev/ublkb0", "bfq", 5.0)
+    assert place.read_text().startswith("bfq")
 
 
 def test_a_scheduler_that_is_refused(
