@@ -3,6 +3,7 @@
 import os
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -107,7 +108,9 @@ def test_input_waits_for_a_port_that_is_full(pair: tuple[socket.socket, socket.s
 class Guest:
     """The guest's end of a session: what a real one says, said by the test."""
 
-    def __init__(self, directory: Path, *, boot: float = 20, raw: bool = False) -> None:
+    def __init__(
+        self, directory: Path, *, boot: float = 20, answer: float = 20, raw: bool = False
+    ) -> None:
         self.control, control = socket.socketpair()
         self.output, output = socket.socketpair()
         self.input, source = socket.socketpair()
@@ -119,7 +122,7 @@ class Guest:
             [Output(output, "MARK", self.sink)],
             Input(source, None, b"go\n"),
             self.console,
-            Patience(boot, 20, 20, 20),
+            Patience(boot, 0.01 if answer < 20 else 20, answer, 20),
             None,
             raw=raw,
         )
@@ -169,6 +172,40 @@ def test_a_guest_that_never_starts_the_command(tmp_path: Path) -> None:
     guest = Guest(tmp_path, boot=0.05)
     with pytest.raises(GuestFailed, match=r"did not start the command within 0\.05 s"):
         guest.session.run()
+    for end in guest.sockets:
+        end.close()
+
+
+def test_a_reader_of_the_output_that_pauses_is_not_the_guests_doing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guest answers while our reader makes us wait: that is heard only afterwards."""
+    guest = Guest(tmp_path, answer=0.3)
+    guest.control.send(b"ready\n")
+    guest.output.send(b"a page")
+    deliver = guest.sink.deliver
+    pauses = 0
+
+    def pause(data: bytes) -> None:
+        nonlocal pauses
+        pauses += 1
+        if pauses == 2:  # a question has gone out meanwhile
+            time.sleep(0.5)
+            guest.control.send(b"pong\nexit 0\n")
+            guest.output.send(b"MARK")
+        deliver(data)
+
+    monkeypatch.setattr(guest.sink, "deliver", pause)
+    tell = guest.session.tell
+
+    def ask(line: str) -> None:
+        tell(line)
+        if line == "ping":
+            guest.output.send(b", another page")
+
+    monkeypatch.setattr(guest.session, "tell", ask)
+    assert guest.session.run() == 0
+    assert guest.sink.content() == b"a page, another page"
     for end in guest.sockets:
         end.close()
 

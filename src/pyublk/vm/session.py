@@ -146,6 +146,7 @@ class Session:
         self._check_time()
 
     def _pump(self, output: Output) -> None:
+        began = time.monotonic()
         try:
             output.pump()
         except ConnectionResetError:
@@ -153,8 +154,11 @@ class Session:
         except BrokenPipeError:
             output.closed = True
             self.tell("signal PIPE")
+        now = time.monotonic()
+        if self._answer_due is not None:
+            self._answer_due += now - began  # that our reader pauses is not the guest's doing
         if self._stage is _Stage.ENDED:
-            self._deadline = time.monotonic() + self._patience.output
+            self._deadline = now + self._patience.output
 
     def _take_input(self) -> None:
         data = self._input.pull()
