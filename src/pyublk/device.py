@@ -156,7 +156,7 @@ class Device:
         self._stopped = threading.Event()
         self._start_over = threading.Event()
         self._start_over.set()
-        self._start_thread = 0  # which starts it now
+        self._start_threads: set[int] = set()  # which start it now: on a loop, two
         self._stop_lock = threading.Lock()
         self._stop_thread = 0  # which stops it now
         self._impatient = threading.Event()  # what hangs is given up at once
@@ -223,42 +223,45 @@ class Device:
 
     def start(self) -> None:
         """Makes the disk; returns when it is usable. On failure nothing is left behind."""
-        with self._starting():
+        self._begin_start()
+        try:
             self._configure()
             self._begin_serving(on_this_loop=False)
             self._go_live()
-
-    async def _start_on_loop(self) -> None:
-        import asyncio
-
-        with self._starting():
-            await asyncio.to_thread(self._configure)
-            self._begin_serving(on_this_loop=self._crew.dispatch == "async")
-            await asyncio.to_thread(self._go_live)
-
-    @contextmanager
-    def _starting(self) -> Iterator[None]:
-        with self._stop_lock:
-            if self._state is not DeviceState.CREATED or self._start_thread:
-                raise errors.DeviceClosed(
-                    f"the device is {self._state}: a Device starts once, make a new one"
-                )
-            self._start_thread = threading.get_ident()
-            self._start_over.clear()
-        _open_devices.add(self)
-        try:
-            yield
         except BaseException:
             self._end_start()
             self._finish_quietly()
             raise
         self._end_start()
 
+    async def _start_on_loop(self) -> None:
+        self._begin_start()
+        try:
+            await _to_its_end(self._configure)
+            self._begin_serving(on_this_loop=self._crew.dispatch == "async")
+            await _to_its_end(self._go_live)
+        except BaseException:
+            self._end_start()
+            await _to_its_end(self._finish_quietly)  # to which the loop may have to contribute
+            raise
+        self._end_start()
+
+    def _begin_start(self) -> None:
+        with self._stop_lock:
+            if self._state is not DeviceState.CREATED or self._start_threads:
+                raise errors.DeviceClosed(
+                    f"the device is {self._state}: a Device starts once, make a new one"
+                )
+            self._start_threads.add(threading.get_ident())
+            self._start_over.clear()
+        _open_devices.add(self)
+
     def _end_start(self) -> None:
-        self._start_thread = 0
+        self._start_threads.clear()
         self._start_over.set()
 
     def _configure(self) -> None:
+        self._start_threads.add(threading.get_ident())
         self._controller = Controller(deadline=self._deadline)
         self._spare_fd = os.dup(self._controller.fileno())
         self.target.open()
@@ -282,11 +285,15 @@ class Device:
         ):
             params = replace(params, dma_align=self.target.dma_alignment())
         cookie = new_cookie()
-        self._info = self._controller.add(
-            cookie=cookie,
-            flags=self._choice.flags,
-            **self._wish,  # type: ignore[arg-type]
-        )
+        try:
+            self._info = self._controller.add(
+                cookie=cookie,
+                flags=self._choice.flags,
+                **self._wish,  # type: ignore[arg-type]
+            )
+        except BaseException:
+            self._delete_added(cookie)
+            raise
         self._guard = Guard(self._controller.fileno(), self.id, cookie)
         if Feature.SHMEM_ZC in self._needed:
             by_handler = weakref.WeakMethod(self._crew.runs_here)
@@ -303,6 +310,14 @@ class Device:
             )
         self._state = DeviceState.CONFIGURED
         self._char_fd = self._open_char_device()
+
+    def _delete_added(self, cookie: int) -> None:
+        """What interrupts ADD_DEV, or ends our patience, may leave the device that it made."""
+        assert self._controller is not None
+        with suppress(OSError):
+            for device in self._controller.devices():
+                if device.cookie == cookie:
+                    self._controller.delete(device.id, wait=False)
 
     def _open_char_device(self) -> int:
         until = time.monotonic() + 5.0
@@ -340,10 +355,13 @@ class Device:
     def _go_live(self) -> None:
         """START_DEV, once every tag is fetched; the partition scan in it is served already."""
         assert self._controller is not None
+        self._start_threads.add(threading.get_ident())
         until = time.monotonic() + self._deadline
         if not self._crew.primed(self._deadline):
             raise errors.InternalError(f"a queue was not primed within {self._deadline:g} s")
         self._crew.raise_error()
+        if self._crew.one_ended():  # START_DEV after somebody's STOP_DEV would crash the kernel
+            raise errors.DeviceLost(f"device {self.id} was stopped while it was started")
         self._controller.start(self.id, os.getpid())
         self._crew.raise_error()
         self._await_node(until)
@@ -381,22 +399,23 @@ class Device:
     def wait(self, timeout: float | None = None) -> bool:
         """Waits until the disk ends; for ever, or `timeout` seconds (then returns False).
 
-        Returns True when the device was stopped from elsewhere, and, in the main thread, on SIGINT
-        and SIGTERM (whose handlers are put back afterwards). Raises what ended a queue by failure.
+        Returns True when the device was stopped from elsewhere, and, in the main thread, on SIGINT,
+        SIGTERM and SIGHUP (whose handlers are put back afterwards). Raises what ended a queue by
+        failure.
         """
         if self._state is DeviceState.CREATED:
             raise errors.DeviceClosed("the device is created: start it first")
         until = None if timeout is None else time.monotonic() + timeout
         try:
             with _signals_raised():
-                while not self._stopped.is_set():
+                while True:
+                    self._crew.attention.clear()  # what comes from here on is seen by the wait
+                    self._crew.raise_error()
+                    if self._stopped.is_set() or self._crew.one_ended():
+                        return True
                     left = None if until is None else until - time.monotonic()
                     if not self._crew.attention.wait(left):
                         return False
-                    self._crew.attention.clear()
-                    self._crew.raise_error()
-                    if self._crew.one_ended():
-                        return True
         except _Signalled:
             pass
         return True
@@ -450,7 +469,7 @@ class Device:
         here = threading.get_ident()
         if here == self._stop_thread:
             return
-        if here == self._start_thread or self._crew.runs_here():
+        if here in self._start_threads or self._crew.runs_here():
             threading.Thread(target=self.stop, args=(timeout,), name="ublk-stop").start()
             return
         # A kernel that gets START_DEV after STOP_DEV may crash.
@@ -657,9 +676,7 @@ class Device:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        import asyncio
-
-        await asyncio.to_thread(self.stop)
+        await _to_its_end(self.stop)
 
     def __del__(self) -> None:
         if getattr(self, "_state", self._NOTHING_OPEN[0]) in self._NOTHING_OPEN:
@@ -673,6 +690,24 @@ class Device:
         self._finish_quietly()
 
 
+async def _to_its_end(step: Callable[[], None]) -> None:
+    """Runs it on a thread. A cancellation is raised after its end: nothing may go on beside it."""
+    import asyncio
+
+    work = asyncio.ensure_future(asyncio.to_thread(step))
+    cancellation: asyncio.CancelledError | None = None
+    while not work.done():
+        try:
+            await asyncio.wait([work])
+        except asyncio.CancelledError as error:
+            cancellation = error
+    failure = work.exception()
+    if cancellation is not None:
+        raise cancellation
+    if failure is not None:
+        raise failure
+
+
 def _caller() -> str:
     """The place outside this package that is making a Device."""
     frame: FrameType | None = sys._getframe(1)
@@ -682,17 +717,21 @@ def _caller() -> str:
 
 
 class _Signalled(BaseException):
-    """SIGINT or SIGTERM came while the main thread waited."""
+    """SIGINT, SIGTERM or SIGHUP came while the main thread waited."""
 
 
 @contextmanager
 def _signals_raised() -> Iterator[None]:
-    """In the main thread, turns the first SIGINT or SIGTERM into _Signalled.
+    """In the main thread, turns the first SIGINT, SIGTERM or SIGHUP into _Signalled.
 
     Only where they still have Python's own behaviour: a program's handlers are its business. Not by
     setting an event: its lock may be held by the very wait that the signal interrupts.
     """
-    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    defaults = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,  # the terminal has gone
+    }
     replaced: dict[signal.Signals, Any] = {}
     came = False
 

@@ -20,6 +20,7 @@ from servers import Server, device_is_gone, run_program, until
 
 import pyublk
 from pyublk import Device, DeviceState
+from pyublk.crew import Crew
 from pyublk.targets import Null, Ram
 from pyublk.uapi import DeviceStatus, Feature, Op
 
@@ -368,6 +369,88 @@ def test_a_stop_on_top_of_a_start_or_a_stop() -> None:
     assert not Path(disk.path).exists()
 
 
+def test_a_stop_in_the_middle_of_a_start_on_a_loop() -> None:
+    target = StopsEverywhere(MIB)
+
+    async def main() -> None:
+        target.device = disk
+        async with disk:
+            assert await asyncio.to_thread(disk.wait, 60) is True
+
+    disk = Watched(target)
+    asyncio.run(main())
+    assert list(map(str, disk.seen[-3:])) == ["live", "stopping", "stopped"]
+
+
+def test_a_start_on_a_loop_that_is_cancelled() -> None:
+    """It ends when the step under way has ended, and leaves nothing."""
+    target = OpensSlowly(MIB)
+    disk = Device(target)
+
+    async def main() -> None:
+        async def enter() -> None:
+            async with disk:
+                pytest.fail("it was cancelled")
+
+        start = asyncio.ensure_future(enter())
+        await asyncio.to_thread(target.opening.wait, 60)
+        start.cancel()
+        await asyncio.sleep(0.1)
+        assert not start.done()
+        target.go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await start
+
+    asyncio.run(main())
+    assert no_trace_of(disk)
+
+
+def test_a_start_on_a_loop_that_fails_at_its_end() -> None:
+    """The loop has to take part in the stop, which must have ended when the failure is told."""
+
+    async def main() -> None:
+        async with Device(AsyncMemory(MIB), io_scheduler="cfq"):
+            pytest.fail("it started")
+
+    with pytest.raises(ValueError, match="io_scheduler must be one of"):
+        asyncio.run(main())
+    assert existing() == set()
+
+
+def test_a_disk_that_somebody_stops_while_it_starts(
+    monkeypatch: pytest.MonkeyPatch, controller: pyublk.Controller
+) -> None:
+    """START_DEV is not sent any more."""
+    primed = Crew.primed
+
+    def stop_then(crew: Crew, timeout: float) -> bool:
+        assert primed(crew, timeout)
+        for device in controller.devices():
+            controller.stop(device.id)
+        until(crew.all_ended, what="the queues end")
+        return True
+
+    monkeypatch.setattr(Crew, "primed", stop_then)
+    disk = Device(Memory(MIB))
+    with pytest.raises(pyublk.DeviceLost, match=r"device \d+ was stopped while it was started"):
+        disk.start()
+    assert no_trace_of(disk)
+
+
+def test_an_interrupt_that_comes_as_the_device_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    add = pyublk.Controller.add
+
+    def interrupted(controller: pyublk.Controller, **wish: Any) -> None:
+        add(controller, **wish)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pyublk.Controller, "add", interrupted)
+    disk = Device(Memory(MIB))
+    with pytest.raises(KeyboardInterrupt):
+        disk.start()
+    assert no_trace_of(disk)
+
+
 EXTERNAL = """
 with pyublk.Controller() as controller:
     getattr(controller, sys.argv[1])(int(sys.argv[2]))
@@ -382,6 +465,7 @@ def test_stopped_by_another_process(serve: Serve, command: str, make: type[pyubl
     assert disk.wait(0) is False
     with Server(EXTERNAL, command, disk.id) as other:
         assert disk.wait(60) is True
+        assert disk.wait(60) is True  # however often
         disk.stop()
         assert other.ended() == 0
         assert other.errors() == ""

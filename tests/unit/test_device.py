@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 
 import pyublk
 from pyublk import Device, DeviceState
-from pyublk.device import _Signalled, _signals_raised
+from pyublk.device import _Signalled, _signals_raised, _to_its_end
 from pyublk.target import dispatch_of
 from pyublk.targets import File, Null, Ram
 
@@ -261,6 +262,41 @@ def test_a_device_never_started_is_dropped_in_silence() -> None:
         device = Device(Plain())
         del device
         gc.collect()
+
+
+# ---- on an event loop ----
+
+
+def test_a_cancellation_waits_for_what_is_under_way() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    ended: list[str] = []
+
+    def step() -> None:
+        begun.set()
+        assert go_on.wait(30)
+        ended.append("step")
+
+    async def main() -> None:
+        task = asyncio.ensure_future(_to_its_end(step))
+        await asyncio.to_thread(begun.wait, 30)
+        for _ in range(2):
+            task.cancel()
+            await asyncio.sleep(0.05)
+            assert not task.done()
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert ended == ["step"]
+
+    asyncio.run(main())
+
+
+def test_a_step_that_fails_on_a_loop() -> None:
+    def step() -> None:
+        raise OSError(errno.EIO, "no")
+
+    with pytest.raises(OSError, match="no"):
+        asyncio.run(_to_its_end(step))
 
 
 # ---- no driver ----
