@@ -6,8 +6,10 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ from memory import Memory
 import pyublk
 from pyublk.cli import main
 from pyublk.cli.failures import ExitCode
-from pyublk.service import doctor
+from pyublk.control import DeviceInfo
+from pyublk.service import inventory, stopping
 from pyublk.service.processes import Process, ProcessId, start_time
 from pyublk.service.records import Record, recorded_ids
 from pyublk.uapi import DeviceStatus
@@ -416,7 +419,8 @@ def test_a_device_that_does_not_exist() -> None:
     assert done.stderr == "pyublk: there is no device 0, nor any other\n"
 
 
-def test_ctrl_c_while_add_waits_leaves_nothing(place: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_add_waits_leaves_nothing(place: Path, number: signal.Signals) -> None:
     """The target hangs in the first read, which comes while the disk is being started."""
     os.mkfifo("told")
     with subprocess.Popen(
@@ -426,7 +430,7 @@ def test_ctrl_c_while_add_waits_leaves_nothing(place: Path) -> None:
         text=True,
     ) as waiting:
         assert Path("told").read_text() == "hanging"
-        waiting.send_signal(signal.SIGINT)
+        waiting.send_signal(number)
         out, err = waiting.communicate(timeout=90)
     assert (waiting.returncode, out, err) == (ExitCode.INTERRUPTED, "", "pyublk: interrupted\n")
     assert left(place) == []
@@ -435,7 +439,8 @@ def test_ctrl_c_while_add_waits_leaves_nothing(place: Path) -> None:
 # ---- foreground ----
 
 
-def test_foreground_until_ctrl_c(place: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])  # Ctrl-C, a terminal that goes
+def test_foreground_until_a_signal(place: Path, number: signal.Signals) -> None:
     with subprocess.Popen(
         [*COMMAND, "add", "ram", "--size", "1M", "--foreground"],
         stdout=subprocess.PIPE,
@@ -452,7 +457,7 @@ def test_foreground_until_ctrl_c(place: Path) -> None:
             None,
         )
         assert Path(path).read_bytes() == bytes(1 * MIB)
-        serving.send_signal(signal.SIGINT)
+        serving.send_signal(number)
         out, err = serving.communicate(timeout=60)
     assert (serving.returncode, out) == (0, "")
     words = err.split()
@@ -477,6 +482,60 @@ def test_foreground_is_stopped_by_stop(place: Path) -> None:
     assert serving.returncode == 0
     assert json.loads(out).keys() == {"requests", "seconds"}
     assert left(place) == []
+
+
+# ---- commands that meet ----
+
+
+def test_stop_waits_for_a_start(place: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """START_DEV after a STOP_DEV crashes kernels."""
+    monkeypatch.setattr(stopping, "_STARTING", 60.0)
+    begun, go_on = threading.Event(), threading.Event()
+    really = pyublk.Device._begin_serving
+
+    def begin(device: pyublk.Device, *, on_this_loop: bool) -> None:
+        begun.set()
+        assert go_on.wait(60)
+        really(device, on_this_loop=on_this_loop)
+
+    monkeypatch.setattr(pyublk.Device, "_begin_serving", begin)
+    with ThreadPoolExecutor(2) as pool:
+        starting = pool.submit(serve, Memory(MIB))
+        assert begun.wait(60)
+        stop = pool.submit(run_here, "stop", "all", "--json")
+        time.sleep(0.5)
+        assert not stop.done()
+        go_on.set()
+        disk = starting.result(60)
+        done = stop.result(60)
+    assert (done.exit_code, json.loads(done.stdout)) == (0, {"done": [disk.id]})
+    assert disk.wait(60)
+
+
+def test_a_disk_of_all_that_is_gone_already_is_no_failure(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = added("null"), added("null")
+
+    def stop_both(controller: pyublk.Controller, device: DeviceInfo, **options: Any) -> None:
+        for number in (first["id"], second["id"]):
+            stopping.stop(controller, controller.info(number), **options)
+
+    monkeypatch.setattr("pyublk.cli.stopping.stop", stop_both)
+    done = run_here("stop", "all", "--json")
+    assert (done.exit_code, json.loads(done.stdout)) == (0, {"done": [first["id"]]})
+    assert left(place) == []
+
+
+def test_a_disk_that_goes_while_it_is_listed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = added("null")
+
+    def gone(controller: pyublk.Controller, device: DeviceInfo) -> None:
+        assert run("stop", made["path"]).returncode == 0
+        inventory.disk(controller, device)
+
+    monkeypatch.setattr("pyublk.cli.listing.disk", gone)
+    assert run_here("list").stderr == "pyublk: there are no disks\n"
 
 
 # ---- servers that hang, and servers that are killed ----
@@ -517,6 +576,29 @@ def test_a_handler_that_hangs_is_given_up_by_its_server(place: Path) -> None:
     assert left(place) == [log.name]
 
 
+def test_a_handler_that_hangs_in_the_foreground_leaves_no_record(place: Path) -> None:
+    os.mkfifo("told")
+    with subprocess.Popen(
+        [*COMMAND, "add", "disks.py:HangsAt", "-o", "place=524288", "-o", "told=told", "-f"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as serving:
+        assert serving.stdout is not None
+        disk = serving.stdout.readline().strip()
+        client = subprocess.Popen(
+            ["dd", f"if={disk}", "of=/dev/null", "iflag=direct", "bs=4k", "skip=128", "count=1"],
+            stderr=subprocess.DEVNULL,
+        )
+        assert Path("told").read_text() == "hanging"
+        serving.send_signal(signal.SIGINT)
+        _, err = serving.communicate(timeout=90)
+        assert client.wait(60) != 0
+    assert serving.returncode == ExitCode.TIMEOUT
+    assert err.startswith("pyublk: a handler of HangsAt never returned: every request it held was")
+    assert left(place) == []
+
+
 def test_a_server_that_hangs_is_killed_after_the_timeout(place: Path) -> None:
     with hanging_read(place) as (made, _), process(made["server_pid"]) as server:
         done = run_here("stop", made["path"], "--timeout", "1")
@@ -544,7 +626,7 @@ def test_a_killed_server_leaves_no_device(place: Path) -> None:
 
 def test_the_doctor_deletes_an_orphan(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both the server and its guardian are killed."""
-    monkeypatch.setattr(doctor, "_STARTING", 0.0)
+    monkeypatch.setattr(stopping, "_STARTING", 0.0)
     made = added("null")
     children = Path(f"/proc/{made['server_pid']}/task/{made['server_pid']}/children")
     guardians = [

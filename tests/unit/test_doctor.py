@@ -245,6 +245,27 @@ def driver_with(monkeypatch: pytest.MonkeyPatch, devices: "list[DeviceInfo] | OS
     monkeypatch.setattr(doctor, "Controller", Driver)
 
 
+def test_records_of_others_are_told_in_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are readable for their owner only: another user's doctor goes on without them."""
+    monkeypatch.setenv("PYUBLK_RUN_DIR", str(tmp_path))
+    file(tmp_path / "0.json")
+
+    def refuse(_path: Path, *_: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert list(check_records()) == [
+        Check(
+            "records",
+            Status.WARNING,
+            f"the records in {tmp_path} are for their owner's eyes only",
+            "run pyublk doctor as root, or as that owner",
+        )
+    ]
+
+
 @pytest.mark.parametrize("status", [DeviceStatus.QUIESCED, DeviceStatus.FAIL_IO])
 @pytest.mark.parametrize("cookie", [None, 4711], ids=["ours", "somebody's"])
 def test_a_device_that_waits_for_a_new_server_is_told(

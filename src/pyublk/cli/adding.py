@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: MIT
 """`pyublk add`."""
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
 import click
 from click.shell_completion import CompletionItem
 
@@ -145,7 +150,9 @@ def add(
     )
     open_controller().close()  # no driver, no rights: said before anything is started
     if not foreground:
-        _show(daemon.start(plan), as_json=as_json)
+        with _ended_as_by_ctrl_c():
+            record = daemon.start(plan)
+        _show(record, as_json=as_json)
         return
     served = serve(plan, log_file=None, ready=lambda record: _show(record, as_json=as_json))
     if served is None:
@@ -153,6 +160,27 @@ def add(
     if as_json:
         print_json({"requests": served.total.requests, "seconds": round(served.seconds, 3)})
     message(_summary(served))
+
+
+@contextmanager
+def _ended_as_by_ctrl_c() -> Iterator[None]:
+    """SIGTERM, and a terminal that goes, undo what was begun, as Ctrl-C does."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    numbers = [
+        number
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) is signal.SIG_DFL
+    ]
+    for number in numbers:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _show(record: Record, *, as_json: bool) -> None:

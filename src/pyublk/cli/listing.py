@@ -2,6 +2,7 @@
 """`pyublk list` and `pyublk info`: what disks there are."""
 
 import errno
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -30,6 +31,15 @@ def find(controller: Controller, number: int) -> DeviceInfo:
         ) from error
 
 
+def _disks(controller: Controller) -> Iterator[Disk]:
+    for device in controller.devices():
+        try:
+            yield disk(controller, device)
+        except OSError as error:
+            if error.errno != errno.ENODEV:  # else it was deleted meanwhile
+                raise
+
+
 @click.command("list")
 @json_option
 def list_(as_json: bool) -> None:
@@ -39,7 +49,7 @@ def list_(as_json: bool) -> None:
     made.
     """
     with open_controller() as controller:
-        disks = [disk(controller, device) for device in controller.devices()]
+        disks = list(_disks(controller))
     if as_json:
         print_json([_summary(one) for one in disks])
     elif disks:

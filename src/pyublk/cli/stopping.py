@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import click
 
-from pyublk.cli.failures import Failure, open_controller
+from pyublk.cli.failures import ExitCode, Failure, exit_code, open_controller
 from pyublk.cli.listing import find
 from pyublk.cli.output import print_json
 from pyublk.cli.parameters import DeviceId, json_option
@@ -74,6 +74,8 @@ def _each(
                 action(controller, find(controller, number))
                 done.append(number)
             except Exception as error:
+                if number not in ids and exit_code(error) is ExitCode.NO_DEVICE:
+                    continue  # one of `all`, and somebody else was faster
                 if len(wanted) == 1:
                     raise
                 failures.append(Failure(error))

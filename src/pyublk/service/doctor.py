@@ -5,7 +5,6 @@ import gzip
 import os
 import re
 import resource
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -14,11 +13,8 @@ from pathlib import Path
 from pyublk._native import Ring
 from pyublk.control import CONTROL_NODE, Controller, DeviceInfo
 from pyublk.service import records
-from pyublk.service.stopping import delete, has_server
+from pyublk.service.stopping import delete, has_server, may_be_starting
 from pyublk.uapi import DeviceStatus
-
-#: Seconds after its making in which a device without a server may just be starting.
-_STARTING = 3.0
 
 
 class Status(StrEnum):
@@ -260,12 +256,8 @@ def orphans(controller: Controller) -> list[DeviceInfo]:
 
 
 def _is_orphan(device: DeviceInfo) -> bool:
-    if not device.ours or device.status is not DeviceStatus.DEAD or has_server(device):
-        return False
-    try:
-        return time.time() - os.stat(device.char_path).st_ctime > _STARTING
-    except FileNotFoundError:
-        return True
+    dead = device.ours and device.status is DeviceStatus.DEAD
+    return dead and not has_server(device) and not may_be_starting(device)
 
 
 def check_devices() -> Iterator[Check]:
@@ -315,7 +307,16 @@ def stale_records() -> list[Path]:
 def check_records() -> Iterator[Check]:
     """Looks for records of servers that are gone."""
     directory = records.run_directory()
-    stale = stale_records()
+    try:
+        stale = stale_records()
+    except PermissionError:
+        yield Check(
+            "records",
+            Status.WARNING,
+            f"the records in {directory} are for their owner's eyes only",
+            "run pyublk doctor as root, or as that owner",
+        )
+        return
     if not stale:
         yield Check("records", Status.OK, f"{directory}: none left behind")
     for path in stale:

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -23,15 +23,15 @@ from pyublk.target import Target
 
 log = logging.getLogger("pyublk.server")
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Terminated(BaseException):
-    """SIGINT or SIGTERM came."""
+    """SIGINT, SIGTERM, or SIGHUP (the terminal has gone) came."""
 
 
 class _Termination:
-    """Lets SIGINT and SIGTERM raise Terminated inside `raising`; elsewhere they are only noted.
+    """Lets _SIGNALS raise Terminated inside `raising`; elsewhere they are only noted.
 
     Stopping a disk must not be cut short. Every signal raises, not just the first: Python drops an
     exception that happens to be raised in a finalizer.
@@ -48,7 +48,12 @@ class _Termination:
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        before = {
+            number: signal.signal(number, self._note)
+            for number in _SIGNALS
+            # Under nohup a disk outlives its terminal.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+        }
         try:
             yield
         finally:
@@ -75,7 +80,7 @@ class Served:
 
 
 def serve(plan: Plan, *, log_file: Path | None, ready: Callable[[Record], None]) -> Served | None:
-    """Serves until SIGINT, SIGTERM, or the end of the disk by another hand. Main thread only.
+    """Serves until one of _SIGNALS, or the end of the disk by another hand. Main thread only.
 
     `ready` is called, once the disk is there, with its record, which is in the run directory while
     the disk is. `log_file` is moved to its place beside the record. Returns None when a signal came
@@ -101,10 +106,12 @@ def serve(plan: Plan, *, log_file: Path | None, ready: Callable[[Record], None])
         except Terminated:
             pass
         finally:
-            if device is not None:
-                device.stop()
-            if record is not None:
-                record.remove()
+            try:
+                if device is not None:
+                    device.stop()
+            finally:
+                if record is not None:
+                    record.remove()
     if device is None or began is None:
         return None
     return Served(device.stats().total, time.monotonic() - began)
@@ -169,8 +176,15 @@ def _run_daemon(report_fd: int, log_file: Path) -> int:
     if served is not None:
         log.info("stopped after %d requests", served.total.requests)
     if live is not None and live.log is not None:
-        live.log.unlink(missing_ok=True)
+        _remove_ours(live.log)
     return 0
+
+
+def _remove_ours(log_file: Path) -> None:
+    """Unless it is another server's by now, whose disk got our id."""
+    with suppress(FileNotFoundError):
+        if os.path.samestat(log_file.stat(), os.fstat(sys.stderr.fileno())):
+            log_file.unlink()
 
 
 if __name__ == "__main__":

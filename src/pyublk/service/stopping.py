@@ -23,6 +23,8 @@ BLKFLSBUF = 0x1261
 
 #: Seconds that a guardian, or a server that has ended, gets to delete the device.
 _DELETION = 10.0
+#: Seconds after its making in which a device that is DEAD may just be starting.
+_STARTING = 3.0
 
 
 def refuse_if_used(device: DeviceInfo) -> None:
@@ -43,6 +45,7 @@ def stop(
     Unless `force`, raises DeviceBusy for a disk in use or one that waits for a new server, and
     OSError or TimeoutError for one that cannot be flushed: the disk is left as it is.
     """
+    device = _once_started(controller, device)
     if not force:
         refuse_if_used(device)
         if device.status in (DeviceStatus.QUIESCED, DeviceStatus.FAIL_IO):
@@ -63,7 +66,8 @@ def stop(
     with suppress(*tolerated):
         _flush(device, timeout)
     if has_server(device) or not device.ours:
-        controller.stop(device.id, deadline=timeout)
+        if device.status is not DeviceStatus.DEAD:  # else there is nothing to stop
+            _stop_through_driver(controller, device, timeout)
         return
     _delete(controller, device, timeout)
     if record is not None:
@@ -76,6 +80,25 @@ def delete(
     """Stops a disk as `stop` does, then deletes it whoever made it; an orphan too."""
     stop(controller, device, timeout=timeout, force=force)
     _delete(controller, device, timeout)
+
+
+def may_be_starting(device: DeviceInfo) -> bool:
+    """Whether its server may be about to send START_DEV."""
+    if device.status is not DeviceStatus.DEAD:
+        return False
+    try:
+        return time.time() - os.stat(device.char_path).st_ctime < _STARTING
+    except FileNotFoundError:
+        return False
+
+
+def _once_started(controller: Controller, device: DeviceInfo) -> DeviceInfo:
+    """The device when it is not just starting: to stop it then would crash kernels, since
+    START_DEV would come after STOP_DEV."""
+    while may_be_starting(device):
+        time.sleep(0.02)
+        device = controller.info(device.id)
+    return device
 
 
 def has_server(device: DeviceInfo) -> bool:
@@ -101,6 +124,14 @@ def _exists(controller: Controller, device: DeviceInfo) -> bool:
         raise
 
 
+def _stop_through_driver(controller: Controller, device: DeviceInfo, deadline: float) -> None:
+    try:
+        controller.stop(device.id, deadline=deadline)
+    except OSError as error:
+        if error.errno != errno.ENODEV:  # somebody else was faster
+            raise
+
+
 def _delete(controller: Controller, device: DeviceInfo, deadline: float) -> None:
     if not _exists(controller, device):
         return
@@ -124,7 +155,9 @@ def _flush(device: DeviceInfo, timeout: float) -> None:
                 _flush_node(f"/dev/{part}")
             _flush_node(device.path)
         except OSError as error:
-            failures.append(error)
+            # Else somebody else is taking the disk down, and its page cache is written back so.
+            if error.errno not in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
+                failures.append(error)
 
     # In a thread beside this one: with a server that hangs, nothing can interrupt these calls.
     flusher = threading.Thread(target=flush, daemon=True)
@@ -182,6 +215,7 @@ def _requests_answered(device: DeviceInfo) -> int:
 def _end_server(
     controller: Controller, device: DeviceInfo, record: Record, server: Process, timeout: float
 ) -> None:
+    log = _identity(record.log)
     server.send(signal.SIGTERM)
     ended = _patiently(server.wait, device, timeout)
     if not ended:
@@ -195,10 +229,20 @@ def _end_server(
             f"the server of {device.path} (process {server.pid}) did not end within {timeout:g} s "
             "and was killed: requests that it held were failed, and the disk is deleted"
         )
-    if record.log is not None and record.log.exists():
+    # Another one may have got the disk's id, and its log that name.
+    if log is not None and _identity(record.log) == log:
         raise errors.DeviceLost(
             f"{device.path} is gone, but its server ended with an error: see {record.log}"
         )
+
+
+def _identity(log: Path | None) -> tuple[int, int] | None:
+    """Which file is there, if any."""
+    try:
+        found = log.stat() if log is not None else None
+    except FileNotFoundError:
+        return None
+    return found and (found.st_dev, found.st_ino)
 
 
 def _deleted(controller: Controller, device: DeviceInfo) -> bool:
