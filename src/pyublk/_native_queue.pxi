@@ -10,6 +10,8 @@ cdef enum:
 #: Nanoseconds after which answers go out, whatever else the batch has: clients of a slow handler
 #: must not wait for each other's requests.
 cdef int64_t ANSWERS_DUE = 5_000_000
+#: Requests between two looks at the time, at most: a look is half a hundredth of a request.
+cdef uint32_t LOOK_EVERY = 8
 
 
 cdef inline bint takes_data(uint32_t op) noexcept nogil:
@@ -396,6 +398,7 @@ cdef class Queue:
     cdef bint is_open
     cdef bint fetched
     cdef unsigned long owner
+    cdef uint32_t look_every  # requests between two looks at the time; fewer when they are slow
     cdef Buffers shared
     cdef SharedTable table
     cdef object __weakref__
@@ -441,6 +444,7 @@ cdef class Queue:
         if error < 0:
             raise errors.queue_error(-error, queue_id)
         self.owner = PyThread_get_thread_ident()
+        self.look_every = 1
         self.is_open = True
         self.ios = [self.new_io(tag) for tag in range(depth)]
 
@@ -588,6 +592,7 @@ cdef class Queue:
         cdef int error
         cdef uint16_t tag
         cdef int64_t began = pu_queue_tick()
+        cdef uint32_t look = self.look_every
         for i in range(self.q.nr_ready):
             tag = self.q.ready[i]
             if pu_tag_state(&self.q.tags[tag]) != PU_TAG_OWNED:  # failed from outside meanwhile
@@ -598,9 +603,14 @@ cdef class Queue:
             error = pu_queue_answer(&self.q, tag, result)
             if error < 0 and error != -EALREADY:  # else: failed from outside meanwhile
                 raise errors.queue_error(-error, self.q.id)
+            if i + 1 < look:
+                continue
             if pu_queue_tick() - began > ANSWERS_DUE:
+                self.look_every = 1
                 pu_queue_leave(&self.q, i + 1)
                 return 0
+            self.look_every = min(self.look_every * 2, LOOK_EVERY)
+            look = i + 1 + self.look_every
         return 0
 
     def counters(self):

@@ -1,13 +1,15 @@
 """What threads other than a queue's own may do at any time, with the GIL or without."""
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
 
-from pyublk._native import IO, Buffers, Queue
+import pyublk
+from pyublk._native import IO, Buffers, Handlers, Queue
 from pyublk.errors import StaleIO
 from pyublk.uapi import Op
 
@@ -116,3 +118,25 @@ def test_a_queue_is_closed_while_others_use_it() -> None:
     over.set()
     ended(threads)
     assert all(io.completed for io in held)
+
+
+class SlowReads(pyublk.Target):
+    def read(self, offset: int, buffer: memoryview) -> None:
+        time.sleep(0.02)
+
+    def write(self, offset: int, data: memoryview) -> None:
+        pass
+
+
+def test_the_answers_of_a_slow_handler_do_not_wait_for_the_batch() -> None:
+    handlers = Handlers(SlowReads(size=1 << 20), print)
+    with Queue.loopback(depth=DEPTH, buffer_size=4096) as queue:
+        queue.fetch()
+        for number in range(2):
+            for tag in range(DEPTH):
+                queue.inject(tag, Op.READ, number * 512, 512)
+            for tag in range(DEPTH):  # a round for each
+                assert queue.held == DEPTH - tag
+                queue.serve(handlers)
+                assert queue.answered(tag) == 512
+            assert queue.held == 0
