@@ -52,6 +52,12 @@ def setup(app: Any) -> dict[str, bool]:
             called = [f"``{key.rpartition('.')[2]}{arguments}``", ""] if arguments else []
             lines[:] = [*called, *text.splitlines(), ""]
 
+    def skip(_app: Any, _what: str, _name: str, member: Any, _skip: bool, _options: Any) -> Any:
+        """autodoc looks for texts before they are given."""
+        described = stub.get(getattr(member, "__qualname__", ""), ("", None))[0]
+        return False if described else None
+
+    app.connect("autodoc-skip-member", skip)
     # Before napoleon, which turns the sections of a docstring into fields.
     app.connect("autodoc-process-docstring", docstring, priority=100)
     return {"parallel_read_safe": True}

@@ -81,9 +81,11 @@ class Ring:
     def features(self) -> int:
         """The kernel's `RingFeature` bits."""
     @property
-    def entries(self) -> int: ...
+    def entries(self) -> int:
+        """Room of the submission queue."""
     @property
-    def cq_entries(self) -> int: ...
+    def cq_entries(self) -> int:
+        """Room of the completion queue."""
     @property
     def enters(self) -> int:
         """io_uring_enter calls so far."""
@@ -117,7 +119,8 @@ class Ring:
         `command` (16 bytes, 80 in an SQE128 ring) goes to offset 48. A full queue is submitted
         first; BlockingIOError if the kernel takes nothing then either.
         """
-    def nop(self, user_data: int = 0) -> None: ...
+    def nop(self, user_data: int = 0) -> None:
+        """Completes at once, with 0."""
     def timeout(self, seconds: float, user_data: int = 0) -> None:
         """Completes with -ETIME after `seconds`."""
     def read(self, fd: int, buffer: Buffer, offset: int, user_data: int = 0) -> None:
@@ -150,7 +153,8 @@ class Ring:
         """
     def register_files(self, fds: Iterable[int]) -> None:
         """Registers descriptors: entries with sqe_flags 1 then name them by their index."""
-    def unregister_files(self) -> None: ...
+    def unregister_files(self) -> None:
+        """Takes that back."""
     def register_eventfd(self, fd: int) -> None:
         """Has the kernel write to an eventfd when completions, or work for `submit`, are there."""
     def register_self(self) -> None:
@@ -165,7 +169,8 @@ class IO:
     """
 
     @property
-    def op(self) -> Op: ...
+    def op(self) -> Op:
+        """What is asked for; a plain number for one that this version does not know."""
     @property
     def flags(self) -> int:
         """The request's `IOFlag` bits."""
@@ -182,12 +187,14 @@ class IO:
     def length(self) -> int:
         """Bytes."""
     @property
-    def tag(self) -> int: ...
+    def tag(self) -> int:
+        """Its place in the queue, from 0 to the depth less 1; no other request has it now."""
     @property
-    def queue_id(self) -> int: ...
+    def queue_id(self) -> int:
+        """The queue that it came by."""
     @property
     def buffer(self) -> memoryview:
-        """The request's bytes: to fill for a READ, read-only for a WRITE, empty for the others.
+        """The request's bytes, to fill for a READ, read-only for a WRITE, empty for the others.
 
         With user copy they come when this is looked at, and go when the request is completed.
         Released when the request is completed.
@@ -207,9 +214,11 @@ class IO:
     def write_from(self, memory: Buffer, at: int = 0, *, metadata: bool = False) -> None:
         """Copies `memory` into a read's data, from its byte `at` on; as `read_into`."""
     @property
-    def completed(self) -> bool: ...
+    def completed(self) -> bool:
+        """Whether it has been answered, by whomever."""
     @property
-    def deferred(self) -> bool: ...
+    def deferred(self) -> bool:
+        """Whether `defer` was called."""
     def complete(self, *, zone_sector: int | None = None) -> None:
         """Ends the request with success, whole. From any thread.
 
@@ -294,7 +303,8 @@ class Queue:
         table: SharedTable | None = None,
     ) -> Self:
         """A queue without kernel: requests are injected, answers read back (pyublk.testing)."""
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Gives ring, map and buffers back. IOs that somebody kept are stale then."""
     def __enter__(self) -> Self: ...
     def __exit__(
         self,
@@ -304,9 +314,11 @@ class Queue:
         /,
     ) -> None: ...
     @property
-    def id(self) -> int: ...
+    def id(self) -> int:
+        """The queue's number."""
     @property
-    def depth(self) -> int: ...
+    def depth(self) -> int:
+        """Its tags."""
     @property
     def held(self) -> int:
         """Requests taken and not yet committed."""
@@ -325,10 +337,11 @@ class Queue:
     def __iter__(self) -> Iterator[IO]: ...
     def serve_native(self, handler: int, context: int = 0, *, blind: bool = False) -> None:
         """Serves by a C function (see NativeTarget) until the device stops."""
-    def serve(
-        self, handlers: Handlers, lock: AbstractContextManager[object] | None = None
-    ) -> None: ...
-    def counters(self) -> tuple[tuple[int, ...], tuple[int, ...], int, int, int, int]: ...
+    def serve(self, handlers: Handlers, lock: AbstractContextManager[object] | None = None) -> None:
+        """Serves by a target's methods until the device stops, under `lock` if there is one. What
+        was answered goes out after 5 ms, though others of the batch are still to be handled."""
+    def counters(self) -> tuple[tuple[int, ...], tuple[int, ...], int, int, int, int]:
+        """For `QueueStats.from_counters`."""
     def wake(self) -> None:
         """Makes a `wait` return. From any thread."""
     def fail_held(self, error: int = 5) -> None:

@@ -138,6 +138,7 @@ class Controller:
             raise errors.control_missing_error(error.errno or errno.ENOENT) from None
 
     def close(self) -> None:
+        """Closes the control node; closing twice is allowed."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

@@ -167,6 +167,7 @@ class Device:
 
     @property
     def state(self) -> DeviceState:
+        """How far the disk's life has come."""
         return self._state
 
     @property

@@ -10,6 +10,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+from native_stub import read_stub
 from pages import ROOT, blocks, pages_that_need, run
 
 import pyublk
@@ -48,16 +49,33 @@ def test_every_page_is_in_the_table_of_contents(site: Path) -> None:
 
 @pytest.mark.parametrize("module", ["pyublk", "pyublk.targets", "pyublk.testing", "pyublk.vm"])
 def test_every_public_name_is_in_the_reference(site: Path, module: str) -> None:
-    # Four lines of text, then one line for each thing: its name, what it is, where.
-    inventory = zlib.decompress((site / "objects.inv").read_bytes().split(b"\n", 4)[4])
-    described = {line.split()[0] for line in inventory.decode().splitlines() if " py:" in line}
     package = importlib.import_module(module)
     missing = [
         name
         for name in package.__all__
-        if not {f"{module}.{name}", f"{getattr(package, name).__module__}.{name}"} & described
+        if not {f"{module}.{name}", f"{getattr(package, name).__module__}.{name}"} & described(site)
     ]
     assert not missing, f"docs/api.md lacks {', '.join(missing)}"
+
+
+def described(site: Path) -> set[str]:
+    """The names in the reference."""
+    # Four lines of text, then one line for each thing: its name, what it is, where.
+    inventory = zlib.decompress((site / "objects.inv").read_bytes().split(b"\n", 4)[4])
+    return {line.split()[0] for line in inventory.decode().splitlines() if " py:" in line}
+
+
+@pytest.mark.parametrize("name", ["IO", "Queue", "Ring", "ShardedLock"])
+def test_every_member_of_a_native_class_is_in_the_reference(site: Path, name: str) -> None:
+    texts = {
+        key.partition(".")[2]: text
+        for key, (text, _) in read_stub().items()
+        if key.startswith(f"{name}.") and "._" not in key
+    }
+    silent = [member for member, text in texts.items() if not text]
+    assert not silent, f"_native.pyi says nothing of {name}'s {', '.join(silent)}"
+    missing = [member for member in texts if f"pyublk.{name}.{member}" not in described(site)]
+    assert not missing, f"the reference lacks {name}'s {', '.join(missing)}"
 
 
 def test_the_table_of_errors_has_the_exit_codes() -> None:

@@ -118,6 +118,7 @@ class Disk:
         return server
 
     def close(self) -> None:
+        """Closes the target; `with` does it too."""
         if self._pool is not None:
             self._pool.close()
             self._pool = None
@@ -166,6 +167,7 @@ class Disk:
         return self.params.basic.logical_block_size
 
     def stats(self) -> DeviceStats:
+        """Counters since the disk was opened."""
         if self._queue is None:
             raise DeviceClosed("the disk is not open: use `with`")
         return DeviceStats((QueueStats.from_counters(self._queue.counters()),))

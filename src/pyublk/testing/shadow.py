@@ -17,6 +17,7 @@ class Shadow:
         self._known = bytearray(b"\1" * disk.size)
 
     def read(self, offset: int, length: int) -> None:
+        """Reads, and compares the bytes that are known."""
         found = self.disk.pread(length, offset)
         for at in range(length):
             if self._known[offset + at]:
@@ -25,14 +26,17 @@ class Shadow:
                 )
 
     def write(self, offset: int, data: bytes, *, fua: bool = False) -> None:
+        """Writes, and remembers."""
         assert self.disk.pwrite(data, offset, fua=fua) == len(data)
         self._set(offset, data)
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:
+        """Makes zero, and remembers."""
         self.disk.write_zeroes(offset, length, unmap=unmap)
         self._set(offset, bytes(length))
 
     def discard(self, offset: int, length: int) -> None:
+        """Discards; what is there then nobody knows."""
         self.disk.discard(offset, length)
         self._known[offset : offset + length] = bytes(length)
 
