@@ -273,17 +273,16 @@ def test_info_tells_the_data_path_and_a_mirror_s_legs(place: Path) -> None:
     told = run_here("info", str(disk["id"]))
     assert told.exit_code == 0, told.output
     assert "copy (asked for; batch I/O switched off)" in told.output
-    (details,) = json.loads(run_here("info", str(disk["id"]), "--json").output)
-    assert [leg["state"] for leg in details["status"]["legs"]] == ["synced", "synced"]
+
+    def tells(*states: str) -> bool:
+        (now,) = json.loads(run_here("info", str(disk["id"]), "--json").output)
+        return [leg["state"] for leg in now["status"]["legs"]] == list(states)
+
+    until(lambda: tells("synced", "synced"))
     os.truncate(place / "a.img", 0)
     with open(disk["path"], "rb") as client:
         assert client.read(4096) == bytes(4096)
-
-    def told_failed() -> bool:
-        (now,) = json.loads(run_here("info", str(disk["id"]), "--json").output)
-        return [leg["state"] for leg in now["status"]["legs"]] == ["failed", "synced"]
-
-    until(told_failed)
+    until(lambda: tells("failed", "synced"))
     assert f"path {place / 'a.img'}, state failed" in run_here("info", str(disk["id"])).output
     assert run_here("stop", str(disk["id"])).exit_code == 0
     assert left(place) == []

@@ -213,6 +213,7 @@ def test_a_mirror_survives_a_leg_that_fails(serve: Serve, tmp_path: Path, method
     paths = [Path(serve(leg).path) for leg in legs]
     mirror = Mirror(*paths, state=tmp_path / "state", direct=True)
     disk = serve(mirror)
+    assert mirror.wait_in_step(30)
     data = os.urandom(MIB)
     with Blocks(disk.path) as blocks:
         blocks.write(data, 0)
@@ -241,6 +242,7 @@ def test_a_mirror_survives_a_leg_that_hangs(serve: Serve, tmp_path: Path, method
     paths = [Path(serve(leg).path) for leg in legs]
     mirror = Mirror(*paths, state=tmp_path / "state", leg_timeout=1, direct=True)
     disk = serve(mirror)
+    assert mirror.wait_in_step(30)
     data = os.urandom(65536)
     try:
         with Blocks(disk.path) as blocks:
@@ -260,6 +262,7 @@ def test_a_mirror_of_one_good_leg_passes_errors_on(serve: Serve, tmp_path: Path)
     legs = [Faulty(Memory()), Faulty(Memory())]
     mirror = Mirror(*(Path(serve(leg).path) for leg in legs), state=tmp_path / "s", direct=True)
     disk = serve(mirror)
+    assert mirror.wait_in_step(30)
     with Blocks(disk.path) as blocks:
         blocks.write(b"a" * 4096, 0)
         for leg in legs:
@@ -276,6 +279,7 @@ def test_clients_do_not_notice_that_a_leg_dies(serve: Serve, tmp_path: Path) -> 
     legs = [Faulty(Memory()), Faulty(Memory())]
     mirror = Mirror(*(Path(serve(leg).path) for leg in legs), state=tmp_path / "s", direct=True)
     disk = serve(mirror, queues=2)
+    assert mirror.wait_in_step(30)
     timer = threading.Timer(1.0, lambda: legs[1].fail("write", every=True))
     timer.start()
     verified(disk.path, rw="randwrite", bsrange="4k-64k", size="8m", iodepth=8, loops=2)

@@ -61,8 +61,6 @@ def test_random_requests_read_what_was_written(layout: str, tmp_path: Path) -> N
     target = LAYOUTS[layout](tmp_path)
     with Disk(target, depth=4, max_io_size=128 * 1024) as disk:
         assert disk.size == SIZE
-        if layout == "mirror":
-            disk.pwrite(bytes(SIZE), 0)
         expected = bytearray(disk.pread(SIZE, 0))
         for _ in range(200):
             length = chance.randrange(1, 512) * 512
@@ -265,10 +263,21 @@ def test_a_gpt_whose_header_is_cut_off(tmp_path: Path) -> None:
 
 
 def mirror_of(folder: Path, **options: object) -> Mirror:
-    for name in "ab":
-        if not (folder / name).exists():
-            (folder / name).write_bytes(bytes(SIZE * 4))
+    """Of two files, in step when it is made for the first time."""
+    files = [folder / name for name in "ab"]
+    if not all(file.exists() for file in files):
+        for file in files:
+            file.write_bytes(bytes(SIZE * 4))
+        place = options.get("state", folder / "a.mirror")
+        assert isinstance(place, Path)
+        if not place.exists():
+            put_on_record(place, *((file, "synced") for file in files))
     return Mirror(folder / "a", folder / "b", **options)  # type: ignore[arg-type]
+
+
+def put_on_record(place: Path, *legs: tuple[Path, str], active: bool = False) -> None:
+    found = [{"path": str(path), "state": state, "since": None} for path, state in legs]
+    place.write_text(json.dumps({"active": active, "legs": found}))
 
 
 def states(mirror: Mirror) -> list[str]:
@@ -379,6 +388,100 @@ def test_a_leg_is_replaced_while_the_disk_is_written(tmp_path: Path) -> None:
         assert states(mirror) == ["synced", "synced"]
     assert spare.read_bytes() == (tmp_path / "b").read_bytes()
     assert json.loads((tmp_path / "a.mirror").read_text())["legs"][0]["path"] == str(spare)
+
+
+def test_the_record_is_found_from_a_new_first_leg(tmp_path: Path) -> None:
+    mirror = mirror_of(tmp_path)
+    spare, b = make(tmp_path, "spare", SIZE * 4), tmp_path / "b"
+    with Disk(mirror) as disk:
+        disk.pwrite(os.urandom(SIZE * 4), 0)
+        for path in (spare, tmp_path / "a", spare):
+            mirror.leg_failed(0, errno.EIO)
+            mirror.replace(0, path)
+        assert mirror.wait_in_step(30)
+        mirror.leg_failed(0, errno.EIO)
+    with Disk(Mirror(spare, b)) as disk:
+        assert disk.pread(SIZE * 4, 0) == b.read_bytes()
+    assert record(tmp_path) == ["failed", "synced"]
+    with pytest.raises(ValueError, match=r"spare\.mirror is the record"):
+        Mirror(b, spare).open()
+    (tmp_path / "a.mirror").rename(tmp_path / "away")
+    with pytest.raises(ValueError, match=r"spare\.mirror points to .*a\.mirror, which is not"):
+        Mirror(spare, b).open()
+    (tmp_path / "away").rename(tmp_path / "spare.mirror")
+    with Disk(Mirror(spare, b)) as disk:
+        assert disk.pread(SIZE * 4, 0) == b.read_bytes()
+
+
+def test_without_a_record_the_first_leg_is_copied_to_the_others(tmp_path: Path) -> None:
+    first = make(tmp_path, "a", SIZE * 4)
+    with open(first, "r+b") as file:
+        file.seek(SIZE)
+        file.write(bytes(2 * SIZE))
+    fresh = tmp_path / "b"
+    fresh.touch()
+    os.truncate(fresh, SIZE * 4)
+    mirror = Mirror(first, fresh)
+    with Disk(mirror) as disk:
+        assert disk.pread(SIZE * 4, 0) == first.read_bytes()
+        assert mirror.wait_in_step(30)
+        assert states(mirror) == ["synced", "synced"]
+    assert fresh.read_bytes() == first.read_bytes()
+    assert fresh.stat().st_blocks * 512 < 3 * SIZE  # where it was the same it stays a hole
+
+
+def test_a_new_leg_that_cannot_be_read_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    legs = [make(tmp_path, name, SIZE * 2) for name in "ab"]
+
+    def told(write: bool, path: Path, offset: int) -> None:
+        if not write and path == legs[1]:
+            raise OSError(errno.EIO, "unreadable")
+
+    tell_copies(monkeypatch, told)
+    mirror = Mirror(*legs)
+    with Disk(mirror):
+        assert mirror.wait_in_step(30)
+    assert legs[0].read_bytes() == legs[1].read_bytes()
+
+
+def test_a_leg_that_failed_is_written_also_where_it_looks_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page cache may have what the disk has not."""
+    written: list[int] = []
+    tell_copies(monkeypatch, lambda write, path, at: written.append(at) if write else None)
+    mirror = mirror_of(tmp_path)
+    with Disk(mirror):
+        mirror.leg_failed(1, errno.EIO)
+        mirror.replace(1)
+        assert mirror.wait_in_step(30)
+    assert written == [0, SIZE, 2 * SIZE, 3 * SIZE]
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_record_beside_another_leg_is_not_passed_over(tmp_path: Path, known: bool) -> None:
+    mirror = mirror_of(tmp_path)
+    a, b, c = (tmp_path / name for name in "abc")
+    with Disk(mirror) as disk:
+        mirror.leg_failed(1, errno.EIO)
+        disk.pwrite(b"x" * 4096, 0)
+    if known:
+        put_on_record(tmp_path / "b.mirror", (b, "synced"), (a, "synced"))
+    with pytest.raises(ValueError, match=r"a\.mirror is the record of a mirror with a as "):
+        Mirror(b, a).open()
+    if not known:
+        assert not (tmp_path / "b.mirror").exists()
+        with Disk(Mirror(b, a, state=tmp_path / "a.mirror")) as disk:
+            assert disk.pread(4096, 0) == b"x" * 4096
+    # Nor by a replacement, which the next start would refuse.
+    make(tmp_path, "c", SIZE * 4)
+    put_on_record(tmp_path / "c.mirror", (c, "synced"))
+    (tmp_path / "b.mirror").unlink(missing_ok=True)
+    mirror = mirror_of(tmp_path)
+    with Disk(mirror), pytest.raises(ValueError, match=r"c\.mirror is the record"):
+        mirror.replace(1, c)
 
 
 def tell_copies(monkeypatch: pytest.MonkeyPatch, told: Callable[[bool, Path, int], None]) -> None:
@@ -523,7 +626,9 @@ def test_a_leg_that_cannot_be_read_does_not_fail_those_it_is_copied_to(
     monkeypatch.setattr("pyublk.targets.mirror.RETRY_SECONDS", 0.01)
     mirror_of(tmp_path)
     third = make(tmp_path, "c", SIZE * 4)
-    mirror = Mirror(tmp_path / "a", tmp_path / "b", third)
+    legs = [tmp_path / "a", tmp_path / "b", third]
+    put_on_record(tmp_path / "a.mirror", *((leg, "synced") for leg in legs))
+    mirror = Mirror(*legs)
     with Disk(mirror) as disk:
         disk.pwrite(os.urandom(SIZE * 4), 0)
         mirror.leg_failed(2, errno.EIO)

@@ -3,10 +3,11 @@
 
 import errno
 import math
+import mmap
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -60,21 +61,38 @@ def copy_steps(
     descriptors: Mapping[int, int],
     source: int,
     legs: Sequence[int],
+    alike: Collection[int],
     memory: memoryview,
     offset: int,
     length: int,
 ) -> Iterator[Step]:
-    """Copies a range from one leg to others, by way of `memory`."""
+    """Copies a range from one leg to others, by way of `memory`; to those that are `alike` only
+    where they differ."""
     for at in range(offset, offset + length, len(memory)):
         piece = memory[: offset + length - at]
         yield source, partial(_transfer, os.preadv, descriptors[source], piece, at)
         for leg in legs:
-            yield leg, partial(_transfer, os.pwritev, descriptors[leg], piece, at)
+            if leg in alike:
+                yield leg, partial(_write_where_different, descriptors[leg], piece, at)
+            else:
+                yield leg, partial(_transfer, os.pwritev, descriptors[leg], piece, at)
 
 
 def sync_steps(descriptors: Mapping[int, int]) -> Iterator[Step]:
     for leg, fd in descriptors.items():
         yield leg, partial(os.fsync, fd)
+
+
+def _write_where_different(fd: int, piece: memoryview, offset: int) -> None:
+    """A sparse file stays sparse."""
+    there = memoryview(mmap.mmap(-1, len(piece)))  # page-aligned, for direct I/O
+    try:
+        _transfer(os.preadv, fd, there, offset)
+        if there.tobytes() == piece.tobytes():
+            return
+    except OSError:
+        pass  # what cannot be read may yet be written
+    _transfer(os.pwritev, fd, piece, offset)
 
 
 def _transfer(call: Any, fd: int, memory: memoryview, offset: int) -> None:

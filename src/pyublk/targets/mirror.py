@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from pyublk._native import Layout
+from pyublk.backing import Backing
 from pyublk.mapped import MappedTarget
 from pyublk.paths import DataPath
 from pyublk.targets.copying import PIECE, Job, Step, copy_steps, sync_steps
-from pyublk.targets.record import LegRecord, LegState, Record
+from pyublk.targets.record import LegRecord, LegState, Record, find_record, point_to_record
 
 log = logging.getLogger("pyublk.targets.mirror")
 
@@ -44,7 +45,9 @@ class Mirror(MappedTarget):
 
     A leg comes back with `replace`, or with `rebuild` at the next start: all is copied to it while
     the disk is in use. After a stop that was none (a crash, a power cut) legs may differ in what
-    was being written: then the first one is copied to the others.
+    was being written: then the first one in step is copied to the others. Where there is no record
+    yet, nothing says that the files are the same: the first one is copied to the others, where they
+    differ from it.
 
     Args:
         files: the legs, regular files or block devices; the smallest says how large the disk is.
@@ -76,6 +79,7 @@ class Mirror(MappedTarget):
             files, size=size, direct=direct, read_only=read_only, block_size=block_size
         )
         self._state_path = None if state is None else Path(state)
+        self._beside_first = state is None
         self._leg_timeout = leg_timeout
         self._rebuild = rebuild
         self._lock = threading.Lock()  # the record, and changes of legs
@@ -161,8 +165,10 @@ class Mirror(MappedTarget):
                         f"{self.files[0]} is a block device: say with state which file is to hold "
                         "the record of legs that failed"
                     )
-                self._state_path = self.files[0].with_name(self.files[0].name + ".mirror")
-            self._state_path = self._state_path.absolute()
+                self._state_path = _record_beside(self.files[0])
+            self._state_path = find_record(self._state_path)
+            for path in self.files:
+                self._refuse_other_record(path)
             self._stopping = threading.Event()
             if self._take_up_record():
                 with self._lock:
@@ -201,15 +207,31 @@ class Mirror(MappedTarget):
 
     # ---- the record ----
 
+    def _refuse_other_record(self, leg: Path) -> None:
+        """One beside a leg may know of failures that ours does not."""
+        other = _record_beside(leg)
+        if other.exists() and other.resolve() != self._state_path:
+            raise ValueError(
+                f"{other} is the record of a mirror with {leg.name} as its first leg, and may say "
+                f"what {self._state_path} does not: start with that leg first, with "
+                f"state={other}, or without that file if it is out of date"
+            )
+
     def _take_up_record(self) -> bool:
         """Puts legs into the state on record; whether one is to be brought in step."""
         assert self._state_path is not None
         record = Record.read(self._state_path)
         states = [LegState.SYNCED] * len(self.files)
         known = {leg.path: leg for leg in record.legs}
+        if not known:
+            log.warning(
+                "%s, the mirror's record, is not there: copying %s to the others where they differ",
+                self._state_path,
+                self.files[0],
+            )
         for leg, path in enumerate(self.files):
             before = known.get(str(path))
-            if before is None and known:
+            if before is None and (known or leg):
                 states[leg] = LegState.RESYNC  # new here
             elif before is not None and before.state != LegState.SYNCED:
                 self._since[leg] = before.since
@@ -218,7 +240,7 @@ class Mirror(MappedTarget):
         if LegState.SYNCED not in states:
             raise ValueError(
                 f"no leg is in step, says {self._state_path}: name one that is, or remove that "
-                "file if you know that all are the same"
+                "file, and the first leg will be copied to the others"
             )
         if record.active:
             first = states.index(LegState.SYNCED)
@@ -226,6 +248,7 @@ class Mirror(MappedTarget):
             for leg, state in enumerate(states):
                 if leg != first and state == LegState.SYNCED:
                     states[leg] = LegState.RESYNC
+                    self._since[leg] = time.time()
         for leg, state in enumerate(states):
             self.layout.set_leg_state(leg, state)
         self._record()
@@ -297,18 +320,30 @@ class Mirror(MappedTarget):
             )
 
     def _put_in_place(self, leg: int, path: Path) -> None:
+        self._refuse_other_record(path)
         backing, old = self.open_file(path), self.backing[leg]
         if backing.size < self.layout.size:
             backing.close()
             raise ValueError(
                 f"{path} has {backing.size} bytes, the mirror needs {self.layout.size}"
             )
+        if leg == 0 and self._beside_first and not backing.is_device:
+            self._point_to_record(backing)
         # The same number: a queue that is about to write by it must not find another's file.
         os.dup2(backing.fd, old.fd, inheritable=False)
         backing.close()
         self.backing[leg] = replace(backing, fd=old.fd)
         self.files[leg] = path
         self.layout.replace_file(leg, old.fd, backing.in_memory, backing.is_device)
+
+    def _point_to_record(self, backing: Backing) -> None:
+        """From beside the new first leg, where the next start looks."""
+        assert self._state_path is not None
+        try:
+            point_to_record(_record_beside(backing.path), self._state_path)
+        except OSError:
+            backing.close()
+            raise
 
     def wait_in_step(self, timeout: float | None = None) -> bool:
         """Waits, at most `timeout` seconds, until no leg is being brought in step; whether the
@@ -412,7 +447,10 @@ class Mirror(MappedTarget):
                 self._pause(0.001)
             source = self._legs(LegState.SYNCED)[0]
             fds = self._duplicates([source, *legs])
-            return self._run(copy_steps(fds, source, legs, memory, offset, length), fds)
+            # One that failed may hold in the page cache what never reached its disk.
+            alike = [leg for leg in legs if self._since[leg] is None]
+            steps = copy_steps(fds, source, legs, alike, memory, offset, length)
+            return self._run(steps, fds)
         finally:
             layout.gate(None)
             self.wake_queues()
@@ -450,6 +488,10 @@ class Mirror(MappedTarget):
         """Whether a job that was given up still waits for the leg."""
         self._jobs = [job for job in self._jobs if job.is_alive()]
         return any(job.leg == leg for job in self._jobs)
+
+
+def _record_beside(path: Path) -> Path:
+    return path.with_name(path.name + ".mirror")
 
 
 def _identity(about: os.stat_result) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ class LegState(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class LegRecord:
-    """`since`: seconds since 1970 when it went out of step; None: it is in step."""
+    """`since`: seconds since 1970 when it went out of step; None: it is in step, or never was."""
 
     path: str
     state: LegState
@@ -61,8 +61,30 @@ class Record:
             file.flush()
             os.fsync(file.fileno())
         os.replace(fresh, path)
-        directory = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        _sync_folder(path)
+
+
+def find_record(path: Path) -> Path:
+    """Where the record is that `path` may only point to. Raises ValueError when it is not there."""
+    found = path.resolve()
+    if path.is_symlink() and not found.exists():
+        raise ValueError(
+            f"{path} points to the mirror's record, {found}, which is not there: bring it back, or "
+            f"remove {path}, and the first leg will be copied to the others"
+        )
+    return found
+
+
+def point_to_record(place: Path, record: Path) -> None:
+    """Makes `place` a symbolic link to a record, durably, unless it leads there already."""
+    if place.resolve() != record:
+        place.symlink_to(record)
+        _sync_folder(place)
+
+
+def _sync_folder(path: Path) -> None:
+    directory = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
