@@ -4,6 +4,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <string.h>
+#include <sys/stat.h>
 
 #include "bench.h"
 
@@ -104,6 +105,27 @@ static void a_plan_with_more_parts_than_slots(void)
 	close_files();
 }
 
+/* A file in memory has no zeroed ranges, but holes. */
+static void one_way_of_zeroing_that_fails_leaves_the_other(void)
+{
+	uint64_t size = FILES * FILE_BYTES;
+	struct bench b = { 0 };
+	struct stat about;
+
+	make_files();
+	CHECK_EQUAL(pu_layout_init(&b.layout, PU_LAYOUT_STRIPE, size, FILES, 0), 0);
+	b.layout.chunk = FILE_BYTES;
+	open_bench(&b, false);
+	CHECK_EQUAL(request(&b, 0, PU_OP_WRITE_ZEROES | PU_FLAG_NOUNMAP, 0, size), 0);
+	CHECK_EQUAL(fstat(fds[0], &about), 0);
+	CHECK_EQUAL(about.st_blocks, FILE_BYTES / 512);
+	CHECK_EQUAL(request(&b, 0, PU_OP_WRITE_ZEROES, 0, size), 0);
+	CHECK_EQUAL(fstat(fds[0], &about), 0);
+	CHECK_EQUAL(about.st_blocks, 0);
+	close_bench(&b);
+	close_files();
+}
+
 int main(void)
 {
 	for (int memory = 0; memory < 2; memory++) {
@@ -113,5 +135,6 @@ int main(void)
 	}
 	nothing_beyond_the_size();
 	a_plan_with_more_parts_than_slots();
+	one_way_of_zeroing_that_fails_leaves_the_other();
 	return 0;
 }

@@ -445,6 +445,12 @@ static void begin(struct pu_mapped *m, uint16_t tag)
 	pu_work_release(m, tag);
 }
 
+/* Whether write-zeroes of this kind have failed before, since a file cannot do them. */
+static bool *must_write_zeroes(struct pu_mapped *m, uint32_t flags)
+{
+	return flags & PU_FLAG_NOUNMAP ? &m->no_zero_range : &m->no_holes;
+}
+
 static void start(struct pu_mapped *m, uint16_t tag)
 {
 	const struct pu_desc *desc = &m->q->desc[tag];
@@ -462,7 +468,7 @@ static void start(struct pu_mapped *m, uint16_t tag)
 		.nr_plan = nr_plan,
 		.plan_room = plan_room,
 	};
-	w->by_writing = op == PU_OP_WRITE_ZEROES && m->no_zero_range;
+	w->by_writing = op == PU_OP_WRITE_ZEROES && *must_write_zeroes(m, w->flags);
 	if (op > PU_OP_DISCARD && op != PU_OP_WRITE_ZEROES) {
 		pu_queue_answer(m->q, tag, -EOPNOTSUPP);
 		return;
@@ -519,7 +525,7 @@ static void answer(struct pu_mapped *m, uint16_t tag)
 		return;
 	}
 	if (w->error == -EOPNOTSUPP && w->op == PU_OP_WRITE_ZEROES && !w->by_writing) {
-		m->no_zero_range = true;
+		*must_write_zeroes(m, w->flags) = true;
 		w->by_writing = true;
 		w->error = 0;
 		w->good_legs = w->bad_legs = 0;

@@ -45,7 +45,7 @@ struct pu_mapped {
 	int64_t look_at_ns; /* when to look for legs that hang; 0: at once */
 	void *zeroes;
 	uint64_t zeroes_bytes;
-	bool no_zero_range; /* a file system that cannot: zeroes are written */
+	bool no_holes, no_zero_range; /* a file system that cannot: zeroes are written */
 };
 
 /* Entries that the ring needs beside the tags' own. */
