@@ -248,6 +248,95 @@ static void a_gated_write_waits(void)
 	close_files();
 }
 
+/* ---- requests that are failed from outside while they wait ---- */
+
+/* All but `left` of the free slots are taken away; the rest of the list. */
+static uint32_t take_slots(struct bench *b, uint32_t left)
+{
+	uint32_t *last = &b->mapped.free_slot, rest;
+
+	while (left--)
+		last = &b->mapped.slots[*last].next_free;
+	rest = *last;
+	*last = UINT32_MAX;
+	return rest;
+}
+
+static void fill(int fd, uint8_t byte)
+{
+	uint8_t page[PAGE];
+
+	memset(page, byte, PAGE);
+	CHECK_EQUAL(pwrite(fd, page, PAGE, 0), PAGE);
+}
+
+static uint8_t first_byte(int fd)
+{
+	uint8_t byte = 0;
+
+	CHECK_EQUAL(pread(fd, &byte, 1, 0), 1);
+	return byte;
+}
+
+static void write_and_fail_it(struct bench *b, uint8_t byte)
+{
+	memset(pu_queue_buffer(&b->queue, 0), byte, PAGE);
+	CHECK_EQUAL(pu_queue_inject(&b->queue, 0, PU_OP_WRITE, 0, PAGE >> 9), 0);
+	turn(b);
+	CHECK_EQUAL(pu_queue_held(&b->queue), 1);
+	pu_queue_fail_held(&b->queue, EIO);
+	CHECK_EQUAL(pu_queue_wait(&b->queue, 0), 0); /* no turn: the next request comes in the same */
+	CHECK_EQUAL(pu_queue_held(&b->queue), 0);
+	CHECK_EQUAL(b->queue.tags[0].result, -EIO);
+}
+
+static void a_gated_write_that_was_failed_is_not_done(void)
+{
+	struct bench b = { 0 };
+
+	make_files();
+	open_mirror(&b);
+	fill(fds[0], 1);
+	pu_layout_gate(&b.layout, 0);
+	for (int i = 0; i < 3 * DEPTH; i++)
+		write_and_fail_it(&b, 2);
+	CHECK_EQUAL(b.mapped.nr_gated, 1);
+	pu_layout_gate(&b.layout, PU_NO_REGION);
+	turn(&b);
+	turn(&b);
+	CHECK_EQUAL(first_byte(fds[0]), 1);
+	CHECK(pu_layout_quiet(&b.layout, 0));
+	memset(pu_queue_buffer(&b.queue, 0), 3, PAGE);
+	CHECK_EQUAL(request(&b, 0, PU_OP_WRITE, 0, PAGE), PAGE);
+	CHECK_EQUAL(first_byte(fds[0]), 3);
+	close_bench(&b);
+	close_files();
+}
+
+static void a_write_that_was_failed_while_it_waited_for_slots_is_not_done(void)
+{
+	struct bench b = { 0 };
+	uint32_t rest;
+
+	make_files();
+	open_mirror(&b);
+	fill(fds[0], 1);
+	rest = take_slots(&b, 0);
+	for (int i = 0; i < 3 * DEPTH; i++)
+		write_and_fail_it(&b, 2);
+	CHECK_EQUAL(b.mapped.nr_waiting, 1);
+	b.mapped.free_slot = rest;
+	turn(&b);
+	turn(&b);
+	CHECK_EQUAL(first_byte(fds[0]), 1);
+	CHECK(!pu_layout_quiet(&b.layout, 0)); /* some legs may have it, others not */
+	memset(pu_queue_buffer(&b.queue, 0), 3, PAGE);
+	CHECK_EQUAL(request(&b, 0, PU_OP_WRITE, 0, PAGE), PAGE);
+	CHECK_EQUAL(first_byte(fds[0]), 3);
+	close_bench(&b);
+	close_files();
+}
+
 /* ---- two queues of one mirror, each on a thread of its own ---- */
 
 static pthread_mutex_t record = PTHREAD_MUTEX_INITIALIZER;
@@ -399,6 +488,8 @@ int main(void)
 	what_no_leg_takes_is_not_done();
 	no_write_is_done_while_a_failure_is_not_on_record();
 	a_gated_write_waits();
+	a_gated_write_that_was_failed_is_not_done();
+	a_write_that_was_failed_while_it_waited_for_slots_is_not_done();
 	a_leg_that_is_given_up_is_left_with_all_that_it_holds();
 	a_write_outlives_the_buffer_of_one_that_hangs();
 	a_write_outlives_the_buffer_of_one_that_hangs();

@@ -287,7 +287,7 @@ struct pu_slot *pu_slot_take(struct pu_mapped *m, uint16_t tag, const struct pu_
 	slot->tag = tag;
 	slot->memory = m->works[tag].place == IN_SHARED ? pu_queue_shared(m->q, tag) :
 							 pu_queue_buffer(m->q, tag);
-	slot->generation = pu_tag_generation(&m->q->tags[tag]);
+	slot->generation = m->works[tag].generation;
 	m->works[tag].open++;
 	return slot;
 }
@@ -451,6 +451,34 @@ static bool *must_write_zeroes(struct pu_mapped *m, uint32_t flags)
 	return flags & PU_FLAG_NOUNMAP ? &m->no_zero_range : &m->no_holes;
 }
 
+static void take_out(uint16_t *list, uint32_t *count, uint16_t tag)
+{
+	uint32_t kept = 0;
+
+	for (uint32_t i = 0; i < *count; i++)
+		if (list[i] != tag)
+			list[kept++] = list[i];
+	*count = kept;
+}
+
+/* Requests that were failed from outside may still wait for something when the tag brings another. */
+static void forget(struct pu_mapped *m, uint16_t tag)
+{
+	const struct pu_work *w = &m->works[tag];
+
+	if (w->queued)
+		take_out(m->waiting, &m->nr_waiting, tag);
+	if (w->gated)
+		take_out(m->gated, &m->nr_gated, tag);
+	if (w->told)
+		m->held--;
+}
+
+static bool failed_from_outside(const struct pu_mapped *m, uint16_t tag)
+{
+	return !pu_queue_holds(m->q, tag, m->works[tag].generation);
+}
+
 static void start(struct pu_mapped *m, uint16_t tag)
 {
 	const struct pu_desc *desc = &m->q->desc[tag];
@@ -459,7 +487,9 @@ static void start(struct pu_mapped *m, uint16_t tag)
 	uint32_t nr_plan = w->nr_plan, plan_room = w->plan_room;
 	uint32_t op = desc->op_flags & 0xff;
 
+	forget(m, tag);
 	*w = (struct pu_work){
+		.generation = pu_tag_generation(&m->q->tags[tag]),
 		.offset = pu_desc_offset(desc),
 		.length = (uint64_t)desc->nr_sectors << PU_SECTOR_SHIFT,
 		.op = op,
@@ -480,6 +510,7 @@ static void start(struct pu_mapped *m, uint16_t tag)
 	}
 	if (mirrored(m) && op != PU_OP_READ && op != PU_OP_FLUSH) {
 		if (!pu_layout_write_begins(m->layout, w->offset, w->length)) {
+			w->gated = true;
 			m->gated[m->nr_gated++] = tag;
 			return;
 		}
@@ -493,8 +524,13 @@ static void try_gated(struct pu_mapped *m)
 	uint32_t count = m->nr_gated;
 
 	m->nr_gated = 0; /* those that are still refused enter again, at a place already read */
-	for (uint32_t i = 0; i < count; i++)
-		start(m, m->gated[i]);
+	for (uint32_t i = 0; i < count; i++) {
+		uint16_t tag = m->gated[i];
+
+		m->works[tag].gated = false;
+		if (!failed_from_outside(m, tag))
+			start(m, tag);
+	}
 }
 
 void pu_work_finish(struct pu_mapped *m, uint16_t tag, int64_t result)
@@ -553,6 +589,9 @@ static void resume_waiting(struct pu_mapped *m)
 
 		m->nr_waiting--;
 		memmove(m->waiting, m->waiting + 1, m->nr_waiting * sizeof(*m->waiting));
+		/* It stays half done, and its region of a mirror is never quiet again: legs may differ. */
+		if (failed_from_outside(m, tag))
+			continue;
 		m->works[tag].queued = false;
 		pu_work_proceed(m, tag);
 		if (m->works[tag].queued)

@@ -21,12 +21,14 @@ struct pu_work {
 	uint64_t offset, length;
 	uint64_t cut; /* bytes (or, of a stripe or mirror, parts) that have been given to slots */
 	uint32_t op, flags;
+	uint32_t generation; /* of the tag: another one is another request */
 	uint32_t open; /* operations under way */
 	uint8_t place;
 	bool by_hand;	  /* its memory is to be unregistered */
 	bool unregistered; /* its memory could not be registered */
 	bool by_writing;  /* zeroes are written */
-	bool queued;	  /* it is in `waiting` */
+	bool queued;	  /* it is in `waiting`, or was failed from outside while it was */
+	bool gated;	  /* it is in `gated` */
 	bool writes_mirror; /* counted in the layout's regions */
 	int error;
 	uint32_t good_legs, bad_legs; /* bits */
