@@ -289,6 +289,7 @@ cdef extern from "_core/layout.h" nogil:
     void pu_layout_map_memory(pu_layout *)
     void pu_layout_unmap_memory(pu_layout *)
     pu_leg_state pu_layout_leg(const pu_layout *, uint32_t)
+    uint32_t pu_layout_version(const pu_layout *)
     void pu_layout_replace_file(pu_layout *, uint32_t, int, bint, bint)
     void pu_layout_set_leg(pu_layout *, uint32_t, pu_leg_state)
     bint pu_layout_fail_leg(pu_layout *, uint32_t)
@@ -307,7 +308,7 @@ cdef extern from "_core/mapped.h" nogil:
         uint32_t failed_legs
 
     uint32_t pu_mapped_entries(uint16_t)
-    int pu_mapped_open(pu_mapped *, pu_queue *, pu_layout *)
+    int pu_mapped_open(pu_mapped *, pu_queue *, pu_layout *, uint32_t)
     void pu_mapped_close(pu_mapped *)
     int pu_mapped_turn(pu_mapped *, int64_t)
     int pu_mapped_plan(pu_mapped *, uint16_t, const pu_extent *, uint32_t)

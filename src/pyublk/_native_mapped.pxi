@@ -232,6 +232,7 @@ cdef class MappedQueue(Queue):
     def __init__(self, int fd, uint16_t queue_id=0, *, Layout layout not None, **options):
         cdef int error
         cdef uint32_t count = layout.layout.nr_files
+        cdef uint32_t version = pu_layout_version(&layout.layout)
         depth = options.get("depth", 128)
         super().__init__(
             fd,
@@ -241,7 +242,7 @@ cdef class MappedQueue(Queue):
             **options,
         )
         self.layout = layout
-        error = pu_mapped_open(&self.mapped, &self.q, &layout.layout)
+        error = pu_mapped_open(&self.mapped, &self.q, &layout.layout, version)
         if error < 0:
             self.close()
             raise errors.queue_error(-error, queue_id)

@@ -56,7 +56,7 @@ static inline void open_bench(struct bench *b, bool memory)
 		b->layout.files[i].memory = memory;
 	}
 	CHECK_EQUAL(pu_queue_open(&b->queue, -1, &options), 0);
-	CHECK_EQUAL(pu_mapped_open(&b->mapped, &b->queue, &b->layout), 0);
+	CHECK_EQUAL(pu_mapped_open(&b->mapped, &b->queue, &b->layout, b->layout.version), 0);
 	CHECK_EQUAL(pu_queue_fetch(&b->queue), 0);
 	b->expected = calloc(1, b->layout.size);
 }

@@ -47,6 +47,22 @@ static void refuse_writes(int leg)
 	fds[leg] = fd;
 }
 
+static void fill(int fd, uint8_t byte)
+{
+	uint8_t page[PAGE];
+
+	memset(page, byte, PAGE);
+	CHECK_EQUAL(pwrite(fd, page, PAGE, 0), PAGE);
+}
+
+static uint8_t first_byte(int fd)
+{
+	uint8_t byte = 0;
+
+	CHECK_EQUAL(pread(fd, &byte, 1, 0), 1);
+	return byte;
+}
+
 static void open_mirror(struct bench *b)
 {
 	CHECK_EQUAL(pu_layout_init(&b->layout, PU_LAYOUT_MIRROR, FILE_BYTES, FILES, 0), 0);
@@ -248,6 +264,48 @@ static void a_gated_write_waits(void)
 	close_files();
 }
 
+/* While the queue waits, as a target does: the copier may be done with the region already. */
+static void *replace_file_and_open_gate(void *context)
+{
+	struct bench *b = context;
+
+	usleep(50000);
+	pu_layout_replace_file(&b->layout, 1, fds[1], false, false);
+	pu_layout_gate(&b->layout, PU_NO_REGION);
+	pu_queue_wake(&b->queue);
+	return NULL;
+}
+
+static void a_write_finds_the_file_that_is_there_when_it_begins(void)
+{
+	struct bench b = { 0 };
+	pthread_t thread;
+	int before;
+
+	make_files();
+	open_mirror(&b);
+	pu_layout_gate(&b.layout, 0);
+	memset(pu_queue_buffer(&b.queue, 0), 3, PAGE);
+	CHECK_EQUAL(pu_queue_inject(&b.queue, 0, PU_OP_WRITE, 0, PAGE >> 9), 0);
+	turn(&b);
+	before = fds[1];
+	fds[1] = memfd_create("other", MFD_CLOEXEC);
+	CHECK(fds[1] >= 0);
+	CHECK_EQUAL(ftruncate(fds[1], FILE_BYTES), 0);
+	CHECK_EQUAL(pthread_create(&thread, NULL, replace_file_and_open_gate, &b), 0);
+	CHECK_EQUAL(pu_mapped_turn(&b.mapped, INT64_C(10000000000)), 0);
+	pthread_join(thread, NULL);
+	CHECK_EQUAL(b.mapped.version, b.layout.version);
+	while (pu_queue_held(&b.queue))
+		turn(&b);
+	CHECK_EQUAL(b.queue.tags[0].result, PAGE);
+	CHECK_EQUAL(first_byte(fds[1]), 3);
+	CHECK_EQUAL(first_byte(before), 0);
+	close(before);
+	close_bench(&b);
+	close_files();
+}
+
 /* ---- requests that are failed from outside while they wait ---- */
 
 /* All but `left` of the free slots are taken away; the rest of the list. */
@@ -260,22 +318,6 @@ static uint32_t take_slots(struct bench *b, uint32_t left)
 	rest = *last;
 	*last = UINT32_MAX;
 	return rest;
-}
-
-static void fill(int fd, uint8_t byte)
-{
-	uint8_t page[PAGE];
-
-	memset(page, byte, PAGE);
-	CHECK_EQUAL(pwrite(fd, page, PAGE, 0), PAGE);
-}
-
-static uint8_t first_byte(int fd)
-{
-	uint8_t byte = 0;
-
-	CHECK_EQUAL(pread(fd, &byte, 1, 0), 1);
-	return byte;
 }
 
 static void write_and_fail_it(struct bench *b, uint8_t byte)
@@ -376,7 +418,7 @@ static void *serve(void *context)
 	struct pu_mapped mapped;
 
 	CHECK_EQUAL(pu_queue_open(&queue, -1, &options), 0);
-	CHECK_EQUAL(pu_mapped_open(&mapped, &queue, server->layout), 0);
+	CHECK_EQUAL(pu_mapped_open(&mapped, &queue, server->layout, 0), 0);
 	CHECK_EQUAL(pu_queue_fetch(&queue), 0);
 	for (uint64_t round = 0; round < 100; round++) {
 		for (uint16_t tag = 0; tag < DEPTH; tag++) {
@@ -488,6 +530,7 @@ int main(void)
 	what_no_leg_takes_is_not_done();
 	no_write_is_done_while_a_failure_is_not_on_record();
 	a_gated_write_waits();
+	a_write_finds_the_file_that_is_there_when_it_begins();
 	a_gated_write_that_was_failed_is_not_done();
 	a_write_that_was_failed_while_it_waited_for_slots_is_not_done();
 	a_leg_that_is_given_up_is_left_with_all_that_it_holds();

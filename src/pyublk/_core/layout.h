@@ -117,6 +117,12 @@ void pu_layout_recorded(struct pu_layout *layout);
 /* The queues take it up with their next turn. */
 void pu_layout_replace_file(struct pu_layout *layout, uint32_t index, int fd, bool memory,
 			    bool device);
+
+static inline uint32_t pu_layout_version(const struct pu_layout *layout)
+{
+	return __atomic_load_n(&layout->version, __ATOMIC_ACQUIRE);
+}
+
 /* A leg to read `offset` from, not one of `without` (bits), or -1. */
 int pu_layout_readable(const struct pu_layout *layout, uint64_t offset, uint32_t without);
 

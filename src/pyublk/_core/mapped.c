@@ -34,12 +34,13 @@ static bool every_file_mapped(const struct pu_layout *layout)
 	return true;
 }
 
-int pu_mapped_open(struct pu_mapped *m, struct pu_queue *q, struct pu_layout *layout)
+int pu_mapped_open(struct pu_mapped *m, struct pu_queue *q, struct pu_layout *layout,
+		   uint32_t version)
 {
 	memset(m, 0, sizeof(*m));
 	m->q = q;
 	m->layout = layout;
-	m->version = __atomic_load_n(&layout->version, __ATOMIC_ACQUIRE);
+	m->version = version;
 	m->nr_slots = 2u * q->depth + SLOTS_BESIDE_DEPTH;
 	m->works = calloc(q->depth, sizeof(*m->works));
 	m->slots = calloc(m->nr_slots, sizeof(*m->slots));
@@ -451,6 +452,31 @@ static bool *must_write_zeroes(struct pu_mapped *m, uint32_t flags)
 	return flags & PU_FLAG_NOUNMAP ? &m->no_zero_range : &m->no_holes;
 }
 
+/* Registers the files anew when one was replaced. */
+static int take_up_files(struct pu_mapped *m)
+{
+	uint32_t version = pu_layout_version(m->layout);
+	struct { /* io_uring_files_update */
+		uint32_t offset, resv;
+		uint64_t fds;
+	} update;
+
+	if (version == m->version)
+		return 0;
+	for (uint32_t i = 0; i < m->layout->nr_files; i++) {
+		int error;
+
+		update.offset = i + 1;
+		update.resv = 0;
+		update.fds = (uint64_t)(uintptr_t)&m->layout->files[i].fd;
+		error = pu_ring_register(&m->q->ring, PU_REGISTER_FILES_UPDATE, &update, 1);
+		if (error < 0)
+			return error;
+	}
+	m->version = version;
+	return 0;
+}
+
 static void take_out(uint16_t *list, uint32_t *count, uint16_t tag)
 {
 	uint32_t kept = 0;
@@ -486,6 +512,7 @@ static void start(struct pu_mapped *m, uint16_t tag)
 	struct pu_extent *plan = w->plan;
 	uint32_t nr_plan = w->nr_plan, plan_room = w->plan_room;
 	uint32_t op = desc->op_flags & 0xff;
+	int error;
 
 	forget(m, tag);
 	*w = (struct pu_work){
@@ -516,7 +543,12 @@ static void start(struct pu_mapped *m, uint16_t tag)
 		}
 		w->writes_mirror = true;
 	}
-	begin(m, tag);
+	/* After the region was asked for: it may have been copied to a file that came meanwhile. */
+	error = take_up_files(m);
+	if (error)
+		pu_work_finish(m, tag, error);
+	else
+		begin(m, tag);
 }
 
 static void try_gated(struct pu_mapped *m)
@@ -676,27 +708,6 @@ static void complete(void *context, uint64_t user_data, int32_t result)
 
 /* ---- serving ---- */
 
-static int register_files_anew(struct pu_mapped *m, uint32_t version)
-{
-	struct { /* io_uring_files_update */
-		uint32_t offset, resv;
-		uint64_t fds;
-	} update;
-
-	for (uint32_t i = 0; i < m->layout->nr_files; i++) {
-		int error;
-
-		update.offset = i + 1;
-		update.resv = 0;
-		update.fds = (uint64_t)(uintptr_t)&m->layout->files[i].fd;
-		error = pu_ring_register(&m->q->ring, PU_REGISTER_FILES_UPDATE, &update, 1);
-		if (error < 0)
-			return error;
-	}
-	m->version = version;
-	return 0;
-}
-
 int pu_mapped_plan(struct pu_mapped *m, uint16_t tag, const struct pu_extent *parts, uint32_t count)
 {
 	struct pu_work *w = &m->works[tag];
@@ -741,9 +752,8 @@ static int64_t limited(const struct pu_mapped *m, int64_t timeout_ns)
 int pu_mapped_turn(struct pu_mapped *m, int64_t timeout_ns)
 {
 	struct pu_queue *q = m->q;
-	uint32_t version = __atomic_load_n(&m->layout->version, __ATOMIC_ACQUIRE);
 	uint32_t need_plan = 0;
-	int there = version == m->version ? 0 : register_files_anew(m, version);
+	int there = take_up_files(m);
 
 	if (!there)
 		there = pu_queue_wait(q, limited(m, timeout_ns));

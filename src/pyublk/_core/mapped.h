@@ -51,8 +51,10 @@ struct pu_mapped {
 /* Entries that the ring needs beside the tags' own. */
 uint32_t pu_mapped_entries(uint16_t depth);
 
-/* 0 or -errno. The layout outlives it. */
-int pu_mapped_open(struct pu_mapped *m, struct pu_queue *q, struct pu_layout *layout);
+/* `version`: the layout's before its files were taken to be registered. 0 or -errno. The layout
+ * outlives it. */
+int pu_mapped_open(struct pu_mapped *m, struct pu_queue *q, struct pu_layout *layout,
+		   uint32_t version);
 void pu_mapped_close(struct pu_mapped *m);
 
 /* Waits and serves. Returns how many requests came that need a plan (they are in q->ready; with any
