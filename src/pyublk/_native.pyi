@@ -447,9 +447,10 @@ class Layout:
     def leg_state(self, leg: int) -> int:
         """0: in step; 1: being brought in step, written but not read; 2: failed, left alone."""
     def set_leg_state(self, leg: int, state: int) -> None: ...
-    def fail_leg(self, leg: int) -> bool:
+    def fail_leg(self, leg: int, incarnation: int | None = None) -> bool:
         """Leaves a leg alone from now on, and holds writes until `set_recorded`. False, and nothing
-        is done, for one that has failed, or the last in step, which is never given up."""
+        is done, for one that has failed, is of another incarnation now (has another file), or is
+        the last in step, which is never given up."""
     @property
     def recorded(self) -> bool:
         """Whether all legs that have failed are on record; no write is done while not."""
@@ -458,8 +459,12 @@ class Layout:
         """Requests that failed on it."""
     def leg_orphans(self, leg: int) -> int:
         """Operations that a leg still holds, though nobody waits for them any more."""
-    def replace_file(self, index: int, fd: int, memory: bool, device: bool) -> None:
-        """Puts another file in a place; queues see it with their next turn, so wake them."""
+    def replace_file(
+        self, index: int, fd: int, memory: bool, device: bool, incarnation: int | None = None
+    ) -> None:
+        """Puts a file in a place; queues see it with their next request. What the one before does
+        late is not charged to it where it has another number, its `incarnation`: a file has the
+        same whenever it is in that place. None: it is the same file, opened again."""
     @property
     def region_bytes(self) -> int:
         """The unit in which a mirror's leg is brought in step."""
@@ -500,10 +505,11 @@ class MappedQueue(Queue):
     def serve_mapped(
         self,
         planner: Planner | None = None,
-        leg_failed: Callable[[int, int], object] | None = None,
+        leg_failed: Callable[[int, int, int], object] | None = None,
     ) -> None:
-        """Serves until the device stops. `leg_failed` is told of a mirror's leg and its errno
-        before the requests that noticed it are answered."""
+        """Serves until the device stops. `leg_failed` is told of a mirror's leg, its errno (0: a
+        failure that is known is only to be put on record) and its incarnation, before the requests
+        that noticed it are answered."""
 
 @final
 class Ram:

@@ -290,9 +290,10 @@ cdef extern from "_core/layout.h" nogil:
     void pu_layout_unmap_memory(pu_layout *)
     pu_leg_state pu_layout_leg(const pu_layout *, uint32_t)
     uint32_t pu_layout_version(const pu_layout *)
-    void pu_layout_replace_file(pu_layout *, uint32_t, int, bint, bint)
+    void pu_layout_replace_file(pu_layout *, uint32_t, int, bint, bint, uint32_t)
     void pu_layout_set_leg(pu_layout *, uint32_t, pu_leg_state)
-    bint pu_layout_fail_leg(pu_layout *, uint32_t)
+    bint pu_layout_fail_leg(pu_layout *, uint32_t, uint32_t)
+    uint32_t pu_layout_incarnation(const pu_layout *, uint32_t)
     pu_leg_bits pu_layout_leg_bits(const pu_layout *)
     void pu_layout_recorded(pu_layout *)
     uint64_t PU_NO_REGION
@@ -302,6 +303,7 @@ cdef extern from "_core/layout.h" nogil:
 cdef extern from "_core/mapped.h" nogil:
     struct pu_leg_failure:
         uint32_t leg
+        uint32_t incarnation
         int error
 
     struct pu_mapped:

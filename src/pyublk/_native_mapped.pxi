@@ -91,11 +91,14 @@ cdef class Layout:
         self.check_leg(leg)
         pu_layout_set_leg(&self.layout, leg, <pu_leg_state>state)
 
-    def fail_leg(self, uint32_t leg):
+    def fail_leg(self, uint32_t leg, incarnation=None):
         """Leaves a leg alone from now on, and holds writes until `recorded`. False, and nothing is
-        done, for one that has failed, or the last in step, which is never given up."""
+        done, for one that has failed, is of another incarnation now, or is the last in step, which
+        is never given up."""
         self.check_leg(leg)
-        return pu_layout_fail_leg(&self.layout, leg)
+        if incarnation is None:
+            incarnation = pu_layout_incarnation(&self.layout, leg)
+        return pu_layout_fail_leg(&self.layout, leg, incarnation)
 
     @property
     def recorded(self):
@@ -119,10 +122,12 @@ cdef class Layout:
             raise ValueError(f"there is no leg {leg}")
         return 0
 
-    def replace_file(self, uint32_t index, int fd, bint memory, bint device):
-        """The queues take it up with their next turn; `wake` them."""
+    def replace_file(self, uint32_t index, int fd, bint memory, bint device, incarnation=None):
+        """The queues take it up with their next request."""
         self.check_leg(index)
-        pu_layout_replace_file(&self.layout, index, fd, memory, device)
+        if incarnation is None:
+            incarnation = pu_layout_incarnation(&self.layout, index)
+        pu_layout_replace_file(&self.layout, index, fd, memory, device, incarnation)
 
     @property
     def region_bytes(self):
@@ -276,7 +281,7 @@ cdef class MappedQueue(Queue):
             for i in range(there):
                 planner.plan(self, &self.mapped, self.q.ready[i])
             while pu_mapped_next_failure(&self.mapped, &failure):
-                leg_failed(failure.leg, failure.error)
+                leg_failed(failure.leg, failure.error, failure.incarnation)
             pu_mapped_recorded(&self.mapped)
             if self.q.loopback and not pu_queue_held(&self.q):
                 return

@@ -94,8 +94,12 @@ class MappedTarget(Target):
         self._check_extents(extents)
         return Layout.table(files, extents)
 
-    def leg_failed(self, leg: int, error: int) -> None:
-        """A mirror's leg failed; called before the request that noticed it is answered."""
+    def leg_failed(self, leg: int, error: int, incarnation: int | None = None) -> None:
+        """A mirror's leg failed; called before the request that noticed it is answered.
+
+        `error` 0: that it failed is known, and only to be put on record. `incarnation`: of the leg;
+        one with another file now has not failed.
+        """
         raise NotImplementedError
 
     def check_threads(self, threads: int) -> None:

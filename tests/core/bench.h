@@ -77,7 +77,8 @@ static inline void record_failures(struct bench *b)
 	struct pu_leg_failure failure;
 
 	while (pu_mapped_next_failure(&b->mapped, &failure)) {
-		pu_layout_fail_leg(&b->layout, failure.leg);
+		if (failure.error)
+			pu_layout_fail_leg(&b->layout, failure.leg, failure.incarnation);
 		if (!record_fails)
 			pu_layout_recorded(&b->layout);
 	}

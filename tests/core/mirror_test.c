@@ -88,6 +88,11 @@ static void give_up(struct bench *b, uint32_t leg)
 	}
 }
 
+static bool fail_leg(struct bench *b, uint32_t leg)
+{
+	return pu_layout_fail_leg(&b->layout, leg, pu_layout_incarnation(&b->layout, leg));
+}
+
 static uint32_t busy_slots(const struct bench *b)
 {
 	uint32_t count = 0;
@@ -143,7 +148,7 @@ static void the_last_leg_in_step_is_not_given_up(void)
 	CHECK_EQUAL(request(&b, 0, PU_OP_WRITE, 0, PAGE), -EBADF);
 	CHECK_EQUAL(pu_layout_leg(&b.layout, 0), PU_LEG_SYNCED);
 	CHECK_EQUAL(pu_layout_leg(&b.layout, 1), PU_LEG_RESYNC);
-	CHECK(!pu_layout_fail_leg(&b.layout, 0));
+	CHECK(!fail_leg(&b, 0));
 	CHECK_EQUAL(request(&b, 0, PU_OP_READ, 0, PAGE), PAGE);
 	close_bench(&b);
 	close_files();
@@ -160,12 +165,12 @@ static void two_legs_that_fail_are_not_both_given_up(void)
 	pu_layout_set_leg(&b.layout, 2, PU_LEG_FAILED);
 	first = read_only(0);
 	second = read_only(1);
-	pu_layout_replace_file(&b.layout, 0, first, false, false);
+	pu_layout_replace_file(&b.layout, 0, first, false, false, 0);
 	CHECK_EQUAL(pu_queue_inject(&b.queue, 0, PU_OP_WRITE, 0, PAGE >> 9), 0);
 	while (b.mapped.held < 1)
 		CHECK_EQUAL(pu_mapped_turn(&b.mapped, 10000000), 0);
-	pu_layout_replace_file(&b.layout, 0, fds[0], false, false);
-	pu_layout_replace_file(&b.layout, 1, second, false, false);
+	pu_layout_replace_file(&b.layout, 0, fds[0], false, false, 0);
+	pu_layout_replace_file(&b.layout, 1, second, false, false, 0);
 	CHECK_EQUAL(pu_queue_inject(&b.queue, 1, PU_OP_WRITE, 0, PAGE >> 9), 0);
 	while (b.mapped.held < 2)
 		CHECK_EQUAL(pu_mapped_turn(&b.mapped, 10000000), 0);
@@ -227,8 +232,9 @@ static void a_leg_that_is_given_up_is_left_with_all_that_it_holds(void)
 	open_mirror(&b);
 	for (uint16_t tag = 0; tag < 2; tag++)
 		CHECK_EQUAL(pu_queue_inject(&b.queue, tag, PU_OP_WRITE, 0, 2 * PAGE >> 9), 0);
-	turn(&b);
-	pu_layout_fail_leg(&b.layout, 1); /* another queue has noticed */
+	for (int i = 0; i < 4; i++) /* the leg takes a page, and hangs on the next */
+		turn(&b);
+	CHECK(fail_leg(&b, 1)); /* another queue has noticed */
 	pu_layout_recorded(&b.layout);
 	while (pu_queue_held(&b.queue)) {
 		b.mapped.look_at_ns = 0;
@@ -264,13 +270,121 @@ static void a_gated_write_waits(void)
 	close_files();
 }
 
+/* ---- legs that are replaced ---- */
+
+static int make_other(void)
+{
+	int fd = memfd_create("other", MFD_CLOEXEC);
+
+	CHECK(fd >= 0);
+	CHECK_EQUAL(ftruncate(fd, FILE_BYTES), 0);
+	return fd;
+}
+
+static void put_in_place(struct bench *b, uint32_t leg, int fd)
+{
+	pu_layout_replace_file(&b->layout, leg, fd, false, false,
+			       pu_layout_incarnation(&b->layout, leg) + 1);
+	pu_layout_set_leg(&b->layout, leg, PU_LEG_RESYNC);
+}
+
+static void a_failure_that_is_not_on_record_is_not_charged_to_the_next_file(void)
+{
+	struct bench b = { 0 };
+	int fresh;
+
+	make_files();
+	fresh = make_other();
+	refuse_writes(1);
+	open_mirror(&b);
+	record_fails = true;
+	CHECK_EQUAL(request(&b, 0, PU_OP_WRITE, 0, PAGE), -EIO);
+	CHECK_EQUAL(pu_layout_leg(&b.layout, 1), PU_LEG_FAILED);
+	put_in_place(&b, 1, fresh);
+	CHECK_EQUAL(request(&b, 0, PU_OP_WRITE, 0, PAGE), -EIO);
+	record_fails = false;
+	CHECK_EQUAL(request(&b, 0, PU_OP_WRITE, 0, PAGE), PAGE);
+	CHECK_EQUAL(pu_layout_leg(&b.layout, 1), PU_LEG_RESYNC);
+	close(fresh);
+	close_bench(&b);
+	close_files();
+}
+
+/* Another queue gave the leg up, and it was replaced, before this queue looked. */
+static void a_file_that_hangs_is_not_charged_to_the_next_one(void)
+{
+	struct bench b = { 0 };
+	int hanging, fresh;
+
+	make_files();
+	fresh = make_other();
+	hanging = make_pipe(1);
+	open_mirror(&b);
+	CHECK_EQUAL(pu_queue_inject(&b.queue, 0, PU_OP_WRITE, 0, 2 * PAGE >> 9), 0);
+	for (int i = 0; i < 4; i++) /* the leg takes a page, and hangs on the next */
+		turn(&b);
+	CHECK(fail_leg(&b, 1));
+	pu_layout_recorded(&b.layout);
+	put_in_place(&b, 1, fresh);
+	for (uint32_t i = 0; i < b.mapped.nr_slots; i++)
+		b.mapped.slots[i].begun_ns -= LONG_NS;
+	while (pu_queue_held(&b.queue)) {
+		b.mapped.look_at_ns = 0;
+		turn(&b);
+	}
+	CHECK_EQUAL(b.queue.tags[0].result, 2 * PAGE);
+	CHECK_EQUAL(pu_layout_leg(&b.layout, 1), PU_LEG_RESYNC);
+	CHECK_EQUAL(b.layout.legs[1].errors, 0);
+	CHECK_EQUAL(b.layout.legs[1].orphans, 1);
+	/* And the new one takes what comes. */
+	CHECK_EQUAL(request(&b, 0, PU_OP_WRITE, 0, PAGE), PAGE);
+	close(hanging);
+	close(fresh);
+	close_bench(&b);
+	close_files();
+}
+
+/* What it holds since then may still be written: its region must not be copied before. */
+static void a_file_that_comes_back_is_charged_with_what_it_holds(void)
+{
+	struct bench b = { 0 };
+	int hanging, fresh;
+
+	make_files();
+	fresh = make_other();
+	hanging = make_pipe(1);
+	open_mirror(&b);
+	CHECK_EQUAL(pu_queue_inject(&b.queue, 0, PU_OP_WRITE, 0, 2 * PAGE >> 9), 0);
+	for (int i = 0; i < 4; i++)
+		turn(&b);
+	CHECK(fail_leg(&b, 1));
+	put_in_place(&b, 1, fresh);
+	CHECK(fail_leg(&b, 1));
+	pu_layout_recorded(&b.layout);
+	pu_layout_replace_file(&b.layout, 1, fds[1], false, false, 0);
+	pu_layout_set_leg(&b.layout, 1, PU_LEG_RESYNC);
+	b.mapped.look_at_ns = 0;
+	turn(&b);
+	CHECK_EQUAL(pu_queue_held(&b.queue), 1);
+	CHECK(!pu_layout_quiet(&b.layout, 0));
+	give_up(&b, 1);
+	while (pu_queue_held(&b.queue))
+		turn(&b);
+	CHECK_EQUAL(b.queue.tags[0].result, 2 * PAGE);
+	CHECK_EQUAL(pu_layout_leg(&b.layout, 1), PU_LEG_FAILED);
+	close(hanging);
+	close(fresh);
+	close_bench(&b);
+	close_files();
+}
+
 /* While the queue waits, as a target does: the copier may be done with the region already. */
 static void *replace_file_and_open_gate(void *context)
 {
 	struct bench *b = context;
 
 	usleep(50000);
-	pu_layout_replace_file(&b->layout, 1, fds[1], false, false);
+	pu_layout_replace_file(&b->layout, 1, fds[1], false, false, 1);
 	pu_layout_gate(&b->layout, PU_NO_REGION);
 	pu_queue_wake(&b->queue);
 	return NULL;
@@ -289,9 +403,7 @@ static void a_write_finds_the_file_that_is_there_when_it_begins(void)
 	CHECK_EQUAL(pu_queue_inject(&b.queue, 0, PU_OP_WRITE, 0, PAGE >> 9), 0);
 	turn(&b);
 	before = fds[1];
-	fds[1] = memfd_create("other", MFD_CLOEXEC);
-	CHECK(fds[1] >= 0);
-	CHECK_EQUAL(ftruncate(fds[1], FILE_BYTES), 0);
+	fds[1] = make_other();
 	CHECK_EQUAL(pthread_create(&thread, NULL, replace_file_and_open_gate, &b), 0);
 	CHECK_EQUAL(pu_mapped_turn(&b.mapped, INT64_C(10000000000)), 0);
 	pthread_join(thread, NULL);
@@ -396,7 +508,8 @@ static void record_together(struct pu_mapped *m)
 
 	while (pu_mapped_next_failure(m, &failure)) {
 		pthread_mutex_lock(&record);
-		pu_layout_fail_leg(m->layout, failure.leg);
+		if (failure.error)
+			pu_layout_fail_leg(m->layout, failure.leg, failure.incarnation);
 		sched_yield(); /* a record takes time */
 		pu_layout_recorded(m->layout);
 		pthread_mutex_unlock(&record);
@@ -530,6 +643,9 @@ int main(void)
 	what_no_leg_takes_is_not_done();
 	no_write_is_done_while_a_failure_is_not_on_record();
 	a_gated_write_waits();
+	a_failure_that_is_not_on_record_is_not_charged_to_the_next_file();
+	a_file_that_hangs_is_not_charged_to_the_next_one();
+	a_file_that_comes_back_is_charged_with_what_it_holds();
 	a_write_finds_the_file_that_is_there_when_it_begins();
 	a_gated_write_that_was_failed_is_not_done();
 	a_write_that_was_failed_while_it_waited_for_slots_is_not_done();

@@ -554,6 +554,34 @@ def test_a_leg_that_hangs_while_it_is_copied_to_has_failed(
         go_on.set()
 
 
+def test_a_file_s_failure_is_not_charged_to_the_next_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    mirror = mirror_of(tmp_path, state=folder / "state")
+    with Disk(mirror) as disk:
+        folder.rename(tmp_path / "away")
+        mirror.leg_failed(1, errno.EIO, 0)
+        mirror.replace(1, make(tmp_path, "spare", SIZE * 4))
+        with pytest.raises(OSError, match="WRITE at 0 failed"):
+            disk.pwrite(b"x" * 4096, 0)  # it is still not on record that a leg had failed
+        (tmp_path / "away").rename(folder)
+        disk.pwrite(b"x" * 4096, 0)
+        mirror.leg_failed(1, errno.ETIMEDOUT, 0)  # by a queue that notices late
+        assert mirror.wait_in_step(30)
+        # The same file, opened again, is the same.
+        mirror.leg_failed(1, errno.EIO, 1)
+        mirror.replace(1, tmp_path / "spare")
+        mirror.leg_failed(1, errno.EIO, 1)
+        assert states(mirror) == ["synced", "failed"]
+        # And so is the first one, whenever it comes back.
+        mirror.replace(1, tmp_path / "b")
+        mirror.leg_failed(1, errno.EIO, 0)
+        assert states(mirror) == ["synced", "failed"]
+    assert "Success" not in caplog.text
+
+
 def test_a_leg_that_may_write_late_is_not_taken_back(tmp_path: Path) -> None:
     mirror = mirror_of(tmp_path, leg_timeout=0.2)
     spare = make(tmp_path, "spare", SIZE * 4)

@@ -214,11 +214,17 @@ void pu_layout_set_leg(struct pu_layout *layout, uint32_t leg, enum pu_leg_state
 	__atomic_store(&layout->leg_bits, &bits, __ATOMIC_RELEASE);
 }
 
-bool pu_layout_fail_leg(struct pu_layout *layout, uint32_t leg)
+uint32_t pu_layout_incarnation(const struct pu_layout *layout, uint32_t leg)
+{
+	return __atomic_load_n(&layout->legs[leg].incarnation, __ATOMIC_ACQUIRE);
+}
+
+bool pu_layout_fail_leg(struct pu_layout *layout, uint32_t leg, uint32_t incarnation)
 {
 	struct pu_leg_bits bits = pu_layout_leg_bits(layout);
 
-	if (pu_layout_leg(layout, leg) == PU_LEG_FAILED || bits.in_step == 1u << leg)
+	if (pu_layout_leg(layout, leg) == PU_LEG_FAILED || bits.in_step == 1u << leg ||
+	    incarnation != pu_layout_incarnation(layout, leg))
 		return false;
 	bits.in_step = with(bits.in_step, leg, false);
 	bits.resync = with(bits.resync, leg, false);
@@ -236,11 +242,12 @@ void pu_layout_recorded(struct pu_layout *layout)
 }
 
 void pu_layout_replace_file(struct pu_layout *layout, uint32_t index, int fd, bool memory,
-			    bool device)
+			    bool device, uint32_t incarnation)
 {
 	layout->files[index].fd = fd;
 	layout->files[index].memory = memory;
 	layout->files[index].device = device;
+	__atomic_store_n(&layout->legs[index].incarnation, incarnation, __ATOMIC_RELEASE);
 	__atomic_fetch_add(&layout->version, 1, __ATOMIC_RELEASE); /* who sees it sees the file */
 }
 

@@ -39,8 +39,9 @@ enum pu_leg_state {
 #define PU_MAX_LEGS 16u
 
 struct pu_leg {
-	uint32_t errors;  /* requests that failed on it */
-	uint32_t orphans; /* operations that it still holds, though nobody waits for them */
+	uint32_t incarnation; /* a number for its file: what one does is not charged to the next */
+	uint32_t errors;      /* requests that failed on it */
+	uint32_t orphans;     /* operations that it still holds, though nobody waits for them */
 };
 
 /* Legs by state, a bit for each; one word, so that nobody sees half of a change. */
@@ -109,14 +110,16 @@ uint64_t pu_part_data(const struct pu_part *part, uint64_t done, uint64_t *conti
 struct pu_leg_bits pu_layout_leg_bits(const struct pu_layout *layout);
 enum pu_leg_state pu_layout_leg(const struct pu_layout *layout, uint32_t leg);
 void pu_layout_set_leg(struct pu_layout *layout, uint32_t leg, enum pu_leg_state state);
-/* Leaves a leg alone from now on. False when it had failed before, or is the last in step, which is
- * never given up. */
-bool pu_layout_fail_leg(struct pu_layout *layout, uint32_t leg);
+/* Leaves a leg alone from now on. False when it had failed before, is of another incarnation now, or
+ * is the last in step, which is never given up. */
+bool pu_layout_fail_leg(struct pu_layout *layout, uint32_t leg, uint32_t incarnation);
+uint32_t pu_layout_incarnation(const struct pu_layout *layout, uint32_t leg);
 /* Every leg that has failed is on record. */
 void pu_layout_recorded(struct pu_layout *layout);
-/* The queues take it up with their next turn. */
+/* The queues take it up with their next request. `incarnation`: of the leg; a file that was in its
+ * place before, whenever, has the number that it had. */
 void pu_layout_replace_file(struct pu_layout *layout, uint32_t index, int fd, bool memory,
-			    bool device);
+			    bool device, uint32_t incarnation);
 
 static inline uint32_t pu_layout_version(const struct pu_layout *layout)
 {

@@ -26,6 +26,11 @@ uint32_t pu_mapped_entries(uint16_t depth)
 
 static void complete(void *context, uint64_t user_data, int32_t result);
 
+static bool mirrored(const struct pu_mapped *m)
+{
+	return m->layout->kind == PU_LAYOUT_MIRROR;
+}
+
 static bool every_file_mapped(const struct pu_layout *layout)
 {
 	for (uint32_t i = 0; i < layout->nr_files; i++)
@@ -289,6 +294,7 @@ struct pu_slot *pu_slot_take(struct pu_mapped *m, uint16_t tag, const struct pu_
 	slot->memory = m->works[tag].place == IN_SHARED ? pu_queue_shared(m->q, tag) :
 							 pu_queue_buffer(m->q, tag);
 	slot->generation = m->works[tag].generation;
+	slot->incarnation = mirrored(m) ? pu_layout_incarnation(m->layout, part->file) : 0;
 	m->works[tag].open++;
 	return slot;
 }
@@ -298,11 +304,6 @@ void pu_slot_free(struct pu_mapped *m, struct pu_slot *slot)
 	slot->busy = false;
 	slot->next_free = m->free_slot;
 	m->free_slot = (uint32_t)(slot - m->slots);
-}
-
-static bool mirrored(const struct pu_mapped *m)
-{
-	return m->layout->kind == PU_LAYOUT_MIRROR;
 }
 
 /* The next part of a request. False when all are cut. */
@@ -631,12 +632,13 @@ static void resume_waiting(struct pu_mapped *m)
 	}
 }
 
-void pu_work_part_ends(struct pu_mapped *m, uint16_t tag, uint32_t file, int64_t result)
+void pu_work_part_ends(struct pu_mapped *m, uint16_t tag, uint32_t file, uint32_t incarnation,
+		       int64_t result)
 {
 	struct pu_work *w = &m->works[tag];
 
 	if (mirrored(m))
-		pu_mirror_leg_ends(m, tag, file, result);
+		pu_mirror_leg_ends(m, tag, file, incarnation, result);
 	else if (result < 0 && !w->error)
 		w->error = (int)result;
 	pu_work_release(m, tag);
@@ -674,7 +676,7 @@ static void advance(struct pu_mapped *m, struct pu_slot *slot, int64_t result)
 		}
 	}
 	pu_slot_free(m, slot);
-	pu_work_part_ends(m, tag, file, result < 0 ? result : 0);
+	pu_work_part_ends(m, tag, file, slot->incarnation, result < 0 ? result : 0);
 }
 
 static void complete(void *context, uint64_t user_data, int32_t result)

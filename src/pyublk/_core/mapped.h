@@ -22,7 +22,8 @@ struct iovec;
 
 struct pu_leg_failure {
 	uint32_t leg;
-	int error; /* errno, positive */
+	uint32_t incarnation; /* of the leg, when it failed */
+	int error; /* errno, positive; 0: a failure that is known is only to be put on record */
 };
 
 struct pu_mapped {
@@ -41,7 +42,7 @@ struct pu_mapped {
 	bool every_file_mapped;
 	uint32_t held;		  /* requests that wait until legs' failures are on record */
 	uint32_t failed_legs;	  /* bits: to be given up, and put on record */
-	int leg_error[PU_MAX_LEGS];
+	struct pu_leg_failure failures[PU_MAX_LEGS];
 	int64_t look_at_ns; /* when to look for legs that hang; 0: at once */
 	void *zeroes;
 	uint64_t zeroes_bytes;

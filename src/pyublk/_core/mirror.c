@@ -33,12 +33,28 @@ void pu_mirror_read(struct pu_mapped *m, uint16_t tag)
 		pu_work_wait_for_slots(m, tag);
 }
 
-void pu_mirror_leg_ends(struct pu_mapped *m, uint16_t tag, uint32_t leg, int64_t result)
+static void blame(struct pu_mapped *m, uint32_t leg, int error)
+{
+	m->failures[leg].error = error;
+	m->failures[leg].incarnation = pu_layout_incarnation(m->layout, leg);
+}
+
+/* Another file may be in the leg's place now. It has not failed, and what was written to the file
+ * before does not count for it. */
+static bool was_replaced(const struct pu_mapped *m, uint32_t leg, uint32_t incarnation)
+{
+	return incarnation != pu_layout_incarnation(m->layout, leg);
+}
+
+void pu_mirror_leg_ends(struct pu_mapped *m, uint16_t tag, uint32_t leg, uint32_t incarnation,
+			int64_t result)
 {
 	struct pu_work *w = &m->works[tag];
+	bool replaced = was_replaced(m, leg, incarnation);
 
 	if (result >= 0) {
-		w->good_legs |= 1u << leg;
+		if (!replaced || w->op == PU_OP_READ)
+			w->good_legs |= 1u << leg;
 		return;
 	}
 	if (w->error != -EOPNOTSUPP)
@@ -46,9 +62,12 @@ void pu_mirror_leg_ends(struct pu_mapped *m, uint16_t tag, uint32_t leg, int64_t
 	/* What a file cannot do at all is no failure of it: zeroes will be written. */
 	if (result == -EOPNOTSUPP && w->op == PU_OP_WRITE_ZEROES && !w->by_writing)
 		return;
-	w->bad_legs |= 1u << leg;
-	m->leg_error[leg] = (int)-result;
-	__atomic_fetch_add(&m->layout->legs[leg].errors, 1, __ATOMIC_RELAXED);
+	if (!replaced) {
+		blame(m, leg, (int)-result);
+		__atomic_fetch_add(&m->layout->legs[leg].errors, 1, __ATOMIC_RELAXED);
+	}
+	if (!replaced || w->op != PU_OP_READ)
+		w->bad_legs |= 1u << leg;
 	if (w->op == PU_OP_READ && !w->unregistered &&
 	    pu_layout_readable(m->layout, w->offset, w->bad_legs) >= 0)
 		pu_mirror_read(m, tag);
@@ -123,7 +142,8 @@ void pu_mirror_look_for_hanging(struct pu_mapped *m)
 		struct pu_slot *slot = &m->slots[i];
 		struct pu_work *w = &m->works[slot->tag];
 		uint32_t leg = slot->part.file;
-		bool failed = pu_layout_leg(m->layout, leg) == PU_LEG_FAILED;
+		bool failed = pu_layout_leg(m->layout, leg) == PU_LEG_FAILED ||
+			      was_replaced(m, leg, slot->incarnation);
 
 		if (!slot->busy || slot->orphan || (!failed && now - slot->begun_ns < limit) ||
 		    slot->generation != pu_tag_generation(&m->q->tags[slot->tag]) ||
@@ -131,7 +151,7 @@ void pu_mirror_look_for_hanging(struct pu_mapped *m)
 			continue;
 		/* The leg is given up first: one that stays must not write late what was answered. */
 		if (!failed) {
-			m->leg_error[leg] = ETIMEDOUT;
+			blame(m, leg, ETIMEDOUT);
 			m->failed_legs |= 1u << leg;
 			m->look_at_ns = 0;
 			continue;
@@ -142,7 +162,7 @@ void pu_mirror_look_for_hanging(struct pu_mapped *m)
 		slot->orphan = true;
 		__atomic_fetch_add(&m->layout->legs[leg].orphans, 1, __ATOMIC_RELAXED);
 		m->q->others--;
-		pu_work_part_ends(m, slot->tag, leg, -ETIMEDOUT);
+		pu_work_part_ends(m, slot->tag, leg, slot->incarnation, -ETIMEDOUT);
 	}
 }
 
@@ -161,11 +181,15 @@ void pu_mirror_orphan_ends(struct pu_mapped *m, struct pu_slot *slot)
 
 bool pu_mapped_next_failure(struct pu_mapped *m, struct pu_leg_failure *failure)
 {
+	uint32_t leg;
+
 	if (!m->failed_legs)
 		return false;
-	failure->leg = (uint32_t)__builtin_ctz(m->failed_legs);
-	failure->error = m->leg_error[failure->leg];
-	m->failed_legs &= ~(1u << failure->leg);
+	leg = (uint32_t)__builtin_ctz(m->failed_legs);
+	*failure = m->failures[leg];
+	failure->leg = leg;
+	m->failures[leg].error = 0;
+	m->failed_legs &= ~(1u << leg);
 	return true;
 }
 

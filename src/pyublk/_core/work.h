@@ -45,6 +45,7 @@ struct pu_slot {
 	int64_t begun_ns;
 	uint32_t next_free;
 	uint32_t generation;
+	uint32_t incarnation; /* of the leg */
 	uint16_t tag;
 	bool busy;
 	bool orphan; /* nobody waits for it any more */
@@ -72,8 +73,9 @@ void pu_work_wait_for_slots(struct pu_mapped *m, uint16_t tag);
 
 /* Begins, or continues, the operation of a slot. */
 void pu_slot_operate(struct pu_mapped *m, struct pu_slot *slot);
-/* A part of the tag's request in that file has ended: 0 or -errno. */
-void pu_work_part_ends(struct pu_mapped *m, uint16_t tag, uint32_t file, int64_t result);
+/* A part of the tag's request in that file has ended: 0 or -errno. `incarnation`: of a leg. */
+void pu_work_part_ends(struct pu_mapped *m, uint16_t tag, uint32_t file, uint32_t incarnation,
+		       int64_t result);
 /* One operation less is under way: answers when it was the last. */
 void pu_work_release(struct pu_mapped *m, uint16_t tag);
 /* Gives what is left of a request to slots. */
@@ -87,7 +89,8 @@ void pu_work_finish(struct pu_mapped *m, uint16_t tag, int64_t result);
 bool pu_mirror_next_leg(const struct pu_layout *layout, uint64_t *nth);
 /* Reads from a leg, another one than those that have failed the request. */
 void pu_mirror_read(struct pu_mapped *m, uint16_t tag);
-void pu_mirror_leg_ends(struct pu_mapped *m, uint16_t tag, uint32_t leg, int64_t result);
+void pu_mirror_leg_ends(struct pu_mapped *m, uint16_t tag, uint32_t leg, uint32_t incarnation,
+			int64_t result);
 /* Every leg has ended: the client is told, or waits until failures are on record. */
 void pu_mirror_answer(struct pu_mapped *m, uint16_t tag);
 /* Gives up what legs have held for too long, where the request can do without. */

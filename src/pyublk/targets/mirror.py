@@ -91,6 +91,7 @@ class Mirror(MappedTarget):
         self._copying = False  # the copier will look for legs again
         self._jobs: list[Job] = []  # that were given up
         self._failed: dict[tuple[int, ...], int] = {}  # files that failed, and as which leg
+        self._incarnations: list[dict[tuple[int, ...], int]] = []  # of each leg, by its files
         self._taken_up = False  # the record is ours to write
         self._record_fails = False  # and could not be written
 
@@ -170,6 +171,7 @@ class Mirror(MappedTarget):
             for path in self.files:
                 self._refuse_other_record(path)
             self._stopping = threading.Event()
+            self._incarnations = [{_identity(os.fstat(backing.fd)): 0} for backing in self.backing]
             if self._take_up_record():
                 with self._lock:
                     self._begin_resync()
@@ -189,9 +191,9 @@ class Mirror(MappedTarget):
                 self._try_to_record(active=False)
         super().close()
 
-    def leg_failed(self, leg: int, error: int) -> None:
+    def leg_failed(self, leg: int, error: int, incarnation: int | None = None) -> None:
         with self._lock:
-            fails_now = self.layout.fail_leg(leg)
+            fails_now = error != 0 and self.layout.fail_leg(leg, incarnation)
             if fails_now:
                 self._since[leg] = time.time()
             if not self.layout.recorded:
@@ -298,9 +300,9 @@ class Mirror(MappedTarget):
                 raise ValueError(f"there is no leg {leg}, only 0 to {len(self.files) - 1}")
             if self._state(leg) != LegState.FAILED:
                 raise ValueError(f"leg {leg} ({self.files[leg]}) has not failed")
-            self._refuse_late_writers(leg, path)
+            wanted = self._refuse_late_writers(leg, path)
             if path is not None:
-                self._put_in_place(leg, Path(path).absolute())
+                self._put_in_place(leg, Path(path).absolute(), wanted)
             layout.set_leg_state(leg, LegState.RESYNC)
             self._resyncs[leg] += 1
             self._try_to_record()
@@ -308,18 +310,20 @@ class Mirror(MappedTarget):
         self.status_changed()
         self.wake_queues()
 
-    def _refuse_late_writers(self, leg: int, path: Path | None) -> None:
-        """What a file writes late would undo what is copied to it."""
+    def _refuse_late_writers(self, leg: int, path: Path | None) -> tuple[int, ...]:
+        """What a file writes late would undo what is copied to it. The file's identity."""
         failed = _identity(os.fstat(self.backing[leg].fd))
         self._failed[failed] = leg
-        before = self._failed.get(failed if path is None else _identity(os.stat(path)))
+        wanted = failed if path is None else _identity(os.stat(path))
+        before = self._failed.get(wanted)
         if before is not None and (self.layout.leg_orphans(before) or self._hangs(before)):
             raise ValueError(
                 f"{path or self.files[leg]} still holds requests that it did not answer in time: "
                 f"replace leg {leg} when it has answered them, or by another file"
             )
+        return wanted
 
-    def _put_in_place(self, leg: int, path: Path) -> None:
+    def _put_in_place(self, leg: int, path: Path, identity: tuple[int, ...]) -> None:
         self._refuse_other_record(path)
         backing, old = self.open_file(path), self.backing[leg]
         if backing.size < self.layout.size:
@@ -334,7 +338,11 @@ class Mirror(MappedTarget):
         backing.close()
         self.backing[leg] = replace(backing, fd=old.fd)
         self.files[leg] = path
-        self.layout.replace_file(leg, old.fd, backing.in_memory, backing.is_device)
+        known = self._incarnations[leg]
+        incarnation = known.setdefault(identity, len(known))
+        self.layout.replace_file(
+            leg, old.fd, backing.in_memory, backing.is_device, incarnation=incarnation
+        )
 
     def _point_to_record(self, backing: Backing) -> None:
         """From beside the new first leg, where the next start looks."""
@@ -418,10 +426,11 @@ class Mirror(MappedTarget):
         whether any is left."""
         while left := self._still(legs):
             self._pause(0)
+            resyncs = list(self._resyncs)
             leg, error = work(left)
             if not error:
                 return True
-            if leg not in legs or leg in self._still(legs):
+            if resyncs[leg] == self._resyncs[leg]:
                 self.leg_failed(leg, error)
             if self._state(leg) == LegState.SYNCED:  # the last one, which all others wait for
                 log.error(
