@@ -457,8 +457,9 @@ class Layout:
     def set_recorded(self) -> None: ...
     def leg_errors(self, leg: int) -> int:
         """Requests that failed on it."""
-    def leg_orphans(self, leg: int) -> int:
-        """Operations that a leg still holds, though nobody waits for them any more."""
+    def leg_orphans(self, leg: int) -> tuple[int, int]:
+        """Operations that a leg's file, and the one before, still hold, though nobody waits for
+        them any more."""
     def replace_file(
         self, index: int, fd: int, memory: bool, device: bool, incarnation: int | None = None
     ) -> None:

@@ -269,7 +269,6 @@ cdef extern from "_core/layout.h" nogil:
 
     struct pu_leg:
         uint32_t errors
-        uint32_t orphans
 
     struct pu_leg_bits:
         uint16_t unrecorded
@@ -294,6 +293,7 @@ cdef extern from "_core/layout.h" nogil:
     void pu_layout_set_leg(pu_layout *, uint32_t, pu_leg_state)
     bint pu_layout_fail_leg(pu_layout *, uint32_t, uint32_t)
     uint32_t pu_layout_incarnation(const pu_layout *, uint32_t)
+    uint32_t pu_layout_orphans(const pu_layout *, uint32_t, bint)
     pu_leg_bits pu_layout_leg_bits(const pu_layout *)
     void pu_layout_recorded(pu_layout *)
     uint64_t PU_NO_REGION
@@ -309,7 +309,7 @@ cdef extern from "_core/mapped.h" nogil:
     struct pu_mapped:
         uint32_t failed_legs
 
-    uint32_t pu_mapped_entries(uint16_t)
+    uint32_t pu_mapped_entries(const pu_layout *, uint16_t)
     int pu_mapped_open(pu_mapped *, pu_queue *, pu_layout *, uint32_t)
     void pu_mapped_close(pu_mapped *)
     int pu_mapped_turn(pu_mapped *, int64_t)

@@ -113,9 +113,11 @@ cdef class Layout:
         return self.layout.legs[leg].errors
 
     def leg_orphans(self, uint32_t leg):
-        """Operations that a leg still holds, though nobody waits for them any more."""
+        """Operations that a leg's file, and the one before, still hold, though nobody waits for
+        them any more."""
         self.check_leg(leg)
-        return self.layout.legs[leg].orphans
+        return (pu_layout_orphans(&self.layout, leg, False),
+                pu_layout_orphans(&self.layout, leg, True))
 
     cdef int check_leg(self, uint32_t leg) except -1:
         if leg >= self.layout.nr_files:
@@ -242,7 +244,7 @@ cdef class MappedQueue(Queue):
         super().__init__(
             fd,
             queue_id,
-            extra_entries=pu_mapped_entries(<uint16_t>depth),
+            extra_entries=pu_mapped_entries(&layout.layout, <uint16_t>depth),
             files=[layout.layout.files[i].fd for i in range(count)],
             **options,
         )

@@ -39,14 +39,15 @@ struct bench {
 	struct pu_queue queue;
 	struct pu_mapped mapped;
 	uint8_t *expected;
+	uint16_t depth; /* 0: DEPTH */
 };
 
 static inline void open_bench(struct bench *b, bool memory)
 {
 	struct pu_queue_options options = {
-		.depth = DEPTH,
+		.depth = b->depth ? b->depth : DEPTH,
 		.buffer_bytes = BUFFER,
-		.extra_entries = pu_mapped_entries(DEPTH),
+		.extra_entries = pu_mapped_entries(&b->layout, b->depth ? b->depth : DEPTH),
 		.files = fds,
 		.nr_files = FILES,
 	};

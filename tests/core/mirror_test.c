@@ -76,21 +76,43 @@ static void turn(struct bench *b)
 	record_failures(b);
 }
 
-/* What the leg holds has taken too long: it is given up, where the requests can do without. */
+/* What the leg holds has taken too long. */
+static void age(struct bench *b, uint32_t leg)
+{
+	for (uint32_t i = 0; i < b->mapped.nr_slots; i++)
+		if (b->mapped.slots[i].part.file == leg)
+			b->mapped.slots[i].begun_ns -= LONG_NS;
+	b->mapped.look_at_ns = 0;
+	turn(b);
+}
+
+/* Until it is given up, where the requests can do without. */
 static void give_up(struct bench *b, uint32_t leg)
 {
-	while (!b->layout.legs[leg].errors) {
-		for (uint32_t i = 0; i < b->mapped.nr_slots; i++)
-			if (b->mapped.slots[i].part.file == leg)
-				b->mapped.slots[i].begun_ns -= LONG_NS;
-		b->mapped.look_at_ns = 0;
-		turn(b);
-	}
+	while (!b->layout.legs[leg].errors)
+		age(b, leg);
+}
+
+static uint32_t orphans(const struct bench *b, uint32_t leg)
+{
+	return pu_layout_orphans(&b->layout, leg, false) + pu_layout_orphans(&b->layout, leg, true);
 }
 
 static bool fail_leg(struct bench *b, uint32_t leg)
 {
 	return pu_layout_fail_leg(&b->layout, leg, pu_layout_incarnation(&b->layout, leg));
+}
+
+/* All but `left` of the free slots are taken away; the rest of the list. */
+static uint32_t take_slots(struct bench *b, uint32_t left)
+{
+	uint32_t *last = &b->mapped.free_slot, rest;
+
+	while (left--)
+		last = &b->mapped.slots[*last].next_free;
+	rest = *last;
+	*last = UINT32_MAX;
+	return rest;
 }
 
 static uint32_t busy_slots(const struct bench *b)
@@ -240,9 +262,39 @@ static void a_leg_that_is_given_up_is_left_with_all_that_it_holds(void)
 		b.mapped.look_at_ns = 0;
 		turn(&b);
 	}
-	CHECK_EQUAL(b.layout.legs[1].orphans, 2);
+	CHECK_EQUAL(orphans(&b, 1), 2);
 	CHECK_EQUAL(b.queue.tags[0].result, 2 * PAGE);
 	CHECK_EQUAL(b.queue.tags[1].result, 2 * PAGE);
+	close(hanging);
+	close_bench(&b);
+	close_files();
+}
+
+static void a_write_keeps_its_buffer_until_it_is_cut(void)
+{
+	struct bench b = { 0 };
+	uint32_t rest;
+	int hanging;
+
+	make_files();
+	hanging = make_pipe(1);
+	open_mirror(&b);
+	rest = take_slots(&b, 1); /* the first leg's, then the second's, which keeps it */
+	memset(pu_queue_buffer(&b.queue, 0), 7, 2 * PAGE);
+	CHECK_EQUAL(pu_queue_inject(&b.queue, 0, PU_OP_WRITE, 0, 2 * PAGE >> 9), 0);
+	for (int i = 0; i < 4; i++)
+		turn(&b);
+	CHECK_EQUAL(b.mapped.free_slot, UINT32_MAX);
+	for (int i = 0; i < 3; i++)
+		age(&b, 1);
+	CHECK_EQUAL(pu_layout_leg(&b.layout, 1), PU_LEG_FAILED);
+	b.mapped.free_slot = rest;
+	while (pu_queue_held(&b.queue)) {
+		b.mapped.look_at_ns = 0;
+		turn(&b);
+	}
+	CHECK_EQUAL(b.queue.tags[0].result, 2 * PAGE);
+	CHECK_EQUAL(first_byte(fds[2]), 7);
 	close(hanging);
 	close_bench(&b);
 	close_files();
@@ -335,7 +387,7 @@ static void a_file_that_hangs_is_not_charged_to_the_next_one(void)
 	CHECK_EQUAL(b.queue.tags[0].result, 2 * PAGE);
 	CHECK_EQUAL(pu_layout_leg(&b.layout, 1), PU_LEG_RESYNC);
 	CHECK_EQUAL(b.layout.legs[1].errors, 0);
-	CHECK_EQUAL(b.layout.legs[1].orphans, 1);
+	CHECK_EQUAL(orphans(&b, 1), 1);
 	/* And the new one takes what comes. */
 	CHECK_EQUAL(request(&b, 0, PU_OP_WRITE, 0, PAGE), PAGE);
 	close(hanging);
@@ -374,6 +426,55 @@ static void a_file_that_comes_back_is_charged_with_what_it_holds(void)
 	CHECK_EQUAL(pu_layout_leg(&b.layout, 1), PU_LEG_FAILED);
 	close(hanging);
 	close(fresh);
+	close_bench(&b);
+	close_files();
+}
+
+static void inject_writes(struct bench *b)
+{
+	for (uint16_t tag = 0; tag < b->depth; tag++)
+		CHECK_EQUAL(pu_queue_inject(&b->queue, tag, PU_OP_WRITE, 0, 2 * PAGE >> 9), 0);
+}
+
+static void finish_writes(struct bench *b)
+{
+	while (pu_queue_held(&b->queue)) {
+		b->mapped.look_at_ns = 0;
+		turn(b);
+	}
+	for (uint16_t tag = 0; tag < b->depth; tag++)
+		CHECK_EQUAL(b->queue.tags[tag].result, 2 * PAGE);
+}
+
+static void legs_that_hang_leave_slots_for_the_others(void)
+{
+	struct bench b = { .depth = 128 };
+	int ends[3];
+
+	make_files();
+	ends[0] = make_pipe(1);
+	ends[1] = make_pipe(2);
+	open_mirror(&b);
+	inject_writes(&b);
+	turn(&b);
+	give_up(&b, 1);
+	/* Its next file hangs too, and then the third leg. */
+	close(fds[1]);
+	fds[1] = make_other();
+	ends[2] = make_pipe(1);
+	put_in_place(&b, 1, fds[1]);
+	give_up(&b, 2);
+	finish_writes(&b);
+	b.layout.legs[1].errors = 0;
+	inject_writes(&b);
+	turn(&b);
+	give_up(&b, 1);
+	finish_writes(&b);
+	CHECK_EQUAL(pu_layout_orphans(&b.layout, 1, false), b.depth);
+	CHECK_EQUAL(pu_layout_orphans(&b.layout, 1, true), b.depth);
+	CHECK_EQUAL(orphans(&b, 2), b.depth);
+	for (int i = 0; i < 3; i++)
+		close(ends[i]);
 	close_bench(&b);
 	close_files();
 }
@@ -419,18 +520,6 @@ static void a_write_finds_the_file_that_is_there_when_it_begins(void)
 }
 
 /* ---- requests that are failed from outside while they wait ---- */
-
-/* All but `left` of the free slots are taken away; the rest of the list. */
-static uint32_t take_slots(struct bench *b, uint32_t left)
-{
-	uint32_t *last = &b->mapped.free_slot, rest;
-
-	while (left--)
-		last = &b->mapped.slots[*last].next_free;
-	rest = *last;
-	*last = UINT32_MAX;
-	return rest;
-}
 
 static void write_and_fail_it(struct bench *b, uint8_t byte)
 {
@@ -523,7 +612,7 @@ static void *serve(void *context)
 	struct pu_queue_options options = {
 		.depth = DEPTH,
 		.buffer_bytes = BUFFER,
-		.extra_entries = pu_mapped_entries(DEPTH),
+		.extra_entries = pu_mapped_entries(server->layout, DEPTH),
 		.files = fds,
 		.nr_files = FILES,
 	};
@@ -623,9 +712,9 @@ static void a_write_outlives_the_buffer_of_one_that_hangs(void)
 	while (pu_queue_held(&b.queue))
 		turn(&b);
 	CHECK_EQUAL(busy_slots(&b), 1);
-	CHECK_EQUAL(b.layout.legs[1].orphans, 1);
+	CHECK_EQUAL(orphans(&b, 1), 1);
 	drain(&b, hanging, 7, 2 * PAGE); /* no more: nobody went on */
-	while (b.layout.legs[1].orphans)
+	while (orphans(&b, 1))
 		turn(&b);
 	CHECK_EQUAL(busy_slots(&b), 0);
 	CHECK_EQUAL(memory[0], 0); /* given back */
@@ -646,6 +735,8 @@ int main(void)
 	a_failure_that_is_not_on_record_is_not_charged_to_the_next_file();
 	a_file_that_hangs_is_not_charged_to_the_next_one();
 	a_file_that_comes_back_is_charged_with_what_it_holds();
+	legs_that_hang_leave_slots_for_the_others();
+	a_write_keeps_its_buffer_until_it_is_cut();
 	a_write_finds_the_file_that_is_there_when_it_begins();
 	a_gated_write_that_was_failed_is_not_done();
 	a_write_that_was_failed_while_it_waited_for_slots_is_not_done();

@@ -582,6 +582,30 @@ def test_a_file_s_failure_is_not_charged_to_the_next_one(
     assert "Success" not in caplog.text
 
 
+def test_a_leg_has_two_files_that_hang_and_no_more(tmp_path: Path) -> None:
+    mirror = mirror_of(tmp_path, leg_timeout=0.2)
+    spares = [make(tmp_path, name, SIZE * 4) for name in ("spare", "other")]
+    pipes = [os.pipe(), os.pipe()]
+    with Disk(mirror) as disk:
+        for hanging, spare in zip((end for _, end in pipes), spares, strict=True):
+            fcntl.fcntl(hanging, fcntl.F_SETPIPE_SZ, 4096)
+            mirror.layout.replace_file(1, hanging, False, False)
+            disk.pwrite(b"x" * 65536, 0)
+            assert states(mirror) == ["synced", "failed"]
+            if spare == spares[0]:
+                mirror.replace(1, spare)
+                assert mirror.wait_in_step(30)
+        with pytest.raises(ValueError, match=r"cannot have a third file while .*spare and the one"):
+            mirror.replace(1, spares[1])
+        while mirror.layout.leg_orphans(1)[1]:
+            os.read(pipes[0][0], 4096)
+            disk.pread(4096, 0)
+        mirror.replace(1, spares[1])
+        assert mirror.wait_in_step(30)
+    for end in (*pipes[0], *pipes[1]):
+        os.close(end)
+
+
 def test_a_leg_that_may_write_late_is_not_taken_back(tmp_path: Path) -> None:
     mirror = mirror_of(tmp_path, leg_timeout=0.2)
     spare = make(tmp_path, "spare", SIZE * 4)
@@ -599,7 +623,7 @@ def test_a_leg_that_may_write_late_is_not_taken_back(tmp_path: Path) -> None:
         mirror.leg_failed(1, errno.EIO)
         with pytest.raises(ValueError, match="b still holds requests"):
             mirror.replace(1, tmp_path / "b")
-        while mirror.layout.leg_orphans(1):
+        while any(mirror.layout.leg_orphans(1)):
             os.read(output, 4096)
             disk.pread(4096, 0)
         mirror.replace(1, tmp_path / "b")

@@ -219,6 +219,18 @@ uint32_t pu_layout_incarnation(const struct pu_layout *layout, uint32_t leg)
 	return __atomic_load_n(&layout->legs[leg].incarnation, __ATOMIC_ACQUIRE);
 }
 
+uint32_t pu_layout_replaced(const struct pu_layout *layout, uint32_t leg)
+{
+	return __atomic_load_n(&layout->legs[leg].replaced, __ATOMIC_ACQUIRE);
+}
+
+uint32_t pu_layout_orphans(const struct pu_layout *layout, uint32_t leg, bool before)
+{
+	uint32_t which = (pu_layout_replaced(layout, leg) + before) & 1;
+
+	return __atomic_load_n(&layout->legs[leg].orphans[which], __ATOMIC_ACQUIRE);
+}
+
 bool pu_layout_fail_leg(struct pu_layout *layout, uint32_t leg, uint32_t incarnation)
 {
 	struct pu_leg_bits bits = pu_layout_leg_bits(layout);
@@ -247,6 +259,8 @@ void pu_layout_replace_file(struct pu_layout *layout, uint32_t index, int fd, bo
 	layout->files[index].fd = fd;
 	layout->files[index].memory = memory;
 	layout->files[index].device = device;
+	if (incarnation != pu_layout_incarnation(layout, index))
+		__atomic_fetch_add(&layout->legs[index].replaced, 1, __ATOMIC_RELEASE);
 	__atomic_store_n(&layout->legs[index].incarnation, incarnation, __ATOMIC_RELEASE);
 	__atomic_fetch_add(&layout->version, 1, __ATOMIC_RELEASE); /* who sees it sees the file */
 }

@@ -37,11 +37,17 @@ enum pu_leg_state {
 };
 
 #define PU_MAX_LEGS 16u
+/* Files of one leg that hold operations at the same time: it may be replaced while one hangs, but
+ * not again when the next does. What they hold is bounded by that. */
+#define PU_FILES_PER_LEG 2u
 
 struct pu_leg {
 	uint32_t incarnation; /* a number for its file: what one does is not charged to the next */
 	uint32_t errors;      /* requests that failed on it */
-	uint32_t orphans;     /* operations that it still holds, though nobody waits for them */
+	uint32_t replaced;    /* how often it has had another file */
+	/* Operations that are still held, though nobody waits for them, by files that came when that
+	 * was even and odd: the present one and the one before. */
+	uint32_t orphans[2];
 };
 
 /* Legs by state, a bit for each; one word, so that nobody sees half of a change. */
@@ -114,6 +120,10 @@ void pu_layout_set_leg(struct pu_layout *layout, uint32_t leg, enum pu_leg_state
  * is the last in step, which is never given up. */
 bool pu_layout_fail_leg(struct pu_layout *layout, uint32_t leg, uint32_t incarnation);
 uint32_t pu_layout_incarnation(const struct pu_layout *layout, uint32_t leg);
+/* How often a leg has had another file. */
+uint32_t pu_layout_replaced(const struct pu_layout *layout, uint32_t leg);
+/* Orphans of a leg's file, or (`before`) of the one before. */
+uint32_t pu_layout_orphans(const struct pu_layout *layout, uint32_t leg, bool before);
 /* Every leg that has failed is on record. */
 void pu_layout_recorded(struct pu_layout *layout);
 /* The queues take it up with their next request. `incarnation`: of the leg; a file that was in its

@@ -19,9 +19,17 @@
 
 enum { KIND_PART = PU_KIND_OTHER, KIND_REGISTER, KIND_UNREGISTER };
 
-uint32_t pu_mapped_entries(uint16_t depth)
+/* What legs that hang hold must leave every request a slot for each of its parts. */
+static uint32_t slots_for(const struct pu_layout *layout, uint16_t depth)
 {
-	return 3u * depth + SLOTS_BESIDE_DEPTH; /* two slots for each tag, and its registration */
+	uint32_t for_each_tag = layout->leg_timeout_ns ? PU_FILES_PER_LEG * layout->nr_files : 2;
+
+	return for_each_tag * depth + SLOTS_BESIDE_DEPTH;
+}
+
+uint32_t pu_mapped_entries(const struct pu_layout *layout, uint16_t depth)
+{
+	return slots_for(layout, depth) + depth; /* and each tag's registration */
 }
 
 static void complete(void *context, uint64_t user_data, int32_t result);
@@ -46,7 +54,7 @@ int pu_mapped_open(struct pu_mapped *m, struct pu_queue *q, struct pu_layout *la
 	m->q = q;
 	m->layout = layout;
 	m->version = version;
-	m->nr_slots = 2u * q->depth + SLOTS_BESIDE_DEPTH;
+	m->nr_slots = slots_for(layout, q->depth);
 	m->works = calloc(q->depth, sizeof(*m->works));
 	m->slots = calloc(m->nr_slots, sizeof(*m->slots));
 	m->vectors = calloc((size_t)m->nr_slots * VECTOR, sizeof(*m->vectors));
@@ -294,7 +302,10 @@ struct pu_slot *pu_slot_take(struct pu_mapped *m, uint16_t tag, const struct pu_
 	slot->memory = m->works[tag].place == IN_SHARED ? pu_queue_shared(m->q, tag) :
 							 pu_queue_buffer(m->q, tag);
 	slot->generation = m->works[tag].generation;
-	slot->incarnation = mirrored(m) ? pu_layout_incarnation(m->layout, part->file) : 0;
+	if (mirrored(m)) {
+		slot->incarnation = pu_layout_incarnation(m->layout, part->file);
+		slot->replaced = pu_layout_replaced(m->layout, part->file);
+	}
 	m->works[tag].open++;
 	return slot;
 }

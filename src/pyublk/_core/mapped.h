@@ -50,7 +50,7 @@ struct pu_mapped {
 };
 
 /* Entries that the ring needs beside the tags' own. */
-uint32_t pu_mapped_entries(uint16_t depth);
+uint32_t pu_mapped_entries(const struct pu_layout *layout, uint16_t depth);
 
 /* `version`: the layout's before its files were taken to be registered. 0 or -errno. The layout
  * outlives it. */

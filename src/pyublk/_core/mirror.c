@@ -131,6 +131,11 @@ static bool dispensable(const struct pu_mapped *m, const struct pu_work *w, uint
 	return w->good_legs & pu_layout_leg_bits(m->layout).in_step;
 }
 
+static uint32_t *orphans(struct pu_mapped *m, const struct pu_slot *slot)
+{
+	return &m->layout->legs[slot->part.file].orphans[slot->replaced & 1];
+}
+
 void pu_mirror_look_for_hanging(struct pu_mapped *m)
 {
 	int64_t now = pu_now_ns(), limit = m->layout->leg_timeout_ns;
@@ -156,11 +161,12 @@ void pu_mirror_look_for_hanging(struct pu_mapped *m)
 			m->look_at_ns = 0;
 			continue;
 		}
-		/* The operation keeps its slot, and the memory that it may still read or fill. */
-		if (pu_has_data(w->op) && renew_buffer(m, slot->tag))
+		/* The operation keeps its slot, and the memory that it may still read or fill; which parts
+		 * that are still to be cut need, too. */
+		if (pu_has_data(w->op) && (w->queued || renew_buffer(m, slot->tag)))
 			continue;
 		slot->orphan = true;
-		__atomic_fetch_add(&m->layout->legs[leg].orphans, 1, __ATOMIC_RELAXED);
+		__atomic_fetch_add(orphans(m, slot), 1, __ATOMIC_RELAXED);
 		m->q->others--;
 		pu_work_part_ends(m, slot->tag, leg, slot->incarnation, -ETIMEDOUT);
 	}
@@ -168,7 +174,7 @@ void pu_mirror_look_for_hanging(struct pu_mapped *m)
 
 void pu_mirror_orphan_ends(struct pu_mapped *m, struct pu_slot *slot)
 {
-	__atomic_fetch_sub(&m->layout->legs[slot->part.file].orphans, 1, __ATOMIC_RELEASE);
+	__atomic_fetch_sub(orphans(m, slot), 1, __ATOMIC_RELEASE);
 	pu_slot_free(m, slot);
 	/* What the tag does not use any more goes back, unless another part still does. */
 	if (slot->memory == pu_queue_buffer(m->q, slot->tag))

@@ -45,7 +45,7 @@ struct pu_slot {
 	int64_t begun_ns;
 	uint32_t next_free;
 	uint32_t generation;
-	uint32_t incarnation; /* of the leg */
+	uint32_t incarnation, replaced; /* of the leg */
 	uint16_t tag;
 	bool busy;
 	bool orphan; /* nobody waits for it any more */

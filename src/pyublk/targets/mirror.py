@@ -292,7 +292,8 @@ class Mirror(MappedTarget):
         Returns at once; `status` tells how far it is, `wait_in_step` waits.
 
         Raises ValueError for a leg that has not failed, a file that is too small, or one that may
-        still write late what it was asked before it failed.
+        still write late what it was asked before it failed, and for another file while two before
+        it hang.
         """
         with self._lock:
             layout = self.layout
@@ -316,10 +317,16 @@ class Mirror(MappedTarget):
         self._failed[failed] = leg
         wanted = failed if path is None else _identity(os.stat(path))
         before = self._failed.get(wanted)
-        if before is not None and (self.layout.leg_orphans(before) or self._hangs(before)):
+        if before is not None and (any(self.layout.leg_orphans(before)) or self._hangs(before)):
             raise ValueError(
                 f"{path or self.files[leg]} still holds requests that it did not answer in time: "
                 f"replace leg {leg} when it has answered them, or by another file"
+            )
+        _, held_before = self.layout.leg_orphans(leg)
+        if wanted != failed and held_before:  # each such file keeps memory
+            raise ValueError(
+                f"leg {leg} cannot have a third file while {self.files[leg]} and the one before it "
+                "hold requests that they did not answer in time"
             )
         return wanted
 
