@@ -311,7 +311,7 @@ cdef extern from "_core/mapped.h" nogil:
 
     uint32_t pu_mapped_entries(const pu_layout *, uint16_t)
     int pu_mapped_open(pu_mapped *, pu_queue *, pu_layout *, uint32_t)
-    void pu_mapped_close(pu_mapped *)
+    bint pu_mapped_close(pu_mapped *)
     int pu_mapped_turn(pu_mapped *, int64_t)
     int pu_mapped_plan(pu_mapped *, uint16_t, const pu_extent *, uint32_t)
     bint pu_mapped_next_failure(pu_mapped *, pu_leg_failure *)

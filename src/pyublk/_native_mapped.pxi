@@ -260,8 +260,9 @@ cdef class MappedQueue(Queue):
         return cls(-1, layout=layout, depth=depth, buffer_size=buffer_size)
 
     def __dealloc__(self):
-        if self.opened:
-            pu_mapped_close(&self.mapped)
+        # What the kernel may still read or fill stays, shared with other threads' queues or not.
+        if self.opened and not pu_mapped_close(&self.mapped) and self.shared is not None:
+            Py_INCREF(self.shared)
 
     def serve_mapped(self, Planner planner=None, leg_failed=None):
         cdef int there

@@ -724,6 +724,62 @@ static void a_write_outlives_the_buffer_of_one_that_hangs(void)
 	close_files();
 }
 
+static bool is_mapped(void *memory)
+{
+	unsigned char there;
+
+	return !mincore(memory, PAGE, &there);
+}
+
+static void what_a_leg_holds_outlives_the_queue(bool answers)
+{
+	struct bench b = { 0 };
+	void *memory, *renewed, *again;
+	int hanging;
+
+	make_files();
+	hanging = make_pipe(1);
+	open_mirror(&b);
+	memory = pu_queue_buffer(&b.queue, 0);
+	memset(memory, 7, 2 * PAGE);
+	CHECK_EQUAL(pu_queue_inject(&b.queue, 0, PU_OP_WRITE, 0, 2 * PAGE >> 9), 0);
+	turn(&b);
+	give_up(&b, 1);
+	while (pu_queue_held(&b.queue))
+		turn(&b);
+	renewed = pu_queue_buffer(&b.queue, 0);
+	CHECK(renewed != memory);
+	/* The same file is put back, and hangs on a second request. */
+	pu_layout_set_leg(&b.layout, 1, PU_LEG_SYNCED);
+	b.layout.legs[1].errors = 0;
+	CHECK_EQUAL(pu_queue_inject(&b.queue, 0, PU_OP_WRITE, 0, 2 * PAGE >> 9), 0);
+	turn(&b);
+	give_up(&b, 1);
+	while (pu_queue_held(&b.queue))
+		turn(&b);
+	again = pu_queue_buffer(&b.queue, 0);
+	CHECK(again != renewed);
+	CHECK_EQUAL(orphans(&b, 1), 2);
+	if (answers) {
+		CHECK_EQUAL(fcntl(hanging, F_SETFL, O_NONBLOCK), 0);
+		while (orphans(&b, 1)) {
+			uint8_t taken[PAGE];
+
+			if (read(hanging, taken, PAGE) < 0)
+				CHECK_EQUAL(errno, EAGAIN);
+			turn(&b);
+		}
+		CHECK(is_mapped(memory)); /* until the queue's own end */
+		CHECK(!is_mapped(renewed));
+	}
+	close_bench(&b);
+	CHECK_EQUAL(is_mapped(memory), !answers);
+	CHECK_EQUAL(is_mapped(renewed), !answers);
+	CHECK_EQUAL(is_mapped(again), !answers);
+	close(hanging);
+	close_files();
+}
+
 int main(void)
 {
 	a_failed_leg_is_told_before_the_answer();
@@ -743,6 +799,8 @@ int main(void)
 	a_leg_that_is_given_up_is_left_with_all_that_it_holds();
 	a_write_outlives_the_buffer_of_one_that_hangs();
 	a_write_outlives_the_buffer_of_one_that_hangs();
+	what_a_leg_holds_outlives_the_queue(false);
+	what_a_leg_holds_outlives_the_queue(true);
 	two_queues_agree_on_legs(false);
 	two_queues_agree_on_legs(true);
 	return 0;

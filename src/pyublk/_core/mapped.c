@@ -78,8 +78,31 @@ int pu_mapped_open(struct pu_mapped *m, struct pu_queue *q, struct pu_layout *la
 	return 0;
 }
 
-void pu_mapped_close(struct pu_mapped *m)
+/* Its I/O may be in the kernel's hands yet, when the ring is closed already. */
+static bool any_slot_busy(const struct pu_mapped *m)
 {
+	for (uint32_t i = 0; m->slots && i < m->nr_slots; i++)
+		if (m->slots[i].busy)
+			return true;
+	return false;
+}
+
+static void leave_or_unmap_memory(struct pu_mapped *m, bool leave)
+{
+	if (leave) {
+		m->q->buffers = NULL;
+		return;
+	}
+	pu_mirror_unmap_buffers(m);
+	if (m->zeroes)
+		munmap(m->zeroes, m->zeroes_bytes);
+}
+
+bool pu_mapped_close(struct pu_mapped *m)
+{
+	bool held = any_slot_busy(m);
+
+	leave_or_unmap_memory(m, held);
 	for (uint32_t tag = 0; m->works && tag < m->q->depth; tag++)
 		free(m->works[tag].plan);
 	free(m->works);
@@ -87,14 +110,13 @@ void pu_mapped_close(struct pu_mapped *m)
 	free(m->vectors);
 	free(m->waiting);
 	free(m->gated);
-	if (m->zeroes)
-		munmap(m->zeroes, m->zeroes_bytes);
 	m->works = NULL;
 	m->slots = NULL;
 	m->vectors = NULL;
 	m->waiting = NULL;
 	m->gated = NULL;
 	m->zeroes = NULL;
+	return !held;
 }
 
 /* ---- one operation on one file ---- */

@@ -123,6 +123,12 @@ static int renew_buffer(struct pu_mapped *m, uint16_t tag)
 	return 0;
 }
 
+static bool is_renewed(const struct pu_queue *q, const uint8_t *buffer)
+{
+	/* A queue that shares its buffers has no leg that may hang. */
+	return q->buffers && (buffer < q->buffers || buffer >= q->buffers + q->depth * q->buffer_bytes);
+}
+
 /* Whether the request can do without the leg. */
 static bool dispensable(const struct pu_mapped *m, const struct pu_work *w, uint32_t leg)
 {
@@ -182,7 +188,17 @@ void pu_mirror_orphan_ends(struct pu_mapped *m, struct pu_slot *slot)
 	for (uint32_t i = 0; i < m->nr_slots; i++)
 		if (m->slots[i].busy && m->slots[i].memory == slot->memory)
 			return;
-	madvise(slot->memory, m->q->buffer_bytes, MADV_DONTNEED);
+	if (is_renewed(m->q, slot->memory))
+		munmap(slot->memory, m->q->buffer_bytes);
+	else
+		madvise(slot->memory, m->q->buffer_bytes, MADV_DONTNEED);
+}
+
+void pu_mirror_unmap_buffers(struct pu_mapped *m)
+{
+	for (uint32_t tag = 0; tag < m->q->depth; tag++)
+		if (is_renewed(m->q, pu_queue_buffer(m->q, (uint16_t)tag)))
+			munmap(pu_queue_buffer(m->q, (uint16_t)tag), m->q->buffer_bytes);
 }
 
 bool pu_mapped_next_failure(struct pu_mapped *m, struct pu_leg_failure *failure)
