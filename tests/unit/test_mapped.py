@@ -7,16 +7,19 @@ import os
 import random
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import pyublk
 from pyublk import MappedTarget
+from pyublk._native import MappedQueue
 from pyublk.targets import File, Linear, Mirror, Slice, Stripe, copying
 from pyublk.targets.record import LegState
 from pyublk.testing import Disk
+from pyublk.uapi import Op
 
 SIZE = 1 << 20
 
@@ -710,6 +713,86 @@ def test_after_a_crash_the_first_leg_is_copied_to_the_others(tmp_path: Path) -> 
         assert mirror.wait_in_step(30)
         assert disk.pread(4096, 0) == b"\1" * 4096
     assert (tmp_path / "b").read_bytes()[:4096] == b"\1" * 4096
+
+
+def active(folder: Path) -> bool:
+    return bool(json.loads((folder / "a.mirror").read_text())["active"])
+
+
+def test_a_write_that_was_cut_off_makes_the_next_start_copy(tmp_path: Path) -> None:
+    mirror = mirror_of(tmp_path, leg_timeout=0)
+    output, hanging = os.pipe()
+    fcntl.fcntl(hanging, fcntl.F_SETPIPE_SZ, 4096)
+    mirror.open()
+    mirror.layout.replace_file(1, hanging, False, False)
+    under_way = threading.Event()
+
+    def serve() -> None:  # a queue belongs to the thread that made it
+        queue = MappedQueue.loopback(layout=mirror.layout, depth=1)
+        queue.fetch()
+        queue.inject(0, Op.WRITE, 0, 65536)
+        threading.Timer(0.3, lambda: (queue.fail_held(errno.EIO), queue.wake())).start()
+        queue.serve_mapped(None, mirror.leg_failed)
+        under_way.set()
+        queue.close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    thread.join(30)
+    assert under_way.is_set()
+    mirror.close()
+    os.close(output)
+    os.close(hanging)
+    assert active(tmp_path)
+    mirror = mirror_of(tmp_path)
+    with Disk(mirror):
+        assert mirror.wait_in_step(30)
+    assert not active(tmp_path)
+
+
+def no_thread(self: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.parametrize(
+    ("outcome", "found", "copies"),
+    [
+        ("fails", ["synced", "failed"], False),
+        ("hangs", ["synced", "synced"], True),
+        ("no threads", ["synced", "synced"], True),
+    ],
+)
+def test_a_stop_syncs_the_legs(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    outcome: str,
+    found: list[str],
+    copies: bool,
+) -> None:
+    synced: list[Path] = []
+    go_on = threading.Event()
+
+    def sync(fd: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{fd}").readlink())
+        if synced[-1] == tmp_path / "b":
+            if outcome == "fails":
+                raise OSError(errno.EIO, "not written")
+            assert go_on.wait(60)
+
+    def steps(fds: dict[int, int]) -> Iterator[copying.Step]:
+        for leg, fd in fds.items():
+            yield leg, partial(sync, fd)
+
+    mirror = mirror_of(tmp_path)
+    monkeypatch.setattr("pyublk.targets.mirror.STOP_SECONDS", 0.2)
+    with Disk(mirror) as disk:
+        disk.pwrite(b"x" * 4096, 0)
+        monkeypatch.setattr("pyublk.targets.mirror.sync_steps", steps)
+        if outcome == "no threads":
+            monkeypatch.setattr(copying.Job, "start", no_thread)
+    go_on.set()
+    assert record(tmp_path) == found
+    assert active(tmp_path) == copies
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,10 @@ class Mirror(MappedTarget):
         """Whether a leg is not in step."""
         return len(self._legs(LegState.SYNCED)) < len(self.files)
 
+    @property
+    def _regions(self) -> int:
+        return -(-self.layout.size // self.layout.region_bytes)
+
     def _state(self, leg: int) -> LegState:
         return LegState(self.layout.leg_state(leg))
 
@@ -187,9 +191,31 @@ class Mirror(MappedTarget):
             self._copying = False
         if self._taken_up:
             self._taken_up = False
+            alike = self.read_only or self._legs_are_alike()
             with self._lock:
-                self._try_to_record(active=False)
+                self._try_to_record(active=not alike)
         super().close()
+
+    def _legs_are_alike(self) -> bool:
+        """Whether all legs in step have the same, durably; else a start has to copy, as after a
+        crash. One that cannot be synced has failed."""
+        if not all(self.layout.quiet(region) for region in range(self._regions)):
+            log.warning("the disk was stopped while it was written: its legs may differ")
+            return False
+        try:
+            while True:
+                leg, error = self._sync(self._legs(LegState.SYNCED))
+                if not error:
+                    return True
+                if error != errno.ETIMEDOUT:
+                    self.leg_failed(leg, error)
+                if self._state(leg) == LegState.SYNCED:  # it is slow, or the last one
+                    reason = os.strerror(error)
+                    break
+        except (OSError, RuntimeError) as failure:  # no descriptors or threads
+            reason = str(failure)
+        log.warning("the disk was stopped, but its legs could not be synced: %s", reason)
+        return False
 
     def leg_failed(self, leg: int, error: int, incarnation: int | None = None) -> None:
         with self._lock:
@@ -403,12 +429,11 @@ class Mirror(MappedTarget):
 
     def _copy_everything(self, legs: dict[int, int]) -> None:
         layout = self.layout
-        regions = -(-layout.size // layout.region_bytes)
         self._progress = 0.0
-        for region in range(regions):
+        for region in range(self._regions):
             if not self._until_done(legs, partial(self._copy, region)):
                 return
-            self._tell_progress((region + 1) / regions)
+            self._tell_progress((region + 1) / self._regions)
         if not self._until_done(legs, self._sync):
             return
         with self._lock:
