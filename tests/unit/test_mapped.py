@@ -754,6 +754,23 @@ def no_thread(self: threading.Thread) -> None:
     raise RuntimeError("can't start new thread")
 
 
+def test_a_copy_that_gets_no_thread_is_tried_again_and_keeps_no_files_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("pyublk.targets.mirror.RETRY_SECONDS", 0.001)
+    mirror = mirror_of(tmp_path)
+    with Disk(mirror):
+        before = len(os.listdir("/proc/self/fd"))
+        with monkeypatch.context() as patch:
+            patch.setattr(copying.Job, "start", no_thread)
+            mirror.leg_failed(1, errno.EIO)
+            mirror.replace(1)
+            while caplog.text.count("it is tried again") < 5:
+                assert not mirror.wait_in_step(0.01)
+        assert mirror.wait_in_step(30)
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
 @pytest.mark.parametrize(
     ("outcome", "found", "copies"),
     [

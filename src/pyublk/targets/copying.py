@@ -47,8 +47,12 @@ class Job(threading.Thread):
         except OSError as error:
             self.error = error.errno or errno.EIO
         finally:
-            for fd in self._descriptors:
-                os.close(fd)
+            self.close()
+
+    def close(self) -> None:
+        """Of one that was not started; it does so itself when it ends."""
+        for fd in self._descriptors:
+            os.close(fd)
 
     def give_up(self, after: float) -> bool:
         """Lets it begin nothing more if its step takes longer than `after` seconds; whether so."""

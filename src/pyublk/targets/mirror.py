@@ -516,7 +516,11 @@ class Mirror(MappedTarget):
         """Which leg failed, and its errno; 0: none. A leg that takes too long is left alone, with
         the job that waits for it."""
         job = Job(steps, list(fds.values()))
-        job.start()
+        try:
+            job.start()
+        except RuntimeError:  # this process may have no more threads
+            job.close()
+            raise
         while job.is_alive():
             job.join(0.1)
             limit = self._leg_timeout or math.inf
