@@ -8,6 +8,7 @@ import random
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -485,6 +486,24 @@ def test_a_record_beside_another_leg_is_not_passed_over(tmp_path: Path, known: b
     mirror = mirror_of(tmp_path)
     with Disk(mirror), pytest.raises(ValueError, match=r"c\.mirror is the record"):
         mirror.replace(1, c)
+
+
+def test_a_replacement_with_larger_blocks_than_the_disk_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror = mirror_of(tmp_path)
+    spare = make(tmp_path, "spare", SIZE * 4)
+    with Disk(mirror) as disk:
+        mirror.leg_failed(1, errno.EIO)
+        real = mirror.open_file
+        with monkeypatch.context() as patch:
+            patch.setattr(mirror, "open_file", lambda path: replace(real(path), block_size=4096))
+            before = len(os.listdir("/proc/self/fd"))
+            with pytest.raises(ValueError, match="spare takes blocks of 4096 bytes, larger"):
+                mirror.replace(1, spare)
+            assert len(os.listdir("/proc/self/fd")) == before
+        assert states(mirror) == ["synced", "failed"]
+        disk.pwrite(b"x" * 512, 0)
 
 
 def tell_copies(monkeypatch: pytest.MonkeyPatch, told: Callable[[bool, Path, int], None]) -> None:

@@ -317,9 +317,9 @@ class Mirror(MappedTarget):
 
         Returns at once; `status` tells how far it is, `wait_in_step` waits.
 
-        Raises ValueError for a leg that has not failed, a file that is too small, or one that may
-        still write late what it was asked before it failed, and for another file while two before
-        it hang.
+        Raises ValueError for a leg that has not failed; a file that is too small, takes larger
+        blocks than the disk has, or may still write late what it was asked before it failed; and
+        for another file while two before it hang.
         """
         with self._lock:
             layout = self.layout
@@ -357,15 +357,17 @@ class Mirror(MappedTarget):
         return wanted
 
     def _put_in_place(self, leg: int, path: Path, identity: tuple[int, ...]) -> None:
+        assert self._state_path is not None
         self._refuse_other_record(path)
         backing, old = self.open_file(path), self.backing[leg]
-        if backing.size < self.layout.size:
+        try:
+            self._check_replacement(backing)
+            if leg == 0 and self._beside_first and not backing.is_device:
+                # From beside the new first leg, where the next start looks.
+                point_to_record(_record_beside(path), self._state_path)
+        except (ValueError, OSError):
             backing.close()
-            raise ValueError(
-                f"{path} has {backing.size} bytes, the mirror needs {self.layout.size}"
-            )
-        if leg == 0 and self._beside_first and not backing.is_device:
-            self._point_to_record(backing)
+            raise
         # The same number: a queue that is about to write by it must not find another's file.
         os.dup2(backing.fd, old.fd, inheritable=False)
         backing.close()
@@ -377,14 +379,16 @@ class Mirror(MappedTarget):
             leg, old.fd, backing.in_memory, backing.is_device, incarnation=incarnation
         )
 
-    def _point_to_record(self, backing: Backing) -> None:
-        """From beside the new first leg, where the next start looks."""
-        assert self._state_path is not None
-        try:
-            point_to_record(_record_beside(backing.path), self._state_path)
-        except OSError:
-            backing.close()
-            raise
+    def _check_replacement(self, backing: Backing) -> None:
+        if backing.size < self.layout.size:
+            raise ValueError(
+                f"{backing.path} has {backing.size} bytes, the mirror needs {self.layout.size}"
+            )
+        if backing.block_size > self.block_size:
+            raise ValueError(
+                f"{backing.path} takes blocks of {backing.block_size} bytes, larger than the "
+                f"disk's, {self.block_size}: a mirror with such a leg starts with larger blocks"
+            )
 
     def wait_in_step(self, timeout: float | None = None) -> bool:
         """Waits, at most `timeout` seconds, until no leg is being brought in step; whether the
