@@ -92,7 +92,10 @@ def _open(path: Path, *, create: bool, read_only: bool) -> tuple[int, bool, bool
             flags |= os.O_EXCL  # refuses a device that is mounted or otherwise claimed
         return os.open(path, flags | (os.O_CREAT if made else 0), 0o600), is_device, made
     except FileNotFoundError:
-        raise FileNotFoundError(errno.ENOENT, f"{path} does not exist") from None
+        missing = f"{path}"
+        if create and not path.parent.exists():
+            missing = f"{path.parent}, where {path.name} is to be made,"
+        raise FileNotFoundError(errno.ENOENT, f"{missing} does not exist") from None
     except OSError as error:
         if error.errno == errno.EBUSY:
             raise OSError(errno.EBUSY, f"{path} is in use (mounted?)") from None

@@ -216,6 +216,10 @@ def test_file_errors_are_told_and_leave_nothing(tmp_path: Path) -> None:
     ):
         with pytest.raises(FileNotFoundError, match=r"missing\.img does not exist$"):
             other.open()
+    with pytest.raises(
+        FileNotFoundError, match=r"/none, where a\.img is to be made, does not exist$"
+    ):
+        targets.File(tmp_path / "none" / "a.img", size=4096).open()
     with pytest.raises(ValueError, match="is neither a regular file nor a block device"):
         targets.File(tmp_path).open()
     odd = tmp_path / "odd.img"

@@ -37,7 +37,7 @@ class File(MappedTarget):
         try:
             super().open()
         except FileNotFoundError as error:
-            if self.read_only:
+            if self.read_only or self._wanted_size is not None:
                 raise
             raise FileNotFoundError(
                 errno.ENOENT, f"{error.strerror}: give a size to make it"
