@@ -873,6 +873,12 @@ def test_mapped_targets_announce_what_files_can_do(tmp_path: Path) -> None:
     assert isinstance(target, pyublk.Target)
 
 
+def test_a_mirror_tells_how_long_a_leg_may_hold_a_request(tmp_path: Path) -> None:
+    assert mirror_of(tmp_path, leg_timeout=8).longest_wait == 11
+    assert mirror_of(tmp_path, leg_timeout=0).longest_wait == 0
+    assert File(tmp_path / "a").longest_wait == 0
+
+
 def test_a_mirror_with_a_timeout_takes_one_thread(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="threads=2 needs a mirror with leg_timeout 0"):
         pyublk.Device(mirror_of(tmp_path), threads=2)

@@ -81,6 +81,8 @@ class Mirror(MappedTarget):
         self._state_path = None if state is None else Path(state)
         self._beside_first = state is None
         self._leg_timeout = leg_timeout
+        if leg_timeout:  # they are looked for four times in that time
+            self.longest_wait = 1.25 * leg_timeout + 1
         self._rebuild = rebuild
         self._lock = threading.Lock()  # the record, and changes of legs
         self._since: list[float | None] = [None] * len(files)
