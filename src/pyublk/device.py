@@ -88,7 +88,8 @@ class Device:
             while clients send more, and be served together.
         io_scheduler: the kernel's I/O scheduler for the disk, such as "mq-deadline"; "auto": none,
             but for a zoned disk, which keeps what the kernel chose; None: what the kernel chose.
-        stop_timeout: seconds without progress after which `stop` gives a hanging handler up.
+        stop_timeout: seconds without progress after which `stop` gives a hanging handler up; at
+            least the target's `longest_wait`.
         deadline: seconds for each control command.
 
     With `with`, the disk is usable inside the block and deleted at its end. With `async with`, an
@@ -485,7 +486,8 @@ class Device:
     def _stop(self, timeout: float | None) -> None:
         if self._state is DeviceState.STOPPED:
             return
-        patience = self._stop_timeout if timeout is None else timeout
+        usual = max(self._stop_timeout, self.target.longest_wait)
+        patience = usual if timeout is None else timeout
         try:
             hung = self._until_over(partial(self._stop_serving, patience))
         finally:

@@ -258,6 +258,36 @@ def test_a_mirror_survives_a_leg_that_hangs(serve: Serve, tmp_path: Path, method
     disk.stop()
 
 
+def test_a_stop_waits_until_a_leg_that_hangs_is_given_up(serve: Serve, tmp_path: Path) -> None:
+    legs = [Faulty(Memory()), Faulty(Memory())]
+    paths = [Path(serve(leg).path) for leg in legs]
+    mirror = Mirror(*paths, state=tmp_path / "state", leg_timeout=2, direct=True)
+    disk = serve(mirror, stop_timeout=0.2)
+    assert mirror.wait_in_step(30)
+    outcome: list[object] = []
+
+    def write() -> None:
+        with Blocks(disk.path) as blocks:
+            try:
+                outcome.append(blocks.write(b"kept" * 1024, 0))
+            except OSError as error:
+                outcome.append(error)
+
+    legs[0].hang("write")
+    client = threading.Thread(target=write)
+    try:
+        client.start()
+        until(lambda: disk.stats().total.writes, what="the write is under way")
+        disk.stop()
+        client.join(30)
+    finally:
+        for leg in legs:
+            leg.release()
+    assert outcome == [4096]
+    with Blocks(str(paths[1]), os.O_RDONLY) as other:
+        assert other.read(4096, 0) == b"kept" * 1024
+
+
 def test_a_mirror_of_one_good_leg_passes_errors_on(serve: Serve, tmp_path: Path) -> None:
     legs = [Faulty(Memory()), Faulty(Memory())]
     mirror = Mirror(*(Path(serve(leg).path) for leg in legs), state=tmp_path / "s", direct=True)
