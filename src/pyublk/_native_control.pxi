@@ -22,7 +22,8 @@ def write_apart(path, text, *, double deadline):
     """Writes a text to a file of sysfs, from a child process: some such files wait for a disk's
     requests, beyond the reach of signals.
 
-    Returns 0 or -errno, or None when the deadline passed: the child goes on as long as it must.
+    Returns 0 or -errno (-ECANCELED: the child was killed), or None when the deadline passed: the
+    child goes on as long as it must.
     """
     cdef pu_control call
     cdef bytes place = os.fsencode(path)
@@ -38,7 +39,9 @@ def write_apart(path, text, *, double deadline):
     finally:
         with nogil:
             pu_control_end(&call)
-    return result if ended else None
+    if not ended:
+        return None
+    return -_errno.ECANCELED if result == PU_CONTROL_KILLED else result
 
 
 def control(int fd, uint32_t command, uint32_t device, *, uint16_t queue=0xFFFF, uint64_t data=0,
@@ -75,6 +78,10 @@ def control(int fd, uint32_t command, uint32_t device, *, uint16_t queue=0xFFFF,
             gone = pu_control_end(&call)
     if not ended:
         return ("deadline", 0 if gone else 1)
+    if result == PU_CONTROL_KILLED:
+        raise ChildProcessError(
+            ECHILD, "the process of a control command was killed before it told the outcome"
+        )
     if stage == PU_CONTROL_DONE:
         return ("command", result)
     return ("ring" if stage == PU_CONTROL_RING else "enter", result)

@@ -196,6 +196,7 @@ cdef extern from "_core/control.h" nogil:
     int PU_CONTROL_RING
     int PU_CONTROL_SUBMIT
     int PU_CONTROL_DONE
+    int PU_CONTROL_KILLED
 
     struct pu_control_reply:
         int32_t stage

@@ -5,7 +5,9 @@ import errno
 import logging
 import os
 import re
+import signal
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -127,6 +129,22 @@ def test_writing_apart(tmp_path: Path) -> None:
     file.write_text("")
     assert write_apart(str(file), "none", deadline=5.0) == 0
     assert file.read_text() == "none"
+
+
+def test_writing_apart_by_a_child_that_is_killed(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    children = Path(f"/proc/self/task/{threading.get_native_id()}/children")
+
+    def kill() -> None:
+        while not (pids := children.read_text().split()):
+            time.sleep(0.01)
+        os.kill(int(pids[0]), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    assert write_apart(str(pipe), "none", deadline=30.0) == -errno.ECANCELED
+    killer.join()
 
 
 def test_writing_apart_to_what_never_answers(tmp_path: Path) -> None:

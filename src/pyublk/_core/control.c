@@ -139,6 +139,7 @@ static int begin(struct pu_control *control, size_t payload_bytes, int keep)
 			      MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	if (control->reply == MAP_FAILED)
 		return -errno;
+	control->reply->result = PU_CONTROL_KILLED;
 	control->pid = spawn(&control->pidfd);
 	if (control->pid == 0) {
 		prctl(PR_SET_PDEATHSIG, SIGKILL);
@@ -177,8 +178,7 @@ int pu_control_begin_write(struct pu_control *control, const char *path, const c
 
 	int fd = open(path, O_WRONLY | O_CLOEXEC);
 
-	if (fd < 0 || write(fd, text, strlen(text)) < 0)
-		control->reply->result = -errno;
+	control->reply->result = fd < 0 || write(fd, text, strlen(text)) < 0 ? -errno : 0;
 	control->reply->stage = PU_CONTROL_DONE;
 	_exit(0);
 }

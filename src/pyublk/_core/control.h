@@ -23,9 +23,11 @@ enum pu_control_stage { /* how far the child came: tells whose error `result` is
 	PU_CONTROL_DONE,   /* the command's own result */
 };
 
+#define PU_CONTROL_KILLED INT32_MIN /* no errno: the child ended, but not by itself */
+
 struct pu_control_reply { /* shared with the child; the command's buffer follows */
 	int32_t stage;
-	int32_t result;
+	int32_t result; /* KILLED until it is known */
 	uint8_t buffer[];
 };
 
@@ -42,7 +44,7 @@ struct pu_control {
 int pu_control_begin(struct pu_control *control, int ctl_fd, uint32_t cmd_op,
 		     const struct pu_ctrl_cmd *cmd, const void *payload, size_t payload_bytes);
 /* Starts writing `text` to a file of sysfs, such as the choice of a disk's I/O scheduler, which waits
- * beyond the reach of signals too. control->reply->result will be 0 or -errno. 0 or -errno. */
+ * beyond the reach of signals too. control->reply->result will be 0, -errno or KILLED. 0 or -errno. */
 int pu_control_begin_write(struct pu_control *control, const char *path, const char *text);
 /* 1: the child has ended; 0: not within timeout_ms; -errno (-EINTR). */
 int pu_control_wait(struct pu_control *control, int timeout_ms);
