@@ -65,7 +65,7 @@ class Mirror(MappedTarget):
         *files: Path,
         size: int | None = None,
         state: Path | None = None,
-        leg_timeout: float = 30.0,
+        leg_timeout: float = 20.0,
         rebuild: bool = False,
         direct: bool = False,
         read_only: bool = False,
