@@ -16,6 +16,9 @@ _ROOT = Path(__file__).parent.parent
 # All servers at once: each has buffers of 128 MiB, which sequential jobs fill.
 _MEMORY = 4 << 30
 
+#: Under `Results.missing`: how a run ended that did not come to its end.
+THE_REST = "the rest"
+
 
 class GuestStopped(Exception):
     """The run in the guest failed; the message is one sentence."""
@@ -48,5 +51,5 @@ def carry_out(plan: Plan, kernel: str) -> Results:
             raise GuestStopped(f"the run in the guest {outcome or 'measured nothing'}")
         results = Results.load(answered)
         if outcome:
-            results = replace(results, missing={**results.missing, "the rest": outcome})
+            results = replace(results, missing={**results.missing, THE_REST: outcome})
         return results

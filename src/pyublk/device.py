@@ -447,8 +447,8 @@ class Device:
 
         A client that maps the same file and does direct I/O from that mapping is copied for by
         nobody: `IO.buffer` is the shared memory. `read_only`: the server only reads it, which
-        serves clients' writes alone. The device needs `shared_memory=True`. Not from a handler:
-        the kernel waits for every request in flight first.
+        serves clients' writes alone. The device needs `shared_memory=True`. Not from a handler
+        (RuntimeError): the kernel waits for every request in flight first.
         """
         check_share(size, fd)
         if Feature.SHMEM_ZC not in self._needed:

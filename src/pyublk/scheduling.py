@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """When and where things run: a disk's requests in the kernel, and the threads that serve them.
 
-Two of the kernel's choices do not suit a disk whose requests a process serves. Together they halve
-what a small request costs (docs/tuning.md has the figures); each alone changes nothing, or harms.
+Two of the kernel's choices do not suit a disk whose requests a process serves. Together they cost a
+small request a quarter more (docs/tuning.md has the figures); to undo one alone changes little.
 
 - A disk of one queue gets the I/O scheduler mq-deadline. It sorts for heads that move, and a worker
   of the kernel's hands its requests over. With "none", the client's own system call does.

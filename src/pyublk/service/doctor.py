@@ -200,9 +200,9 @@ _TROUBLES = (
     ),
     _Trouble(
         (6, 8),
-        (6, 15),
+        (6, 16),
         "a killed server that held requests on every tag is noticed only after 30 seconds",
-        "wait, or use Linux 6.15 or newer",
+        "wait, or use Linux 6.16 or newer",
     ),
     _Trouble(
         (6, 16),

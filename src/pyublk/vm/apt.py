@@ -76,7 +76,7 @@ def machine_mirror() -> Mirror:
     """
     form = "$(REPO_URI)|$(RELEASE)|$(COMPONENT)|$(SIGNED_BY)"
     listing = subprocess.run(
-        [programs.find("apt-get", "apt"), "indextargets", "--format", form],
+        [programs.find("apt-get", "apt"), "indextargets", "--no-release-info", "--format", form],
         capture_output=True,
         text=True,
         check=False,
