@@ -3,6 +3,7 @@ nothing behind, also when the test fails; a test that leaves a device, a process
 descriptor behind fails for it."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -15,6 +16,8 @@ from servers import running_children, until
 import pyublk
 
 CONTROL = "/dev/ublk-control"
+#: In the reasons for which tests are skipped.
+LACKING = re.compile("needs? (Linux|two CPUs|[0-9]+ CPUs)|Linux before|is missing|has no btrfs")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,6 +25,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--require-kernel",
         action="store_true",
         help="fail instead of skipping where this machine's kernel lacks ublk",
+    )
+
+    parser.addoption(
+        "--every-feature",
+        action="store_true",
+        help="fail where a test is skipped for what the kernel or the machine lacks: nothing lacks "
+        "on the newest kernel, so it is pyublk that is wrong",
     )
 
 
@@ -57,6 +67,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> object:
     report = yield
+    if report.skipped and item.config.getoption("--every-feature"):
+        reason = str(report.longrepr[2])
+        if LACKING.search(reason):
+            report.outcome = "failed"
+            report.longrepr = reason
     if report.failed:
         log = subprocess.run(["dmesg"], capture_output=True, text=True, timeout=60, check=False)
         report.sections.append(("kernel log", "\n".join(log.stdout.splitlines()[-40:])))

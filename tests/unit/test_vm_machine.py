@@ -180,7 +180,7 @@ def test_a_reader_of_the_output_that_pauses_is_not_the_guests_doing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The guest answers while our reader makes us wait: that is heard only afterwards."""
-    guest = Guest(tmp_path, answer=0.3)
+    guest = Guest(tmp_path, answer=2)
     guest.control.send(b"ready\n")
     guest.output.send(b"a page")
     deliver = guest.sink.deliver
@@ -190,7 +190,7 @@ def test_a_reader_of_the_output_that_pauses_is_not_the_guests_doing(
         nonlocal pauses
         pauses += 1
         if pauses == 2:  # a question has gone out meanwhile
-            time.sleep(0.5)
+            time.sleep(2.5)
             guest.control.send(b"pong\nexit 0\n")
             guest.output.send(b"MARK")
         deliver(data)
