@@ -86,7 +86,7 @@ def main(
     """Measure ublk servers and their peers in one boot: table, JSON, plot.
 
     On a machine with the ublk driver this needs root, and makes disks of its own only.
-    Exit code 1 when a ratio that is wanted of the counting mode is missed.
+    Exit code 1 when a ratio that is wanted of the counting mode is missed, or the run broke off.
     """
     console = Console(width=None if sys.stdout.isatty() else 120)
     chosen = names or tuple(n for n in CONTENDERS if with_kublk or not n.startswith("kublk"))

@@ -15,7 +15,7 @@ from rich.console import Console
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import jobs, kublk, measure, programs, report, ring  # noqa: E402
+from benchmarks import guest, jobs, kublk, measure, programs, report, ring  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.contenders import CONTENDERS, REFERENCES  # noqa: E402
 from benchmarks.plan import Measurement, Plan, Results  # noqa: E402
@@ -258,3 +258,14 @@ def test_an_unknown_contender_is_refused_with_those_there_are() -> None:
     done = CliRunner().invoke(main, ["--only", "kubl"])
     assert done.exit_code == 2
     assert "'kublk-batch'" in done.output
+
+
+@pytest.mark.parametrize(("missing", "code"), [({}, 0), ({guest.THE_REST: "broke off"}, 1)])
+def test_a_run_that_broke_off_has_not_passed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: dict[str, str], code: int
+) -> None:
+    measurements = (measured("null_blk", 100_000.0), measured("pyublk-null", 77_000.0))
+    results = replace(RESULTS, measurements=measurements, missing=missing)
+    monkeypatch.setattr(guest, "carry_out", lambda *_: results)
+    arguments = ["--count-instructions", "--only", "pyublk-null", "--output", str(tmp_path)]
+    assert CliRunner().invoke(main, arguments).exit_code == code
