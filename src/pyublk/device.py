@@ -361,9 +361,7 @@ class Device:
         until = time.monotonic() + self._deadline
         if not self._crew.primed(self._deadline):
             raise errors.InternalError(f"a queue was not primed within {self._deadline:g} s")
-        self._crew.raise_error()
-        if self._crew.one_ended():  # START_DEV after somebody's STOP_DEV would crash the kernel
-            raise errors.DeviceLost(f"device {self.id} was stopped while it was started")
+        self._raise_if_over()  # START_DEV after somebody's STOP_DEV would crash the kernel
         self._controller.start(self.id, os.getpid())
         self._crew.raise_error()
         self._await_node(until)
@@ -372,6 +370,11 @@ class Device:
             choose_io_scheduler(self.path, self._io_scheduler, self._deadline)
         self._info = self._controller.info(self.id)
         self._state = DeviceState.LIVE
+
+    def _raise_if_over(self) -> None:
+        self._crew.raise_error()
+        if self._crew.one_ended():
+            raise errors.DeviceLost(f"device {self.id} was stopped while it was started")
 
     def _await_node(self, until: float) -> None:
         """Waits until `path` is this disk. Another file of that name would take what clients write:
@@ -390,6 +393,7 @@ class Device:
                         f"{self.path} is not the disk but another file, which hides it: remove "
                         f"that file (a program made it that wrote there while no disk was)"
                     )
+            self._raise_if_over()
             if time.monotonic() > until:
                 raise errors.DeviceLost(
                     f"{self.path} did not appear: is devtmpfs mounted on /dev, or udev running?"

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -505,10 +505,10 @@ def test_stop_waits_for_a_start(place: Path, serve: Serve, monkeypatch: pytest.M
         time.sleep(0.5)
         assert not stop.done()
         go_on.set()
-        disk = starting.result(60)
+        with suppress(pyublk.DeviceLost):  # it was stopped as soon as it had been started
+            assert starting.result(60).wait(60)
         done = stop.result(60)
-    assert (done.exit_code, json.loads(done.stdout)) == (0, {"done": [disk.id]})
-    assert disk.wait(60)
+    assert (done.exit_code, len(json.loads(done.stdout)["done"])) == (0, 1)
 
 
 def test_a_disk_of_all_that_is_gone_already_is_no_failure(
