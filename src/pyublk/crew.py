@@ -230,7 +230,7 @@ class Crew:
         *,
         patience: float,
         idle: float,
-        enough: threading.Event | None = None,
+        enough: Callable[[], bool] = lambda: False,
     ) -> bool:
         """Waits for `done`; False after `patience` seconds in which requests were held and none
         came nor was answered, after `idle` seconds without any, or when it is `enough`."""
@@ -242,7 +242,7 @@ class Crew:
                 last, since = now, time.monotonic()
             if time.monotonic() - since > (patience if held else idle):
                 return False
-            if enough is not None and enough.is_set():
+            if enough():
                 return False
             time.sleep(0.005)
         return True

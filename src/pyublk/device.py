@@ -160,7 +160,7 @@ class Device:
         self._start_threads: set[int] = set()  # which start it now: on a loop, two
         self._stop_lock = threading.Lock()
         self._stop_thread = 0  # which stops it now
-        self._impatient = threading.Event()  # what hangs is given up at once
+        self._impatient = False  # what hangs is given up at once
         self._kept_by_kernel = False  # until this process ends
         self._made_at = _caller()
 
@@ -513,20 +513,28 @@ class Device:
 
     def _until_over(self, stop_serving: Callable[[], list[str]]) -> list[str]:
         """Runs it on a thread of its own, which no signal cuts short: what a signal's handler
-        raises meanwhile, such as KeyboardInterrupt, ends the patience, and is raised afterwards."""
-        over = threading.Event()
+        raises meanwhile, such as KeyboardInterrupt, ends the patience, and is raised afterwards.
+
+        No threading.Event here: a signal in the middle of its methods can leave its lock taken.
+        """
+        over = False
+        until_over = threading.Lock()
+        until_over.acquire()
         unclaimed = threading.Lock()
         hung: list[str] = []
         failures: list[BaseException] = []
 
         def run() -> None:
+            nonlocal over
             if not unclaimed.acquire(blocking=False):
                 return
             try:
                 hung.extend(stop_serving())
             except BaseException as error:
                 failures.append(error)
-            over.set()
+            finally:
+                over = True
+                until_over.release()
 
         def begin() -> None:
             try:
@@ -535,14 +543,14 @@ class Device:
                 run()
 
         interrupt: BaseException | None = None
-        while not over.is_set():
+        while not over:
             try:
                 try:
                     if interrupt is not None:
-                        self._impatient.set()
+                        self._impatient = True
                     if not unclaimed.locked():  # a signal may come in the middle of the beginning
                         begin()
-                    over.wait()
+                    until_over.acquire()
                 except BaseException as raised:
                     interrupt = raised
             except BaseException as raised:  # another one, while that was noted
@@ -581,7 +589,7 @@ class Device:
                 lambda: not stopper.is_alive() and self._crew.all_ended(),
                 patience=patience,
                 idle=self._deadline,
-                enough=self._impatient,
+                enough=lambda: self._impatient,
             ):
                 hung = self._give_up_hanging()
         finally:
