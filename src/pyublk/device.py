@@ -37,6 +37,9 @@ log = logging.getLogger("pyublk.device")
 
 #: Seconds for the id of a deleted device to become free; it does at once when nobody has it open.
 ID_FREED = 2.0
+#: Seconds between two looks: a signal that comes as a thread is about to block in a lock does not
+#: wake it, nor does one that the kernel gave to another thread.
+LOOK_FOR_SIGNALS = 0.5
 
 
 class DeviceState(StrEnum):
@@ -419,9 +422,10 @@ class Device:
                     self._crew.raise_error()
                     if self._stopped.is_set() or self._crew.one_ended():
                         return True
-                    left = None if until is None else until - time.monotonic()
-                    if not self._crew.attention.wait(left):
+                    left = LOOK_FOR_SIGNALS if until is None else until - time.monotonic()
+                    if left <= 0:
                         return False
+                    self._crew.attention.wait(min(left, LOOK_FOR_SIGNALS))
         except _Signalled:
             pass
         return True
@@ -550,7 +554,7 @@ class Device:
                         self._impatient = True
                     if not unclaimed.locked():  # a signal may come in the middle of the beginning
                         begin()
-                    until_over.acquire()
+                    until_over.acquire(timeout=LOOK_FOR_SIGNALS)
                 except BaseException as raised:
                     interrupt = raised
             except BaseException as raised:  # another one, while that was noted
