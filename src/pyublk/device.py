@@ -5,25 +5,30 @@ import atexit
 import errno
 import logging
 import os
-import signal
 import stat
 import sys
 import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from enum import StrEnum
 from functools import partial
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Self
 
 from pyublk import errors
 from pyublk._native import Guard
 from pyublk.control import Controller, DeviceInfo, check_wish, new_cookie
 from pyublk.crew import Crew
+from pyublk.interruptions import (
+    LOOK_FOR_SIGNALS,
+    Signalled,
+    signals_raised,
+    to_its_end,
+    uninterrupted,
+)
 from pyublk.mapped import MappedTarget
 from pyublk.params import Params
 from pyublk.paths import DataPath, PathChoice, choose_path
@@ -37,9 +42,6 @@ log = logging.getLogger("pyublk.device")
 
 #: Seconds for the id of a deleted device to become free; it does at once when nobody has it open.
 ID_FREED = 2.0
-#: Seconds between two looks: a signal that comes as a thread is about to block in a lock does not
-#: wake it, nor does one that the kernel gave to another thread.
-LOOK_FOR_SIGNALS = 0.5
 
 
 class DeviceState(StrEnum):
@@ -242,12 +244,12 @@ class Device:
     async def _start_on_loop(self) -> None:
         self._begin_start()
         try:
-            await _to_its_end(self._configure)
+            await to_its_end(self._configure)
             self._begin_serving(on_this_loop=self._crew.dispatch == "async")
-            await _to_its_end(self._go_live)
+            await to_its_end(self._go_live)
         except BaseException:
             self._end_start()
-            await _to_its_end(self._finish_quietly)  # to which the loop may have to contribute
+            await to_its_end(self._finish_quietly)  # to which the loop may have to contribute
             raise
         self._end_start()
 
@@ -416,7 +418,7 @@ class Device:
             raise errors.DeviceClosed("the device is created: start it first")
         until = None if timeout is None else time.monotonic() + timeout
         try:
-            with _signals_raised():
+            with signals_raised():
                 while True:
                     self._crew.attention.clear()  # what comes from here on is seen by the wait
                     self._crew.raise_error()
@@ -426,7 +428,7 @@ class Device:
                     if left <= 0:
                         return False
                     self._crew.attention.wait(min(left, LOOK_FOR_SIGNALS))
-        except _Signalled:
+        except Signalled:
             pass
         return True
 
@@ -497,7 +499,7 @@ class Device:
         usual = max(self._stop_timeout, self.target.longest_wait)
         patience = usual if timeout is None else timeout
         try:
-            hung = self._until_over(partial(self._stop_serving, patience))
+            hung = uninterrupted(partial(self._stop_serving, patience), self._lose_patience)
         finally:
             self._release()
         if hung:
@@ -515,55 +517,8 @@ class Device:
                 error.add_note(stack)
             raise error
 
-    def _until_over(self, stop_serving: Callable[[], list[str]]) -> list[str]:
-        """Runs it on a thread of its own, which no signal cuts short: what a signal's handler
-        raises meanwhile, such as KeyboardInterrupt, ends the patience, and is raised afterwards.
-
-        No threading.Event here: a signal in the middle of its methods can leave its lock taken.
-        """
-        over = False
-        until_over = threading.Lock()
-        until_over.acquire()
-        unclaimed = threading.Lock()
-        hung: list[str] = []
-        failures: list[BaseException] = []
-
-        def run() -> None:
-            nonlocal over
-            if not unclaimed.acquire(blocking=False):
-                return
-            try:
-                hung.extend(stop_serving())
-            except BaseException as error:
-                failures.append(error)
-            finally:
-                over = True
-                until_over.release()
-
-        def begin() -> None:
-            try:
-                threading.Thread(target=run, name="ublk-stopping", daemon=True).start()
-            except RuntimeError:  # this process may have no more of them
-                run()
-
-        interrupt: BaseException | None = None
-        while not over:
-            try:
-                try:
-                    if interrupt is not None:
-                        self._impatient = True
-                    if not unclaimed.locked():  # a signal may come in the middle of the beginning
-                        begin()
-                    until_over.acquire(timeout=LOOK_FOR_SIGNALS)
-                except BaseException as raised:
-                    interrupt = raised
-            except BaseException as raised:  # another one, while that was noted
-                interrupt = raised
-        if interrupt is not None:
-            raise interrupt
-        if failures:
-            raise failures[0]
-        return hung
+    def _lose_patience(self) -> None:
+        self._impatient = True
 
     def _stop_serving(self, patience: float) -> list[str]:
         """STOP_DEV beside the serving threads; returns the stacks of those given up."""
@@ -695,7 +650,7 @@ class Device:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await _to_its_end(self.stop)
+        await to_its_end(self.stop)
 
     def __del__(self) -> None:
         if getattr(self, "_state", self._NOTHING_OPEN[0]) in self._NOTHING_OPEN:
@@ -709,68 +664,12 @@ class Device:
         self._finish_quietly()
 
 
-async def _to_its_end(step: Callable[[], None]) -> None:
-    """Runs it on a thread. A cancellation is raised after its end: nothing may go on beside it."""
-    import asyncio
-
-    work = asyncio.ensure_future(asyncio.to_thread(step))
-    cancellation: asyncio.CancelledError | None = None
-    while not work.done():
-        try:
-            await asyncio.wait([work])
-        except asyncio.CancelledError as error:
-            cancellation = error
-    failure = work.exception()
-    if cancellation is not None:
-        raise cancellation
-    if failure is not None:
-        raise failure
-
-
 def _caller() -> str:
     """The place outside this package that is making a Device."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__", "").startswith("pyublk."):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else "an unknown place"
-
-
-class _Signalled(BaseException):
-    """SIGINT, SIGTERM or SIGHUP came while the main thread waited."""
-
-
-@contextmanager
-def _signals_raised() -> Iterator[None]:
-    """In the main thread, turns the first SIGINT, SIGTERM or SIGHUP into _Signalled.
-
-    Only where they still have Python's own behaviour: a program's handlers are its business. Not by
-    setting an event: its lock may be held by the very wait that the signal interrupts.
-    """
-    defaults = {
-        signal.SIGINT: signal.default_int_handler,
-        signal.SIGTERM: signal.SIG_DFL,
-        signal.SIGHUP: signal.SIG_DFL,  # the terminal has gone
-    }
-    replaced: dict[signal.Signals, Any] = {}
-    came = False
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        nonlocal came
-        if not came:
-            came = True
-            raise _Signalled
-
-    try:
-        if threading.current_thread() is threading.main_thread():
-            for number, default in defaults.items():
-                if signal.getsignal(number) == default:
-                    replaced[number] = default  # first: the signal may come at once
-                    signal.signal(number, interrupt)
-        yield
-    finally:
-        came = True
-        for number, handler in replaced.items():
-            signal.signal(number, handler)
 
 
 _open_devices: "weakref.WeakSet[Device]" = weakref.WeakSet()

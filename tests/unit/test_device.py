@@ -4,10 +4,8 @@ import asyncio
 import errno
 import gc
 import os
-import signal
 import subprocess
 import sys
-import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +15,6 @@ import pytest
 
 import pyublk
 from pyublk import Device, DeviceState
-from pyublk.device import _Signalled, _signals_raised, _to_its_end
 from pyublk.target import dispatch_of
 from pyublk.targets import File, Null, Ram
 
@@ -264,41 +261,6 @@ def test_a_device_never_started_is_dropped_in_silence() -> None:
         gc.collect()
 
 
-# ---- on an event loop ----
-
-
-def test_a_cancellation_waits_for_what_is_under_way() -> None:
-    begun, go_on = threading.Event(), threading.Event()
-    ended: list[str] = []
-
-    def step() -> None:
-        begun.set()
-        assert go_on.wait(30)
-        ended.append("step")
-
-    async def main() -> None:
-        task = asyncio.ensure_future(_to_its_end(step))
-        await asyncio.to_thread(begun.wait, 30)
-        for _ in range(2):
-            task.cancel()
-            await asyncio.sleep(0.05)
-            assert not task.done()
-        go_on.set()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        assert ended == ["step"]
-
-    asyncio.run(main())
-
-
-def test_a_step_that_fails_on_a_loop() -> None:
-    def step() -> None:
-        raise OSError(errno.EIO, "no")
-
-    with pytest.raises(OSError, match="no"):
-        asyncio.run(_to_its_end(step))
-
-
 # ---- no driver ----
 
 
@@ -371,20 +333,3 @@ except FileNotFoundError:
 def test_an_affinity_that_says_nothing(affinity: object, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         pyublk.Device(Null(size=1 << 30), affinity=affinity)  # type: ignore[arg-type]
-
-
-def test_a_signal_that_comes_while_wait_prepares_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python's own handlers are back all the same."""
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    set_handler = signal.signal
-
-    def set_and_send(number: int, handler: Any) -> Any:
-        replaced = set_handler(number, handler)
-        if handler not in before:
-            signal.raise_signal(number)
-        return replaced
-
-    monkeypatch.setattr(signal, "signal", set_and_send)
-    with pytest.raises(_Signalled), _signals_raised():
-        pytest.fail("the signal did not end the preparation")
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
