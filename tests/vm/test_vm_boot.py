@@ -155,9 +155,9 @@ def test_counting_repeats_itself() -> None:
     script = (
         "import time\n"
         "def measure():\n"
-        "    a = time.perf_counter_ns(); sum(range(10**6)); b = time.perf_counter_ns()\n"
-        "    print(b - a)\n"
-        "measure(); measure()"
+        "    a = time.perf_counter_ns(); sum(range(10**5)); b = time.perf_counter_ns()\n"
+        "    return b - a\n"
+        "print(*(measure() for _ in range(15)))"
     )
     done = Machine(count_instructions=True).run(
         [sys.executable, "-S", "-c", script],
@@ -166,11 +166,13 @@ def test_counting_repeats_itself() -> None:
         timeout=LIMIT,
     )
     assert done.accelerator == "count"
-    first, second = map(int, (done.stdout or b"").split())
-    # Tens of instructions for each turn of the loop, and a nanosecond for each: no clock of a
-    # machine that is emulated at full speed would find twice the same.
-    assert 5e6 < first < 5e8
-    assert abs(first - second) < first * 0.01
+    # Those that the guest's timer, and its other processes, did not interrupt. There are tens of
+    # instructions in each turn of the loop, and each is a nanosecond: no clock of a machine that is
+    # emulated at full speed would find the same so often.
+    found = sorted(map(int, (done.stdout or b"").split()))[:4]
+    assert len(found) == 4
+    assert 5e5 < found[0] < 5e7
+    assert found[-1] - found[0] < found[0] * 0.005, found
 
 
 def test_a_panic_is_reported_with_the_kernels_log() -> None:
