@@ -3,7 +3,7 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeVar
@@ -13,6 +13,22 @@ T = TypeVar("T")
 #: Seconds between two looks: a signal that comes as a thread is about to block in a lock does not
 #: wake it, nor does one that the kernel gave to another thread.
 LOOK_FOR_SIGNALS = 0.5
+
+
+@contextmanager
+def handled(
+    handlers: Mapping[signal.Signals, Callable[[int, FrameType | None], None]],
+) -> Iterator[None]:
+    """Signals' handlers inside the context; those from before are back afterwards."""
+    before: dict[signal.Signals, Any] = {}
+    try:
+        for number, handler in handlers.items():
+            before[number] = signal.getsignal(number)  # first: the signal may come at once
+            signal.signal(number, handler)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Signalled(BaseException):
@@ -31,7 +47,7 @@ def signals_raised() -> Iterator[None]:
         signal.SIGTERM: signal.SIG_DFL,
         signal.SIGHUP: signal.SIG_DFL,  # the terminal has gone
     }
-    replaced: dict[signal.Signals, Any] = {}
+    here = threading.current_thread() is threading.main_thread()
     came = False
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
@@ -40,17 +56,12 @@ def signals_raised() -> Iterator[None]:
             came = True
             raise Signalled
 
-    try:
-        if threading.current_thread() is threading.main_thread():
-            for number, default in defaults.items():
-                if signal.getsignal(number) == default:
-                    replaced[number] = default  # first: the signal may come at once
-                    signal.signal(number, interrupt)
-        yield
-    finally:
-        came = True
-        for number, handler in replaced.items():
-            signal.signal(number, handler)
+    plain = [number for number, default in defaults.items() if signal.getsignal(number) == default]
+    with handled(dict.fromkeys(plain if here else [], interrupt)):
+        try:
+            yield
+        finally:
+            came = True
 
 
 def uninterrupted(step: Callable[[], T], interrupted: Callable[[], None]) -> T:

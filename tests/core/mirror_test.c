@@ -362,6 +362,19 @@ static void a_failure_that_is_not_on_record_is_not_charged_to_the_next_file(void
 	close_files();
 }
 
+/* Leg 1 takes a page of a write, hangs on the next, and is given up. The pipe's other end. */
+static int fail_in_a_write(struct bench *b)
+{
+	int hanging = make_pipe(1);
+
+	open_mirror(b);
+	CHECK_EQUAL(pu_queue_inject(&b->queue, 0, PU_OP_WRITE, 0, 2 * PAGE >> 9), 0);
+	for (int i = 0; i < 4; i++)
+		turn(b);
+	CHECK(fail_leg(b, 1));
+	return hanging;
+}
+
 /* Another queue gave the leg up, and it was replaced, before this queue looked. */
 static void a_file_that_hangs_is_not_charged_to_the_next_one(void)
 {
@@ -370,12 +383,7 @@ static void a_file_that_hangs_is_not_charged_to_the_next_one(void)
 
 	make_files();
 	fresh = make_other();
-	hanging = make_pipe(1);
-	open_mirror(&b);
-	CHECK_EQUAL(pu_queue_inject(&b.queue, 0, PU_OP_WRITE, 0, 2 * PAGE >> 9), 0);
-	for (int i = 0; i < 4; i++) /* the leg takes a page, and hangs on the next */
-		turn(&b);
-	CHECK(fail_leg(&b, 1));
+	hanging = fail_in_a_write(&b);
 	pu_layout_recorded(&b.layout);
 	put_in_place(&b, 1, fresh);
 	for (uint32_t i = 0; i < b.mapped.nr_slots; i++)
@@ -404,12 +412,7 @@ static void a_file_that_comes_back_is_charged_with_what_it_holds(void)
 
 	make_files();
 	fresh = make_other();
-	hanging = make_pipe(1);
-	open_mirror(&b);
-	CHECK_EQUAL(pu_queue_inject(&b.queue, 0, PU_OP_WRITE, 0, 2 * PAGE >> 9), 0);
-	for (int i = 0; i < 4; i++)
-		turn(&b);
-	CHECK(fail_leg(&b, 1));
+	hanging = fail_in_a_write(&b);
 	put_in_place(&b, 1, fresh);
 	CHECK(fail_leg(&b, 1));
 	pu_layout_recorded(&b.layout);

@@ -2,8 +2,7 @@
 """`pyublk add`."""
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from types import FrameType
 
 import click
@@ -13,6 +12,7 @@ from pyublk import targets
 from pyublk.cli.failures import ExitCode, open_controller
 from pyublk.cli.output import message, print_json
 from pyublk.cli.parameters import Cpus, Size, json_option
+from pyublk.interruptions import handled
 from pyublk.paths import DataPath
 from pyublk.service import daemon
 from pyublk.service.plan import Plan
@@ -162,25 +162,15 @@ def add(
     message(_summary(served))
 
 
-@contextmanager
-def _ended_as_by_ctrl_c() -> Iterator[None]:
+def _ended_as_by_ctrl_c() -> AbstractContextManager[None]:
     """SIGTERM, and a terminal that goes, undo what was begun, as Ctrl-C does."""
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    numbers = [
-        number
-        for number in (signal.SIGTERM, signal.SIGHUP)
-        if signal.getsignal(number) is signal.SIG_DFL
-    ]
-    for number in numbers:
-        signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    plain = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    return handled(dict.fromkeys(plain, interrupt))
 
 
 def _show(record: Record, *, as_json: bool) -> None:

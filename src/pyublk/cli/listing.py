@@ -2,7 +2,6 @@
 """`pyublk list` and `pyublk info`: what disks there are."""
 
 import errno
-from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -13,6 +12,7 @@ from pyublk.cli.output import message, print_json, print_table
 from pyublk.cli.parameters import DeviceId, json_option
 from pyublk.control import Controller, DeviceInfo
 from pyublk.service.inventory import Disk, disk
+from pyublk.service.stopping import unless_gone
 from pyublk.targets.sizes import format_size
 from pyublk.uapi import Feature
 
@@ -31,15 +31,6 @@ def find(controller: Controller, number: int) -> DeviceInfo:
         ) from error
 
 
-def _disks(controller: Controller) -> Iterator[Disk]:
-    for device in controller.devices():
-        try:
-            yield disk(controller, device)
-        except OSError as error:
-            if error.errno != errno.ENODEV:  # else it was deleted meanwhile
-                raise
-
-
 @click.command("list")
 @json_option
 def list_(as_json: bool) -> None:
@@ -49,7 +40,10 @@ def list_(as_json: bool) -> None:
     made.
     """
     with open_controller() as controller:
-        disks = list(_disks(controller))
+        disks = []
+        for device in controller.devices():
+            with unless_gone():
+                disks.append(disk(controller, device))
     if as_json:
         print_json([_summary(one) for one in disks])
     elif disks:

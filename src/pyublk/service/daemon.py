@@ -15,7 +15,13 @@ from typing import TextIO
 from pyublk import errors
 from pyublk.service import reports
 from pyublk.service.plan import Plan
-from pyublk.service.records import Record, make_run_directory, recorded_ids, run_directory
+from pyublk.service.records import (
+    Record,
+    make_run_directory,
+    recorded_ids,
+    remove_log,
+    run_directory,
+)
 
 Server = subprocess.Popen[bytes]
 
@@ -46,7 +52,7 @@ def start(plan: Plan) -> Record:
             _end(server)
             raise
     except BaseException:
-        _remove(log)
+        remove_log(log)
         raise
     finally:
         os.close(log)
@@ -155,11 +161,3 @@ def _end(server: Server) -> None:
         record = Record.read(number)
         if record is not None and record.server.pid == server.pid:
             record.remove()
-
-
-def _remove(log: int) -> None:
-    """Removes the log wherever it is: a server that came far has moved it beside its record."""
-    for path in run_directory().glob("*.log"):
-        with suppress(FileNotFoundError):
-            if os.path.samestat(path.stat(), os.fstat(log)):
-                path.unlink()

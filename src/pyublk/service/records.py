@@ -7,6 +7,7 @@ directory. A record is believed only while the kernel's device carries the same 
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -106,6 +107,15 @@ class Record:
 def log_place(device: int) -> Path:
     """The log of the server of a device id."""
     return run_directory() / f"{device}.log"
+
+
+def remove_log(descriptor: int) -> None:
+    """Removes the log that the descriptor writes to, wherever it is by now: the name that it had
+    may be that of the next disk's."""
+    for path in run_directory().glob("*.log"):
+        with suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), os.fstat(descriptor)):
+                path.unlink()
 
 
 def status_place(device: int) -> Path:

@@ -8,16 +8,17 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from pyublk.device import Device
+from pyublk.interruptions import handled
 from pyublk.service import reports
 from pyublk.service.plan import Plan
 from pyublk.service.processes import ProcessId
-from pyublk.service.records import Record, log_place, make_run_directory
+from pyublk.service.records import Record, log_place, make_run_directory, remove_log
 from pyublk.stats import QueueStats
 from pyublk.target import Target
 
@@ -46,19 +47,11 @@ class _Termination:
         if self._raises:
             raise Terminated
 
-    @contextmanager
-    def handled(self) -> Iterator[None]:
-        before = {
-            number: signal.signal(number, self._note)
-            for number in _SIGNALS
-            # Under nohup a disk outlives its terminal.
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
-        }
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def handled(self) -> AbstractContextManager[None]:
+        # Under nohup a disk outlives its terminal.
+        nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        numbers = [one for one in _SIGNALS if one != signal.SIGHUP or not nohup]
+        return handled(dict.fromkeys(numbers, self._note))
 
     @contextmanager
     def raising(self) -> Iterator[None]:
@@ -176,15 +169,8 @@ def _run_daemon(report_fd: int, log_file: Path) -> int:
     if served is not None:
         log.info("stopped after %d requests", served.total.requests)
     if live is not None and live.log is not None:
-        _remove_ours(live.log)
+        remove_log(sys.stderr.fileno())
     return 0
-
-
-def _remove_ours(log_file: Path) -> None:
-    """Unless it is another server's by now, whose disk got our id."""
-    with suppress(FileNotFoundError):
-        if os.path.samestat(log_file.stat(), os.fstat(sys.stderr.fileno())):
-            log_file.unlink()
 
 
 if __name__ == "__main__":

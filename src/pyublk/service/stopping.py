@@ -7,8 +7,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pyublk import errors
@@ -67,7 +67,8 @@ def stop(
         _flush(device, timeout)
     if has_server(device) or not device.ours:
         if device.status is not DeviceStatus.DEAD:  # else there is nothing to stop
-            _stop_through_driver(controller, device, timeout)
+            with unless_gone():
+                controller.stop(device.id, deadline=timeout)
         return
     _delete(controller, device, timeout)
     if record is not None:
@@ -80,6 +81,16 @@ def delete(
     """Stops a disk as `stop` does, then deletes it whoever made it; an orphan too."""
     stop(controller, device, timeout=timeout, force=force)
     _delete(controller, device, timeout)
+
+
+@contextmanager
+def unless_gone() -> Iterator[None]:
+    """Takes it for done when there is no such device any more: somebody else was faster."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENODEV:
+            raise
 
 
 def may_be_starting(device: DeviceInfo) -> bool:
@@ -124,23 +135,12 @@ def _exists(controller: Controller, device: DeviceInfo) -> bool:
         raise
 
 
-def _stop_through_driver(controller: Controller, device: DeviceInfo, deadline: float) -> None:
-    try:
-        controller.stop(device.id, deadline=deadline)
-    except OSError as error:
-        if error.errno != errno.ENODEV:  # somebody else was faster
-            raise
-
-
 def _delete(controller: Controller, device: DeviceInfo, deadline: float) -> None:
     if not _exists(controller, device):
         return
-    try:
+    with unless_gone():
         # Not waiting: a mounted disk is gone at once, but its id is taken until it is unmounted.
         controller.delete(device.id, wait=False, deadline=deadline)
-    except OSError as error:
-        if error.errno != errno.ENODEV:  # its server was faster
-            raise
 
 
 def _flush(device: DeviceInfo, timeout: float) -> None:

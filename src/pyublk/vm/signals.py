@@ -2,10 +2,11 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from pyublk.interruptions import handled
 from pyublk.vm.errors import Interrupted
 from pyublk.vm.session import Session
 
@@ -39,11 +40,9 @@ def forwarded(session: Session, *, terminal: bool) -> Iterator[None]:
         size = os.get_terminal_size(0)
         session.tell(f"size {size.lines} {size.columns}")
 
-    before = {number: signal.signal(number, handle) for number in _SIGNALS}
+    handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]]
+    handlers = dict.fromkeys(_SIGNALS, handle)
     if terminal:
-        before[signal.SIGWINCH] = signal.signal(signal.SIGWINCH, resize)
-    try:
+        handlers[signal.SIGWINCH] = resize
+    with handled(handlers):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
