@@ -111,6 +111,7 @@ def test_python_m_pyublk_is_the_command() -> None:
         (["stop", "sda"], "'sda' is no device: give an id, /dev/ublkbN or `all`"),
         (["info", "all"], "'all' is no device: give an id, /dev/ublkbN\n"),
         (["stop", "0", "--timeout", "0"], "0.0 is not in the range x>=0.1"),
+        (["vm", "--timeout", "-1", "--", "true"], "-1.0 is not in the range x>0"),
         (["completion", "tcsh"], "'tcsh' is not one of 'bash', 'zsh', 'fish'"),
     ],
 )

@@ -3,6 +3,7 @@
 import os
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -234,6 +235,13 @@ def test_only_a_boot_is_tried_again(
         Machine().run(["true"])
     assert caught.value is failure
     assert commands == [["true"]] * tries
+
+
+def test_a_timeout_that_is_none() -> None:
+    command = [sys.executable, "-m", "pyublk.vm", "--timeout", "0", "--", "true"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.endswith("error: --timeout must be above 0 seconds, not 0\n")
 
 
 # --- scripts and archives -------------------------------------------------------------------

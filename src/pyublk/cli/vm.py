@@ -58,7 +58,7 @@ def _progress() -> Iterator[Callable[[str, float | None], None]]:
 )
 @click.option(
     "--timeout",
-    type=float,
+    type=click.FloatRange(min=0, min_open=True),
     metavar="SECONDS",
     help="End the machine when the command takes longer.",
 )

@@ -40,7 +40,10 @@ class _Progress:
 
 def main() -> int:
     """Run the command line; returns the exit code."""
-    options = _parser().parse_args()
+    parser = _parser()
+    options = parser.parse_args()
+    if options.timeout is not None and options.timeout <= 0:
+        parser.error(f"--timeout must be above 0 seconds, not {options.timeout:g}")
     try:
         machine = Machine(
             options.kernel,
