@@ -1,10 +1,12 @@
-"""Builds the extension: Cython binding over the C core. Everything else is in pyproject.toml."""
+"""Builds the extension, a Cython binding over the C core, and the helper program beside it.
+Everything else is in pyproject.toml."""
 
 import os
 from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 CORE = sorted(str(path) for path in Path("src/pyublk/_core").glob("*.c"))
 HEADERS = sorted(str(path) for path in Path("src/pyublk/_core").glob("*.h"))
@@ -12,9 +14,11 @@ INCLUDES = sorted(str(path) for path in Path("src/pyublk").glob("_native_*.pxi")
 
 compile_args = ["-std=gnu11", "-O2", "-fno-semantic-interposition"]
 link_args = ["-pthread", "-Wl,-z,now"]
+sanitize_args: list[str] = []
 if sanitize := os.environ.get("PYUBLK_SANITIZE"):  # for example: address,undefined
-    compile_args += [f"-fsanitize={sanitize}", "-g", "-O1", "-fno-omit-frame-pointer"]
-    link_args += [f"-fsanitize={sanitize}"]
+    sanitize_args = [f"-fsanitize={sanitize}"]
+    compile_args += [*sanitize_args, "-g", "-O1", "-fno-omit-frame-pointer"]
+    link_args += sanitize_args
 
 native = Extension(
     "pyublk._native",
@@ -24,5 +28,49 @@ native = Extension(
     extra_compile_args=compile_args,
     extra_link_args=link_args,
 )
+helper = Extension(
+    "pyublk.pyublk-helper",
+    sources=[
+        "src/pyublk/_helper/helper.c",
+        "src/pyublk/_core/ring.c",
+        "src/pyublk/_core/forked.c",
+    ],
+    depends=HEADERS,
+    extra_compile_args=["-std=gnu11", "-O2"],
+    extra_link_args=["-Wl,-z,now"],
+)
 
-setup(ext_modules=cythonize([native], build_dir="build/cython"))
+
+class BuildWithHelper(build_ext):
+    """The helper is treated as an extension, so that it is built, installed and edited as they are;
+    only that it is linked as a program."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        if fullname.endswith(helper.name.rpartition(".")[2]):
+            return os.path.join(*fullname.split("."))
+        return super().get_ext_filename(fullname)
+
+    def build_extension(self, ext: Extension) -> None:
+        if ext.name != helper.name:
+            super().build_extension(ext)
+            return
+        objects = self.compiler.compile(
+            ext.sources,
+            output_dir=os.path.join(self.build_temp, "helper"),
+            extra_postargs=ext.extra_compile_args,
+            depends=ext.depends,
+        )
+        program = Path(self.get_ext_fullpath(ext.name))
+        program.parent.mkdir(parents=True, exist_ok=True)
+        self.compiler.link_executable(
+            objects,
+            program.name,
+            output_dir=str(program.parent),
+            extra_postargs=ext.extra_link_args,
+        )
+
+
+setup(
+    ext_modules=[*cythonize([native], build_dir="build/cython"), helper],
+    cmdclass={"build_ext": BuildWithHelper},
+)

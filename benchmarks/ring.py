@@ -72,7 +72,7 @@ def summary(rounds: list[Round]) -> Result:
 def compile_loop(directory: Path) -> Path:
     """Compile the C loops with the machine's `cc`, as the extension is compiled."""
     program = directory / "ring_loop"
-    sources = [str(_HERE / "ring_loop.c"), str(_CORE / "ring.c")]
+    sources = [str(_HERE / "ring_loop.c"), str(_CORE / "ring.c"), str(_CORE / "forked.c")]
     subprocess.run(
         ["cc", "-std=gnu11", "-O2", f"-I{_CORE}", *sources, "-o", str(program)], check=True
     )

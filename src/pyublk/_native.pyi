@@ -12,12 +12,13 @@ from pyublk.uapi import Op
 from pyublk.uring import Completion
 
 __all__ = [
+    "HELPER_PROGRAM",
     "IO",
     "NULL_HANDLER",
     "Buffers",
     "Dispatcher",
-    "Guard",
     "Handlers",
+    "Helper",
     "Layout",
     "MappedQueue",
     "Planner",
@@ -27,7 +28,9 @@ __all__ = [
     "ShardedLock",
     "SharedTable",
     "address",
-    "control",
+    "close_private",
+    "forks",
+    "open_private",
     "write_apart",
 ]
 
@@ -387,25 +390,64 @@ class Dispatcher:
     def tasks(self) -> list[Task[object]]:
         """These as tasks, made where there are none yet."""
 
-def write_apart(path: str, text: str, *, deadline: float) -> int | None: ...
-def control(
-    fd: int,
-    command: int,
-    device: int,
-    *,
-    queue: int = 0xFFFF,
-    data: int = 0,
-    payload: bytearray | None = None,
-    path_length: int = 0,
-    deadline: float = 30.0,
-) -> tuple[Literal["ring", "enter", "command", "deadline"], int]: ...
+def write_apart(path: str, text: str, *, deadline: float) -> int | None:
+    """Writes a text to a file of sysfs, by the helper: some such files wait for a disk's requests,
+    beyond the reach of signals.
+
+    Returns 0 or -errno (-ECANCELED: the helper was killed), or None when the deadline passed: the
+    kernel goes on as long as it must.
+    """
+
+HELPER_PROGRAM: str
 
 @final
-class Guard:
-    def __init__(self, control_fd: int, device: int, cookie: int) -> None: ...
+class Helper:
+    """This process's helper, which is started for the first of these and ends with the last.
+
+    It issues control commands, and deletes guarded devices when this process ends without having
+    done so. One that is killed is replaced. Commands need the `control_node`'s descriptor. Raises
+    OSError where it cannot be started.
+    """
+
+    def __init__(self, control_node: int = -1) -> None: ...
     @property
-    def pid(self) -> int: ...
-    def stop(self) -> None: ...
+    def pid(self) -> int:
+        """Its process; 0 while it could not be replaced."""
+
+    def control(
+        self,
+        command: int,
+        device: int,
+        *,
+        queue: int = 0xFFFF,
+        data: int = 0,
+        payload: bytearray | None = None,
+        path_length: int = 0,
+        guarded: bool = False,
+        memory: tuple[int, int, int, bool] | None = None,
+        deadline: float = 30.0,
+    ) -> tuple[Literal["ring", "enter", "command", "deadline"], int]:
+        """Runs one command; `payload` is given to the kernel and rewritten with its answer.
+
+        `memory`, for REG_BUF, is a file's (descriptor, offset, bytes, whether it is only read).
+        Returns (stage, result): stage "ring", "enter" or "command" tells what `result` (0 or more,
+        or -errno) is the result of; "deadline" that the command was given up, with result 1 when
+        the kernel goes on with it all the same. Raises ChildProcessError when the helper was killed
+        meanwhile.
+        """
+
+    def write(self, path: str, text: str, *, deadline: float) -> int | None:
+        """See `write_apart`."""
+
+def open_private(path: str, flags: int) -> int:
+    """As os.open, with O_CLOEXEC; a forked child lets go of it at once, like of a ring."""
+
+def close_private(fd: int) -> None:
+    """Closes what `open_private` returned."""
+
+def forks() -> int:
+    """How many forks lie between the first process and this one; what was made at another count is
+    the parent's."""
 
 @final
 class Layout:

@@ -20,14 +20,16 @@ from cpython.contextvars cimport PyContext_CopyCurrent, PyContext_Enter, PyConte
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.errno cimport (
-    EAGAIN, EALREADY, EBUSY, ECHILD, EINTR, EINVAL, EIO, ENODEV, EOPNOTSUPP, ESHUTDOWN, ETIME
+    errno, EAGAIN, EALREADY, EBUSY, ECHILD, EINTR, EINVAL, EIO, ENODEV, EOPNOTSUPP, ESHUTDOWN, ETIME
 )
 from libc.limits cimport INT_MAX
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy, memset
 
+import atexit
 import errno as _errno
+import logging
 import os
 from array import array
 from time import monotonic
@@ -36,12 +38,13 @@ from pyublk import errors, uapi
 from pyublk.uring import Completion
 
 __all__ = [
+    "HELPER_PROGRAM",
     "IO",
     "NULL_HANDLER",
     "Buffers",
     "Dispatcher",
-    "Guard",
     "Handlers",
+    "Helper",
     "Layout",
     "MappedQueue",
     "Planner",
@@ -51,7 +54,9 @@ __all__ = [
     "ShardedLock",
     "SharedTable",
     "address",
-    "control",
+    "close_private",
+    "forks",
+    "open_private",
     "write_apart",
 ]
 

@@ -1,107 +1,168 @@
-# Control commands and the like by a child process, and the guardian of a device (_core/control.h).
+# The helper process: control commands, and what else may wait for a disk (_core/control.h).
 
-cdef int await_child(pu_control *call, double deadline) except -1:
-    """Whether the child ended in time; a signal's handler may raise meanwhile."""
-    cdef int waited = 0
+HELPER_PROGRAM = os.path.join(os.path.dirname(os.path.abspath(errors.__file__)), "pyublk-helper")
+
+
+cdef int await_helper(pu_control *call, double deadline) except -1:
+    """Whether it ended in time; a signal's handler may raise meanwhile."""
+    cdef int ended = 0
     cdef int slice_ms
     until = monotonic() + deadline
-    while not waited:
+    while not ended:
         left = until - monotonic()
         if left <= 0:
             break
         slice_ms = <int>min(left * 1000 + 1, 100.0)
         with nogil:
-            waited = pu_control_wait(call, slice_ms)
-        if waited == -EINTR:
-            waited = 0
+            ended = pu_control_wait(call, slice_ms)
         PyErr_CheckSignals()
-    return waited != 0
+    return ended
+
+
+cdef class Helper:
+    """This process's helper, which is started for the first of these and ends with the last."""
+
+    cdef pu_helper *helper
+    cdef int made_by
+
+    def __cinit__(self, int control_node=-1):
+        cdef bytes program = os.fsencode(HELPER_PROGRAM)
+        cdef const char *where = program
+        cdef int error
+        self.made_by = os.getpid()
+        with nogil:
+            error = pu_helper_get(&self.helper, where, control_node)
+        if error < 0:
+            raise errors.helper_error(-error, HELPER_PROGRAM)
+
+    def __dealloc__(self):
+        if self.helper is not NULL:
+            with nogil:
+                pu_helper_put(self.helper)
+
+    @property
+    def pid(self):
+        return pu_helper_pid(self.ours())
+
+    cdef pu_helper *ours(self) except NULL:
+        if not pu_helper_is_ours(self.helper):
+            raise errors.forked_error(self.made_by)
+        return self.helper
+
+    cdef object ask(self, pu_ask *ask, bytearray payload, int memory, double deadline):
+        """(stage, result), or None when the deadline passed, or False when even then it goes on."""
+        cdef pu_control call
+        cdef pu_helper *helper = self.ours()
+        cdef size_t size = len(payload)
+        cdef const char *source = payload
+        cdef bint ended = False, gone
+        cdef int stage = 0, result = 0
+        cdef int error
+        with nogil:
+            error = pu_control_begin(&call, helper, ask, source, size, memory)
+        if error < 0:
+            raise errors.helper_error(-error, HELPER_PROGRAM)
+        try:
+            ended = await_helper(&call, deadline)
+            stage = call.stage
+            result = call.result
+            if ended and ask.kind == PU_ASK_COMMAND:
+                memcpy(<char *>payload, call.buffer, size)
+        finally:
+            with nogil:
+                gone = pu_control_end(&call)
+        if not ended:
+            return None if gone else False
+        return stage, result
+
+    def control(self, uint32_t command, uint32_t device, *, uint16_t queue=0xFFFF,
+                uint64_t data=0, bytearray payload=None, uint16_t path_length=0,
+                bint guarded=False, memory=None, double deadline=30.0):
+        cdef pu_ask ask
+        cdef int file = -1
+        memset(&ask, 0, sizeof(ask))
+        ask.kind = PU_ASK_COMMAND
+        ask.cmd_op = command
+        ask.cmd.dev_id = device
+        ask.cmd.queue_id = queue
+        ask.cmd.data = data
+        ask.cmd.dev_path_len = path_length
+        if guarded:
+            ask.flags |= PU_ASK_GUARDED
+        if memory is not None:
+            file, ask.file_offset, ask.file_bytes, read_only = memory
+            ask.flags |= PU_ASK_MEMORY | (PU_ASK_READ_ONLY if read_only else 0)
+        outcome = self.ask(&ask, bytearray() if payload is None else payload, file, deadline)
+        if not outcome:
+            return ("deadline", 0 if outcome is None else 1)
+        stage, result = outcome
+        if result == PU_CONTROL_KILLED:
+            raise ChildProcessError(
+                ECHILD, "the process of a control command was killed before it told the outcome"
+            )
+        if stage == PU_CONTROL_RING:
+            return ("ring", result)
+        return ("enter" if stage == PU_CONTROL_SUBMIT else "command", result)
+
+    def write(self, path, text, *, double deadline):
+        cdef pu_ask ask
+        memset(&ask, 0, sizeof(ask))
+        ask.kind = PU_ASK_WRITE
+        words = bytearray(os.fsencode(path) + b"\0" + os.fsencode(text) + b"\0")
+        outcome = self.ask(&ask, words, -1, deadline)
+        if not outcome:
+            return None
+        _, result = outcome
+        return -_errno.ECANCELED if result == PU_CONTROL_KILLED else result
 
 
 def write_apart(path, text, *, double deadline):
-    """Writes a text to a file of sysfs, from a child process: some such files wait for a disk's
-    requests, beyond the reach of signals.
+    return Helper().write(path, text, deadline=deadline)
 
-    Returns 0 or -errno (-ECANCELED: the child was killed), or None when the deadline passed: the
-    child goes on as long as it must.
-    """
-    cdef pu_control call
+
+cdef void helper_was_killed(int pid) noexcept with gil:
+    try:
+        if pid > 0:
+            helper_log.warning("the helper process was killed; process %d takes its place", pid)
+        else:
+            helper_log.error(
+                "the helper process was killed, and another cannot be started (%s): disks are not "
+                "deleted when this process is killed", os.strerror(-pid)
+            )
+    except Exception:
+        pass
+
+
+helper_log = logging.getLogger("pyublk.helper")
+pu_helper_tell(helper_was_killed)
+
+
+@atexit.register
+def ignore_killed_helper():
+    """An interpreter that ends has no use for the news, nor a place for it."""
+    pu_helper_tell(NULL)
+
+
+# Descriptors that a forked child must not keep.
+
+def open_private(path, int flags):
     cdef bytes place = os.fsencode(path)
-    cdef bytes content = os.fsencode(text)
-    cdef int error = pu_control_begin_write(&call, place, content)
-    cdef bint ended = False
-    cdef int result
-    if error < 0:
-        return error
-    try:
-        ended = await_child(&call, deadline)
-        result = call.reply.result
-    finally:
-        with nogil:
-            pu_control_end(&call)
-    if not ended:
-        return None
-    return -_errno.ECANCELED if result == PU_CONTROL_KILLED else result
+    cdef const char *where = place
+    cdef int fd
+    with nogil:
+        pu_fork_hold()
+        fd = pu_fork_add(c_open(where, flags | O_CLOEXEC))
+        error = errno
+        pu_fork_release()
+    if fd < 0:
+        raise OSError(error, os.strerror(error), path)
+    return fd
 
 
-def control(int fd, uint32_t command, uint32_t device, *, uint16_t queue=0xFFFF, uint64_t data=0,
-            bytearray payload=None, uint16_t path_length=0, double deadline=30.0):
-    """Runs one command; `payload` is given to the kernel and rewritten with its answer.
-
-    Returns (stage, result): stage "ring", "enter" or "command" tells what `result` (0 or more, or
-    -errno) is the result of; "deadline" that the command was given up, with result 1 when even
-    its child process could not be ended.
-    """
-    cdef pu_ctrl_cmd cmd
-    cdef pu_control call
-    cdef bint ended = False
-    cdef int stage, result
-    cdef bint gone
-    cdef size_t size = len(payload) if payload is not None else 0
-    cdef const char *source = <const char *>payload if size else NULL
-    memset(&cmd, 0, sizeof(cmd))
-    cmd.dev_id = device
-    cmd.queue_id = queue
-    cmd.data = data
-    cmd.dev_path_len = path_length
-    cdef int error = pu_control_begin(&call, fd, command, &cmd, source, size)
-    if error < 0:
-        raise OSError(-error, f"no process for a control command: {os.strerror(-error)}")
-    try:
-        ended = await_child(&call, deadline)
-        stage = call.reply.stage
-        result = call.reply.result
-        if ended and size:
-            memcpy(<char *>payload, call.reply.buffer, size)
-    finally:
-        with nogil:
-            gone = pu_control_end(&call)
-    if not ended:
-        return ("deadline", 0 if gone else 1)
-    if result == PU_CONTROL_KILLED:
-        raise ChildProcessError(
-            ECHILD, "the process of a control command was killed before it told the outcome"
-        )
-    if stage == PU_CONTROL_DONE:
-        return ("command", result)
-    return ("ring" if stage == PU_CONTROL_RING else "enter", result)
+def close_private(int fd):
+    pu_fork_drop(fd)
+    os.close(fd)
 
 
-cdef class Guard:
-    """A child process that deletes a device when this process dies without doing so."""
-
-    cdef int pidfd
-    cdef readonly int pid
-
-    def __init__(self, int control_fd, uint32_t device, uint64_t cookie):
-        cdef int pid = 0
-        cdef int pidfd = pu_guard_start(control_fd, device, cookie, &pid)
-        if pidfd < 0:
-            raise OSError(-pidfd, f"cannot start the guardian process: {os.strerror(-pidfd)}")
-        self.pidfd = pidfd
-        self.pid = pid
-
-    def stop(self):
-        if self.pid:
-            pu_guard_stop(self.pidfd, self.pid)
-            self.pid = 0
+def forks():
+    return pu_forks

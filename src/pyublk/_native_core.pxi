@@ -192,26 +192,52 @@ cdef extern from "_core/queue.h" nogil:
     void *pu_queue_shared(const pu_queue *, uint16_t)
     bint pu_queue_holds(const pu_queue *, uint16_t, uint32_t)
 
+cdef extern from "fcntl.h" nogil:
+    int O_CLOEXEC
+    int c_open "open"(const char *, int, ...)
+
+cdef extern from "_core/forked.h" nogil:
+    uint32_t pu_forks
+
+    void pu_fork_hold()
+    void pu_fork_release()
+    int pu_fork_add(int)
+    void pu_fork_drop(int)
+
 cdef extern from "_core/control.h" nogil:
+    int PU_ASK_COMMAND
+    int PU_ASK_WRITE
+    int PU_ASK_GUARDED
+    int PU_ASK_MEMORY
+    int PU_ASK_READ_ONLY
     int PU_CONTROL_RING
     int PU_CONTROL_SUBMIT
-    int PU_CONTROL_DONE
     int PU_CONTROL_KILLED
 
-    struct pu_control_reply:
-        int32_t stage
-        int32_t result
-        uint8_t buffer[1]
+    struct pu_ask:
+        uint32_t kind
+        uint32_t flags
+        uint32_t cmd_op
+        uint64_t file_offset
+        uint64_t file_bytes
+        pu_ctrl_cmd cmd
+
+    struct pu_helper:
+        pass
 
     struct pu_control:
-        pu_control_reply *reply
+        int32_t stage
+        int32_t result
+        uint8_t *buffer
 
-    int pu_control_begin(pu_control *, int, uint32_t, const pu_ctrl_cmd *, const void *, size_t)
-    int pu_control_begin_write(pu_control *, const char *, const char *)
+    int pu_helper_get(pu_helper **, const char *, int)
+    void pu_helper_put(pu_helper *)
+    int pu_helper_pid(pu_helper *)
+    bint pu_helper_is_ours(const pu_helper *)
+    void pu_helper_tell(void (*)(int) noexcept with gil)
+    int pu_control_begin(pu_control *, pu_helper *, pu_ask *, const void *, size_t, int)
     int pu_control_wait(pu_control *, int)
     bint pu_control_end(pu_control *)
-    int pu_guard_start(int, uint32_t, uint64_t, int *)
-    void pu_guard_stop(int, int)
 
 cdef extern from "_core/lock.h" nogil:
     struct pu_lock:

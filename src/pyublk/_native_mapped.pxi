@@ -9,6 +9,7 @@ cdef class Layout:
 
     cdef pu_layout layout
     cdef bint made
+    cdef uint32_t forks
 
     def __init__(self):
         raise TypeError("use Layout.table, stripe, mirror or planned")
@@ -20,6 +21,7 @@ cdef class Layout:
         if error < 0:
             raise MemoryError("a layout of this size does not fit into memory")
         made.made = True
+        made.forks = pu_forks
         for index, (fd, memory, device) in enumerate(files):
             made.set_file(<uint32_t>index, fd, memory, device)
         return made
@@ -28,10 +30,11 @@ cdef class Layout:
         pu_layout_map_memory(&self.layout)
 
     def unmap_memory(self):
-        pu_layout_unmap_memory(&self.layout)
+        if self.forks == pu_forks:
+            pu_layout_unmap_memory(&self.layout)
 
     def __dealloc__(self):
-        if self.made:
+        if self.made and self.forks == pu_forks:
             pu_layout_destroy(&self.layout)
 
     cdef int set_file(self, uint32_t index, int fd, bint memory, bint device) except -1:

@@ -313,6 +313,8 @@ cdef class Handlers:
             if outcome is not None:
                 result = -<int64_t>self.report(outcome, io)
         except BaseException as raised:
+            if io.queue.forks != pu_forks:  # the handler forked: the request is the parent's
+                raise
             result = -<int64_t>self.report(raised, io)
         if self.handle is not None and (
             io.deferred or not pu_queue_holds(&io.queue.q, io.tag, io.generation)
@@ -332,6 +334,7 @@ cdef class Buffers:
     """Memory for the requests of `depth` tags, `size` bytes each, that several threads share."""
 
     cdef uint8_t *first
+    cdef uint32_t forks
     cdef readonly unsigned int depth
     cdef readonly size_t size
 
@@ -341,11 +344,12 @@ cdef class Buffers:
         self.first = pu_buffers_map(<uint16_t>depth, size)
         if self.first == NULL:
             raise MemoryError(f"cannot reserve {depth} buffers of {size} bytes")
+        self.forks = pu_forks
         self.depth = depth
         self.size = size
 
     def __dealloc__(self):
-        if self.first != NULL:
+        if self.first != NULL and self.forks == pu_forks:
             pu_buffers_unmap(self.first, <uint16_t>self.depth, self.size)
 
 
@@ -398,6 +402,7 @@ cdef class Queue:
     cdef bint is_open
     cdef bint fetched
     cdef unsigned long owner
+    cdef uint32_t forks
     cdef uint32_t look_every  # requests between two looks at the time; fewer when they are slow
     cdef Buffers shared
     cdef SharedTable table
@@ -444,6 +449,7 @@ cdef class Queue:
         if error < 0:
             raise errors.queue_error(-error, queue_id)
         self.owner = PyThread_get_thread_ident()
+        self.forks = pu_forks
         self.look_every = 1
         self.is_open = True
         self.ios = [self.new_io(tag) for tag in range(depth)]

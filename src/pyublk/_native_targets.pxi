@@ -8,6 +8,7 @@ cdef class Ram:
 
     cdef pu_ram ram
     cdef bint made
+    cdef uint32_t forks
 
     def __init__(self, uint64_t size):
         if self.made:
@@ -15,10 +16,11 @@ cdef class Ram:
         cdef int error = pu_ram_init(&self.ram, size)
         if error < 0:
             raise OSError(-error, f"cannot reserve {size} bytes of memory: {os.strerror(-error)}")
+        self.forks = pu_forks
         self.made = True
 
     def __dealloc__(self):
-        if self.made:
+        if self.made and self.forks == pu_forks:
             pu_ram_destroy(&self.ram)
 
     @property
@@ -32,6 +34,8 @@ cdef class Ram:
     def resident(self):
         """Bytes that really occupy memory now."""
         cdef uint64_t size
+        if self.forks != pu_forks:
+            return 0  # the parent has it all
         with nogil:
             size = pu_ram_resident(&self.ram)
         return size

@@ -1,22 +1,26 @@
 # SPDX-License-Identifier: MIT
 """Control commands: one method each.
 
-Each command runs in a child process that holds nothing but the control node (`_core/control.h` says
+Each command is issued by this process's helper, a small program beside it (`_core/control.h` says
 why). So every call keeps its deadline, and a caller can always be killed, even one that waits for
 the stop of its own device while one of its handlers hangs.
 """
 
 import ctypes
 import errno
+import mmap
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from pyublk import _native, errors, uapi
+from pyublk import errors, uapi
+from pyublk._native import Helper
 from pyublk.features import Features
 from pyublk.params import Params
 from pyublk.uapi import ControlCommand, DeviceStatus, Feature
@@ -136,9 +140,11 @@ class Controller:
             self._fd = os.open(CONTROL_NODE, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
             raise errors.control_missing_error(error.errno or errno.ENOENT) from None
+        self._helper: Helper | None = Helper(self._fd)
 
     def close(self) -> None:
         """Closes the control node; closing twice is allowed."""
+        self._helper = None
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -163,6 +169,13 @@ class Controller:
             raise errors.DeviceClosed("this Controller is closed")
         return self._fd
 
+    @property
+    def helper(self) -> Helper:
+        """The process that issues the commands, and deletes our disks when this one is killed."""
+        if self._helper is None:
+            raise errors.DeviceClosed("this Controller is closed")
+        return self._helper
+
     def _run(
         self,
         command: ControlCommand,
@@ -172,18 +185,21 @@ class Controller:
         data: int = 0,
         payload: bytearray | None = None,
         path_length: int = 0,
+        guarded: bool = False,
+        memory: tuple[int, int, int, bool] | None = None,
         deadline: float | None = None,
     ) -> int:
         _check_id(device)
         limit = self.deadline if deadline is None else deadline
-        stage, result = _native.control(
-            self.fileno(),
+        stage, result = self.helper.control(
             command,
             0xFFFFFFFF if device is None else device,
             queue=queue,
             data=data,
             payload=payload,
             path_length=path_length,
+            guarded=guarded,
+            memory=memory,
             deadline=limit,
         )
         if stage == "deadline":
@@ -205,11 +221,14 @@ class Controller:
         queue: int = 0xFFFF,
         data: int = 0,
         payload: bytearray | None = None,
+        memory: tuple[int, int, int, bool] | None = None,
         deadline: float | None = None,
     ) -> int:
         """A command to a device. One to an unprivileged user's device must name the device's node;
         one to another device must not: its payload would be taken from where the name is."""
-        run = partial(self._run, command, device, queue=queue, data=data, deadline=deadline)
+        run = partial(
+            self._run, command, device, queue=queue, data=data, memory=memory, deadline=deadline
+        )
         try:
             return run(payload=payload)
         except OSError as error:
@@ -239,6 +258,7 @@ class Controller:
         flags: Feature = NO_FLAGS,
         id: int | None = None,
         cookie: int = 0,
+        guarded: bool = False,
         deadline: float | None = None,
     ) -> DeviceInfo:
         """ADD_DEV: makes the char device; the answer is what the kernel granted.
@@ -247,6 +267,7 @@ class Controller:
         the number of CPUs and clears flags that it does not know, both without a word: then the
         device is deleted again, and OSError (EOPNOTSUPP) says what was dropped. With IO_DESC_SIZE
         descriptors are asked for as large as `Queue` reads them: 24 bytes, all that has a meaning.
+        A `guarded` device is deleted when this process ends, however it ends.
         """
         check_wish(queues=queues, depth=depth, id=id)
         wish = uapi.ublksrv_ctrl_dev_info(
@@ -259,7 +280,7 @@ class Controller:
             io_desc_size=uapi.DESCRIPTOR_SIZE if Feature.IO_DESC_SIZE in flags else 0,
         )
         payload = bytearray(wish)
-        self._run(ControlCommand.ADD_DEV, id, payload=payload, deadline=deadline)
+        self._run(ControlCommand.ADD_DEV, id, payload=payload, guarded=guarded, deadline=deadline)
         granted = _device_info(payload)
         self._stopped.discard(granted.id)
         try:
@@ -411,11 +432,42 @@ class Controller:
 
         Both are multiples of the page size. Returns the buffer's index.
         """
-        wish = uapi.ublk_shmem_buf_reg(
-            addr=address, len=length, flags=uapi.SHMEM_BUF_READ_ONLY if read_only else 0
-        )
+        with _file_at(address, length, read_only=read_only) as found:
+            if found is not None:
+                fd, offset = found
+                return self.register_file(
+                    device, fd, length, offset=offset, read_only=read_only, deadline=deadline
+                )
+        # No memory of ours that others could have too: the kernel says what is wrong with it.
+        wish = uapi.ublk_shmem_buf_reg(addr=address % mmap.PAGESIZE, len=length)
         return self._command(
             ControlCommand.REG_BUF, device, payload=bytearray(wish), deadline=deadline
+        )
+
+    def register_file(
+        self,
+        device: int,
+        fd: int,
+        length: int,
+        *,
+        offset: int = 0,
+        read_only: bool = False,
+        deadline: float | None = None,
+    ) -> int:
+        """As `register_buffer`, of the memory that a memfd or a file of hugetlbfs is.
+
+        The helper maps it for as long as the command takes, since the kernel registers memory of
+        the process that asks.
+        """
+        wish = uapi.ublk_shmem_buf_reg(
+            len=length, flags=uapi.SHMEM_BUF_READ_ONLY if read_only else 0
+        )
+        return self._command(
+            ControlCommand.REG_BUF,
+            device,
+            payload=bytearray(wish),
+            memory=(fd, offset, length, read_only),
+            deadline=deadline,
         )
 
     def unregister_buffer(self, device: int, index: int, *, deadline: float | None = None) -> None:
@@ -449,6 +501,26 @@ class Controller:
                 )
             time.sleep(0.02)
         return info
+
+
+@contextmanager
+def _file_at(address: int, length: int, *, read_only: bool) -> Iterator[tuple[int, int] | None]:
+    """The file that is mapped there for others to see, opened, and the offset in it; None: none."""
+    fd = -1
+    found = None
+    with suppress(OSError):
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            span, rights, offset, *_ = line.split()
+            start, end = (int(edge, 16) for edge in span.split("-"))
+            if start <= address and address + length <= end and rights.endswith("s"):
+                flags = os.O_RDONLY if read_only else os.O_RDWR
+                fd = os.open(f"/proc/self/map_files/{start:x}-{end:x}", flags | os.O_CLOEXEC)
+                found = fd, int(offset, 16) + address - start
+    try:
+        yield found
+    finally:
+        if fd >= 0:
+            os.close(fd)
 
 
 def _named(device: int) -> bytearray:

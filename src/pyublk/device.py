@@ -19,7 +19,7 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from pyublk import errors
-from pyublk._native import Guard
+from pyublk._native import Helper, close_private, forks, open_private
 from pyublk.control import Controller, DeviceInfo, check_wish, new_cookie
 from pyublk.crew import Crew
 from pyublk.interruptions import (
@@ -154,9 +154,8 @@ class Device:
         self._params: Params | None = None
         self._info: DeviceInfo | None = None
         self._controller: Controller | None = None
-        self._guard: Guard | None = None
+        self._guard: Helper | None = None
         self._char_fd = -1
-        self._spare_fd = -1  # the stop needs one, also where none is left
         self._opened = False
         self._final_stats: DeviceStats | None = None
         self._stopped = threading.Event()
@@ -168,6 +167,7 @@ class Device:
         self._impatient = False  # what hangs is given up at once
         self._kept_by_kernel = False  # until this process ends
         self._made_at = _caller()
+        self._made_in, self._forks = os.getpid(), forks()
 
     # ---- looking at it ----
 
@@ -205,6 +205,14 @@ class Device:
             raise errors.DeviceClosed("the device has no parameters before it is started")
         return self._params
 
+    def _inherited(self) -> bool:
+        """Whether this is a forked child's copy: the disk is the parent's, and nothing is done."""
+        return self._forks != forks()
+
+    def _check_process(self) -> None:
+        if self._inherited():
+            raise errors.forked_error(self._made_in)
+
     def _device_info(self) -> DeviceInfo:
         if self._info is None:
             raise errors.DeviceClosed("the device does not exist before it is started")
@@ -212,12 +220,14 @@ class Device:
 
     def info(self) -> DeviceInfo:
         """What the kernel says of the device now."""
+        self._check_process()
         if self._controller is None or self._state is DeviceState.STOPPED:
             raise errors.DeviceClosed(f"the device is {self._state}")
         return self._controller.info(self.id)
 
     def stats(self) -> DeviceStats:
         """Counters since the start; after the stop, the last ones."""
+        self._check_process()
         if self._final_stats is not None:
             return self._final_stats
         return self._crew.stats()
@@ -254,6 +264,7 @@ class Device:
         self._end_start()
 
     def _begin_start(self) -> None:
+        self._check_process()
         with self._stop_lock:
             if self._state is not DeviceState.CREATED or self._start_threads:
                 raise errors.DeviceClosed(
@@ -270,7 +281,7 @@ class Device:
     def _configure(self) -> None:
         self._start_threads.add(threading.get_ident())
         self._controller = Controller(deadline=self._deadline)
-        self._spare_fd = os.dup(self._controller.fileno())
+        self._guard = self._controller.helper
         self.target.open()
         self._opened = True
         params = self.target.params(self._wish["max_io_size"] or 0)
@@ -295,13 +306,13 @@ class Device:
         try:
             self._info = self._controller.add(
                 cookie=cookie,
+                guarded=True,
                 flags=self._choice.flags,
                 **self._wish,  # type: ignore[arg-type]
             )
         except BaseException:
             self._delete_added(cookie)
             raise
-        self._guard = Guard(self._controller.fileno(), self.id, cookie)
         if Feature.SHMEM_ZC in self._needed:
             by_handler = weakref.WeakMethod(self._crew.runs_here)
             self._sharing = Sharing(self._controller, self.id, by_handler)
@@ -330,7 +341,7 @@ class Device:
         until = time.monotonic() + 5.0
         while True:
             try:
-                return os.open(self.char_path, os.O_RDWR | os.O_CLOEXEC)
+                return open_private(self.char_path, os.O_RDWR)
             except OSError as error:
                 # The node and its rights come a moment after the device.
                 transient = error.errno in (errno.ENOENT, errno.EACCES, errno.EBUSY)
@@ -414,6 +425,7 @@ class Device:
         SIGTERM and SIGHUP (whose handlers are put back afterwards). Raises what ended a queue by
         failure.
         """
+        self._check_process()
         if self._state is DeviceState.CREATED:
             raise errors.DeviceClosed("the device is created: start it first")
         until = None if timeout is None else time.monotonic() + timeout
@@ -437,6 +449,7 @@ class Device:
 
         Not that of a mapped target, whose layout says how large it is.
         """
+        self._check_process()
         if isinstance(self.target, MappedTarget):
             raise ValueError(
                 "a mapped target keeps its size as long as it is served: stop the disk, and "
@@ -460,6 +473,7 @@ class Device:
         serves clients' writes alone. The device needs `shared_memory=True`. Not from a handler
         (RuntimeError): the kernel waits for every request in flight first.
         """
+        self._check_process()
         check_share(size, fd)
         if Feature.SHMEM_ZC not in self._needed:
             raise ValueError("share needs a device made with shared_memory=True")
@@ -478,6 +492,7 @@ class Device:
         stop goes on in the background. Stopping twice is allowed, also from a signal's handler on
         top of another stop; stopping a mounted disk takes it from its users.
         """
+        self._check_process()
         here = threading.get_ident()
         if here == self._stop_thread:
             return
@@ -524,9 +539,6 @@ class Device:
         """STOP_DEV beside the serving threads; returns the stacks of those given up."""
         started = self._state is not DeviceState.CREATED
         self._state = DeviceState.STOPPING
-        if self._spare_fd >= 0:
-            os.close(self._spare_fd)
-            self._spare_fd = -1
         if not started or self._info is None:
             return []
         controller, device = self._controller, self.id
@@ -577,19 +589,18 @@ class Device:
 
     def _close_char_device(self) -> None:
         if self._char_fd >= 0:
-            os.close(self._char_fd)
+            close_private(self._char_fd)
             self._char_fd = -1
 
     def _release(self) -> None:
         """Gives everything back, also after a start that failed half-way."""
         self._close_char_device()
         try:
-            if not self._kept_by_kernel:
-                if self._controller is not None and self._info is not None:
-                    self._delete()
-                if self._guard is not None:  # else it deletes the device when this process ends
-                    self._guard.stop()
+            # What the kernel keeps, the helper deletes when this process ends.
+            if not self._kept_by_kernel and self._controller is not None and self._info is not None:
+                self._delete()
         finally:
+            self._guard = None
             if self._sharing is not None:
                 self._sharing.over(unused=self._crew.all_ended())
             if self._controller is not None:
@@ -621,6 +632,8 @@ class Device:
 
     def _finish_quietly(self) -> None:
         """After a failed start: the first error is the one to tell."""
+        if self._inherited():
+            return
         try:
             self.stop()
         except Exception as error:
@@ -638,7 +651,8 @@ class Device:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.stop()
+        if not self._inherited():  # else: a child that was forked inside leaves
+            self.stop()
 
     async def __aenter__(self) -> Self:
         await self._start_on_loop()
@@ -650,10 +664,13 @@ class Device:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await to_its_end(self.stop)
+        if not self._inherited():
+            await to_its_end(self.stop)
 
     def __del__(self) -> None:
         if getattr(self, "_state", self._NOTHING_OPEN[0]) in self._NOTHING_OPEN:
+            return
+        if self._inherited():
             return
         warnings.warn(
             f"{self!r}, made at {self._made_at}, was dropped while open: use `with` or stop()",

@@ -499,6 +499,49 @@ def _why_no_driver() -> tuple[str, str]:
     )
 
 
+def helper_error(error: int, program: str) -> OSError:
+    """The OSError for a helper process that could not be started, or asked, with errno `error`."""
+    cause, whose, remedy = {
+        errno.ENOENT: ("it is missing", _ADMIN, "install pyublk anew"),
+        errno.EACCES: (
+            "it may not be executed here",
+            _ADMIN,
+            "install pyublk where programs may run: not on a file system mounted noexec",
+        ),
+        errno.ENOEXEC: (
+            "it is not for this machine",
+            _ADMIN,
+            "install pyublk anew, on this machine",
+        ),
+        errno.EPERM: (
+            "a filter forbids new processes, most likely that of a container or a service",
+            _ADMIN,
+            "allow clone and execve, or make the first Device or Controller before the filter",
+        ),
+        errno.EMFILE: (
+            "no descriptor is left for it",
+            _CALLER,
+            "close files, or raise RLIMIT_NOFILE (ulimit -n)",
+        ),
+        errno.EAGAIN: (
+            "there are as many processes as this user, or this service, may have",
+            _ADMIN,
+            "raise the limit (RLIMIT_NPROC, pids.max)",
+        ),
+    }.get(error, (os.strerror(error), _ADMIN, "see `pyublk doctor`"))
+    return _refusal(
+        error, f"the helper program {program} cannot be started: {cause}", whose, remedy
+    )
+
+
+def forked_error(pid: int) -> DeviceClosed:
+    """For what was made in another process, `pid`, from which this one was forked."""
+    return DeviceClosed(
+        f"this was made in process {pid}, from which this one ({os.getpid()}) was forked: make a "
+        "new one here"
+    )
+
+
 def io_uring_error(error: int) -> OSError:
     """The OSError for an io_uring that could not be set up with errno `error`."""
     if error == errno.EPERM:

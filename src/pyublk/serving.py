@@ -4,13 +4,14 @@
 Each runs on the thread that opened the queue and returns when the kernel has taken every tag back.
 """
 
+import os
 import queue as queues
 import sys
 import threading
 import traceback
 from collections.abc import Callable
 
-from pyublk._native import IO, Handlers, MappedQueue, Planner, Queue
+from pyublk._native import IO, Handlers, MappedQueue, Planner, Queue, forks
 from pyublk.mapped import MappedTarget
 from pyublk.scheduling import keep_to, never_interrupt
 
@@ -18,6 +19,20 @@ from pyublk.scheduling import keep_to, never_interrupt
 def _stack(ident: int) -> traceback.StackSummary:
     """Where a thread is now; empty when it runs no Python."""
     return traceback.extract_stack(sys._current_frames().get(ident))
+
+
+def _end_child(error: BaseException | None) -> None:
+    """Ends a process that a handler forked, and that leaves the handler: what it came from is its
+    parent's, and goes on there."""
+    code = 0
+    if isinstance(error, SystemExit):
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    elif error is not None:
+        traceback.print_exception(error)
+        code = 1
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 def serve_mapped(queue: Queue, target: MappedTarget, report: Callable[[object, IO], int]) -> None:
@@ -53,8 +68,14 @@ class WorkerPool:
             thread.start()
 
     def _work(self, handlers: Handlers) -> None:
+        started_at = forks()
         while (io := self._inbox.get()) is not None:
-            handlers.answer_from_here(io)
+            try:
+                handlers.answer_from_here(io)
+            except BaseException as error:
+                if started_at != forks():
+                    _end_child(error)
+                raise
             del io  # kept, it would make the tag need a new one
 
     def submit(self, io: IO) -> None:
@@ -99,6 +120,7 @@ class Servant:
         self.primed = threading.Event()
         self.ended = threading.Event()
         self._thread_id = 0
+        self._forks = forks()
 
     def _open(self) -> None:
         self._thread_id = threading.get_ident()
@@ -168,4 +190,6 @@ class ServingThread(Servant):
             serve(self.queues)
         except BaseException as raised:
             error = raised
+        if self._forks != forks():
+            _end_child(error)
         self._close(error)

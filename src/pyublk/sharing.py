@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Self
 from weakref import WeakMethod
 
-from pyublk._native import SharedTable, address
+from pyublk._native import SharedTable
 from pyublk.control import Controller
 from pyublk.errors import DeviceClosed
 
@@ -103,8 +103,8 @@ class Sharing:
         try:
             mapping, length = _map(own, read_only)
             with self._changing():
-                index = self._controller.register_buffer(
-                    self._device, address(mapping), length, read_only=read_only
+                index = self._controller.register_file(
+                    self._device, own, length, read_only=read_only
                 )
                 self.table.put(index, mapping)
         except BaseException:

@@ -1,108 +1,309 @@
 /* SPDX-License-Identifier: MIT
- * The child that runs a command, against files that are no control node.
+ * The helper, asked for commands on files that are no control node. The argument is its program.
  */
 #define _GNU_SOURCE
 #include "control.h"
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
+#include <pthread.h>
 #include <signal.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include "check.h"
+#include "forked.h"
+
+#define LIMIT_MS 20000
+
+static const char *program;
+static int node;
+static char folder[] = "/tmp/control_test.XXXXXX", fifo[64];
+
+static struct pu_helper *helper(void)
+{
+	struct pu_helper *found;
+
+	CHECK_EQUAL(pu_helper_get(&found, program, node), 0);
+	return found;
+}
+
+static struct pu_ask get_info(void)
+{
+	return (struct pu_ask){ .kind = PU_ASK_COMMAND, .cmd_op = PU_CMD_GET_DEV_INFO,
+				.cmd = { .dev_id = 1, .queue_id = UINT16_MAX } };
+}
+
+/* A write into a pipe that nobody reads from: it waits in its open. */
+static void begin_waiting(struct pu_control *control, struct pu_helper *h)
+{
+	struct pu_ask ask = { .kind = PU_ASK_WRITE };
+	char words[80];
+	int bytes = snprintf(words, sizeof(words), "%s%cnone", fifo, 0) + 1;
+
+	CHECK_EQUAL(pu_control_begin(control, h, &ask, words, (size_t)bytes, -1), 0);
+}
+
+static bool gone(int pid)
+{
+	for (int turn = 0; turn < LIMIT_MS / 10; turn++) {
+		char path[32], state = 'Z';
+		snprintf(path, sizeof(path), "/proc/%d/stat", pid);
+		FILE *stat = fopen(path, "r");
+
+		if (stat) {
+			if (fscanf(stat, "%*d (%*[^)]) %c", &state) != 1)
+				state = 'Z';
+			fclose(stat);
+		}
+		if (state == 'Z' || state == 'X') /* its parent's to reap, which is init */
+			return true;
+		usleep(10000);
+	}
+	return false;
+}
+
+static int next_descriptor(void)
+{
+	int fd = dup(0);
+
+	close(fd);
+	return fd;
+}
+
+static void check_refusal(struct pu_helper *h)
+{
+	struct pu_control control;
+	struct pu_ask ask = get_info();
+	char payload[64] = "kept";
+
+	CHECK_EQUAL(pu_control_begin(&control, h, &ask, payload, 64, -1), 0);
+	CHECK_EQUAL(pu_control_wait(&control, LIMIT_MS), 1);
+	CHECK_EQUAL(control.stage, PU_CONTROL_DONE);
+	CHECK_EQUAL(control.result, -EOPNOTSUPP); /* no such command on a regular file */
+	CHECK(!strcmp((char *)control.buffer, "kept"));
+	CHECK(pu_control_end(&control));
+}
 
 static void a_refusal_comes_back(void)
 {
-	struct pu_control control;
-	struct pu_ctrl_cmd cmd = { .dev_id = 1, .queue_id = UINT16_MAX };
-	char payload[64] = "kept";
-	int fd = open("/proc/self/exe", O_RDONLY | O_CLOEXEC);
+	struct pu_helper *h = helper();
 
-	CHECK(fd >= 0);
-	CHECK_EQUAL(pu_control_begin(&control, fd, PU_CMD_GET_DEV_INFO, &cmd, payload, 64), 0);
-	CHECK_EQUAL(pu_control_wait(&control, 10000), 1);
-	CHECK_EQUAL(control.reply->stage, PU_CONTROL_DONE);
-	CHECK_EQUAL(control.reply->result, -EOPNOTSUPP); /* no such command on a regular file */
-	CHECK(!strcmp((char *)control.reply->buffer, "kept"));
-	CHECK(pu_control_end(&control));
+	check_refusal(h);
 	CHECK_EQUAL(waitpid(-1, NULL, 0), -1); /* never a child that a program could meet */
-	close(fd);
+	CHECK_EQUAL(errno, ECHILD);
+	pu_helper_put(h);
 }
 
-static void many_commands_leave_nothing(void)
+static void commands_and_helpers_leave_nothing(void)
 {
-	struct pu_ctrl_cmd cmd = { .dev_id = 1 };
-	int fd = open("/proc/self/exe", O_RDONLY | O_CLOEXEC);
-	int first, last;
+	int before = next_descriptor();
 
-	for (int i = 0; i < 20; i++) {
-		struct pu_control control;
+	for (int i = 0; i < 5; i++) {
+		struct pu_helper *first = helper(), *second = helper();
+		int pid = pu_helper_pid(first);
 
-		CHECK_EQUAL(pu_control_begin(&control, fd, PU_CMD_DEL_DEV, &cmd, NULL, 0), 0);
-		CHECK_EQUAL(pu_control_wait(&control, 10000), 1);
-		CHECK(pu_control_end(&control));
+		CHECK(first == second);
+		check_refusal(first);
+		pu_helper_put(first);
+		check_refusal(second);
+		CHECK_EQUAL(kill(pid, 0), 0);
+		pu_helper_put(second);
+		CHECK(gone(pid));
 	}
-	first = dup(fd);
-	CHECK_EQUAL(first, fd + 1);
-	last = first;
-	close(last);
-	close(fd);
+	CHECK_EQUAL(next_descriptor(), before);
 }
 
-/* A pipe that nobody reads from: the child waits in its open. */
-static void a_child_that_is_killed_has_no_result(void)
+static void what_hangs_holds_nothing_up_and_is_called_off(void)
 {
-	struct pu_control control;
-	struct pu_ctrl_cmd cmd = { .dev_id = 1 };
-	char folder[] = "/tmp/control_test.XXXXXX", path[64];
-	int fd = open("/proc/self/exe", O_RDONLY | O_CLOEXEC);
+	struct pu_helper *h = helper();
+	struct pu_control hanging[40];
 
-	CHECK(mkdtemp(folder) != NULL);
-	snprintf(path, sizeof(path), "%s/pipe", folder);
-	CHECK_EQUAL(mkfifo(path, 0600), 0);
-	CHECK_EQUAL(pu_control_begin_write(&control, path, "none"), 0);
-	CHECK_EQUAL(pu_control_wait(&control, 50), 0);
-	CHECK_EQUAL(kill(control.pid, SIGKILL), 0);
-	CHECK_EQUAL(pu_control_wait(&control, 10000), 1);
-	CHECK_EQUAL(control.reply->result, PU_CONTROL_KILLED);
+	for (int i = 0; i < 40; i++)
+		begin_waiting(&hanging[i], h);
+	check_refusal(h);
+	CHECK_EQUAL(pu_control_wait(&hanging[0], 20), 0);
+	for (int i = 0; i < 40; i++)
+		CHECK(pu_control_end(&hanging[i]));
+	check_refusal(h);
+	pu_helper_put(h);
+}
+
+static int told, told_pid;
+
+static void tell(int pid)
+{
+	told_pid = pid;
+	__atomic_store_n(&told, 1, __ATOMIC_RELEASE);
+}
+
+static void a_helper_that_is_killed_is_replaced(void)
+{
+	struct pu_helper *h = helper();
+	struct pu_control control;
+	int pid = pu_helper_pid(h);
+
+	pu_helper_tell(tell);
+	begin_waiting(&control, h);
+	CHECK_EQUAL(kill(pid, SIGKILL), 0);
+	CHECK_EQUAL(pu_control_wait(&control, LIMIT_MS), 1);
+	CHECK_EQUAL(control.result, PU_CONTROL_KILLED);
 	CHECK(pu_control_end(&control));
-	unlink(path);
-	rmdir(folder);
+	check_refusal(h);
+	for (int turn = 0; !__atomic_load_n(&told, __ATOMIC_ACQUIRE) && turn < LIMIT_MS / 10; turn++)
+		usleep(10000);
+	CHECK(told_pid > 0);
+	CHECK(told_pid != pid);
+	CHECK_EQUAL(pu_helper_pid(h), told_pid);
+	pu_helper_tell(NULL);
 
 	/* At whatever stage: the command's own answer, or none. */
-	for (int i = 0; i < 50; i++) {
-		CHECK_EQUAL(pu_control_begin(&control, fd, PU_CMD_GET_DEV_INFO, &cmd, NULL, 0), 0);
+	for (int i = 0; i < 10; i++) {
+		struct pu_ask ask = get_info();
+
+		CHECK_EQUAL(pu_control_begin(&control, h, &ask, NULL, 0, -1), 0);
 		usleep((useconds_t)i * 20);
-		kill(control.pid, SIGKILL);
-		CHECK_EQUAL(pu_control_wait(&control, 10000), 1);
-		if (control.reply->result != PU_CONTROL_KILLED)
-			CHECK_EQUAL(control.reply->result, -EOPNOTSUPP);
+		kill(pu_helper_pid(h), SIGKILL);
+		CHECK_EQUAL(pu_control_wait(&control, LIMIT_MS), 1);
+		if (control.result != PU_CONTROL_KILLED)
+			CHECK_EQUAL(control.result, -EOPNOTSUPP);
 		CHECK(pu_control_end(&control));
 	}
-	close(fd);
+	pu_helper_put(h);
 }
 
-static void a_guard_ends_when_told(void)
+static void *ask_again_and_again(void *of)
 {
-	int fd = open("/proc/self/exe", O_RDONLY | O_CLOEXEC), pid = 0;
-	int pidfd = pu_guard_start(fd, 7, 42, &pid);
-
-	CHECK(pidfd >= 0);
-	CHECK(pid > 0);
-	CHECK_EQUAL(kill(pid, 0), 0);
-	pu_guard_stop(pidfd, pid);
-	CHECK_EQUAL(kill(pid, 0), -1);
-	close(fd);
+	for (int i = 0; i < 50; i++)
+		check_refusal(of);
+	return NULL;
 }
 
-int main(void)
+static void threads_share_a_helper(void)
 {
+	struct pu_helper *h = helper();
+	pthread_t threads[4];
+
+	for (int i = 0; i < 4; i++)
+		CHECK_EQUAL(pthread_create(&threads[i], NULL, ask_again_and_again, h), 0);
+	for (int i = 0; i < 4; i++)
+		pthread_join(threads[i], NULL);
+	pu_helper_put(h);
+}
+
+static void a_program_that_cannot_be_executed(void)
+{
+	struct pu_helper *none;
+	int before = next_descriptor();
+
+	CHECK_EQUAL(pu_helper_get(&none, "/nonexistent/pyublk-helper", -1), -ENOENT);
+	CHECK_EQUAL(pu_helper_get(&none, "/etc/passwd", -1), -EACCES);
+	CHECK_EQUAL(next_descriptor(), before);
+}
+
+static void descriptors_that_run_out(void)
+{
+	struct rlimit all, few;
+	struct pu_helper *h;
+	int before = next_descriptor(), error = -EMFILE, spare;
+
+	CHECK_EQUAL(getrlimit(RLIMIT_NOFILE, &all), 0);
+	for (spare = 0; error == -EMFILE && spare < 10; spare++) {
+		few = (struct rlimit){ (rlim_t)(before + spare), all.rlim_max };
+		CHECK_EQUAL(setrlimit(RLIMIT_NOFILE, &few), 0);
+		error = pu_helper_get(&h, program, node);
+	}
+	CHECK_EQUAL(error, 0);
+	CHECK_EQUAL(spare, 5); /* with four: the socket, its other end, two processes */
+	few.rlim_cur = (rlim_t)before;
+	CHECK_EQUAL(setrlimit(RLIMIT_NOFILE, &few), 0);
+	check_refusal(h); /* none is left, and none needed */
+	CHECK_EQUAL(setrlimit(RLIMIT_NOFILE, &all), 0);
+	pu_helper_put(h);
+	CHECK_EQUAL(next_descriptor(), before);
+}
+
+#ifndef __SANITIZE_THREAD__
+/* A forked child has no part in it, and may have its own. */
+static void a_fork(void)
+{
+	struct pu_helper *h = helper();
+	int pid = pu_helper_pid(h), status, child;
+	uint32_t before = pu_forks;
+
+	child = fork();
+	CHECK(child >= 0);
+	if (child == 0) {
+		CHECK_EQUAL(pu_forks, before + 1);
+		CHECK(!pu_helper_is_ours(h));
+		pu_helper_put(h);
+		struct pu_helper *own = helper();
+
+		CHECK(pu_helper_pid(own) != pid);
+		check_refusal(own);
+		pu_helper_put(own);
+		_exit(0);
+	}
+	CHECK_EQUAL(waitpid(child, &status, 0), child);
+	CHECK_EQUAL(status, 0);
+	CHECK(pu_helper_is_ours(h));
+	CHECK_EQUAL(pu_helper_pid(h), pid);
+	check_refusal(h);
+	pu_helper_put(h);
+}
+
+/* It ends with the process that it is of, also while a fork of that one lives. */
+static void the_death_of_its_process(void)
+{
+	int ends[2], pid = 0, child;
+
+	CHECK_EQUAL(pipe(ends), 0);
+	child = fork();
+	if (child == 0) {
+		struct pu_helper *h = helper();
+
+		pid = pu_helper_pid(h);
+		if (fork() == 0) {
+			poll(NULL, 0, LIMIT_MS);
+			_exit(0);
+		}
+		CHECK_EQUAL(write(ends[1], &pid, sizeof(pid)), sizeof(pid));
+		kill(getpid(), SIGKILL);
+	}
+	CHECK_EQUAL(read(ends[0], &pid, sizeof(pid)), sizeof(pid));
+	CHECK_EQUAL(waitpid(child, NULL, 0), child);
+	CHECK(gone(pid));
+	close(ends[0]);
+	close(ends[1]);
+}
+
+#endif
+
+int main(int argc, char **argv)
+{
+	CHECK_EQUAL(argc, 2);
+	program = argv[1];
+	node = open("/proc/self/exe", O_RDONLY | O_CLOEXEC);
+	CHECK(node >= 0);
+	CHECK(mkdtemp(folder) != NULL);
+	snprintf(fifo, sizeof(fifo), "%s/pipe", folder);
+	CHECK_EQUAL(mkfifo(fifo, 0600), 0);
 	a_refusal_comes_back();
-	many_commands_leave_nothing();
-	a_child_that_is_killed_has_no_result();
-	a_guard_ends_when_told();
+	commands_and_helpers_leave_nothing();
+	what_hangs_holds_nothing_up_and_is_called_off();
+	a_helper_that_is_killed_is_replaced();
+	threads_share_a_helper();
+	a_program_that_cannot_be_executed();
+	descriptors_that_run_out();
+#ifndef __SANITIZE_THREAD__ /* which knows no threads after a fork */
+	a_fork();
+	the_death_of_its_process();
+#endif
+	unlink(fifo);
+	rmdir(folder);
 	return 0;
 }

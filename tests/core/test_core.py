@@ -45,7 +45,16 @@ def test_core(program: str, build: str, sanitizers: set[str], tmp_path: Path) ->
         pytest.skip(f"this compiler cannot build with {' '.join(BUILDS[build])}")
     binary = tmp_path / program
     compile_with(BUILDS[build], HERE / f"{program}.c", binary)
+    arguments = []
+    if program == "control_test":  # which needs the other process, built as it is
+        arguments = [tmp_path / "pyublk-helper"]
+        compile_with(BUILDS[build], CORE.parent / "_helper" / "helper.c", arguments[0])
     done = subprocess.run(
-        [binary], capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL, check=False
+        [binary, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+        check=False,
     )
     assert done.returncode == 0, done.stderr

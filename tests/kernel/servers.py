@@ -170,6 +170,20 @@ def running_children() -> set[int]:
     return found
 
 
+def helpers_of(server: int) -> list[int]:
+    """The helpers that guard a process: they hold its pidfd."""
+    found = []
+    for comm in Path("/proc").glob("[0-9]*/comm"):
+        try:
+            if comm.read_text() == "pyublk-helper\n":
+                about = [info.read_text() for info in (comm.parent / "fdinfo").iterdir()]
+                if any(f"Pid:\t{server}\n" in one for one in about):
+                    found.append(int(comm.parent.name))
+        except OSError:  # ended meanwhile
+            continue
+    return found
+
+
 def sleeping_beyond_signals() -> list[str]:
     """Processes in the state D, of which a hung disk makes some."""
     found = []

@@ -18,6 +18,7 @@ import pytest
 from click.testing import CliRunner, Result
 from conftest import Serve
 from memory import Memory
+from servers import helpers_of
 
 import pyublk
 from pyublk.cli import main
@@ -623,21 +624,21 @@ def test_a_killed_server_leaves_no_device(place: Path) -> None:
     assert left(place) == []
 
 
+def kill_with_helper(server: int) -> None:
+    """Stopped first, a server does not replace its helper."""
+    [helper] = helpers_of(server)
+    with process(server) as victim, process(helper) as guardian:
+        victim.send(signal.SIGSTOP)
+        for one in (guardian, victim):
+            one.send(signal.SIGKILL)
+            assert one.wait(10)
+
+
 def test_the_doctor_deletes_an_orphan(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both the server and its guardian are killed."""
     monkeypatch.setattr(stopping, "_STARTING", 0.0)
     made = added("null")
-    children = Path(f"/proc/{made['server_pid']}/task/{made['server_pid']}/children")
-    guardians = [
-        int(pid)
-        for pid in children.read_text().split()
-        if Path(f"/proc/{pid}/comm").read_text() == "pyublk-guard\n"
-    ]
-    assert len(guardians) == 1
-    for pid in (*guardians, made["server_pid"]):
-        with process(pid) as victim:
-            victim.send(signal.SIGKILL)
-            assert victim.wait(10)
+    kill_with_helper(made["server_pid"])
     with pyublk.Controller() as controller:
         controller.wait_for_status(made["id"], DeviceStatus.DEAD, timeout=45)
     found = json.loads(run_here("doctor", "--json").stdout)["checks"]
@@ -654,11 +655,7 @@ def test_the_doctor_deletes_an_orphan(place: Path, monkeypatch: pytest.MonkeyPat
 
 def test_stop_deletes_an_orphan_of_ours(place: Path) -> None:
     made = added("null")
-    children = Path(f"/proc/{made['server_pid']}/task/{made['server_pid']}/children")
-    for pid in (*map(int, children.read_text().split()), made["server_pid"]):
-        with process(pid) as victim:
-            victim.send(signal.SIGKILL)
-            assert victim.wait(10)
+    kill_with_helper(made["server_pid"])
     with pyublk.Controller() as controller:
         controller.wait_for_status(made["id"], DeviceStatus.DEAD, timeout=45)
     assert run_here("stop", str(made["id"])).exit_code == 0

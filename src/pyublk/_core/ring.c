@@ -9,6 +9,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "forked.h"
+
 struct sq_offsets {
 	uint32_t head, tail, ring_mask, ring_entries, flags, dropped, array, resv1;
 	uint64_t user_addr;
@@ -111,7 +113,9 @@ int pu_ring_open(struct pu_ring *ring, uint32_t entries, uint32_t cq_entries, ui
 	struct setup_params p;
 
 	memset(ring, 0, sizeof(*ring));
-	ring->fd = setup(entries, cq_entries, required, wanted, &p);
+	pu_fork_hold();
+	ring->fd = pu_fork_add(setup(entries, cq_entries, required, wanted, &p));
+	pu_fork_release();
 	if (ring->fd < 0)
 		return ring->fd;
 	ring->enter_fd = ring->fd;
@@ -129,6 +133,7 @@ int pu_ring_open(struct pu_ring *ring, uint32_t entries, uint32_t cq_entries, ui
 	}
 	/* SINGLE_MMAP is Linux 5.4, a NODROP completion queue 5.5: older than every flag we need. */
 	if (!(p.features & PU_FEAT_SINGLE_MMAP) || !(p.features & PU_FEAT_NODROP)) {
+		pu_fork_drop(ring->fd);
 		close(ring->fd);
 		return -ENOSYS;
 	}
@@ -180,6 +185,7 @@ void pu_ring_close(struct pu_ring *ring)
 	}
 	unmap(ring->sqes, ring->sqe_bytes);
 	unmap(ring->ring_map, ring->ring_bytes);
+	pu_fork_drop(ring->fd);
 	close(ring->fd);
 	ring->fd = -1;
 }

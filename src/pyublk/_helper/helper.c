@@ -1,0 +1,471 @@
+/* SPDX-License-Identifier: MIT
+ * pyublk-helper SOCKET PIDFD: issues the control commands of one process, and deletes its disks when it
+ * ends without having done so. ../_core/control.h says why, and talks to it.
+ *
+ * One thread that never waits for a disk: commands wait in the kernel's workers. It has no descriptor of
+ * its server but the socket, the server's pidfd and the control node.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "../_core/protocol.h"
+#include "../_core/ring.h"
+
+enum {
+	OPCODE_ASYNC_CANCEL = 14,
+	OPCODE_OPENAT = 18,
+	REGISTER_IOWQ_MAX_WORKERS = 19,
+	SQE_ASYNC = 1u << 4,
+};
+
+enum step { COMMAND, OPEN, WRITE, CHECK, STOP, DELETE };
+
+struct job { /* a request on its way, or the end of a disk */
+	struct job *next;
+	struct pu_ask ask;
+	enum step step;
+	bool abandoned; /* nobody waits for the answer */
+	int fd;		/* OPEN: none yet */
+	void *map;
+	size_t bytes;
+	uint8_t payload[];
+};
+
+struct guarded {
+	struct guarded *next;
+	uint32_t id;
+	uint64_t cookie;
+};
+
+static int sock, server, node = -1;
+static bool server_gone;
+static struct pu_ring ring = { .fd = -1 };
+static struct job *jobs;
+static struct guarded *guarded;
+
+/* ---- guarded disks ---- */
+
+static void unguard(uint32_t id)
+{
+	for (struct guarded **at = &guarded; *at; at = &(*at)->next)
+		if ((*at)->id == id) {
+			struct guarded *old = *at;
+
+			*at = old->next;
+			free(old);
+			return;
+		}
+}
+
+static void guard(uint32_t id, uint64_t cookie)
+{
+	struct guarded *new = malloc(sizeof(*new));
+
+	if (!new)
+		return;
+	unguard(id);
+	*new = (struct guarded){ .next = guarded, .id = id, .cookie = cookie };
+	guarded = new;
+}
+
+/* ---- jobs ---- */
+
+static struct job *new_job(const struct pu_ask *ask, enum step step, size_t bytes)
+{
+	struct job *job = calloc(1, sizeof(*job) + bytes);
+
+	if (!job)
+		return NULL;
+	job->ask = *ask;
+	job->step = step;
+	job->fd = -1;
+	job->bytes = bytes;
+	job->next = jobs;
+	jobs = job;
+	return job;
+}
+
+static void end(struct job *job)
+{
+	struct job **at = &jobs;
+
+	while (*at != job)
+		at = &(*at)->next;
+	*at = job->next;
+	if (job->map)
+		munmap(job->map, job->ask.file_bytes);
+	if (job->fd >= 0)
+		close(job->fd);
+	free(job);
+}
+
+/* Waits for room, which a thread of the server's makes, but not for a server that has ended. */
+static void tell(const struct msghdr *message)
+{
+	struct pollfd ready[] = { { .fd = sock, .events = POLLOUT }, { .fd = server, .events = POLLIN } };
+
+	while (sendmsg(sock, message, MSG_NOSIGNAL | MSG_DONTWAIT) < 0 && errno == EAGAIN) {
+		poll(ready, 2, -1);
+		if (ready[1].revents)
+			return;
+	}
+}
+
+static void answer(struct job *job, int32_t stage, int32_t result)
+{
+	struct pu_answer head = { .id = job->ask.id, .stage = stage, .result = result };
+	struct iovec parts[] = { { &head, sizeof(head) }, { job->payload, job->bytes } };
+	struct msghdr message = { .msg_iov = parts, .msg_iovlen = job->step == COMMAND ? 2 : 1 };
+
+	tell(&message);
+	end(job);
+}
+
+static int open_ring(void)
+{
+	uint32_t workers[2] = { 4096, 0 }; /* each hanging command has one */
+	int error;
+
+	if (ring.fd >= 0)
+		return 0;
+	/* With an index array, newer kernels would patch their own code, under the feet of every ring
+	 * of the machine, each time such a ring comes or goes. */
+	error = pu_ring_open(&ring, 64, 0, PU_SETUP_SQE128, PU_SETUP_NO_SQARRAY);
+	if (error < 0) {
+		ring.fd = -1;
+		return error;
+	}
+	pu_ring_register(&ring, REGISTER_IOWQ_MAX_WORKERS, workers, 2);
+	return 0;
+}
+
+static int submit(void)
+{
+	for (;;) {
+		int done = pu_ring_submit(&ring, 0, 0, 0);
+
+		if (done != -EINTR)
+			return done;
+	}
+}
+
+/* An empty entry, or NULL: the kernel takes none. */
+static struct pu_sqe *entry(void)
+{
+	struct pu_sqe *sqe = pu_ring_get_sqe(&ring);
+
+	if (!sqe && submit() >= 0)
+		sqe = pu_ring_get_sqe(&ring);
+	return sqe;
+}
+
+static void fill_command(struct job *job, struct pu_sqe *sqe)
+{
+	struct pu_ctrl_cmd cmd = job->ask.cmd;
+	uint32_t cmd_op = job->ask.cmd_op;
+
+	if (job->step != COMMAND)
+		cmd = (struct pu_ctrl_cmd){ .dev_id = cmd.dev_id, .queue_id = UINT16_MAX };
+	if (job->step == CHECK)
+		cmd_op = PU_CMD_GET_DEV_INFO;
+	else if (job->step == STOP)
+		cmd_op = PU_CMD_STOP_DEV;
+	else if (job->step == DELETE)
+		cmd_op = PU_CMD_DEL_DEV;
+	if (job->bytes && (job->step == COMMAND || job->step == CHECK)) {
+		cmd.addr = (uint64_t)(uintptr_t)job->payload;
+		cmd.len = (uint16_t)job->bytes;
+	}
+	sqe->opcode = PU_OPCODE_URING_CMD;
+	sqe->fd = node;
+	sqe->off = cmd_op;
+	memcpy(sqe->cmd, &cmd, sizeof(cmd));
+}
+
+/* Into the kernel with the job's next step. */
+static void go(struct job *job)
+{
+	int error = open_ring();
+	struct pu_sqe *sqe;
+
+	if (error < 0) {
+		answer(job, PU_CONTROL_RING, error);
+		return;
+	}
+	sqe = entry();
+	if (!sqe) {
+		answer(job, PU_CONTROL_SUBMIT, -EBUSY);
+		return;
+	}
+	sqe->user_data = (uint64_t)(uintptr_t)job;
+	if (job->step == OPEN) {
+		sqe->opcode = OPCODE_OPENAT;
+		sqe->flags = SQE_ASYNC; /* it may wait as long as it likes */
+		sqe->fd = AT_FDCWD;
+		sqe->addr = (uint64_t)(uintptr_t)job->payload;
+		sqe->op_flags = O_WRONLY | O_CLOEXEC;
+	} else if (job->step == WRITE) {
+		const char *text = (char *)job->payload + strlen((char *)job->payload) + 1;
+
+		sqe->opcode = PU_OPCODE_WRITE;
+		sqe->flags = SQE_ASYNC;
+		sqe->fd = job->fd;
+		sqe->addr = (uint64_t)(uintptr_t)text;
+		sqe->len = (uint32_t)strlen(text);
+	} else {
+		fill_command(job, sqe);
+	}
+	error = submit();
+	/* What is busy takes it later, from the loop; what refuses must not find it there next time. */
+	if (error < 0 && error != -EAGAIN && error != -EBUSY) {
+		ring.sq_tail--;
+		answer(job, PU_CONTROL_SUBMIT, error);
+	}
+}
+
+static void call_off(struct job *job)
+{
+	struct pu_sqe *sqe;
+
+	job->abandoned = true;
+	if (ring.fd < 0 || !(sqe = entry()))
+		return;
+	sqe->opcode = OPCODE_ASYNC_CANCEL;
+	sqe->fd = -1;
+	sqe->addr = (uint64_t)(uintptr_t)job;
+	sqe->user_data = 0;
+	submit();
+}
+
+/* ---- the end of a disk ---- */
+
+/* Step by step: STOP_DEV first, since a DEL_DEV that hangs in it would lock up every other disk of the
+ * machine; and nothing before the cookie tells that the device is still the one meant. */
+static void delete_device(uint32_t id, uint64_t cookie)
+{
+	struct pu_ask ask = { .cookie = cookie, .cmd = { .dev_id = id } };
+	struct job *job = new_job(&ask, CHECK, sizeof(struct pu_dev_info));
+
+	if (job)
+		go(job);
+}
+
+static void deletion_goes_on(struct job *job, int result)
+{
+	struct pu_dev_info info;
+
+	memcpy(&info, job->payload, sizeof(info));
+	if (job->step == CHECK && (result < 0 || info.server_flags != job->ask.cookie)) {
+		end(job);
+	} else if (job->step == DELETE) {
+		end(job);
+	} else {
+		job->step++;
+		go(job);
+	}
+}
+
+static void server_ended(void)
+{
+	server_gone = true;
+	for (struct job *job = jobs; job; job = job->next)
+		if (job->step == COMMAND || job->step == OPEN || job->step == WRITE)
+			call_off(job);
+	while (guarded) {
+		struct guarded *one = guarded;
+
+		guarded = one->next;
+		delete_device(one->id, one->cookie);
+		free(one);
+	}
+}
+
+/* ---- completions ---- */
+
+static void command_ended(struct job *job, int result)
+{
+	uint32_t op = job->ask.cmd_op;
+
+	if (op == PU_CMD_ADD_DEV && result >= 0) {
+		struct pu_dev_info info;
+
+		memcpy(&info, job->payload, sizeof(info));
+		if (job->abandoned) /* nobody else will ever know of it */
+			delete_device(info.dev_id, info.server_flags);
+		else if (job->ask.flags & PU_ASK_GUARDED)
+			guard(info.dev_id, info.server_flags);
+	}
+	if ((op == PU_CMD_DEL_DEV || op == PU_CMD_DEL_DEV_ASYNC) && (result >= 0 || result == -ENODEV))
+		unguard(job->ask.cmd.dev_id);
+	answer(job, PU_CONTROL_DONE, result);
+}
+
+static void ended(struct job *job, int result)
+{
+	if (job->step == COMMAND) {
+		command_ended(job, result);
+	} else if (job->step == OPEN && result >= 0) {
+		job->fd = result;
+		job->step = WRITE;
+		if (job->abandoned)
+			answer(job, PU_CONTROL_DONE, -ECANCELED);
+		else
+			go(job);
+	} else if (job->step == OPEN || job->step == WRITE) {
+		answer(job, PU_CONTROL_DONE, result < 0 ? result : 0);
+	} else {
+		deletion_goes_on(job, result);
+	}
+}
+
+static void reap(void)
+{
+	while (ring.fd >= 0 && pu_ring_ready(&ring)) {
+		const struct pu_cqe *cqe = pu_ring_cqe(&ring, 0);
+		struct job *job = (struct job *)(uintptr_t)cqe->user_data;
+		int result = cqe->res;
+
+		pu_ring_advance(&ring, 1);
+		if (job) /* else: the end of a cancellation */
+			ended(job, result);
+	}
+}
+
+/* ---- messages ---- */
+
+static bool map_memory(struct job *job, int fd)
+{
+	int protection = PROT_READ | (job->ask.flags & PU_ASK_READ_ONLY ? 0 : PROT_WRITE);
+	void *map = mmap(NULL, job->ask.file_bytes, protection, MAP_SHARED, fd,
+			 (off_t)job->ask.file_offset);
+	uint64_t address = (uint64_t)(uintptr_t)map;
+
+	if (map == MAP_FAILED)
+		return false;
+	job->map = map;
+	memcpy(job->payload, &address, sizeof(address)); /* ublk_shmem_buf_reg.addr */
+	return true;
+}
+
+static void obey(const struct pu_ask *ask, const void *payload, size_t bytes, int fd)
+{
+	struct job *job;
+
+	switch (ask->kind) {
+	case PU_ASK_NODE:
+		if (node >= 0)
+			close(node);
+		node = fd;
+		return;
+	case PU_ASK_GUARD:
+		guard(ask->cmd.dev_id, ask->cookie);
+		return;
+	case PU_ASK_CANCEL:
+		for (job = jobs; job; job = job->next)
+			if (job->ask.id == ask->id && job->step <= WRITE)
+				call_off(job);
+		return;
+	}
+	/* calloc ends a path and a text that were sent without their ends. */
+	job = new_job(ask, ask->kind == PU_ASK_WRITE ? OPEN : COMMAND, bytes);
+	if (!job) {
+		struct pu_answer none = { ask->id, PU_CONTROL_SUBMIT, -ENOMEM };
+		struct iovec part = { &none, sizeof(none) };
+
+		tell(&(struct msghdr){ .msg_iov = &part, .msg_iovlen = 1 });
+	} else {
+		memcpy(job->payload, payload, bytes);
+		if (ask->flags & PU_ASK_MEMORY && !map_memory(job, fd))
+			answer(job, PU_CONTROL_DONE, -errno);
+		else
+			go(job);
+	}
+	if (fd >= 0)
+		close(fd);
+}
+
+/* False: the other end is closed. */
+static bool listen_to_server(void)
+{
+	static uint8_t buffer[PU_MESSAGE_BYTES];
+	union {
+		struct cmsghdr head;
+		uint8_t room[CMSG_SPACE(sizeof(int))];
+	} along;
+	struct iovec part = { buffer, sizeof(buffer) };
+	struct msghdr message = { .msg_iov = &part, .msg_iovlen = 1, .msg_control = &along,
+				  .msg_controllen = sizeof(along) };
+	ssize_t got = recvmsg(sock, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+	struct pu_ask ask;
+	int fd = -1;
+
+	if (got < 0)
+		return errno == EAGAIN || errno == EINTR;
+	if (got < (ssize_t)sizeof(ask))
+		return false;
+	if (message.msg_controllen >= CMSG_LEN(sizeof(int)) && along.head.cmsg_type == SCM_RIGHTS)
+		memcpy(&fd, CMSG_DATA(&along.head), sizeof(fd));
+	memcpy(&ask, buffer, sizeof(ask));
+	obey(&ask, buffer + sizeof(ask), (size_t)got - sizeof(ask), fd);
+	return true;
+}
+
+/* ---- the whole ---- */
+
+/* What may be had, may: neither is a reason to fail. */
+static void be_small_and_last(void)
+{
+	int fd = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
+
+	if (fd >= 0) {
+		if (write(fd, "-1000", 5) < 0)
+			(void)0; /* without CAP_SYS_RESOURCE; it is small, and so not the first */
+		close(fd);
+	}
+	mlockall(MCL_CURRENT);
+}
+
+static bool needed(void)
+{
+	for (struct job *job = jobs; job; job = job->next)
+		if (job->step >= CHECK || job->ask.cmd_op == PU_CMD_ADD_DEV)
+			return true;
+	return guarded != NULL;
+}
+
+int main(int argc, char **argv)
+{
+	if (argc != 3)
+		return 2;
+	sock = atoi(argv[1]);
+	server = atoi(argv[2]);
+	if (chdir("/") < 0)
+		return 1;
+	open_ring();
+	be_small_and_last();
+	for (bool closed = false; !(server_gone || closed) || needed();) {
+		/* One that is not to be asked any more is not looked at. */
+		struct pollfd ready[] = { { .fd = server_gone ? -1 : server, .events = POLLIN },
+					  { .fd = closed ? -1 : sock, .events = POLLIN },
+					  { .fd = ring.fd, .events = POLLIN } };
+		bool pending = ring.fd >= 0 && pu_ring_unsubmitted(&ring);
+
+		poll(ready, 3, pending ? 10 : -1);
+		if (pending)
+			submit();
+		reap();
+		if (ready[1].revents)
+			closed = !listen_to_server();
+		if (ready[0].revents)
+			server_ended();
+	}
+	_exit(0);
+}
