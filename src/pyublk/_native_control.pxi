@@ -138,7 +138,7 @@ pu_helper_tell(helper_was_killed)
 
 
 @atexit.register
-def ignore_killed_helper():
+def _ignore_killed_helper():
     """An interpreter that ends has no use for the news, nor a place for it."""
     pu_helper_tell(NULL)
 

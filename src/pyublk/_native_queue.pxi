@@ -403,6 +403,7 @@ cdef class Queue:
     cdef bint fetched
     cdef unsigned long owner
     cdef uint32_t forks
+    cdef int made_by
     cdef uint32_t look_every  # requests between two looks at the time; fewer when they are slow
     cdef Buffers shared
     cdef SharedTable table
@@ -450,6 +451,7 @@ cdef class Queue:
             raise errors.queue_error(-error, queue_id)
         self.owner = PyThread_get_thread_ident()
         self.forks = pu_forks
+        self.made_by = os.getpid()
         self.look_every = 1
         self.is_open = True
         self.ios = [self.new_io(tag) for tag in range(depth)]
@@ -475,6 +477,8 @@ cdef class Queue:
     cdef int alive(self) except -1:
         if not self.is_open:
             raise errors.DeviceClosed("the queue is closed")
+        if self.forks != pu_forks:
+            raise errors.forked_error(self.made_by)
         return 0
 
     @cython.critical_section

@@ -477,9 +477,9 @@ class Controller:
     def devices(self, *, deadline: float | None = None) -> list[DeviceInfo]:
         """Every device of this machine, by id. The kernel has no call for it; sysfs has the ids."""
         found = []
-        for node in sorted(Path("/sys/class/ublk-char").glob("ublkc*"), key=_node_id):
+        for node in sorted(Path("/sys/class/ublk-char").glob("ublkc*"), key=node_id):
             try:
-                found.append(self.info(_node_id(node), deadline=deadline))
+                found.append(self.info(node_id(node), deadline=deadline))
             except OSError as error:
                 if error.errno != errno.ENODEV:  # else: deleted since
                     raise
@@ -529,5 +529,6 @@ def _named(device: int) -> bytearray:
     return bytearray(path + bytes(16 - len(path) % 16))
 
 
-def _node_id(node: Path) -> int:
+def node_id(node: Path) -> int:
+    """The N of a node such as ublkcN."""
     return int(node.name.removeprefix("ublkc"))

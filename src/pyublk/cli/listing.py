@@ -13,11 +13,12 @@ from pyublk.cli.parameters import DeviceId, json_option
 from pyublk.control import Controller, DeviceInfo
 from pyublk.service.inventory import Disk, disk
 from pyublk.service.stopping import unless_gone
+from pyublk.service.sysfs import Sysfs, whom_to_ask
 from pyublk.targets.sizes import format_size
 from pyublk.uapi import Feature
 
 
-def find(controller: Controller, number: int) -> DeviceInfo:
+def find(controller: Controller | Sysfs, number: int) -> DeviceInfo:
     """The device, or the failure that says which ones there are."""
     try:
         return controller.info(number)
@@ -31,6 +32,13 @@ def find(controller: Controller, number: int) -> DeviceInfo:
         ) from error
 
 
+def _source(controller: Controller) -> Controller | Sysfs:
+    source = whom_to_ask(controller)
+    if source is not controller:
+        message("io_uring is forbidden: this is what sysfs and the records tell, not the driver")
+    return source
+
+
 @click.command("list")
 @json_option
 def list_(as_json: bool) -> None:
@@ -40,10 +48,11 @@ def list_(as_json: bool) -> None:
     made.
     """
     with open_controller() as controller:
+        source = _source(controller)
         disks = []
-        for device in controller.devices():
+        for device in source.devices():
             with unless_gone():
-                disks.append(disk(controller, device))
+                disks.append(disk(source, device))
     if as_json:
         print_json([_summary(one) for one in disks])
     elif disks:
@@ -95,7 +104,8 @@ def info(ids: tuple[int, ...], as_json: bool) -> None:
     ID is a number or a node such as /dev/ublkb0. With --json, prints a list.
     """
     with open_controller() as controller:
-        disks = [disk(controller, find(controller, number)) for number in ids]
+        source = _source(controller)
+        disks = [disk(source, find(source, number)) for number in ids]
     if as_json:
         print_json([_details(one) for one in disks])
         return

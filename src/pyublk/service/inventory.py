@@ -9,6 +9,7 @@ from pyublk.params import Params
 from pyublk.scheduling import io_scheduler
 from pyublk.service.processes import command_name
 from pyublk.service.records import Record
+from pyublk.service.sysfs import Sysfs
 from pyublk.service.usage import Use, uses
 from pyublk.uapi import DeviceStatus
 
@@ -45,7 +46,7 @@ class Disk:
     server_name: str | None
 
 
-def disk(controller: Controller, device: DeviceInfo) -> Disk:
+def disk(controller: Controller | Sysfs, device: DeviceInfo) -> Disk:
     """All about one device. Raises OSError ENODEV when it was deleted meanwhile."""
     try:
         params = controller.get_params(device.id)
