@@ -565,14 +565,18 @@ cdef class Queue:
     cdef int answer_here(self, IO io, int64_t result) except -1:
         """For the thread that serves."""
         cdef int error
-        result = io.give_answer(result)
+        if io.answer_in_buffer:
+            result = io.give_answer(result)
         if io.is_seen():
             error = self.answer_kept(io, result, True)
         else:
             error = pu_queue_answer(&self.q, io.tag, result)
-        if error < 0 and error != -EALREADY:  # else: failed from outside meanwhile
-            raise errors.queue_error(-error, self.q.id)
-        return 0
+        return 0 if error >= 0 else self.refused(error)
+
+    cdef int refused(self, int error) except -1:
+        if error == -EALREADY:  # failed from outside meanwhile
+            return 0
+        raise errors.queue_error(-error, self.q.id)
 
     cdef int answer_kept(self, IO io, int64_t result, bint here) except? -1:
         cdef uint8_t *kept
@@ -612,6 +616,7 @@ cdef class Queue:
 
     cdef int answer_batch(self, Handlers handlers) except -1:
         cdef int64_t result
+        cdef int error
         cdef uint16_t tag
         cdef IO io
         cdef int64_t began = pu_queue_tick()
@@ -624,7 +629,12 @@ cdef class Queue:
             result = handlers.answer(io)
             if result == LATER:
                 continue
-            self.answer_here(io, result)
+            if io.view is None and not io.answer_in_buffer:  # the call is what others cost more
+                error = pu_queue_answer(&self.q, tag, result)
+                if error < 0:
+                    self.refused(error)
+            else:
+                self.answer_here(io, result)
             if i + 1 < look:
                 continue
             if pu_queue_tick() - began > ANSWERS_DUE:

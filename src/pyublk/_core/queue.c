@@ -585,10 +585,17 @@ static int reap(struct pu_queue *q)
 	return error;
 }
 
-int pu_queue_answer(struct pu_queue *q, uint16_t tag, int64_t result)
+NEVER_INLINE int answer_unpinned(struct pu_queue *q, uint16_t tag, int64_t result)
 {
 	if (!claim_current(q, tag))
 		return -EALREADY;
+	return commit(q, tag, value_of(&q->desc[tag], result));
+}
+
+int pu_queue_answer(struct pu_queue *q, uint16_t tag, int64_t result)
+{
+	if (!try_to_claim(&q->tags[tag], pu_tag_generation(&q->tags[tag])))
+		return answer_unpinned(q, tag, result);
 	return commit(q, tag, value_of(&q->desc[tag], result));
 }
 
