@@ -16,6 +16,7 @@ __all__ = [
     "IO",
     "NULL_HANDLER",
     "Buffers",
+    "CharDevice",
     "Dispatcher",
     "Handlers",
     "Helper",
@@ -28,7 +29,6 @@ __all__ = [
     "ShardedLock",
     "SharedTable",
     "address",
-    "close_private",
     "forks",
     "open_private",
     "write_apart",
@@ -199,8 +199,10 @@ class IO:
     def buffer(self) -> memoryview:
         """The request's bytes, to fill for a READ, read-only for a WRITE, empty for the others.
 
-        With user copy they come when this is looked at, and go when the request is completed.
-        Released when the request is completed.
+        With user copy they come when this is looked at, and go when the request is completed. The
+        view is released then. Slices, arrays and other views made of it may be kept: their bytes
+        stay as they are, and the tag's next requests get other memory (`buffer_size` bytes for each
+        that is kept). One that shows memory shared with a client shows what the client does there.
         """
     @property
     def zones(self) -> int:
@@ -247,6 +249,20 @@ class Buffers:
     @property
     def size(self) -> int: ...
 
+@final
+class CharDevice:
+    """An open char device: the number stays taken until everybody who may use it has gone.
+
+    A thread that was given up, and comes back to copy a request's data, finds a file of its own
+    under the number, never somebody else's. `fd` is taken over.
+    """
+
+    def __init__(self, fd: int) -> None: ...
+    def fileno(self) -> int:
+        """The number; -1 when it is closed."""
+    def close(self) -> None:
+        """Closes it; every queue on it must be closed already. Else let go of this object."""
+
 def address(memory: Buffer) -> int:
     """Where the bytes of a buffer are."""
 
@@ -268,7 +284,8 @@ class SharedTable:
 class Queue:
     """One queue of an open char device (`/dev/ublkcN`), served by the thread that makes it.
 
-    Args: `fd` of the char device, the queue's number, its `depth` (1 to 4096, as the device was
+    Args: `fd` of the char device (a number, of which the queue makes a duplicate, or a CharDevice),
+    the queue's number, its `depth` (1 to 4096, as the device was
     added with), `buffer_size` in bytes for each tag (the device's max_io_size), and the device's
     `flags`, from which the data path follows. Several of these may serve one queue, each on its own
     thread with every `tag_step`th tag from `first_tag` on, and with batch I/O the same `buffers`.
@@ -281,7 +298,7 @@ class Queue:
 
     def __init__(
         self,
-        fd: int,
+        fd: int | CharDevice,
         queue_id: int = 0,
         *,
         depth: int = 128,
@@ -348,7 +365,7 @@ class Queue:
     def wake(self) -> None:
         """Makes a `wait` return. From any thread."""
     def fail_held(self, error: int = 5) -> None:
-        """Fails every request not yet answered. From any thread."""
+        """Fails every request not yet answered; each tag gets other memory. From any thread."""
     def sever(self) -> None:
         """Takes the device away from a serving thread that is stuck. From any thread."""
     def inject(self, tag: int, op_flags: int, offset: int, length: int, address: int = 0) -> None:
@@ -409,7 +426,7 @@ class Helper:
     OSError where it cannot be started.
     """
 
-    def __init__(self, control_node: int = -1) -> None: ...
+    def __new__(cls, control_node: int = -1) -> Self: ...
     @property
     def pid(self) -> int:
         """Its process; 0 while it could not be replaced."""
@@ -440,10 +457,7 @@ class Helper:
         """See `write_apart`."""
 
 def open_private(path: str, flags: int) -> int:
-    """As os.open, with O_CLOEXEC; a forked child lets go of it at once, like of a ring."""
-
-def close_private(fd: int) -> None:
-    """Closes what `open_private` returned."""
+    """As os.open, with O_CLOEXEC, for a `CharDevice`: a forked child lets go of it at once."""
 
 def forks() -> int:
     """How many forks lie between the first process and this one; what was made at another count is
@@ -528,7 +542,7 @@ class MappedQueue(Queue):
 
     def __init__(
         self,
-        fd: int,
+        fd: int | CharDevice,
         queue_id: int = 0,
         *,
         layout: Layout,

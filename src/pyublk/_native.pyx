@@ -20,12 +20,14 @@ from cpython.contextvars cimport PyContext_CopyCurrent, PyContext_Enter, PyConte
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.errno cimport (
-    errno, EAGAIN, EALREADY, EBUSY, ECHILD, EINTR, EINVAL, EIO, ENODEV, EOPNOTSUPP, ESHUTDOWN, ETIME
+    errno, EAGAIN, EALREADY, EBUSY, ECHILD, EINTR, EINVAL, EIO, ENODEV, ENOMEM, EOPNOTSUPP,
+    ESHUTDOWN, ESTALE, ETIME,
 )
 from libc.limits cimport INT_MAX
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy, memset
+from posix.unistd cimport close as close_number
 
 import atexit
 import errno as _errno
@@ -42,6 +44,7 @@ __all__ = [
     "IO",
     "NULL_HANDLER",
     "Buffers",
+    "CharDevice",
     "Dispatcher",
     "Handlers",
     "Helper",
@@ -54,13 +57,13 @@ __all__ = [
     "ShardedLock",
     "SharedTable",
     "address",
-    "close_private",
     "forks",
     "open_private",
     "write_apart",
 ]
 
 include "_native_core.pxi"
+include "_native_buffers.pxi"
 include "_native_ring.pxi"
 include "_native_queue.pxi"
 include "_native_async.pxi"

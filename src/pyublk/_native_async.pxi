@@ -462,8 +462,5 @@ cdef class Dispatcher:
         cdef Queue queue = io.queue
         if io.deferred or not pu_queue_holds(&queue.q, io.tag, io.generation):
             return 0
-        io.drop_view()
-        cdef int error = pu_queue_answer(&queue.q, io.tag, io.give_answer(result))
-        if error < 0 and error != -EALREADY:  # else: failed from outside meanwhile
-            raise errors.queue_error(-error, queue.q.id)
+        queue.answer_here(io, result)
         return 0

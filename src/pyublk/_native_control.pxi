@@ -159,9 +159,16 @@ def open_private(path, int flags):
     return fd
 
 
-def close_private(int fd):
-    pu_fork_drop(fd)
-    os.close(fd)
+cdef int dup_private(int fd) except -1:
+    cdef int copy
+    with nogil:
+        pu_fork_hold()
+        copy = pu_fork_add(fcntl(fd, F_DUPFD_CLOEXEC, 0))
+        error = errno
+        pu_fork_release()
+    if copy < 0:
+        raise OSError(error, os.strerror(error))
+    return copy
 
 
 def forks():

@@ -20,6 +20,24 @@ cdef extern from *:
     """
     int PU_REFERENCES(PyObject *o)
 
+cdef extern from *:
+    """
+    #define PU_RELEASED(o) (((PyMemoryViewObject *)(o))->flags & _Py_MEMORYVIEW_RELEASED)
+
+    /* Whether nobody but the holder of this one reference sees a memoryview's memory: neither this
+     * view, which may be released, nor a slice or cast of it, nor what took a buffer from it. What
+     * cannot be told for sure is no. */
+    static inline int PU_UNSEEN(PyObject *o)
+    {
+        PyMemoryViewObject *view = (PyMemoryViewObject *)o;
+
+        return PU_REFERENCES(o) == 1 && view->exports == 0 && !PU_RELEASED(o) &&
+               view->mbuf->exports == 1;
+    }
+    """
+    bint PU_RELEASED(PyObject *o) noexcept
+    bint PU_UNSEEN(PyObject *o) noexcept
+
 cdef extern from "_core/ring.h" nogil:
     int PU_SQE_FIXED_FILE
     int PU_OPCODE_NOP
@@ -113,6 +131,14 @@ cdef extern from "_core/shared.h" nogil:
     void pu_shared_put(pu_shared *, uint16_t, uint8_t *, uint64_t)
     void pu_shared_change(pu_shared *, uint32_t)
 
+cdef extern from "_core/buffers.h" nogil:
+    struct pu_buffers:
+        size_t bytes
+
+    pu_buffers *pu_buffers_new(uint16_t, size_t)
+    void pu_buffers_free(pu_buffers *)
+    void pu_buffers_unmap(const pu_buffers *, uint8_t *)
+
 cdef extern from "_core/queue.h" nogil:
     ctypedef int64_t (*pu_handler)(
         void *, uint32_t, uint32_t, uint64_t, uint64_t, void *
@@ -142,7 +168,8 @@ cdef extern from "_core/queue.h" nogil:
         uint16_t tag_step
         uint64_t flags
         size_t buffer_bytes
-        uint8_t *buffers
+        pu_buffers *buffers
+        bint own_device
         uint32_t extra_entries
         const int *files
         uint32_t nr_files
@@ -164,8 +191,6 @@ cdef extern from "_core/queue.h" nogil:
         bint severed
         bint watched
 
-    uint8_t *pu_buffers_map(uint16_t, size_t)
-    void pu_buffers_unmap(uint8_t *, uint16_t, size_t)
     int pu_queue_open(pu_queue *, int, const pu_queue_options *)
     void pu_queue_close(pu_queue *)
     void pu_queue_free(pu_queue *)
@@ -180,20 +205,24 @@ cdef extern from "_core/queue.h" nogil:
     uint32_t pu_tag_generation(const pu_tag *)
     int pu_tag_state(const pu_tag *)
     int pu_queue_post(pu_queue *, uint16_t, uint32_t, int64_t)
+    int pu_queue_answer_kept(pu_queue *, uint16_t, uint32_t, int64_t, bint, uint8_t **)
     void pu_queue_fail_held(pu_queue *, int)
     void pu_queue_wake(pu_queue *)
-    int pu_queue_copy(pu_queue *, uint16_t, void *, uint64_t, uint64_t, uint64_t)
-    int pu_queue_fill_buffer(pu_queue *, uint16_t)
+    int pu_queue_copy(pu_queue *, uint16_t, uint32_t, void *, uint64_t, uint64_t, uint64_t)
+    int pu_queue_fill_buffer(pu_queue *, uint16_t, uint32_t)
     int pu_queue_serve(pu_queue *, pu_handler, void *, bint)
     uint32_t pu_queue_held(const pu_queue *)
     int pu_queue_inject(pu_queue *, uint16_t, uint32_t, uint64_t, uint32_t)
     void pu_queue_counters(const pu_queue *, pu_counters *)
-    void *pu_queue_buffer(const pu_queue *, uint16_t)
+    uint8_t *pu_queue_buffer(const pu_queue *, uint16_t)
+    uint8_t *pu_queue_next_buffer(const pu_queue *, uint16_t)
     void *pu_queue_shared(const pu_queue *, uint16_t)
     bint pu_queue_holds(const pu_queue *, uint16_t, uint32_t)
 
 cdef extern from "fcntl.h" nogil:
+    int F_DUPFD_CLOEXEC
     int O_CLOEXEC
+    int fcntl(int, int, ...)
     int c_open "open"(const char *, int, ...)
 
 cdef extern from "_core/forked.h" nogil:

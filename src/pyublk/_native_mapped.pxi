@@ -239,7 +239,7 @@ cdef class MappedQueue(Queue):
     cdef Layout layout
     cdef bint opened
 
-    def __init__(self, int fd, uint16_t queue_id=0, *, Layout layout not None, **options):
+    def __init__(self, fd, uint16_t queue_id=0, *, Layout layout not None, **options):
         cdef int error
         cdef uint32_t count = layout.layout.nr_files
         cdef uint32_t version = pu_layout_version(&layout.layout)
@@ -263,9 +263,9 @@ cdef class MappedQueue(Queue):
         return cls(-1, layout=layout, depth=depth, buffer_size=buffer_size)
 
     def __dealloc__(self):
-        # What the kernel may still read or fill stays, shared with other threads' queues or not.
-        if self.opened and not pu_mapped_close(&self.mapped) and self.shared is not None:
-            Py_INCREF(self.shared)
+        # What the kernel may still read or fill stays.
+        if self.opened and not pu_mapped_close(&self.mapped):
+            Py_INCREF(self.buffers)
 
     def serve_mapped(self, Planner planner=None, leg_failed=None):
         cdef int there

@@ -26,10 +26,9 @@ cdef class IO:
 
     cdef Queue queue
     cdef pu_desc *desc
-    cdef object view         # for the operation that last used it; length bytes
-    cdef uint64_t view_length
-    cdef bint view_writable
-    cdef bint view_shared    # it shows memory shared with the client, for this one request
+    cdef object view         # for the operation that last used it
+    cdef Span span           # what it shows
+    cdef bint single_use     # for this request: of a client's memory, or beside a released view
     cdef bint answer_in_buffer  # user copy: a read's data is in the buffer, to be given at the end
     cdef uint32_t generation
     cdef readonly uint16_t tag
@@ -125,10 +124,12 @@ cdef class IO:
                     f"bytes {at} to {at + length} are not in this request of {self.data_length()}"
                 )
             with nogil:
-                error = pu_queue_copy(&self.queue.q, self.tag, view.buf, at, length,
-                                      PU_USER_COPY_INTEGRITY if metadata else 0)
+                error = pu_queue_copy(&self.queue.q, self.tag, self.generation, view.buf, at,
+                                      length, PU_USER_COPY_INTEGRITY if metadata else 0)
         finally:
             PyBuffer_Release(&view)
+        if error == -ESTALE:
+            self.raise_stale()
         if error < 0:
             raise OSError(-error, f"copying a request's data: {os.strerror(-error)}")
         return 0
@@ -154,28 +155,32 @@ cdef class IO:
             return self.get_shared_view(length, writable)
         if not self.queue.q.copies:
             self.bring_data(writable)
-        if self.view is None or self.view_length != length or self.view_writable != writable:
-            self.drop_view()
-            span = Span.make(self.queue, pu_queue_buffer(&self.queue.q, self.tag), length, writable)
+        cdef char *data = <char *>pu_queue_buffer(&self.queue.q, self.tag)
+        cdef Span span = self.span
+        if span is None or span.data != data or span.length != <Py_ssize_t>length or (
+            span.writable != writable
+        ):
+            self.span = span = Span.make(self.queue.buffers, data, length, writable)
             self.view = memoryview(span)
-            self.view_length = length
-            self.view_writable = writable
+        elif self.view is None or PU_RELEASED(<PyObject *>self.view):
+            self.single_use = span.exports > 0
+            self.view = memoryview(span)
         return self.view
 
     cdef object get_shared_view(self, uint64_t length, bint writable):
         """Straight into the memory that the client shares: nothing comes or goes."""
         cdef void *bytes_of
-        if self.view_shared:
+        if self.single_use:
             return self.view
         with nogil:
             bytes_of = pu_queue_shared(&self.queue.q, self.tag)
         if bytes_of == NULL:
             raise OSError(EIO, "the request lies in shared memory that is not known here")
-        self.drop_view()
         index = self.desc.addr >> uapi.SHMEM_INDEX_OFFSET & 0xFFFF
         memory = self.queue.table.memories.get(index)
+        self.span = None
         self.view = memoryview(Span.make(memory, bytes_of, length, writable))
-        self.view_shared = True
+        self.single_use = True
         return self.view
 
     cdef int bring_data(self, bint writable) except -1:
@@ -187,31 +192,34 @@ cdef class IO:
             self.answer_in_buffer = True
             return 0
         with nogil:
-            error = pu_queue_fill_buffer(&self.queue.q, self.tag)
+            error = pu_queue_fill_buffer(&self.queue.q, self.tag, self.generation)
+        if error == -ESTALE:
+            self.raise_stale()
         if error < 0:
             raise OSError(-error, f"copying a write's data: {os.strerror(-error)}")
         return 0
 
-    cdef inline int drop_view(self) except -1:
-        """A view that the handler kept must not show the tag's next request."""
-        return 0 if self.view is None else self.drop_kept_view()
+    cdef inline bint is_seen(self) except -1:
+        """Whether somebody may still see the request's memory, now that it is to be answered."""
+        with cython.critical_section(self):
+            if self.view is None:
+                return False
+            if PU_UNSEEN(<PyObject *>self.view) and not self.single_use:
+                return False
+            return self.take_view_away()
 
-    cdef int drop_kept_view(self) except -1:
-        view = self.take_kept_view()
+    cdef bint take_view_away(self) except -1:
+        """A handler that kept its view finds it released, at once, and not another request's data
+        in it. Who made something of it has memory that stays as it was."""
+        view, self.view = self.view, None
+        self.single_use = False
         if view is not None:
             try:
                 view.release()
             except BufferError:
-                pass  # an array on top of it: it keeps the memory, whatever that will hold
-        return 0
-
-    @cython.critical_section
-    cdef object take_kept_view(self):
-        if PU_REFERENCES(<PyObject *>self.view) == 1 and not self.view_shared:
-            return None
-        view, self.view = self.view, None
-        self.view_shared = False
-        return view
+                pass
+            view = None
+        return self.span is not None and self.span.exports > 0
 
     def complete(self, *, zone_sector=None):
         if zone_sector is not None:
@@ -230,8 +238,7 @@ cdef class IO:
 
     cdef int finish(self, int64_t result) except -1:
         self.current()
-        self.drop_view()
-        if self.queue.finish(self, self.give_answer(result)) < 0:
+        if self.queue.answer(self, result) < 0:
             self.current()
         return 0
 
@@ -246,7 +253,8 @@ cdef class IO:
         cdef uint64_t length = self.data_length()
         with nogil:
             error = pu_queue_copy(
-                &self.queue.q, self.tag, pu_queue_buffer(&self.queue.q, self.tag), 0, length, 0
+                &self.queue.q, self.tag, self.generation,
+                pu_queue_buffer(&self.queue.q, self.tag), 0, length, 0,
             )
         return error
 
@@ -320,42 +328,13 @@ cdef class Handlers:
             io.deferred or not pu_queue_holds(&io.queue.q, io.tag, io.generation)
         ):
             return LATER
-        io.drop_view()
-        return io.give_answer(result)
+        return result
 
     def answer_from_here(self, IO io):
         """Runs the handler on the calling thread; the queue's own thread commits."""
         cdef int64_t result = self.answer(io)
         if result != LATER:
-            pu_queue_post(&io.queue.q, io.tag, io.generation, result)
-
-
-cdef class Buffers:
-    """Memory for the requests of `depth` tags, `size` bytes each, that several threads share."""
-
-    cdef uint8_t *first
-    cdef uint32_t forks
-    cdef readonly unsigned int depth
-    cdef readonly size_t size
-
-    def __init__(self, unsigned int depth, size_t size):
-        if self.first != NULL:
-            raise RuntimeError("this memory is made already")
-        self.first = pu_buffers_map(<uint16_t>depth, size)
-        if self.first == NULL:
-            raise MemoryError(f"cannot reserve {depth} buffers of {size} bytes")
-        self.forks = pu_forks
-        self.depth = depth
-        self.size = size
-
-    def __dealloc__(self):
-        if self.first != NULL and self.forks == pu_forks:
-            pu_buffers_unmap(self.first, <uint16_t>self.depth, self.size)
-
-
-def address(memory):
-    """Where the bytes of a buffer are."""
-    return <uintptr_t>address_of(memoryview(memory))
+            io.queue.answer(io, result)
 
 
 cdef class SharedTable:
@@ -405,11 +384,12 @@ cdef class Queue:
     cdef uint32_t forks
     cdef int made_by
     cdef uint32_t look_every  # requests between two looks at the time; fewer when they are slow
-    cdef Buffers shared
+    cdef Buffers buffers
+    cdef CharDevice device
     cdef SharedTable table
     cdef object __weakref__
 
-    def __init__(self, int fd, uint16_t queue_id=0, *, unsigned int depth=128,
+    def __init__(self, fd, uint16_t queue_id=0, *, unsigned int depth=128,
                  size_t buffer_size=512 * 1024, uint64_t flags=0, unsigned int first_tag=0,
                  unsigned int tag_step=1, Buffers buffers=None, uint32_t extra_entries=0,
                  files=(), trim_after=None, uint32_t faults=0, SharedTable table=None):
@@ -430,13 +410,16 @@ cdef class Queue:
         options.tag_step = <uint16_t>tag_step
         options.flags = flags
         options.buffer_bytes = buffer_size
-        if buffers is not None:
-            if buffers.depth != depth or buffers.size != buffer_size:
-                raise ValueError("the shared buffers are not of this queue's depth and size")
-            options.buffers = buffers.first
-            self.shared = buffers
+        if buffers is None:
+            self.buffers = Buffers(depth, buffer_size)
+            if trim_after is not None:
+                options.trim_after_ns = nanoseconds(trim_after)
+        elif buffers.depth != depth or buffers.size != buffer_size:
+            raise ValueError("the shared buffers are not of this queue's depth and size")
+        else:  # and others use them while this queue has nothing to do
+            self.buffers = buffers
+        options.buffers = self.buffers.buffers
         options.extra_entries = extra_entries
-        options.trim_after_ns = 0 if trim_after is None else nanoseconds(trim_after)
         options.faults = faults
         if table is not None:
             options.shared = table.table
@@ -445,8 +428,15 @@ cdef class Queue:
         cdef const int[::1] numbers_view = numbers if numbers else array("i", [-1])
         options.files = &numbers_view[0]
         options.nr_files = <uint32_t>len(numbers)
+        cdef int number
+        if isinstance(fd, CharDevice):
+            self.device = fd
+            number = self.device.fd
+        else:  # a caller may close it at any time
+            number = fd if fd < 0 else dup_private(fd)
+            options.own_device = True
         with nogil:
-            error = pu_queue_open(&self.q, fd, &options)
+            error = pu_queue_open(&self.q, number, &options)
         if error < 0:
             raise errors.queue_error(-error, queue_id)
         self.owner = PyThread_get_thread_ident()
@@ -550,8 +540,8 @@ cdef class Queue:
         if PU_REFERENCES(<PyObject *>io) != 2:  # somebody kept it: not just the list and `io`
             io = self.new_io(tag)
             self.ios[tag] = io
-        if io.view_shared:
-            io.drop_view()
+        if io.single_use:
+            io.take_view_away()
         io.generation = pu_tag_generation(&self.q.tags[tag])
         io.deferred = False
         io.answer_in_buffer = False
@@ -570,10 +560,45 @@ cdef class Queue:
         while (batch := self.wait()) is not None:
             yield from batch
 
-    cdef int finish(self, IO io, int64_t result) noexcept:
-        if PyThread_get_thread_ident() == self.owner:
+    cdef int answer(self, IO io, int64_t result) except? -1:
+        """0, or -EALREADY: it was failed from outside meanwhile."""
+        cdef bint here = PyThread_get_thread_ident() == self.owner
+        result = io.give_answer(result)
+        if io.is_seen():
+            return self.answer_kept(io, result, here)
+        if here:
             return pu_queue_answer(&self.q, io.tag, result)
         return pu_queue_post(&self.q, io.tag, io.generation, result)
+
+    cdef int answer_here(self, IO io, int64_t result) except -1:
+        """For the thread that serves."""
+        cdef int error
+        if io.answer_in_buffer:
+            result = io.give_answer(result)
+        if io.is_seen():
+            error = self.answer_kept(io, result, True)
+        else:
+            error = pu_queue_answer(&self.q, io.tag, result)
+        return 0 if error >= 0 else self.refused(error)
+
+    cdef int refused(self, int error) except -1:
+        if error == -EALREADY:  # failed from outside meanwhile
+            return 0
+        raise errors.queue_error(-error, self.q.id)
+
+    cdef int answer_kept(self, IO io, int64_t result, bint here) except? -1:
+        cdef uint8_t *kept
+        cdef int error
+        span, io.span = io.span, None
+        error = pu_queue_answer_kept(&self.q, io.tag, io.generation, result, here, &kept)
+        if kept != NULL:
+            span.owner = KeptBuffer.make(self.buffers, kept)
+        if error == -ENOMEM:
+            raise MemoryError(
+                f"queue {self.q.id} has no memory for its next requests: the target keeps the "
+                "buffers of too many"
+            )
+        return error
 
     def serve_native(self, uintptr_t handler, uintptr_t context=0, *, bint blind=False):
         self.alive()
@@ -601,18 +626,23 @@ cdef class Queue:
         cdef int64_t result
         cdef int error
         cdef uint16_t tag
+        cdef IO io
         cdef int64_t began = pu_queue_tick()
         cdef uint32_t look = self.look_every
         for i in range(self.q.nr_ready):
             tag = self.q.ready[i]
             if pu_tag_state(&self.q.tags[tag]) != PU_TAG_OWNED:  # failed from outside meanwhile
                 continue
-            result = handlers.answer(self.take(tag))
+            io = self.take(tag)
+            result = handlers.answer(io)
             if result == LATER:
                 continue
-            error = pu_queue_answer(&self.q, tag, result)
-            if error < 0 and error != -EALREADY:  # else: failed from outside meanwhile
-                raise errors.queue_error(-error, self.q.id)
+            if io.view is None and not io.answer_in_buffer:  # the call is what others cost more
+                error = pu_queue_answer(&self.q, tag, result)
+                if error < 0:
+                    self.refused(error)
+            else:
+                self.answer_here(io, result)
             if i + 1 < look:
                 continue
             if pu_queue_tick() - began > ANSWERS_DUE:
@@ -679,4 +709,6 @@ cdef class Queue:
     def memory(self, uint16_t tag, size_t length):
         """The tag's buffer as the kernel would see it."""
         self.alive()
-        return memoryview(Span.make(self, pu_queue_buffer(&self.q, tag), length, True))
+        return memoryview(
+            Span.make(self.buffers, pu_queue_next_buffer(&self.q, tag), length, True)
+        )

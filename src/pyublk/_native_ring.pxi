@@ -245,36 +245,3 @@ cdef class Ring:
         cdef int error = pu_ring_register_self(&self.ring)
         if error < 0:
             raise OSError(-error, f"io_uring_register: {os.strerror(-error)}")
-
-
-cdef class Span:
-    """Memory with an owner: what memoryviews of a tag's buffer keep alive."""
-
-    cdef object owner
-    cdef char *data
-    cdef Py_ssize_t length
-    cdef bint writable
-
-    @staticmethod
-    cdef Span make(object owner, void *data, Py_ssize_t length, bint writable):
-        span = <Span>Span.__new__(Span)
-        span.owner = owner
-        span.data = <char *>data
-        span.length = length
-        span.writable = writable
-        return span
-
-    @staticmethod
-    cdef Span borrow(object buffer, bint writable):
-        view = memoryview(buffer).cast("B")
-        if writable and view.readonly:
-            raise ValueError("the buffer must be writable, such as a bytearray")
-        return Span.make(view, address_of(view), len(view), writable)
-
-    def __getbuffer__(self, Py_buffer *buffer, int flags):
-        PyBuffer_FillInfo(buffer, self, self.data, self.length, not self.writable, flags)
-
-
-cdef char *address_of(object view) except? NULL:
-    cdef const unsigned char[::1] bytes_of = view
-    return <char *>&bytes_of[0] if len(view) else NULL

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pyublk import errors, serving
-from pyublk._native import Buffers, Handlers, MappedQueue, Queue, SharedTable
+from pyublk._native import Buffers, CharDevice, Handlers, MappedQueue, Queue, SharedTable
 from pyublk.control import DeviceInfo
 from pyublk.mapped import MappedTarget
 from pyublk.stats import DeviceStats, QueueStats
@@ -102,7 +102,7 @@ class Crew:
 
     def begin(
         self,
-        char_fd: int,
+        char_device: CharDevice,
         info: DeviceInfo,
         *,
         table: SharedTable | None,
@@ -124,7 +124,7 @@ class Crew:
         if isinstance(self.target, MappedTarget):
             make = partial(MappedQueue, layout=self.target.layout)
         make = partial(make, table=table, trim_after=self._trim_after)
-        make_queues = partial(_make_queues, make, char_fd, info)
+        make_queues = partial(_make_queues, make, char_device, info)
         if on_this_loop:
             from pyublk import loops
 
@@ -282,14 +282,14 @@ class Crew:
 
 
 def _make_queues(
-    make: Callable[..., Queue], char_fd: int, info: DeviceInfo, shares: list[Share]
+    make: Callable[..., Queue], char_device: CharDevice, info: DeviceInfo, shares: list[Share]
 ) -> list[Queue]:
     queues: list[Queue] = []
     try:
         for share in shares:
             queues.append(
                 make(
-                    char_fd,
+                    char_device,
                     share.queue,
                     depth=info.depth,
                     buffer_size=info.max_io_size,

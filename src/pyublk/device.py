@@ -19,7 +19,7 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from pyublk import errors
-from pyublk._native import Helper, close_private, forks, open_private
+from pyublk._native import CharDevice, Helper, forks, open_private
 from pyublk.control import Controller, DeviceInfo, check_wish, new_cookie
 from pyublk.crew import Crew
 from pyublk.interruptions import (
@@ -155,7 +155,7 @@ class Device:
         self._info: DeviceInfo | None = None
         self._controller: Controller | None = None
         self._guard: Helper | None = None
-        self._char_fd = -1
+        self._char_device: CharDevice | None = None
         self._opened = False
         self._final_stats: DeviceStats | None = None
         self._stopped = threading.Event()
@@ -327,7 +327,7 @@ class Device:
                 "announce less, or use a newer kernel",
             )
         self._state = DeviceState.CONFIGURED
-        self._char_fd = self._open_char_device()
+        self._char_device = self._open_char_device()
 
     def _delete_added(self, cookie: int) -> None:
         """What interrupts ADD_DEV, or ends our patience, may leave the device that it made."""
@@ -337,11 +337,11 @@ class Device:
                 if device.cookie == cookie:
                     self._controller.delete(device.id, wait=False)
 
-    def _open_char_device(self) -> int:
+    def _open_char_device(self) -> CharDevice:
         until = time.monotonic() + 5.0
         while True:
             try:
-                return open_private(self.char_path, os.O_RDWR)
+                return CharDevice(open_private(self.char_path, os.O_RDWR))
             except OSError as error:
                 # The node and its rights come a moment after the device.
                 transient = error.errno in (errno.ENOENT, errno.EACCES, errno.EBUSY)
@@ -351,8 +351,9 @@ class Device:
 
     def _begin_serving(self, *, on_this_loop: bool) -> None:
         self._state = DeviceState.STARTING
+        assert self._char_device is not None
         self._crew.begin(
-            self._char_fd,
+            self._char_device,
             self._device_info(),
             table=None if self._sharing is None else self._sharing.table,
             cpus_of=self._cpus_of,
@@ -579,7 +580,8 @@ class Device:
     def _give_up_hanging(self) -> list[str]:
         hanging = self._crew.give_up()
         if hanging.cut_off:
-            self._close_char_device()
+            # The device is let go of; its number stays theirs who may yet come to use it.
+            self._char_device = None
         if hanging.holds_queue:
             assert self._controller is not None
             # These kernels learn of a server's end by a FETCH that it takes along, or, half a
@@ -587,14 +589,11 @@ class Device:
             self._kept_by_kernel = not self._controller.features().has(Feature.UPDATE_SIZE)
         return hanging.stacks
 
-    def _close_char_device(self) -> None:
-        if self._char_fd >= 0:
-            close_private(self._char_fd)
-            self._char_fd = -1
-
     def _release(self) -> None:
         """Gives everything back, also after a start that failed half-way."""
-        self._close_char_device()
+        if self._char_device is not None:
+            self._char_device.close()
+            self._char_device = None
         try:
             # What the kernel keeps, the helper deletes when this process ends.
             if not self._kept_by_kernel and self._controller is not None and self._info is not None:

@@ -16,7 +16,7 @@ static void random_requests(struct bench *b)
 		uint64_t length = (1 + (uint64_t)rand_r(&seed) % 200) * 512;
 		uint64_t offset = (uint64_t)rand_r(&seed) % ((b->layout.size - length) / 512 + 1) * 512;
 		uint16_t tag = (uint16_t)(rand_r(&seed) % DEPTH);
-		uint8_t *buffer = pu_queue_buffer(&b->queue, tag);
+		uint8_t *buffer = pu_queue_next_buffer(&b->queue, tag);
 
 		switch (rand_r(&seed) % 8) {
 		case 0:
@@ -88,7 +88,7 @@ static void a_plan_with_more_parts_than_slots(void)
 			.file = i % FILES, .offset = (511 - i) / FILES * 512, .length = 512
 		};
 	CHECK_EQUAL(pu_queue_inject(&b.queue, 2, PU_OP_WRITE, 0, 512), 0);
-	memset(pu_queue_buffer(&b.queue, 2), 7, BUFFER);
+	memset(pu_queue_next_buffer(&b.queue, 2), 7, BUFFER);
 	CHECK_EQUAL(pu_mapped_turn(&b.mapped, 0), 1);
 	CHECK_EQUAL(pu_mapped_plan(&b.mapped, 2, parts, 511), -EINVAL);
 	CHECK_EQUAL(pu_mapped_plan(&b.mapped, 2, parts, 512), 0);

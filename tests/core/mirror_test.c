@@ -280,7 +280,7 @@ static void a_write_keeps_its_buffer_until_it_is_cut(void)
 	hanging = make_pipe(1);
 	open_mirror(&b);
 	rest = take_slots(&b, 1); /* the first leg's, then the second's, which keeps it */
-	memset(pu_queue_buffer(&b.queue, 0), 7, 2 * PAGE);
+	memset(pu_queue_next_buffer(&b.queue, 0), 7, 2 * PAGE);
 	CHECK_EQUAL(pu_queue_inject(&b.queue, 0, PU_OP_WRITE, 0, 2 * PAGE >> 9), 0);
 	for (int i = 0; i < 4; i++)
 		turn(&b);
@@ -503,7 +503,7 @@ static void a_write_finds_the_file_that_is_there_when_it_begins(void)
 	make_files();
 	open_mirror(&b);
 	pu_layout_gate(&b.layout, 0);
-	memset(pu_queue_buffer(&b.queue, 0), 3, PAGE);
+	memset(pu_queue_next_buffer(&b.queue, 0), 3, PAGE);
 	CHECK_EQUAL(pu_queue_inject(&b.queue, 0, PU_OP_WRITE, 0, PAGE >> 9), 0);
 	turn(&b);
 	before = fds[1];
@@ -526,7 +526,7 @@ static void a_write_finds_the_file_that_is_there_when_it_begins(void)
 
 static void write_and_fail_it(struct bench *b, uint8_t byte)
 {
-	memset(pu_queue_buffer(&b->queue, 0), byte, PAGE);
+	memset(pu_queue_next_buffer(&b->queue, 0), byte, PAGE);
 	CHECK_EQUAL(pu_queue_inject(&b->queue, 0, PU_OP_WRITE, 0, PAGE >> 9), 0);
 	turn(b);
 	CHECK_EQUAL(pu_queue_held(&b->queue), 1);
@@ -552,7 +552,7 @@ static void a_gated_write_that_was_failed_is_not_done(void)
 	turn(&b);
 	CHECK_EQUAL(first_byte(fds[0]), 1);
 	CHECK(pu_layout_quiet(&b.layout, 0));
-	memset(pu_queue_buffer(&b.queue, 0), 3, PAGE);
+	memset(pu_queue_next_buffer(&b.queue, 0), 3, PAGE);
 	CHECK_EQUAL(request(&b, 0, PU_OP_WRITE, 0, PAGE), PAGE);
 	CHECK_EQUAL(first_byte(fds[0]), 3);
 	close_bench(&b);
@@ -576,7 +576,7 @@ static void a_write_that_was_failed_while_it_waited_for_slots_is_not_done(void)
 	turn(&b);
 	CHECK_EQUAL(first_byte(fds[0]), 1);
 	CHECK(!pu_layout_quiet(&b.layout, 0)); /* some legs may have it, others not */
-	memset(pu_queue_buffer(&b.queue, 0), 3, PAGE);
+	memset(pu_queue_next_buffer(&b.queue, 0), 3, PAGE);
 	CHECK_EQUAL(request(&b, 0, PU_OP_WRITE, 0, PAGE), PAGE);
 	CHECK_EQUAL(first_byte(fds[0]), 3);
 	close_bench(&b);
@@ -629,7 +629,7 @@ static void *serve(void *context)
 		for (uint16_t tag = 0; tag < DEPTH; tag++) {
 			uint64_t offset = server->offset + (round + tag) % 20 * PAGE;
 
-			memset(pu_queue_buffer(&queue, tag), 7, PAGE);
+			memset(pu_queue_next_buffer(&queue, tag), 7, PAGE);
 			CHECK_EQUAL(pu_queue_inject(&queue, tag, tag ? PU_OP_WRITE : PU_OP_READ,
 						    offset >> 9, PAGE >> 9), 0);
 		}
@@ -695,7 +695,7 @@ static void a_write_outlives_the_buffer_of_one_that_hangs(void)
 	hanging = make_pipe(1);
 	slow = make_pipe(2);
 	open_mirror(&b);
-	memory = pu_queue_buffer(&b.queue, 0);
+	memory = pu_queue_next_buffer(&b.queue, 0);
 	memset(memory, 7, length);
 	CHECK_EQUAL(pu_queue_inject(&b.queue, 0, PU_OP_WRITE, 0, length >> 9), 0);
 	drain(&b, slow, 7, 2 * PAGE);
@@ -709,7 +709,7 @@ static void a_write_outlives_the_buffer_of_one_that_hangs(void)
 	CHECK_EQUAL(pu_layout_leg(&b.layout, 2), PU_LEG_SYNCED);
 
 	/* The tag is used again; what the leg takes late is of the request that it held. */
-	memset(pu_queue_buffer(&b.queue, 0), 8, PAGE);
+	memset(pu_queue_next_buffer(&b.queue, 0), 8, PAGE);
 	CHECK_EQUAL(pu_queue_inject(&b.queue, 0, PU_OP_WRITE, 0, PAGE >> 9), 0);
 	drain(&b, slow, 8, PAGE);
 	while (pu_queue_held(&b.queue))
@@ -743,14 +743,14 @@ static void what_a_leg_holds_outlives_the_queue(bool answers)
 	make_files();
 	hanging = make_pipe(1);
 	open_mirror(&b);
-	memory = pu_queue_buffer(&b.queue, 0);
+	memory = pu_queue_next_buffer(&b.queue, 0);
 	memset(memory, 7, 2 * PAGE);
 	CHECK_EQUAL(pu_queue_inject(&b.queue, 0, PU_OP_WRITE, 0, 2 * PAGE >> 9), 0);
 	turn(&b);
 	give_up(&b, 1);
 	while (pu_queue_held(&b.queue))
 		turn(&b);
-	renewed = pu_queue_buffer(&b.queue, 0);
+	renewed = pu_queue_next_buffer(&b.queue, 0);
 	CHECK(renewed != memory);
 	/* The same file is put back, and hangs on a second request. */
 	pu_layout_set_leg(&b.layout, 1, PU_LEG_SYNCED);
@@ -760,7 +760,7 @@ static void what_a_leg_holds_outlives_the_queue(bool answers)
 	give_up(&b, 1);
 	while (pu_queue_held(&b.queue))
 		turn(&b);
-	again = pu_queue_buffer(&b.queue, 0);
+	again = pu_queue_next_buffer(&b.queue, 0);
 	CHECK(again != renewed);
 	CHECK_EQUAL(orphans(&b, 1), 2);
 	if (answers) {

@@ -48,7 +48,7 @@ static void every_request_is_answered_once(void)
 		CHECK_EQUAL(pu_queue_inject(&q, 0, PU_OP_READ, 0, 2), -EINVAL); /* still ours */
 		CHECK_EQUAL(pu_queue_serve(&q, fail_odd_sectors, &calls, false), 0);
 		for (uint16_t tag = 0; tag < DEPTH; tag++) {
-			uint8_t *buffer = pu_queue_buffer(&q, tag);
+			uint8_t *buffer = pu_queue_next_buffer(&q, tag);
 
 			CHECK_EQUAL(pu_tag_state(&q.tags[tag]), PU_TAG_FETCHING);
 			CHECK_EQUAL(q.tags[tag].result, tag & 1 ? -ENOSPC : 1024);
@@ -227,7 +227,7 @@ static uint8_t after_waiting(struct pu_queue *q, int ms)
 {
 	for (int i = 0; i < ms; i++)
 		CHECK(pu_queue_wait(q, 1000000) >= 0);
-	return *(uint8_t *)pu_queue_buffer(q, 0);
+	return *(uint8_t *)pu_queue_next_buffer(q, 0);
 }
 
 static void idle_buffers_are_given_back(void)
@@ -243,13 +243,13 @@ static void idle_buffers_are_given_back(void)
 		for (int round = 0; round < 3; round++) {
 			CHECK_EQUAL(pu_queue_inject(&q, 0, PU_OP_READ, 0, 1), 0);
 			CHECK_EQUAL(pu_queue_wait(&q, 0), 1);
-			memset(pu_queue_buffer(&q, 0), 'x', 512);
+			memset(pu_queue_next_buffer(&q, 0), 'x', 512);
 			/* not while somebody has the request */
 			CHECK_EQUAL(after_waiting(&q, 100), 'x');
 			CHECK_EQUAL(pu_queue_answer(&q, 0, 0), 0);
 			for (int wait = 0; after_waiting(&q, 10) && wait < 500; wait++)
 				;
-			CHECK_EQUAL(*(uint8_t *)pu_queue_buffer(&q, 0), 0);
+			CHECK_EQUAL(*(uint8_t *)pu_queue_next_buffer(&q, 0), 0);
 		}
 	pu_queue_close(&q);
 	pu_queue_free(&q);

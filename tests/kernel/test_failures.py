@@ -808,7 +808,7 @@ disk = pyublk.Device(Memory(MIB), id=5)
 disk.start()
 tell(disk._guard.pid)
 disk.wait()
-os.close(disk._char_fd)  # lets the device go, and the guardian stay
+disk._char_device.close()  # lets the device go, and the guardian stay
 tell("let go")
 sys.stdin.read()
 """

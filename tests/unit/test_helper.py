@@ -17,7 +17,7 @@ import pytest
 
 import pyublk
 from pyublk import _native
-from pyublk._native import Helper, close_private, forks, open_private
+from pyublk._native import CharDevice, Helper, forks, open_private
 from pyublk.testing import Disk
 
 GET_DEV_INFO = 0x80207502
@@ -258,7 +258,7 @@ def test_a_private_descriptor_is_let_go_of_in_a_child(
         ring.nop()
         assert ring.submit(1) == 1
     finally:
-        close_private(fd)
+        CharDevice(fd).close()
     ring.close()
 
 

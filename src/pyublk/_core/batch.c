@@ -98,7 +98,7 @@ static void put_element(const struct pu_queue *q, uint8_t *place, uint16_t tag, 
 	*words++ = tag | (uint64_t)pu_queue_buffer_index(q, tag) << 16 |
 		   (uint64_t)(uint32_t)value << 32;
 	if (b->flags & PU_BATCH_BUF_ADDR)
-		*words++ = tag == NO_TAG ? 1 : (uint64_t)(uintptr_t)pu_queue_buffer(q, tag);
+		*words++ = tag == NO_TAG ? 1 : (uint64_t)(uintptr_t)pu_queue_next_buffer(q, tag);
 	if (b->flags & PU_BATCH_ZONE_LBA)
 		*words = tag == NO_TAG ? 0 : q->tags[tag].zone_lba;
 }

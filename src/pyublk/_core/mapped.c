@@ -90,10 +90,11 @@ static bool any_slot_busy(const struct pu_mapped *m)
 static void leave_or_unmap_memory(struct pu_mapped *m, bool leave)
 {
 	if (leave) {
-		m->q->buffers = NULL;
+		if (m->q->own_buffers)
+			pu_buffers_leave(m->q->buffers);
+		m->q->own_buffers = false;
 		return;
 	}
-	pu_mirror_unmap_buffers(m);
 	if (m->zeroes)
 		munmap(m->zeroes, m->zeroes_bytes);
 }
@@ -178,12 +179,13 @@ static int64_t move_directly(struct pu_mapped *m, struct pu_slot *slot)
 	uint64_t offset = slot->part.offset + slot->done, length;
 	uint64_t data = pu_part_data(&slot->part, slot->done, &length);
 	bool read = m->works[slot->tag].op == PU_OP_READ;
-	uint8_t *buffer = (uint8_t *)pu_queue_buffer(q, slot->tag) + data;
+	uint8_t *buffer = slot->memory + data;
 	int64_t done;
 	int error;
 
 	if (offset + length <= file->mapped && (!read || pu_file_holds(file, offset, length))) {
-		error = pu_queue_copy(q, slot->tag, file->map + offset, data, length, 0);
+		error = pu_queue_copy(q, slot->tag, slot->generation, file->map + offset, data,
+				      length, 0);
 		if (!error)
 			return (int64_t)length;
 	}
@@ -191,10 +193,10 @@ static int64_t move_directly(struct pu_mapped *m, struct pu_slot *slot)
 		done = or_errno(pread(file->fd, buffer, length, (off_t)offset));
 		if (done <= 0)
 			return done;
-		error = pu_queue_copy(q, slot->tag, buffer, data, (uint64_t)done, 0);
+		error = pu_queue_copy(q, slot->tag, slot->generation, buffer, data, (uint64_t)done, 0);
 		return error ? error : done;
 	}
-	error = pu_queue_copy(q, slot->tag, buffer, data, length, 0);
+	error = pu_queue_copy(q, slot->tag, slot->generation, buffer, data, length, 0);
 	return error ? error : or_errno(pwrite(file->fd, buffer, length, (off_t)offset));
 }
 
@@ -465,7 +467,7 @@ static void begin(struct pu_mapped *m, uint16_t tag)
 	if (w->place == IN_SHARED)
 		error = pu_queue_shared(q, tag) ? 0 : -EIO;
 	else if (w->place == IN_USER_COPY)
-		error = pu_queue_fill_buffer(q, tag);
+		error = pu_queue_fill_buffer(q, tag, w->generation);
 	/* The kernel registers before it takes the next entry of the ring. */
 	else if (w->place == IN_REGISTERED &&
 		 (!q->auto_buffer || q->desc[tag].op_flags & PU_FLAG_NEED_REG_BUF)) {
@@ -608,7 +610,8 @@ void pu_work_finish(struct pu_mapped *m, uint16_t tag, int64_t result)
 	if (w->writes_mirror)
 		pu_layout_write_ends(m->layout, w->offset, w->length);
 	if (result >= 0 && w->place == IN_USER_COPY && w->op == PU_OP_READ)
-		result = pu_queue_copy(m->q, tag, pu_queue_buffer(m->q, tag), 0, w->length, 0);
+		result = pu_queue_copy(m->q, tag, w->generation, pu_queue_buffer(m->q, tag), 0,
+				       w->length, 0);
 	pu_queue_answer(m->q, tag, result);
 }
 

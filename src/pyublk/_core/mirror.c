@@ -113,20 +113,13 @@ static int result_of(const struct pu_mapped *m, const struct pu_work *w)
 
 static int renew_buffer(struct pu_mapped *m, uint16_t tag)
 {
-	void *fresh = mmap(NULL, m->q->buffer_bytes, PROT_READ | PROT_WRITE,
-			   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	uint8_t *fresh = pu_buffers_map(m->q->buffers);
 
-	if (fresh == MAP_FAILED)
+	if (!fresh)
 		return -ENOMEM;
-	madvise(fresh, m->q->buffer_bytes, MADV_DONTFORK);
+	pu_buffers_exchange(m->q->buffers, tag, fresh);
 	m->q->tags[tag].buffer = fresh;
 	return 0;
-}
-
-static bool is_renewed(const struct pu_queue *q, const uint8_t *buffer)
-{
-	/* A queue that shares its buffers has no leg that may hang. */
-	return q->buffers && (buffer < q->buffers || buffer >= q->buffers + q->depth * q->buffer_bytes);
 }
 
 /* Whether the request can do without the leg. */
@@ -157,7 +150,7 @@ void pu_mirror_look_for_hanging(struct pu_mapped *m)
 			      was_replaced(m, leg, slot->incarnation);
 
 		if (!slot->busy || slot->orphan || (!failed && now - slot->begun_ns < limit) ||
-		    slot->generation != pu_tag_generation(&m->q->tags[slot->tag]) ||
+		    !pu_queue_holds(m->q, slot->tag, slot->generation) ||
 		    !dispensable(m, w, leg))
 			continue;
 		/* The leg is given up first: one that stays must not write late what was answered. */
@@ -183,22 +176,13 @@ void pu_mirror_orphan_ends(struct pu_mapped *m, struct pu_slot *slot)
 	__atomic_fetch_sub(orphans(m, slot), 1, __ATOMIC_RELEASE);
 	pu_slot_free(m, slot);
 	/* What the tag does not use any more goes back, unless another part still does. */
-	if (slot->memory == pu_queue_buffer(m->q, slot->tag))
+	if (slot->memory == pu_queue_buffer(m->q, slot->tag) ||
+	    slot->memory == pu_queue_next_buffer(m->q, slot->tag))
 		return;
 	for (uint32_t i = 0; i < m->nr_slots; i++)
 		if (m->slots[i].busy && m->slots[i].memory == slot->memory)
 			return;
-	if (is_renewed(m->q, slot->memory))
-		munmap(slot->memory, m->q->buffer_bytes);
-	else
-		madvise(slot->memory, m->q->buffer_bytes, MADV_DONTNEED);
-}
-
-void pu_mirror_unmap_buffers(struct pu_mapped *m)
-{
-	for (uint32_t tag = 0; tag < m->q->depth; tag++)
-		if (is_renewed(m->q, pu_queue_buffer(m->q, (uint16_t)tag)))
-			munmap(pu_queue_buffer(m->q, (uint16_t)tag), m->q->buffer_bytes);
+	pu_buffers_unmap(m->q->buffers, slot->memory);
 }
 
 bool pu_mapped_next_failure(struct pu_mapped *m, struct pu_leg_failure *failure)

@@ -12,6 +12,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "forked.h"
+
 #ifndef PR_SET_IO_FLUSHER
 #define PR_SET_IO_FLUSHER 57
 #endif
@@ -43,7 +45,7 @@ static inline void set_state(struct pu_tag *tag, enum pu_tag_state state)
 	__atomic_store_n(&tag->life, pu_life(state, pu_tag_generation(tag)), __ATOMIC_RELEASE);
 }
 
-static inline bool claim_answer(struct pu_tag *tag, uint32_t generation)
+static inline bool try_to_claim(struct pu_tag *tag, uint32_t generation)
 {
 	uint64_t owned = pu_life(PU_TAG_OWNED, generation);
 
@@ -51,10 +53,55 @@ static inline bool claim_answer(struct pu_tag *tag, uint32_t generation)
 					   false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
 }
 
-/* By the owner, who alone brings a tag its next request. */
-static inline bool claim_current(struct pu_tag *tag)
+/* While somebody copies the request's data: until that is over, or `patience` looks at it. */
+NEVER_INLINE bool claim_unpinned(struct pu_queue *q, uint16_t tag, uint32_t generation,
+				 uint32_t patience)
 {
-	return claim_answer(tag, pu_tag_generation(tag));
+	while (pu_queue_holds(q, tag, generation)) {
+		if (try_to_claim(&q->tags[tag], generation))
+			return true;
+		if (!patience--)
+			return false;
+		nanosleep(&(struct timespec){ 0, 50000 }, NULL);
+	}
+	return false;
+}
+
+static inline bool claim_answer(struct pu_queue *q, uint16_t tag, uint32_t generation)
+{
+	return try_to_claim(&q->tags[tag], generation) ||
+	       claim_unpinned(q, tag, generation, UINT32_MAX);
+}
+
+/* The request of that generation is not answered, and its tag brings no other, until it is
+ * unpinned. False when it is answered already. */
+static bool pin(struct pu_queue *q, uint16_t tag, uint32_t generation)
+{
+	uint64_t *life = &q->tags[tag].life, seen = __atomic_load_n(life, __ATOMIC_RELAXED);
+
+	do
+		if ((seen & ~PU_PINS) != pu_life(PU_TAG_OWNED, generation))
+			return false;
+	while (!__atomic_compare_exchange_n(life, &seen, seen + PU_PIN, true, __ATOMIC_ACQ_REL,
+					    __ATOMIC_RELAXED));
+	return true;
+}
+
+static void unpin(struct pu_queue *q, uint16_t tag, uint32_t generation)
+{
+	uint64_t *life = &q->tags[tag].life, seen = __atomic_load_n(life, __ATOMIC_RELAXED);
+
+	do
+		if ((seen & ~PU_PINS) != pu_life(PU_TAG_OWNED, generation))
+			return; /* the queue was closed meanwhile */
+	while (!__atomic_compare_exchange_n(life, &seen, seen - PU_PIN, true, __ATOMIC_ACQ_REL,
+					    __ATOMIC_RELAXED));
+}
+
+/* By the owner, who alone brings a tag its next request. */
+static inline bool claim_current(struct pu_queue *q, uint16_t tag)
+{
+	return claim_answer(q, tag, pu_tag_generation(&q->tags[tag]));
 }
 
 static inline void own(struct pu_tag *tag)
@@ -98,36 +145,14 @@ static int map_descriptors(struct pu_queue *q)
 	return madvise(map, q->desc_bytes, MADV_DONTFORK) ? -errno : 0;
 }
 
-uint8_t *pu_buffers_map(uint16_t depth, size_t buffer_bytes)
+static int give_buffers(struct pu_queue *q, struct pu_buffers *theirs, size_t bytes)
 {
-	size_t bytes = depth * page_round(buffer_bytes);
-	void *map = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
-			 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-
-	if (map == MAP_FAILED)
-		return NULL;
-	if (madvise(map, bytes, MADV_DONTFORK)) {
-		munmap(map, bytes);
-		return NULL;
-	}
-	return map;
-}
-
-void pu_buffers_unmap(uint8_t *buffers, uint16_t depth, size_t buffer_bytes)
-{
-	munmap(buffers, depth * page_round(buffer_bytes));
-}
-
-static int give_buffers(struct pu_queue *q, uint8_t *shared)
-{
-	uint8_t *first = shared;
-
-	if (!first)
-		first = q->buffers = pu_buffers_map(q->depth, q->buffer_bytes);
-	if (!first)
-		return -errno;
+	q->buffers = theirs ? theirs : pu_buffers_new(q->depth, bytes);
+	if (!q->buffers)
+		return -ENOMEM;
+	q->own_buffers = !theirs;
 	for (uint32_t tag = 0; tag < q->depth; tag++)
-		q->tags[tag].buffer = first + tag * q->buffer_bytes;
+		q->tags[tag].buffer = pu_queue_next_buffer(q, (uint16_t)tag);
 	return 0;
 }
 
@@ -151,7 +176,7 @@ static int open_parts(struct pu_queue *q, const struct pu_queue_options *options
 	int error = map_descriptors(q);
 
 	if (!error)
-		error = give_buffers(q, options->buffers);
+		error = give_buffers(q, options->buffers, options->buffer_bytes);
 	if (error || (q->loopback && !options->extra_entries))
 		return error;
 	error = open_ring(q, options->extra_entries);
@@ -174,15 +199,14 @@ int pu_queue_open(struct pu_queue *q, int cdev, const struct pu_queue_options *o
 	q->event_fd = -1;
 	q->watch_fd = -1;
 	q->cdev = cdev;
+	q->own_cdev = options->own_device && cdev >= 0;
 	q->id = options->id;
 	q->depth = options->depth;
 	q->first_tag = options->first_tag;
 	q->tag_step = options->tag_step ? options->tag_step : 1;
 	q->faults = options->faults;
-	if (!options->buffers) { /* shared: others use them */
-		q->idle_time[0] = options->trim_after_ns / 1000000000;
-		q->idle_time[1] = options->trim_after_ns % 1000000000;
-	}
+	q->idle_time[0] = options->trim_after_ns / 1000000000;
+	q->idle_time[1] = options->trim_after_ns % 1000000000;
 	q->shared = options->shared;
 	q->loopback = cdev < 0;
 	q->copies = !(flags & (PU_F_USER_COPY | PU_F_ZERO_COPY | PU_F_AUTO_BUF_REG));
@@ -190,7 +214,6 @@ int pu_queue_open(struct pu_queue *q, int cdev, const struct pu_queue_options *o
 	q->zero_copy = flags & PU_F_ZERO_COPY;
 	q->auto_buffer = flags & PU_F_AUTO_BUF_REG;
 	q->zoned = flags & PU_F_ZONED;
-	q->buffer_bytes = page_round(options->buffer_bytes);
 	pthread_mutex_init(&q->inbox_lock, NULL);
 	q->tags = calloc(q->depth, sizeof(*q->tags));
 	q->ready = calloc(2u * q->depth, sizeof(*q->ready)); /* left ones, and as many that came */
@@ -222,13 +245,41 @@ static int leave_device(struct pu_queue *q)
 	return mmap(q->desc, q->desc_bytes, PROT_READ, flags, -1, 0) == MAP_FAILED ? -errno : 0;
 }
 
+/* Nobody may begin to copy a request's data any more. Whether somebody is still at it. */
+static bool take_tags_away(struct pu_queue *q)
+{
+	bool copying = false;
+
+	for (uint32_t tag = 0; q->tags && tag < q->depth; tag++) {
+		uint32_t generation = pu_tag_generation(&q->tags[tag]);
+
+		if (__atomic_exchange_n(&q->tags[tag].life, pu_life(PU_TAG_GONE, generation),
+					__ATOMIC_ACQ_REL) & PU_PINS)
+			copying = true;
+	}
+	return copying;
+}
+
+static void leave_number(struct pu_queue *q, bool in_use)
+{
+	if (!q->own_cdev)
+		return;
+	if (in_use && q->wake_fd >= 0 && !pu_replace_file(q->cdev, q->wake_fd))
+		return;
+	pu_fork_drop(q->cdev);
+	close(q->cdev);
+	q->own_cdev = false;
+}
+
 void pu_queue_close(struct pu_queue *q)
 {
+	bool copying;
+
 	pu_ring_close(&q->ring);
 	leave_device(q);
-	for (uint32_t tag = 0; q->tags && tag < q->depth; tag++)
-		set_state(&q->tags[tag], PU_TAG_GONE);
+	copying = take_tags_away(q);
 	pthread_mutex_lock(&q->inbox_lock);
+	leave_number(q, copying);
 	pu_ring_close(&q->post_ring);
 	pu_batch_close(q); /* after the rings: they may read it */
 	if (q->wake_fd >= 0)
@@ -244,14 +295,20 @@ void pu_queue_free(struct pu_queue *q)
 {
 	if (q->desc)
 		munmap(q->desc, q->desc_bytes);
-	if (q->buffers)
-		pu_buffers_unmap(q->buffers, q->depth, q->buffer_bytes);
+	if (q->own_buffers)
+		pu_buffers_free(q->buffers);
+	if (q->own_cdev) {
+		pu_fork_drop(q->cdev);
+		close(q->cdev);
+	}
 	free(q->tags);
 	free(q->ready);
 	free(q->inbox);
 	pthread_mutex_destroy(&q->inbox_lock);
 	q->desc = NULL;
 	q->buffers = NULL;
+	q->own_buffers = false;
+	q->own_cdev = false;
 	q->tags = NULL;
 	q->ready = NULL;
 	q->inbox = NULL;
@@ -262,11 +319,12 @@ int pu_queue_sever(struct pu_queue *q)
 	__atomic_store_n(&q->severed, true, __ATOMIC_RELEASE);
 	int error = leave_device(q);
 
-	if (!error)
-		error = pu_ring_sever(&q->ring);
-
-	/* An owner that waits in the old ring keeps it. */
 	pthread_mutex_lock(&q->inbox_lock);
+	if (!error && q->wake_fd >= 0)
+		error = pu_ring_sever(&q->ring, q->wake_fd);
+	if (!error && q->wake_fd >= 0 && q->cdev >= 0)
+		error = pu_replace_file(q->cdev, q->wake_fd);
+	/* An owner that waits in the old ring keeps it. */
 	if (q->wake_fd >= 0)
 		eventfd_write(q->wake_fd, 1);
 	if (q->event_fd >= 0)
@@ -299,7 +357,7 @@ static int queue_command(struct pu_queue *q, uint32_t cmd_op, uint16_t tag, int3
 		.addr = q->auto_buffer ? pu_queue_buffer_index(q, tag) | PU_AUTO_BUF_FALLBACK : 0,
 		.user_data = tag,
 		.cmd = { q->id | (uint64_t)tag << 16 | (uint64_t)(uint32_t)result << 32,
-			 q->copies ? (uint64_t)(uintptr_t)pu_queue_buffer(q, tag) :
+			 q->copies ? (uint64_t)(uintptr_t)pu_queue_next_buffer(q, tag) :
 				     q->tags[tag].zone_lba },
 	};
 	return 0;
@@ -379,7 +437,7 @@ static inline void commit_in_batch(struct pu_queue *q, uint16_t tag, int32_t val
 	words = (uint64_t *)(void *)b->elements[b->filling] + ((size_t)b->filled++ << q->copies);
 	words[0] = tag | (uint64_t)tag << 16 | (uint64_t)(uint32_t)value << 32;
 	if (q->copies)
-		words[1] = (uint64_t)(uintptr_t)pu_queue_buffer(q, tag);
+		words[1] = (uint64_t)(uintptr_t)pu_queue_next_buffer(q, tag);
 }
 
 NEVER_INLINE int commit_alone(struct pu_queue *q, uint16_t tag, int32_t value)
@@ -408,15 +466,16 @@ NEVER_INLINE int64_t handle_copied(struct pu_queue *q, uint16_t tag, uint64_t le
 {
 	const struct pu_desc *desc = &q->desc[tag];
 	uint32_t op = desc->op_flags & 0xff;
+	uint32_t generation = pu_tag_generation(&q->tags[tag]);
 	void *buffer = pu_queue_buffer(q, tag);
-	int64_t result = pu_queue_fill_buffer(q, tag);
+	int64_t result = pu_queue_fill_buffer(q, tag, generation);
 
 	if (result < 0)
 		return result;
 	result = q->native->handler(q->native->context, op, desc->op_flags & ~0xffu,
 				    pu_desc_offset(desc), length, buffer);
 	if (result >= 0 && op == PU_OP_READ)
-		result = pu_queue_copy(q, tag, buffer, 0, length, 0);
+		result = pu_queue_copy(q, tag, generation, buffer, 0, length, 0);
 	return result;
 }
 
@@ -446,7 +505,7 @@ ALWAYS_INLINE void handle(struct pu_queue *q, uint16_t tag, uint32_t op_flags, u
 	else
 		result = native->handler(native->context, op, op_flags & ~0xffu,
 					 pu_desc_offset(&q->desc[tag]), length, t->buffer);
-	if (!claim_current(t)) /* failed from outside while the handler ran */
+	if (!claim_current(q, tag)) /* failed from outside while the handler ran */
 		return;
 	error = commit(q, tag, value_for(op, length, result));
 	if (error && !q->error)
@@ -464,6 +523,7 @@ ALWAYS_INLINE void take(struct pu_queue *q, uint16_t tag)
 	count(&q->counters.bytes[op], length);
 	t->fetched = false;
 	t->zone_lba = 0; /* the kernel refuses a commit that has one for nothing */
+	t->buffer = pu_queue_next_buffer(q, tag); /* before anybody can fail it, and offer another */
 	own(t);
 	q->owned++;
 	if (q->native) {
@@ -530,10 +590,17 @@ static int reap(struct pu_queue *q)
 	return error;
 }
 
+NEVER_INLINE int answer_unpinned(struct pu_queue *q, uint16_t tag, int64_t result)
+{
+	if (!claim_current(q, tag))
+		return -EALREADY;
+	return commit(q, tag, value_of(&q->desc[tag], result));
+}
+
 int pu_queue_answer(struct pu_queue *q, uint16_t tag, int64_t result)
 {
-	if (!claim_current(&q->tags[tag]))
-		return -EALREADY;
+	if (!try_to_claim(&q->tags[tag], pu_tag_generation(&q->tags[tag])))
+		return answer_unpinned(q, tag, result);
 	return commit(q, tag, value_of(&q->desc[tag], result));
 }
 
@@ -576,21 +643,74 @@ static int post_to_kernel(struct pu_queue *q, uint16_t tag, int64_t result)
 	return error;
 }
 
-int pu_queue_post(struct pu_queue *q, uint16_t tag, uint32_t generation, int64_t result)
+static void post(struct pu_queue *q, uint16_t tag, int64_t result)
 {
-	if (!claim_answer(&q->tags[tag], generation))
-		return -EALREADY;
 	/* The kernel may bring the tag's next request before this returns: its state is not touched. */
 	if (takes_posts(q) && !post_to_kernel(q, tag, result))
-		return 0;
+		return;
 	send_message(q, tag, result < 0 ? (result < -4095 ? -EIO : (int32_t)result) : 0);
+}
+
+int pu_queue_post(struct pu_queue *q, uint16_t tag, uint32_t generation, int64_t result)
+{
+	if (!claim_answer(q, tag, generation))
+		return -EALREADY;
+	post(q, tag, result);
 	return 0;
+}
+
+/* The kernel takes a read's data from the place that the commit names for the next request. */
+static void bring_along(const struct pu_queue *q, uint16_t tag, uint8_t *fresh)
+{
+	const struct pu_desc *desc = &q->desc[tag];
+
+	if (q->copies && (desc->op_flags & 0xff) == PU_OP_READ)
+		memcpy(fresh, pu_queue_buffer(q, tag), (size_t)desc->nr_sectors << PU_SECTOR_SHIFT);
+}
+
+int pu_queue_answer_kept(struct pu_queue *q, uint16_t tag, uint32_t generation, int64_t result,
+			 bool here, uint8_t **kept)
+{
+	uint8_t *fresh = pu_buffers_map(q->buffers);
+
+	*kept = NULL;
+	if (!fresh)
+		return -ENOMEM;
+	if (!claim_answer(q, tag, generation)) {
+		pu_buffers_unmap(q->buffers, fresh);
+		return -EALREADY;
+	}
+	if (result >= 0)
+		bring_along(q, tag, fresh);
+	*kept = pu_buffers_exchange(q->buffers, tag, fresh);
+	if (here)
+		return commit(q, tag, value_of(&q->desc[tag], result));
+	post(q, tag, result);
+	return 0;
+}
+
+static void fail(struct pu_queue *q, uint16_t tag, int error)
+{
+	uint32_t generation = pu_tag_generation(&q->tags[tag]);
+	uint8_t *fresh;
+
+	if (!pu_queue_holds(q, tag, generation))
+		return;
+	fresh = pu_buffers_map(q->buffers);
+	if (!fresh) /* it is lost with its queue */
+		return;
+	if (claim_unpinned(q, tag, generation, 100)) {
+		pu_buffers_retire(q->buffers, pu_buffers_exchange(q->buffers, tag, fresh));
+		post(q, tag, -error);
+	} else {
+		pu_buffers_unmap(q->buffers, fresh);
+	}
 }
 
 void pu_queue_fail_held(struct pu_queue *q, int error)
 {
 	for (uint32_t tag = 0; tag < q->depth; tag++)
-		pu_queue_post(q, (uint16_t)tag, pu_tag_generation(&q->tags[tag]), -error);
+		fail(q, (uint16_t)tag, error);
 }
 
 void pu_queue_wake(struct pu_queue *q)
@@ -774,7 +894,7 @@ static void trim(struct pu_queue *q)
 	if (q->used || pu_queue_held(q) || q->others || !sent)
 		set_idle_timer(q);
 	else
-		madvise(q->buffers, q->depth * q->buffer_bytes, MADV_DONTNEED);
+		pu_buffers_trim(q->buffers);
 }
 
 /* One that was failed from outside meanwhile is not left, and none twice: the tag may have brought
@@ -839,43 +959,58 @@ void *pu_queue_shared(const struct pu_queue *q, uint16_t tag)
 			      (uint64_t)desc->nr_sectors << PU_SECTOR_SHIFT);
 }
 
-int pu_queue_copy(struct pu_queue *q, uint16_t tag, void *memory, uint64_t at, uint64_t length,
-		  uint64_t where)
+static int copy_in_memory(const struct pu_queue *q, uint16_t tag, bool out, uint8_t *bytes,
+			  uint64_t at, uint64_t length)
 {
-	uint32_t op = q->desc[tag].op_flags & 0xff;
-	bool out = op == PU_OP_READ || op == PU_OP_REPORT_ZONES;
-	uint8_t *bytes = memory;
+	bool shared = q->desc[tag].op_flags & PU_FLAG_SHMEM_ZC;
+	uint8_t *buffer = shared ? pu_queue_shared(q, tag) : pu_queue_buffer(q, tag);
 
-	bool shared = q->desc[tag].op_flags & PU_FLAG_SHMEM_ZC && !where;
+	if (!buffer)
+		return -EIO;
+	buffer += at;
+	memcpy(out ? buffer : bytes, out ? bytes : buffer, length);
+	return 0;
+}
 
-	if (!q->user_copy || shared) {
-		uint8_t *buffer = shared ? pu_queue_shared(q, tag) : pu_queue_buffer(q, tag);
-
-		if (where)
-			return -EOPNOTSUPP;
-		if (!buffer)
-			return -EIO;
-		buffer += at;
-		memcpy(out ? buffer : bytes, out ? bytes : buffer, length);
-		return 0;
-	}
+static int copy_by_device(const struct pu_queue *q, uint64_t place, bool out, uint8_t *bytes,
+			  uint64_t length)
+{
 	while (length) {
-		off_t place = (off_t)(pu_user_copy_offset(q->id, tag, at) | where);
-		ssize_t done = out ? pwrite(q->cdev, bytes, length, place) :
-				     pread(q->cdev, bytes, length, place);
+		ssize_t done = out ? pwrite(q->cdev, bytes, length, (off_t)place) :
+				     pread(q->cdev, bytes, length, (off_t)place);
 
 		if (done < 0 && errno == EINTR)
 			continue;
 		if (done <= 0)
 			return done ? -errno : -EIO;
 		bytes += done;
-		at += (uint64_t)done;
+		place += (uint64_t)done;
 		length -= (uint64_t)done;
 	}
 	return 0;
 }
 
-int pu_queue_fill_buffer(struct pu_queue *q, uint16_t tag)
+int pu_queue_copy(struct pu_queue *q, uint16_t tag, uint32_t generation, void *memory, uint64_t at,
+		  uint64_t length, uint64_t where)
+{
+	const struct pu_desc *desc = &q->desc[tag];
+	uint32_t op = desc->op_flags & 0xff;
+	bool out = op == PU_OP_READ || op == PU_OP_REPORT_ZONES;
+	int error;
+
+	/* Else the bytes might be those of the tag's next request. */
+	if (!pin(q, tag, generation))
+		return -ESTALE;
+	if (q->user_copy && (where || !(desc->op_flags & PU_FLAG_SHMEM_ZC)))
+		error = copy_by_device(q, pu_user_copy_offset(q->id, tag, at) | where, out, memory,
+				       length);
+	else
+		error = where ? -EOPNOTSUPP : copy_in_memory(q, tag, out, memory, at, length);
+	unpin(q, tag, generation);
+	return error;
+}
+
+int pu_queue_fill_buffer(struct pu_queue *q, uint16_t tag, uint32_t generation)
 {
 	const struct pu_desc *desc = &q->desc[tag];
 	uint32_t op = desc->op_flags & 0xff;
@@ -883,7 +1018,7 @@ int pu_queue_fill_buffer(struct pu_queue *q, uint16_t tag)
 
 	if (!q->user_copy || q->tags[tag].fetched || (op != PU_OP_WRITE && op != PU_OP_ZONE_APPEND))
 		return 0;
-	error = pu_queue_copy(q, tag, pu_queue_buffer(q, tag), 0,
+	error = pu_queue_copy(q, tag, generation, pu_queue_buffer(q, tag), 0,
 			      (uint64_t)desc->nr_sectors << PU_SECTOR_SHIFT, 0);
 	q->tags[tag].fetched = !error;
 	return error;

@@ -25,6 +25,7 @@
 #include <time.h>
 
 #include "batch.h"
+#include "buffers.h"
 #include "ring.h"
 #include "shared.h"
 #include "ublk.h"
@@ -41,13 +42,14 @@ enum pu_tag_state {
 };
 
 struct pu_tag {
-	/* Its generation, which counts requests, above its state. In one, so that an answer that
-	 * comes late cannot be given to the tag's next request. */
+	/* Its generation, which counts requests, above its pins and its state. In one, so that an
+	 * answer that comes late cannot be given to the tag's next request, and none is given while
+	 * somebody copies the request's data. */
 	uint64_t life;
 	bool fetched; /* user copy: a write's data is in the buffer already */
 	bool left;    /* within pu_queue_leave: seen */
 	int32_t result; /* loopback: the last answer */
-	uint8_t *buffer;
+	uint8_t *buffer; /* of its request, whatever the next one is offered */
 	uint64_t zone_lba; /* zone append: where it was written, in 512-byte sectors */
 };
 
@@ -77,7 +79,8 @@ struct pu_queue_options {
 	uint16_t first_tag, tag_step; /* the tags of this one: first, first + step, ... */
 	uint64_t flags;		      /* the device's PU_F_* */
 	size_t buffer_bytes;
-	uint8_t *buffers;	/* shared with the queue's other threads; NULL: its own */
+	struct pu_buffers *buffers; /* NULL: its own; else they stay the caller's */
+	bool own_device; /* the queue closes the number of the char device, when it is freed */
 	uint32_t extra_entries; /* of the ring, for others' I/O */
 	const int *files;	/* for it: registered behind the char device, which has index 0 */
 	uint32_t nr_files;
@@ -108,10 +111,11 @@ struct pu_queue {
 	uint32_t owned;	    /* requests that this took and did not answer itself */
 	uint32_t posted;    /* of these, answered by other threads straight to the kernel */
 	uint32_t others;    /* other I/O under way on the ring */
-	uint8_t *buffers; /* NULL when they are shared */
-	size_t buffer_bytes; /* from one tag's buffer to the next */
+	struct pu_buffers *buffers;
+	bool own_buffers;
 	size_t desc_bytes;
-	int cdev;
+	int cdev; /* the number is taken as long as the queue is there */
+	bool own_cdev;
 	uint16_t id, depth, first_tag, tag_step;
 	bool loopback;
 	bool copies;	  /* the kernel copies */
@@ -162,19 +166,16 @@ enum pu_kind {
 };
 #define PU_USER_DATA(kind, number) ((uint64_t)(kind) << PU_KIND_SHIFT | (uint64_t)(number))
 
-/* Memory for the buffers of `depth` tags, not inherited by children, and sparse until used: with
- * batch I/O a request may reach another thread than the one that offered its buffer. NULL: none. */
-uint8_t *pu_buffers_map(uint16_t depth, size_t buffer_bytes);
-void pu_buffers_unmap(uint8_t *buffers, uint16_t depth, size_t buffer_bytes);
-
 /* Opens a queue of the char device: maps descriptors, makes ring and buffers. To be called by the
  * thread that will serve it. cdev < 0: loopback. 0 or -errno; nothing is left on failure. */
 int pu_queue_open(struct pu_queue *q, int cdev, const struct pu_queue_options *options);
-/* Gives everything back but tags and buffers, which late readers may still look at. */
+/* Gives everything back but tags, buffers, and the number of the char device, which others may still
+ * come to look at. */
 void pu_queue_close(struct pu_queue *q);
 void pu_queue_free(struct pu_queue *q);
 
-/* Takes ring, descriptors and char device away from a stuck owner. [any thread] */
+/* Takes ring, descriptors and char device away from a stuck owner. The number of the char device
+ * stays taken: who comes late to copy meets no other file. [any thread] */
 int pu_queue_sever(struct pu_queue *q);
 
 /* Fetches every tag: the queue is primed when this returns 0. */
@@ -204,20 +205,28 @@ int pu_queue_answer(struct pu_queue *q, uint16_t tag, int64_t result);
 /* The same from any thread, for the request of that generation. With batch I/O the kernel takes it
  * at once where it can; else the owner is woken and commits. */
 int pu_queue_post(struct pu_queue *q, uint16_t tag, uint32_t generation, int64_t result);
-/* Fails every request not yet answered (a handler that never returns). [any thread] */
+/* Answers a request whose memory somebody still sees, and may go on to fill: the tag's next request
+ * gets other memory. *kept is what it had, to be given to pu_buffers_unmap when nobody sees it any
+ * more. `here`: the caller is the owner thread. 0; -EALREADY, with *kept NULL, as above; -ENOMEM:
+ * the request is not answered. */
+int pu_queue_answer_kept(struct pu_queue *q, uint16_t tag, uint32_t generation, int64_t result,
+			 bool here, uint8_t **kept);
+/* Fails every request not yet answered (a handler that never returns), and takes the memory that it
+ * had from use: handlers, and files' I/O under way, may come back to it. [any thread] */
 void pu_queue_fail_held(struct pu_queue *q, int error);
 /* Makes a wait return. [any thread] */
 void pu_queue_wake(struct pu_queue *q);
 
 /* Copies `length` bytes at byte `at` of a request's data: a write's into `memory`, a read's out of
- * it. `where`: 0, or PU_USER_COPY_INTEGRITY for its metadata. 0 or -errno. [any thread] */
-int pu_queue_copy(struct pu_queue *q, uint16_t tag, void *memory, uint64_t at, uint64_t length,
-		  uint64_t where);
+ * it. `where`: 0, or PU_USER_COPY_INTEGRITY for its metadata. 0 or -errno; -ESTALE when the request
+ * of that generation is answered already. [any thread] */
+int pu_queue_copy(struct pu_queue *q, uint16_t tag, uint32_t generation, void *memory, uint64_t at,
+		  uint64_t length, uint64_t where);
 /* The bytes of a request in memory shared with the client (PU_FLAG_SHMEM_ZC), or NULL.
  * [any thread] */
 void *pu_queue_shared(const struct pu_queue *q, uint16_t tag);
-/* User copy: brings a write's data into the tag's buffer, once. 0 or -errno. */
-int pu_queue_fill_buffer(struct pu_queue *q, uint16_t tag);
+/* User copy: brings a write's data into the tag's buffer, once. 0 or -errno, as above. */
+int pu_queue_fill_buffer(struct pu_queue *q, uint16_t tag, uint32_t generation);
 
 /* How a native handler is served: `blind` when it never looks at the buffer. Serves until the
  * kernel takes the tags back: 0, or -errno as pu_queue_wait. */
@@ -242,10 +251,20 @@ static inline int64_t pu_queue_tick(void)
 	return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
 }
 
-static inline void *pu_queue_buffer(const struct pu_queue *q, uint16_t tag)
+/* Of the tag's request. */
+static inline uint8_t *pu_queue_buffer(const struct pu_queue *q, uint16_t tag)
 {
 	return q->tags[tag].buffer;
 }
+
+/* Of the tag's next request: what a commit names. */
+static inline uint8_t *pu_queue_next_buffer(const struct pu_queue *q, uint16_t tag)
+{
+	return q->buffers->of_tag[tag];
+}
+
+#define PU_PIN UINT64_C(0x100) /* somebody copies the request's data: it is not answered meanwhile */
+#define PU_PINS UINT64_C(0xffffff00)
 
 static inline uint64_t pu_life(enum pu_tag_state state, uint32_t generation)
 {
@@ -254,7 +273,7 @@ static inline uint64_t pu_life(enum pu_tag_state state, uint32_t generation)
 
 static inline enum pu_tag_state pu_tag_state(const struct pu_tag *tag)
 {
-	return (enum pu_tag_state)(uint32_t)__atomic_load_n(&tag->life, __ATOMIC_ACQUIRE);
+	return (enum pu_tag_state)(uint8_t)__atomic_load_n(&tag->life, __ATOMIC_ACQUIRE);
 }
 
 static inline uint32_t pu_tag_generation(const struct pu_tag *tag)
@@ -273,8 +292,9 @@ static inline uint16_t pu_queue_buffer_index(const struct pu_queue *q, uint16_t 
 
 static inline bool pu_queue_holds(const struct pu_queue *q, uint16_t tag, uint32_t generation)
 {
-	return __atomic_load_n(&q->tags[tag].life, __ATOMIC_ACQUIRE) ==
-	       pu_life(PU_TAG_OWNED, generation);
+	uint64_t life = __atomic_load_n(&q->tags[tag].life, __ATOMIC_ACQUIRE);
+
+	return (life & ~PU_PINS) == pu_life(PU_TAG_OWNED, generation);
 }
 
 static inline uint32_t pu_queue_held(const struct pu_queue *q)

@@ -198,16 +198,17 @@ static int replace_mapping(void *map, size_t bytes)
 	return inert == MAP_FAILED ? -errno : 0;
 }
 
-int pu_ring_sever(struct pu_ring *ring)
+int pu_replace_file(int fd, int inert)
 {
-	int inert = open("/dev/null", O_RDWR | O_CLOEXEC);
+	int error = error_or(dup3(inert, fd, O_CLOEXEC));
 
-	if (inert < 0)
-		return -errno;
-	/* The number stays taken: a late enter meets /dev/null, never somebody else's file. */
-	int error = error_or(dup3(inert, ring->fd, O_CLOEXEC));
+	return error < 0 ? error : 0;
+}
 
-	close(inert);
+int pu_ring_sever(struct pu_ring *ring, int inert)
+{
+	int error = pu_replace_file(ring->fd, inert);
+
 	if (error < 0)
 		return error;
 	error = replace_mapping(ring->ring_map, ring->ring_bytes);

@@ -124,10 +124,14 @@ int pu_ring_open(struct pu_ring *ring, uint32_t entries, uint32_t cq_entries, ui
 		 uint32_t wanted);
 void pu_ring_close(struct pu_ring *ring);
 
-/* Replaces the ring under its (stuck) owner by inert memory and a dead descriptor, so that the
- * kernel lets go of it and the owner's next call fails instead of touching freed memory.
+/* Gives the file behind a number up, and keeps the number: whoever comes to use it late meets
+ * `inert`, such as an eventfd, never somebody else's file. 0 or -errno. */
+int pu_replace_file(int fd, int inert);
+
+/* Replaces the ring under its (stuck) owner by inert memory and an inert file, so that the kernel
+ * lets go of it and the owner's next call fails instead of touching freed memory.
  * [any thread] The owner still calls pu_ring_close. 0 or -errno. */
-int pu_ring_sever(struct pu_ring *ring);
+int pu_ring_sever(struct pu_ring *ring, int inert);
 
 int pu_ring_register(struct pu_ring *ring, uint32_t opcode, const void *arg, uint32_t count);
 /* An empty table for `count` registered buffers. 0 or -errno. */

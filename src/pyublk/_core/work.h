@@ -97,7 +97,5 @@ void pu_mirror_answer(struct pu_mapped *m, uint16_t tag);
 void pu_mirror_look_for_hanging(struct pu_mapped *m);
 /* One of these has ended after all. */
 void pu_mirror_orphan_ends(struct pu_mapped *m, struct pu_slot *slot);
-/* The tags' buffers that are not the queue's own, at the end. */
-void pu_mirror_unmap_buffers(struct pu_mapped *m);
 
 #endif
