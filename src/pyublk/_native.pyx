@@ -24,7 +24,9 @@ from libc.errno cimport (
     ESHUTDOWN, ESTALE, ETIME,
 )
 from libc.limits cimport INT_MAX
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport (
+    int32_t, int64_t, intptr_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+)
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy, memset
 from posix.unistd cimport close as close_number

@@ -120,7 +120,13 @@ def write_apart(path, text, *, double deadline):
     return Helper().write(path, text, deadline=deadline)
 
 
-cdef void helper_was_killed(int pid) noexcept with gil:
+cdef void helper_was_killed(int pid) noexcept nogil:
+    Py_AddPendingCall(tell_of_killed_helper, <void *><intptr_t>pid)
+
+
+cdef int tell_of_killed_helper(void *number) noexcept:
+    """On the main thread, when it runs Python next: the core's thread is none of Python's."""
+    cdef int pid = <int><intptr_t>number
     try:
         if pid > 0:
             helper_log.warning("the helper process was killed; process %d takes its place", pid)
@@ -130,7 +136,8 @@ cdef void helper_was_killed(int pid) noexcept with gil:
                 "deleted when this process is killed", os.strerror(-pid)
             )
     except Exception:
-        pass
+        pass  # a handler of the log's, of which nobody here could be told
+    return 0
 
 
 helper_log = logging.getLogger("pyublk.helper")

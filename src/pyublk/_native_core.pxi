@@ -2,6 +2,7 @@
 
 cdef extern from "Python.h":
     unsigned long PyThread_get_thread_ident()
+    int Py_AddPendingCall(int (*)(void *) noexcept, void *) noexcept nogil
 
 cdef extern from *:
     """
@@ -263,7 +264,7 @@ cdef extern from "_core/control.h" nogil:
     void pu_helper_put(pu_helper *)
     int pu_helper_pid(pu_helper *)
     bint pu_helper_is_ours(const pu_helper *)
-    void pu_helper_tell(void (*)(int) noexcept with gil)
+    void pu_helper_tell(void (*)(int) noexcept nogil)
     int pu_control_begin(pu_control *, pu_helper *, pu_ask *, const void *, size_t, int)
     int pu_control_wait(pu_control *, int)
     bint pu_control_end(pu_control *)

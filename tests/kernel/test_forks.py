@@ -139,6 +139,7 @@ def doubled(number):
     return 2 * number
 
 class Forks(Memory):
+    concurrency = "parallel"
     pool = None
     seen = None
     def read(self, offset, buffer):
@@ -169,7 +170,7 @@ for options in ({}, {"workers": 2}):
         assert target.seen == 8
         works(disk)
         assert disk.stats().total.errors == 0
-    target.pool.shutdown()
+        target.pool.shutdown()  # its process has the client's descriptor
     tell("served")
 """
     )

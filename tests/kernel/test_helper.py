@@ -104,7 +104,7 @@ import ctypes
 
 class Hangs(Memory):
     def read(self, offset, buffer):
-        if offset:
+        if offset == MIB // 2:
             tell("hangs")
             threading.Event().wait()
 
