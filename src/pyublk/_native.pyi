@@ -60,7 +60,18 @@ class Ring:
         wanted: int = ...,
     ) -> None: ...
     def close(self) -> None:
-        """Closes the ring; the kernel cancels what is in flight."""
+        """Closes the ring, also when it is dropped or its `with` ends.
+
+        What was not submitted is not done. What is in flight is cancelled and waited for, at most a
+        second; what the kernel still carries out then (a disk that does not answer) keeps its
+        buffers until the process ends, and a ResourceWarning says so. The same goes for all that is
+        in flight when another thread than the one that made the ring closes it, unless that one
+        has ended, or the ring has no SINGLE_ISSUER.
+
+        In a forked child it gives up the child's copy, and changes nothing for the parent; any
+        other use there is a ValueError. RuntimeError while `submit`, `completions` or `for_each`
+        is under way.
+        """
     def __enter__(self) -> Self: ...
     def __exit__(
         self,
@@ -115,8 +126,9 @@ class Ring:
         file_index: int = 0,
         command: bytes = b"",
     ) -> None:
-        """Fills any entry by hand (struct io_uring_sqe); memory at `address` is yours to keep.
+        """Fills any entry by hand (struct io_uring_sqe).
 
+        Memory at `address` is yours to keep until the completion; `close` does not wait for it.
         `command` (16 bytes, 80 in an SQE128 ring) goes to offset 48. A full queue is submitted
         first; BlockingIOError if the kernel takes nothing then either.
         """
@@ -127,7 +139,8 @@ class Ring:
     def read(self, fd: int, buffer: Buffer, offset: int, user_data: int = 0) -> None:
         """Reads at `offset` (bytes) into a writable buffer, which is kept until completion.
 
-        `user_data` must not be that of another read, write or timeout in flight (ValueError).
+        Also across `close`. `user_data` must not be that of another read, write or timeout in
+        flight (ValueError).
         """
     def write(self, fd: int, buffer: Buffer, offset: int, user_data: int = 0) -> None:
         """Writes the buffer at `offset` (bytes); it is kept until completion."""
@@ -150,7 +163,8 @@ class Ring:
     def for_each(self, callback: Callable[[int, int], object]) -> int:
         """Calls `callback(user_data, result)` for every completion that is there; returns how many.
 
-        An exception stops it; what was called is taken, the rest stays.
+        An exception stops it; what was called is taken, the rest stays. The callback may fill
+        entries and submit, but take no completions (RuntimeError).
         """
     def register_files(self, fds: Iterable[int]) -> None:
         """Registers descriptors: entries with sqe_flags 1 then name them by their index."""
@@ -322,7 +336,12 @@ class Queue:
     ) -> Self:
         """A queue without kernel: requests are injected, answers read back (pyublk.testing)."""
     def close(self) -> None:
-        """Gives ring, map and buffers back. IOs that somebody kept are stale then."""
+        """Gives ring, map and buffers back. IOs that somebody kept are stale then.
+
+        So it is when the queue is dropped. I/O on files that the ring carries out for it is
+        cancelled and waited for, at most a second; if some goes on, the queue's memory is kept
+        until the process ends.
+        """
     def __enter__(self) -> Self: ...
     def __exit__(
         self,

@@ -24,13 +24,16 @@ from libc.errno cimport (
     ESTALE, ETIME,
 )
 from libc.limits cimport INT_MAX
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport (
+    UINT32_MAX, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+)
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy, memset
 from posix.unistd cimport close as close_number
 
 import errno as _errno
 import os
+import warnings
 from array import array
 from time import monotonic
 

@@ -260,9 +260,8 @@ cdef class MappedQueue(Queue):
         return cls(-1, layout=layout, depth=depth, buffer_size=buffer_size)
 
     def __dealloc__(self):
-        # What the kernel may still read or fill stays.
-        if self.opened and not pu_mapped_close(&self.mapped):
-            Py_INCREF(self.buffers)
+        if self.opened:
+            pu_mapped_close(&self.mapped)
 
     def serve_mapped(self, Planner planner=None, leg_failed=None):
         cdef int there

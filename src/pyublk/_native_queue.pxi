@@ -446,10 +446,12 @@ cdef class Queue:
                    table=table)
 
     def __dealloc__(self):
-        if self.ios is not None:
-            if self.is_open:
-                pu_queue_close(&self.q)
+        if self.q.tags != NULL:
             pu_queue_free(&self.q)
+
+    # Before the collector lets go of anything that the kernel still reads or fills.
+    def __del__(self):
+        self.end()
 
     cdef IO new_io(self, uint16_t tag):
         io = <IO>IO.__new__(IO)
@@ -465,10 +467,19 @@ cdef class Queue:
 
     @cython.critical_section
     def close(self):
-        if self.is_open:
-            self.is_open = False
-            pu_queue_close(&self.q)
-            self.ios = []  # breaks the cycle; IOs that somebody kept stay readable as stale
+        self.end()
+
+    cdef int end(self) except -1:
+        cdef bint over
+        if not self.is_open:
+            return 0
+        self.is_open = False
+        with nogil:
+            over = pu_queue_close(&self.q)
+        self.ios = []  # breaks the cycle; IOs that somebody kept stay readable as stale
+        if not over:
+            Py_INCREF(self)  # and with it all memory that the kernel still reads or fills, for ever
+        return 0
 
     def __enter__(self):
         return self
