@@ -340,7 +340,8 @@ class Queue:
 
         So it is when the queue is dropped. I/O on files that the ring carries out for it is
         cancelled and waited for, at most a second; if some goes on, the queue's memory is kept
-        until the process ends.
+        until the process ends. When another thread than its own closes it, that one's wait ends
+        with DeviceClosed, and the rest is given back when nobody has the queue any more.
         """
     def __enter__(self) -> Self: ...
     def __exit__(

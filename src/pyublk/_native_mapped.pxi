@@ -275,6 +275,7 @@ cdef class MappedQueue(Queue):
             if there == -ENODEV:
                 return
             if there == -ESHUTDOWN:
+                self.alive()
                 raise errors.DeviceLost(
                     f"queue {self.q.id} was cut off while its files' I/O did not end"
                 )

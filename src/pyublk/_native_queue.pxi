@@ -451,6 +451,7 @@ cdef class Queue:
 
     # Before the collector lets go of anything that the kernel still reads or fills.
     def __del__(self):
+        self.is_open = False
         self.end()
 
     cdef IO new_io(self, uint16_t tag):
@@ -467,13 +468,18 @@ cdef class Queue:
 
     @cython.critical_section
     def close(self):
-        self.end()
+        if not self.is_open:
+            return
+        self.is_open = False
+        if PyThread_get_thread_ident() == self.owner:
+            self.end()
+        else:  # its own may wait in the ring: the rest is for when nobody has the queue
+            pu_queue_sever(&self.q)
 
     cdef int end(self) except -1:
         cdef bint over
-        if not self.is_open:
+        if self.q.tags == NULL:
             return 0
-        self.is_open = False
         with nogil:
             over = pu_queue_close(&self.q)
         self.ios = []  # breaks the cycle; IOs that somebody kept stay readable as stale
@@ -535,6 +541,7 @@ cdef class Queue:
         if there == -ENODEV:
             return -1
         if there == -ESHUTDOWN:
+            self.alive()
             raise errors.DeviceLost(f"queue {self.q.id} was cut off while a handler did not return")
         raise errors.queue_error(-there, self.q.id)
 
@@ -605,6 +612,7 @@ cdef class Queue:
         with nogil:
             error = pu_queue_serve(&self.q, <pu_handler>handler, <void *>context, blind)
         if error == -ESHUTDOWN:
+            self.alive()
             raise errors.DeviceLost(f"queue {self.q.id} was cut off while a handler did not return")
         if error < 0:
             raise errors.queue_error(-error, self.q.id)

@@ -336,7 +336,7 @@ int pu_queue_sever(struct pu_queue *q)
 	int error = leave_device(q);
 
 	pthread_mutex_lock(&q->inbox_lock);
-	if (!error && q->wake_fd >= 0)
+	if (!error && q->wake_fd >= 0 && q->ring.fd >= 0)
 		error = pu_ring_sever(&q->ring, q->wake_fd);
 	if (!error && q->wake_fd >= 0 && q->cdev >= 0)
 		error = pu_replace_file(q->cdev, q->wake_fd);

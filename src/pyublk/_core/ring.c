@@ -405,7 +405,7 @@ bool pu_ring_end(struct pu_ring *ring, const uint32_t *in_flight, pu_over over, 
 	if (ring->fd < 0 || ring->process != pu_process())
 		return true; /* the kernel works on the parent's memory, not on the child's copy */
 	if (__atomic_load_n(&ring->severed, __ATOMIC_ACQUIRE))
-		return !*in_flight;
+		return !*in_flight || submitter_has_ended(ring);
 	tell_of_unsubmitted(ring, over, context);
 	tell_of_completed(ring, over, context);
 	if (*in_flight)
