@@ -29,8 +29,8 @@ __all__ = [
     "ShardedLock",
     "SharedTable",
     "address",
-    "forks",
     "open_private",
+    "process",
     "write_apart",
 ]
 
@@ -62,7 +62,18 @@ class Ring:
         wanted: int = ...,
     ) -> None: ...
     def close(self) -> None:
-        """Closes the ring; the kernel cancels what is in flight."""
+        """Closes the ring, also when it is dropped or its `with` ends.
+
+        What was not submitted is not done. What is in flight is cancelled and waited for, at most a
+        second; what the kernel still carries out then (a disk that does not answer) keeps its
+        buffers until the process ends, and a ResourceWarning says so. The same goes for all that is
+        in flight when another thread than the one that made the ring closes it, unless that one
+        has ended, or the ring has no SINGLE_ISSUER.
+
+        In a forked child it gives up the child's copy, and changes nothing for the parent; any
+        other use there is a ValueError. RuntimeError while `submit`, `completions` or `for_each`
+        is under way.
+        """
     def __enter__(self) -> Self: ...
     def __exit__(
         self,
@@ -117,8 +128,9 @@ class Ring:
         file_index: int = 0,
         command: bytes = b"",
     ) -> None:
-        """Fills any entry by hand (struct io_uring_sqe); memory at `address` is yours to keep.
+        """Fills any entry by hand (struct io_uring_sqe).
 
+        Memory at `address` is yours to keep until the completion; `close` does not wait for it.
         `command` (16 bytes, 80 in an SQE128 ring) goes to offset 48. A full queue is submitted
         first; BlockingIOError if the kernel takes nothing then either.
         """
@@ -129,7 +141,8 @@ class Ring:
     def read(self, fd: int, buffer: Buffer, offset: int, user_data: int = 0) -> None:
         """Reads at `offset` (bytes) into a writable buffer, which is kept until completion.
 
-        `user_data` must not be that of another read, write or timeout in flight (ValueError).
+        Also across `close`. `user_data` must not be that of another read, write or timeout in
+        flight (ValueError).
         """
     def write(self, fd: int, buffer: Buffer, offset: int, user_data: int = 0) -> None:
         """Writes the buffer at `offset` (bytes); it is kept until completion."""
@@ -152,7 +165,8 @@ class Ring:
     def for_each(self, callback: Callable[[int, int], object]) -> int:
         """Calls `callback(user_data, result)` for every completion that is there; returns how many.
 
-        An exception stops it; what was called is taken, the rest stays.
+        An exception stops it; what was called is taken, the rest stays. The callback may fill
+        entries and submit, but take no completions (RuntimeError).
         """
     def register_files(self, fds: Iterable[int]) -> None:
         """Registers descriptors: entries with sqe_flags 1 then name them by their index."""
@@ -324,7 +338,13 @@ class Queue:
     ) -> Self:
         """A queue without kernel: requests are injected, answers read back (pyublk.testing)."""
     def close(self) -> None:
-        """Gives ring, map and buffers back. IOs that somebody kept are stale then."""
+        """Gives ring, map and buffers back. IOs that somebody kept are stale then.
+
+        So it is when the queue is dropped. I/O on files that the ring carries out for it is
+        cancelled and waited for, at most a second; if some goes on, the queue's memory is kept
+        until the process ends. When another thread than its own closes it, that one's wait ends
+        with DeviceClosed, and the rest is given back when nobody has the queue any more.
+        """
     def __enter__(self) -> Self: ...
     def __exit__(
         self,
@@ -459,9 +479,9 @@ class Helper:
 def open_private(path: str, flags: int) -> int:
     """As os.open, with O_CLOEXEC, for a `CharDevice`: a forked child lets go of it at once."""
 
-def forks() -> int:
-    """How many forks lie between the first process and this one; what was made at another count is
-    the parent's."""
+def process() -> int:
+    """This process, also after a fork, without a system call. What was made in another one is the
+    parent's."""
 
 @final
 class Layout:

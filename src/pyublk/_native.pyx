@@ -25,7 +25,7 @@ from libc.errno cimport (
 )
 from libc.limits cimport INT_MAX
 from libc.stdint cimport (
-    int32_t, int64_t, intptr_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+    UINT32_MAX, int32_t, int64_t, intptr_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 )
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy, memset
@@ -35,6 +35,7 @@ import atexit
 import errno as _errno
 import logging
 import os
+import warnings
 from array import array
 from time import monotonic
 
@@ -59,8 +60,8 @@ __all__ = [
     "ShardedLock",
     "SharedTable",
     "address",
-    "forks",
     "open_private",
+    "process",
     "write_apart",
 ]
 

@@ -49,7 +49,6 @@ cdef class Buffers:
     """Memory for the requests of `depth` tags, `size` bytes each; several threads may share it."""
 
     cdef pu_buffers *buffers
-    cdef uint32_t forks
     cdef readonly unsigned int depth
     cdef readonly size_t size
 
@@ -59,12 +58,11 @@ cdef class Buffers:
         self.buffers = pu_buffers_new(<uint16_t>depth, size)
         if self.buffers == NULL:
             raise MemoryError(f"cannot reserve {depth} buffers of {size} bytes")
-        self.forks = pu_forks
         self.depth = depth
         self.size = size
 
     def __dealloc__(self):
-        if self.buffers != NULL and self.forks == pu_forks:
+        if self.buffers != NULL:
             pu_buffers_free(self.buffers)
 
 
@@ -82,7 +80,7 @@ cdef class KeptBuffer:
         return kept
 
     def __dealloc__(self):
-        if self.data != NULL and self.buffers.forks == pu_forks:
+        if self.data != NULL:
             pu_buffers_unmap(self.buffers.buffers, self.data)
 
 

@@ -23,13 +23,13 @@ cdef class Helper:
     """This process's helper, which is started for the first of these and ends with the last."""
 
     cdef pu_helper *helper
-    cdef int made_by
+    cdef int process
 
     def __cinit__(self, int control_node=-1):
         cdef bytes program = os.fsencode(HELPER_PROGRAM)
         cdef const char *where = program
         cdef int error
-        self.made_by = os.getpid()
+        self.process = pu_process()
         with nogil:
             error = pu_helper_get(&self.helper, where, control_node)
         if error < 0:
@@ -46,7 +46,7 @@ cdef class Helper:
 
     cdef pu_helper *ours(self) except NULL:
         if not pu_helper_is_ours(self.helper):
-            raise errors.forked_error(self.made_by)
+            raise errors.forked_error(self.process)
         return self.helper
 
     cdef object ask(self, pu_ask *ask, bytearray payload, int memory, double deadline):
@@ -178,5 +178,5 @@ cdef int dup_private(int fd) except -1:
     return copy
 
 
-def forks():
-    return pu_forks
+def process():
+    return pu_process()

@@ -43,6 +43,8 @@ cdef extern from "_core/ring.h" nogil:
     int PU_SQE_FIXED_FILE
     int PU_OPCODE_NOP
     int PU_OPCODE_TIMEOUT
+    int PU_OPCODE_TIMEOUT_REMOVE
+    int PU_OPCODE_ASYNC_CANCEL
     int PU_OPCODE_READ
     int PU_OPCODE_WRITE
     int PU_OPCODE_MSG_RING
@@ -74,6 +76,7 @@ cdef extern from "_core/ring.h" nogil:
 
     struct pu_ring:
         int fd
+        int process
         uint32_t setup_flags
         uint32_t features
         uint32_t sq_entries
@@ -81,8 +84,10 @@ cdef extern from "_core/ring.h" nogil:
         uint32_t *k_cq_overflow
         uint64_t enters
 
+    ctypedef void (*pu_over)(void *, uint64_t, int32_t) noexcept nogil
     int pu_ring_open(pu_ring *, uint32_t, uint32_t, uint32_t, uint32_t)
     void pu_ring_close(pu_ring *)
+    bint pu_ring_end(pu_ring *, const uint32_t *, pu_over, void *)
     int pu_ring_register(pu_ring *, uint32_t, const void *, uint32_t)
     int pu_ring_register_self(pu_ring *)
     pu_sqe *pu_ring_get_sqe(pu_ring *)
@@ -193,7 +198,7 @@ cdef extern from "_core/queue.h" nogil:
         bint watched
 
     int pu_queue_open(pu_queue *, int, const pu_queue_options *)
-    void pu_queue_close(pu_queue *)
+    bint pu_queue_close(pu_queue *)
     void pu_queue_free(pu_queue *)
     int pu_queue_sever(pu_queue *)
     int pu_queue_fetch(pu_queue *)
@@ -227,8 +232,7 @@ cdef extern from "fcntl.h" nogil:
     int c_open "open"(const char *, int, ...)
 
 cdef extern from "_core/forked.h" nogil:
-    uint32_t pu_forks
-
+    int pu_process()
     void pu_fork_hold()
     void pu_fork_release()
     int pu_fork_add(int)
@@ -368,7 +372,7 @@ cdef extern from "_core/mapped.h" nogil:
 
     uint32_t pu_mapped_entries(const pu_layout *, uint16_t)
     int pu_mapped_open(pu_mapped *, pu_queue *, pu_layout *, uint32_t)
-    bint pu_mapped_close(pu_mapped *)
+    void pu_mapped_close(pu_mapped *)
     int pu_mapped_turn(pu_mapped *, int64_t)
     int pu_mapped_plan(pu_mapped *, uint16_t, const pu_extent *, uint32_t)
     bint pu_mapped_next_failure(pu_mapped *, pu_leg_failure *)

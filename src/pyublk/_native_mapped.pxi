@@ -9,7 +9,7 @@ cdef class Layout:
 
     cdef pu_layout layout
     cdef bint made
-    cdef uint32_t forks
+    cdef int process
 
     def __init__(self):
         raise TypeError("use Layout.table, stripe, mirror or planned")
@@ -21,7 +21,7 @@ cdef class Layout:
         if error < 0:
             raise MemoryError("a layout of this size does not fit into memory")
         made.made = True
-        made.forks = pu_forks
+        made.process = pu_process()
         for index, (fd, memory, device) in enumerate(files):
             made.set_file(<uint32_t>index, fd, memory, device)
         return made
@@ -30,11 +30,11 @@ cdef class Layout:
         pu_layout_map_memory(&self.layout)
 
     def unmap_memory(self):
-        if self.forks == pu_forks:
+        if self.process == pu_process():
             pu_layout_unmap_memory(&self.layout)
 
     def __dealloc__(self):
-        if self.made and self.forks == pu_forks:
+        if self.made and self.process == pu_process():
             pu_layout_destroy(&self.layout)
 
     cdef int set_file(self, uint32_t index, int fd, bint memory, bint device) except -1:
@@ -263,9 +263,8 @@ cdef class MappedQueue(Queue):
         return cls(-1, layout=layout, depth=depth, buffer_size=buffer_size)
 
     def __dealloc__(self):
-        # What the kernel may still read or fill stays.
-        if self.opened and not pu_mapped_close(&self.mapped):
-            Py_INCREF(self.buffers)
+        if self.opened:
+            pu_mapped_close(&self.mapped)
 
     def serve_mapped(self, Planner planner=None, leg_failed=None):
         cdef int there
@@ -279,6 +278,7 @@ cdef class MappedQueue(Queue):
             if there == -ENODEV:
                 return
             if there == -ESHUTDOWN:
+                self.alive()
                 raise errors.DeviceLost(
                     f"queue {self.q.id} was cut off while its files' I/O did not end"
                 )

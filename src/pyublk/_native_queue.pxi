@@ -321,7 +321,7 @@ cdef class Handlers:
             if outcome is not None:
                 result = -<int64_t>self.report(outcome, io)
         except BaseException as raised:
-            if io.queue.forks != pu_forks:  # the handler forked: the request is the parent's
+            if io.queue.process != pu_process():  # the handler forked: the request is the parent's
                 raise
             result = -<int64_t>self.report(raised, io)
         if self.handle is not None and (
@@ -381,8 +381,7 @@ cdef class Queue:
     cdef bint is_open
     cdef bint fetched
     cdef unsigned long owner
-    cdef uint32_t forks
-    cdef int made_by
+    cdef int process
     cdef uint32_t look_every  # requests between two looks at the time; fewer when they are slow
     cdef Buffers buffers
     cdef CharDevice device
@@ -440,8 +439,7 @@ cdef class Queue:
         if error < 0:
             raise errors.queue_error(-error, queue_id)
         self.owner = PyThread_get_thread_ident()
-        self.forks = pu_forks
-        self.made_by = os.getpid()
+        self.process = pu_process()
         self.look_every = 1
         self.is_open = True
         self.ios = [self.new_io(tag) for tag in range(depth)]
@@ -452,10 +450,13 @@ cdef class Queue:
                    table=table)
 
     def __dealloc__(self):
-        if self.ios is not None:
-            if self.is_open:
-                pu_queue_close(&self.q)
+        if self.q.tags != NULL:
             pu_queue_free(&self.q)
+
+    # Before the collector lets go of anything that the kernel still reads or fills.
+    def __del__(self):
+        self.is_open = False
+        self.end()
 
     cdef IO new_io(self, uint16_t tag):
         io = <IO>IO.__new__(IO)
@@ -467,16 +468,30 @@ cdef class Queue:
     cdef int alive(self) except -1:
         if not self.is_open:
             raise errors.DeviceClosed("the queue is closed")
-        if self.forks != pu_forks:
-            raise errors.forked_error(self.made_by)
+        if self.process != pu_process():
+            raise errors.forked_error(self.process)
         return 0
 
     @cython.critical_section
     def close(self):
-        if self.is_open:
-            self.is_open = False
-            pu_queue_close(&self.q)
-            self.ios = []  # breaks the cycle; IOs that somebody kept stay readable as stale
+        if not self.is_open:
+            return
+        self.is_open = False
+        if PyThread_get_thread_ident() == self.owner:
+            self.end()
+        else:  # its own may wait in the ring: the rest is for when nobody has the queue
+            pu_queue_sever(&self.q)
+
+    cdef int end(self) except -1:
+        cdef bint over
+        if self.q.tags == NULL:
+            return 0
+        with nogil:
+            over = pu_queue_close(&self.q)
+        self.ios = []  # breaks the cycle; IOs that somebody kept stay readable as stale
+        if not over:
+            Py_INCREF(self)  # and with it all memory that the kernel still reads or fills, for ever
+        return 0
 
     def __enter__(self):
         return self
@@ -532,6 +547,7 @@ cdef class Queue:
         if there == -ENODEV:
             return -1
         if there == -ESHUTDOWN:
+            self.alive()
             raise errors.DeviceLost(f"queue {self.q.id} was cut off while a handler did not return")
         raise errors.queue_error(-there, self.q.id)
 
@@ -606,6 +622,7 @@ cdef class Queue:
         with nogil:
             error = pu_queue_serve(&self.q, <pu_handler>handler, <void *>context, blind)
         if error == -ESHUTDOWN:
+            self.alive()
             raise errors.DeviceLost(f"queue {self.q.id} was cut off while a handler did not return")
         if error < 0:
             raise errors.queue_error(-error, self.q.id)

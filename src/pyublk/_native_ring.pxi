@@ -1,8 +1,27 @@
 # Ring: an io_uring for Python, usable on its own.
 
+@cython.final
+cdef class Hold:
+    """What the kernel reads or fills for an operation, until that is over."""
+
+    cdef uint64_t user_data
+    cdef object memory
+
+
+cdef void let_go(void *ring, uint64_t token, int32_t result) noexcept with gil:
+    (<Ring>ring).release(token)
+
+
 cdef class Ring:
     cdef pu_ring ring
-    cdef dict held  # user_data -> what the kernel still reads or writes
+    # An operation that holds memory goes to the kernel under a token, which nobody else can have
+    # chosen: no other completion is taken for its own.
+    cdef dict held  # token -> Hold
+    cdef dict tokens  # user_data -> token
+    cdef uint64_t next_token
+    cdef uint32_t in_flight  # of those
+    cdef uint32_t busy  # calls under way that look at the ring
+    cdef bint taking  # one of them is for_each
 
     def __cinit__(self):
         self.ring.fd = -1
@@ -20,13 +39,42 @@ cdef class Ring:
             self.ring.fd = -1
             raise errors.io_uring_error(-error)
         self.held = {}
+        self.tokens = {}
+        self.next_token = int.from_bytes(os.urandom(8), "little")
 
     def __dealloc__(self):
         pu_ring_close(&self.ring)
 
+    # Before the collector lets go of what is held.
+    def __del__(self):
+        self.end()
+
+    @cython.critical_section
     def close(self):
-        pu_ring_close(&self.ring)
-        self.held = {}
+        if self.busy:
+            raise RuntimeError(
+                "the ring is in use: close it when submit, completions or for_each has returned"
+            )
+        self.end()
+
+    cdef object end(self):
+        cdef pu_ring ring = self.ring
+        cdef bint over
+        if ring.fd < 0:
+            return
+        self.ring.fd = -1  # for everybody else it is closed
+        with nogil:
+            over = pu_ring_end(&ring, &self.in_flight, let_go, <void *>self)
+            pu_ring_close(&ring)
+        held, self.held, self.tokens = self.held, {}, {}
+        if not over:
+            Py_INCREF(held)  # the kernel still writes there: nobody else may, ever
+            warnings.warn(
+                f"the ring was closed with {len(held)} operation(s) that the kernel still carries "
+                "out: their buffers are kept until the process ends",
+                ResourceWarning,
+                stacklevel=1,
+            )
 
     def __enter__(self):
         return self
@@ -37,6 +85,8 @@ cdef class Ring:
     cdef int alive(self) except -1:
         if self.ring.fd < 0:
             raise ValueError("the ring is closed")
+        if self.ring.process != pu_process():
+            raise ValueError("the ring is of the process that made it: make another after a fork")
         return 0
 
     def fileno(self):
@@ -79,10 +129,7 @@ cdef class Ring:
         return pu_ring_ready(&self.ring)
 
     cdef pu_sqe *sqe(self, uint8_t opcode, uint64_t user_data) except NULL:
-        self.alive()
-        # Its completion would let go of what is held for the other.
-        if len(self.held) and user_data in self.held:
-            raise ValueError(f"user_data {user_data} is in flight: choose another number")
+        self.check_number(user_data)
         sqe = pu_ring_get_sqe(&self.ring)
         if sqe is NULL:
             self.make_room()
@@ -97,10 +144,45 @@ cdef class Ring:
         sqe.user_data = user_data
         return sqe
 
+    cdef pu_sqe *hold(self, uint8_t opcode, uint64_t user_data, object memory) except NULL:
+        """An entry for an operation on `memory`."""
+        cdef uint64_t token = self.next_token
+        self.check_number(user_data)
+        hold = <Hold>Hold.__new__(Hold)
+        hold.user_data = user_data
+        hold.memory = memory
+        self.next_token += 1
+        self.held[token] = hold
+        self.tokens[user_data] = token
+        self.in_flight += 1
+        try:
+            return self.sqe(opcode, token)
+        except BaseException:
+            self.release(token)
+            raise
+
+    cdef int check_number(self, uint64_t user_data) except -1:
+        self.alive()
+        if len(self.tokens) and user_data in self.tokens:
+            raise ValueError(f"user_data {user_data} is in flight: choose another number")
+        return 0
+
+    cdef uint64_t release(self, uint64_t token):
+        """An operation is over: its user_data."""
+        found = self.held.pop(token, None)
+        if found is None:
+            return token
+        hold = <Hold>found
+        del self.tokens[hold.user_data]
+        self.in_flight -= 1
+        return hold.user_data
+
     cdef int make_room(self) except -1:
         cdef int done
+        self.busy += 1
         with nogil:
             done = pu_ring_submit(&self.ring, 0, 0, 0)
+        self.busy -= 1
         if done == -EINTR:
             PyErr_CheckSignals()
         # Out of memory, or completions first: sqe() says it, in words that fit.
@@ -115,6 +197,8 @@ cdef class Ring:
         if len(command) > room:
             raise ValueError(f"command has {len(command)} bytes, this ring's entries hold {room}")
         sqe = self.sqe(opcode, user_data)
+        if opcode == PU_OPCODE_ASYNC_CANCEL or opcode == PU_OPCODE_TIMEOUT_REMOVE:
+            address = self.tokens.get(address, address)  # it names an operation
         sqe.flags = sqe_flags
         sqe.ioprio = ioprio
         sqe.fd = fd
@@ -135,20 +219,18 @@ cdef class Ring:
         spec[0] = ns // 1000000000
         spec[1] = ns % 1000000000
         timespec = (<const char *>spec)[:16]
-        sqe = self.sqe(PU_OPCODE_TIMEOUT, user_data)
-        self.held[user_data] = timespec
+        sqe = self.hold(PU_OPCODE_TIMEOUT, user_data, timespec)
         sqe.addr = <uint64_t><uintptr_t><const char *>timespec
         sqe.len = 1
 
     cdef object transfer(self, uint8_t opcode, int fd, object buffer, bint writable,
                          uint64_t offset, uint64_t user_data):
         span = Span.borrow(buffer, writable)
-        sqe = self.sqe(opcode, user_data)
-        self.held[user_data] = span
+        sqe = self.hold(opcode, user_data, span)
         sqe.fd = fd
         sqe.off = offset
         sqe.addr = <uint64_t><uintptr_t>(<Span>span).data
-        sqe.len = <uint32_t>(<Span>span).length
+        sqe.len = <uint32_t>min((<Span>span).length, UINT32_MAX)
 
     def read(self, int fd, buffer, uint64_t offset, uint64_t user_data=0):
         self.transfer(PU_OPCODE_READ, fd, buffer, True, offset, user_data)
@@ -175,12 +257,14 @@ cdef class Ring:
         cdef uint32_t wanted = 0
         if timeout is None and min_wait is None:
             wanted = min(wait, self.ring.cq_entries)
+        self.busy += 1
         with nogil:
             done = pu_ring_submit(&self.ring, wait, limit, min_wait_us)
             # Kernels end a wait when a time-out fires, which is before its completion is there.
             while (done >= 0 and again >= 0 and pu_ring_ready(&self.ring) < wanted
                    and not pu_ring_unsubmitted(&self.ring)):
                 again = pu_ring_submit(&self.ring, wait, limit, 0)
+        self.busy -= 1
         if done == -EINTR or again == -EINTR:
             PyErr_CheckSignals()
             return max(done, 0)
@@ -191,35 +275,50 @@ cdef class Ring:
         return done
 
     def completions(self):
-        self.alive()
-        cdef uint32_t there = pu_ring_ready(&self.ring)
         cdef bint wide = self.ring.setup_flags & PU_SETUP_CQE32
         cdef list found = []
         cdef const pu_cqe *cqe
-        for i in range(there):
-            cqe = pu_ring_cqe(&self.ring, i)
-            extra = (<const char *>(cqe + 1))[:16] if wide else b""
-            found.append(Completion(cqe.user_data, cqe.res, cqe.flags, extra))
-            self.held.pop(cqe.user_data, None)
-        pu_ring_advance(&self.ring, there)
-        return found
-
-    def for_each(self, callback):
-        self.alive()
-        cdef uint32_t there = pu_ring_ready(&self.ring)
+        cdef uint64_t user_data
         cdef uint32_t seen = 0
-        cdef const pu_cqe *cqe
-        cdef bint holding = len(self.held) > 0
+        cdef uint32_t there = self.begin_taking()
         try:
             while seen < there:
                 cqe = pu_ring_cqe(&self.ring, seen)
                 seen += 1
-                if holding:
-                    self.held.pop(cqe.user_data, None)
-                callback(cqe.user_data, cqe.res)
+                user_data = self.release(cqe.user_data) if self.in_flight else cqe.user_data
+                extra = (<const char *>(cqe + 1))[:16] if wide else b""
+                found.append(Completion(user_data, cqe.res, cqe.flags, extra))
         finally:
-            pu_ring_advance(&self.ring, seen)
+            self.end_taking(seen)
+        return found
+
+    def for_each(self, callback):
+        cdef const pu_cqe *cqe
+        cdef uint64_t user_data
+        cdef uint32_t seen = 0
+        cdef uint32_t there = self.begin_taking()
+        try:
+            while seen < there:
+                cqe = pu_ring_cqe(&self.ring, seen)
+                seen += 1
+                user_data = self.release(cqe.user_data) if self.in_flight else cqe.user_data
+                callback(user_data, cqe.res)
+        finally:
+            self.end_taking(seen)
         return seen
+
+    cdef uint32_t begin_taking(self) except? 0:
+        self.alive()
+        if self.taking:
+            raise RuntimeError("completions are being taken: for_each must return first")
+        self.taking = True
+        self.busy += 1
+        return pu_ring_ready(&self.ring)
+
+    cdef void end_taking(self, uint32_t seen) noexcept:
+        pu_ring_advance(&self.ring, seen)
+        self.taking = False
+        self.busy -= 1
 
     def register_files(self, fds):
         self.alive()

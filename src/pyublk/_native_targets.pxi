@@ -8,7 +8,7 @@ cdef class Ram:
 
     cdef pu_ram ram
     cdef bint made
-    cdef uint32_t forks
+    cdef int process
 
     def __init__(self, uint64_t size):
         if self.made:
@@ -16,11 +16,11 @@ cdef class Ram:
         cdef int error = pu_ram_init(&self.ram, size)
         if error < 0:
             raise OSError(-error, f"cannot reserve {size} bytes of memory: {os.strerror(-error)}")
-        self.forks = pu_forks
+        self.process = pu_process()
         self.made = True
 
     def __dealloc__(self):
-        if self.made and self.forks == pu_forks:
+        if self.made and self.process == pu_process():
             pu_ram_destroy(&self.ram)
 
     @property
@@ -34,7 +34,7 @@ cdef class Ram:
     def resident(self):
         """Bytes that really occupy memory now."""
         cdef uint64_t size
-        if self.forks != pu_forks:
+        if self.process != pu_process():
             return 0  # the parent has it all
         with nogil:
             size = pu_ram_resident(&self.ram)

@@ -19,7 +19,7 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from pyublk import errors
-from pyublk._native import CharDevice, Helper, forks, open_private
+from pyublk._native import CharDevice, Helper, open_private, process
 from pyublk.control import Controller, DeviceInfo, check_wish, new_cookie
 from pyublk.crew import Crew
 from pyublk.interruptions import (
@@ -167,7 +167,7 @@ class Device:
         self._impatient = False  # what hangs is given up at once
         self._kept_by_kernel = False  # until this process ends
         self._made_at = _caller()
-        self._made_in, self._forks = os.getpid(), forks()
+        self._process = process()
 
     # ---- looking at it ----
 
@@ -207,11 +207,11 @@ class Device:
 
     def _inherited(self) -> bool:
         """Whether this is a forked child's copy: the disk is the parent's, and nothing is done."""
-        return self._forks != forks()
+        return self._process != process()
 
     def _check_process(self) -> None:
         if self._inherited():
-            raise errors.forked_error(self._made_in)
+            raise errors.forked_error(self._process)
 
     def _device_info(self) -> DeviceInfo:
         if self._info is None:

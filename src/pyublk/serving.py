@@ -11,7 +11,7 @@ import threading
 import traceback
 from collections.abc import Callable
 
-from pyublk._native import IO, Handlers, MappedQueue, Planner, Queue, forks
+from pyublk._native import IO, Handlers, MappedQueue, Planner, Queue, process
 from pyublk.mapped import MappedTarget
 from pyublk.scheduling import keep_to, never_interrupt
 
@@ -68,12 +68,12 @@ class WorkerPool:
             thread.start()
 
     def _work(self, handlers: Handlers) -> None:
-        started_at = forks()
+        here = process()
         while (io := self._inbox.get()) is not None:
             try:
                 handlers.answer_from_here(io)
             except BaseException as error:
-                if started_at != forks():
+                if here != process():
                     _end_child(error)
                 raise
             del io  # kept, it would make the tag need a new one
@@ -120,7 +120,7 @@ class Servant:
         self.primed = threading.Event()
         self.ended = threading.Event()
         self._thread_id = 0
-        self._forks = forks()
+        self._process = process()
 
     def _open(self) -> None:
         self._thread_id = threading.get_ident()
@@ -190,6 +190,6 @@ class ServingThread(Servant):
             serve(self.queues)
         except BaseException as raised:
             error = raised
-        if self._forks != forks():
+        if self._process != process():
             _end_child(error)
         self._close(error)

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Self
 from weakref import WeakMethod
 
-from pyublk._native import SharedTable, forks
+from pyublk._native import SharedTable, process
 from pyublk.control import Controller
 from pyublk.errors import DeviceClosed
 
@@ -32,7 +32,7 @@ class SharedMemory:
     def __init__(self, sharing: "Sharing", fd: int, mapping: mmap.mmap, index: int) -> None:
         self._sharing: Sharing | None = sharing
         self._fd = fd
-        self._forks = forks()
+        self._process = process()
         self.index = index
         #: The bytes, for NumPy and anything else that takes a buffer.
         self.buffer = memoryview(mapping)
@@ -55,7 +55,7 @@ class SharedMemory:
         The memory itself goes when nobody looks at it any more.
         """
         sharing, self._sharing = self._sharing, None
-        if sharing is None or self._forks != forks():  # the sharing is the parent's
+        if sharing is None or self._process != process():  # the sharing is the parent's
             return
         try:
             sharing.end(self.index)

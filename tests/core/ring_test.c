@@ -8,7 +8,10 @@
 #include <signal.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/mman.h>
 #include <sys/time.h>
+#include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "check.h"
@@ -228,6 +231,152 @@ static void a_severed_ring_fails_and_closes(void)
 	pu_ring_close(&ring); /* once is enough, twice is harmless */
 }
 
+/* ---- the end ---- */
+
+struct ending {
+	struct pu_ring ring;
+	int ends[2]; /* of a pipe */
+	char text[8];
+	uint32_t in_flight;
+	int told[4]; /* by user_data: how often */
+	int32_t results[4];
+	bool over;
+};
+
+static void over(void *context, uint64_t user_data, int32_t result)
+{
+	struct ending *e = context;
+
+	e->told[user_data]++;
+	e->results[user_data] = result;
+	e->in_flight--;
+}
+
+static void transfer(struct ending *e, uint8_t opcode, uint64_t user_data)
+{
+	struct pu_sqe *sqe = pu_ring_get_sqe(&e->ring);
+
+	sqe->opcode = opcode;
+	sqe->fd = e->ends[opcode == PU_OPCODE_WRITE];
+	sqe->addr = (uint64_t)(uintptr_t)e->text;
+	sqe->len = sizeof(e->text);
+	sqe->user_data = user_data;
+	e->in_flight++;
+}
+
+static void *begin_a_read(void *argument)
+{
+	struct ending *e = argument;
+
+	CHECK_EQUAL(pipe(e->ends), 0);
+	CHECK_EQUAL(pu_ring_open(&e->ring, 4, 0, 0, WANTED), 0);
+	transfer(e, PU_OPCODE_READ, 0);
+	CHECK_EQUAL(pu_ring_submit(&e->ring, 0, 0, 0), 1);
+	return NULL;
+}
+
+static void *end_it(void *argument)
+{
+	struct ending *e = argument;
+
+	e->over = pu_ring_end(&e->ring, &e->in_flight, over, e);
+	return NULL;
+}
+
+static void close_ending(struct ending *e)
+{
+	pu_ring_close(&e->ring);
+	close(e->ends[0]);
+	close(e->ends[1]);
+}
+
+static void what_is_in_flight_is_cancelled_and_the_rest_not_begun(void)
+{
+	struct ending e = { 0 };
+	char byte;
+
+	begin_a_read(&e);
+	nop(&e.ring, 1);
+	e.in_flight++;
+	CHECK_EQUAL(pu_ring_submit(&e.ring, 0, 0, 0), 1);
+	transfer(&e, PU_OPCODE_WRITE, 2);
+	transfer(&e, PU_OPCODE_WRITE, 3);
+	end_it(&e);
+	CHECK(e.over);
+	for (int i = 0; i < 4; i++) {
+		CHECK_EQUAL(e.told[i], 1);
+		CHECK_EQUAL(e.results[i], i == 1 ? 0 : -ECANCELED);
+	}
+	CHECK_EQUAL(pu_ring_unsubmitted(&e.ring), 0);
+	CHECK_EQUAL(pu_ring_submit(&e.ring, 0, 0, 0), 0);
+	CHECK_EQUAL(fcntl(e.ends[0], F_SETFL, O_NONBLOCK), 0);
+	CHECK_EQUAL(read(e.ends[0], &byte, 1), -1);
+	close_ending(&e);
+}
+
+static void another_thread_knows_when_the_submitter_has_ended(void)
+{
+	struct ending e = { 0 };
+	pthread_t thread;
+
+	begin_a_read(&e);
+	CHECK_EQUAL(pthread_create(&thread, NULL, end_it, &e), 0);
+	pthread_join(thread, NULL);
+	CHECK_EQUAL(e.over, !(e.ring.setup_flags & PU_SETUP_SINGLE_ISSUER));
+	end_it(&e); /* but the submitter can */
+	CHECK(e.over);
+	close_ending(&e);
+
+	e = (struct ending){ 0 };
+	CHECK_EQUAL(pthread_create(&thread, NULL, begin_a_read, &e), 0);
+	pthread_join(thread, NULL);
+	for (int i = 0; i < 5000 && !e.over; i++) { /* a join is told a little before the end */
+		end_it(&e);
+		usleep(1000);
+	}
+	CHECK(e.over);
+	close_ending(&e);
+}
+
+static void a_severed_ring_tells_nothing(void)
+{
+	struct ending e = { 0 };
+
+	begin_a_read(&e);
+	CHECK_EQUAL(pu_ring_sever(&e.ring, e.ends[0]), 0);
+	end_it(&e);
+	CHECK(!e.over);
+	CHECK_EQUAL(e.told[0], 0);
+	close_ending(&e);
+}
+
+static void a_child_leaves_it_to_its_parent(void)
+{
+	struct ending e = { 0 };
+	int status;
+	pid_t child;
+
+	begin_a_read(&e);
+	child = fork();
+	CHECK(child >= 0);
+	if (!child) {
+		/* What the child has where the parent has its ring. */
+		char *map = mmap(e.ring.ring_map, 4096, PROT_READ | PROT_WRITE,
+				 MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+
+		end_it(&e);
+		pu_ring_close(&e.ring);
+		map[0] = 1;
+		_exit(e.over && e.in_flight == 1 ? 0 : 1);
+	}
+	CHECK_EQUAL(waitpid(child, &status, 0), child);
+	CHECK_EQUAL(status, 0);
+	CHECK_EQUAL(write(e.ends[1], "parent", 6), 6);
+	CHECK_EQUAL(pu_ring_submit(&e.ring, 1, 10000000000, 0), 0);
+	CHECK_EQUAL(pu_ring_cqe(&e.ring, 0)->res, 6);
+	close_ending(&e);
+}
+
 int main(void)
 {
 	every_shape_round_trips();
@@ -241,5 +390,9 @@ int main(void)
 	registered_ring_and_files_work();
 	another_thread_can_post();
 	a_severed_ring_fails_and_closes();
+	what_is_in_flight_is_cancelled_and_the_rest_not_begun();
+	another_thread_knows_when_the_submitter_has_ended();
+	a_severed_ring_tells_nothing();
+	a_child_leaves_it_to_its_parent();
 	return 0;
 }

@@ -13,6 +13,12 @@ BUILDS = {
     "address,undefined": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-O1", "-fsanitize=thread"],
 }
+#: What failing.h puts before the C library's.
+WRAPPED = """
+    aligned_alloc calloc close dup3 eventfd fallocate fdatasync free fstat madvise malloc mincore
+    mmap mprotect munmap ppoll prctl pread preadv pwrite pwritev2 realloc syscall
+"""
+LINKED = {"sweep_test": [f"-Wl,--wrap={name}" for name in WRAPPED.split()]}
 
 
 def compile_with(flags: list[str], source: Path, program: Path) -> None:
@@ -44,7 +50,8 @@ def test_core(program: str, build: str, sanitizers: set[str], tmp_path: Path) ->
     if build not in sanitizers:
         pytest.skip(f"this compiler cannot build with {' '.join(BUILDS[build])}")
     binary = tmp_path / program
-    compile_with(BUILDS[build], HERE / f"{program}.c", binary)
+    flags = BUILDS[build] + LINKED.get(program, [])
+    compile_with(flags, HERE / f"{program}.c", binary)
     arguments = []
     if program == "control_test":  # which needs the other process, built as it is
         arguments = [tmp_path / "pyublk-helper"]

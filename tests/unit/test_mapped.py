@@ -2,11 +2,13 @@
 
 import errno
 import fcntl
+import gc
 import json
 import os
 import random
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -16,7 +18,7 @@ import pytest
 
 import pyublk
 from pyublk import MappedTarget
-from pyublk._native import MappedQueue
+from pyublk._native import Layout, MappedQueue
 from pyublk.targets import File, Linear, Mirror, Slice, Stripe, copying
 from pyublk.targets.record import LegState
 from pyublk.testing import Disk
@@ -883,3 +885,59 @@ def test_a_mirror_with_a_timeout_takes_one_thread(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="threads=2 needs a mirror with leg_timeout 0"):
         pyublk.Device(mirror_of(tmp_path), threads=2)
     pyublk.Device(mirror_of(tmp_path, leg_timeout=0), threads=2)
+
+
+def begin_a_read(reader: int) -> MappedQueue:
+    """A queue whose file does not answer: its read is under way though its request was failed."""
+    layout = Layout.table([(reader, False, False)], [(0, 0, 65536)])
+    queue = MappedQueue.loopback(layout=layout, depth=1)
+    queue.fetch()
+    queue.inject(0, Op.READ, 0, 65536)
+    fail = threading.Timer(0.1, lambda: (queue.fail_held(errno.EIO), queue.wake()))
+    fail.start()
+    queue.serve_mapped()
+    fail.join(30)
+    return queue
+
+
+def queues_alive() -> int:
+    return sum(type(each) is MappedQueue for each in gc.get_objects())
+
+
+@pytest.mark.parametrize("how", ["closed", "dropped", "by another thread", "by a late thread"])
+def test_the_memory_of_a_queue_outlives_what_is_under_way(how: str) -> None:
+    reader, writer = os.pipe()
+    before = len(os.listdir("/proc/self/fd"))
+    gc.collect()
+    alive = queues_alive()
+    queues: list[MappedQueue] = []
+
+    def begin() -> None:
+        queues.append(begin_a_read(reader))
+
+    def end() -> None:
+        queue = queues.pop()
+        if how != "dropped":
+            queue.close()
+        del queue
+        gc.collect()
+
+    if how == "by a late thread":
+        thread = threading.Thread(target=begin)
+        thread.start()
+        thread.join(30)
+        while Path(f"/proc/self/task/{thread.native_id}").exists():
+            time.sleep(0.01)
+    else:
+        begin()
+    if how == "by another thread":
+        thread = threading.Thread(target=end)
+        thread.start()
+        thread.join(30)
+    else:
+        end()
+    # Only the thread that made it can wait for its I/O; while that lives, nobody knows.
+    assert queues_alive() == alive + (how == "by another thread")
+    assert len(os.listdir("/proc/self/fd")) == before
+    os.close(reader)
+    os.close(writer)

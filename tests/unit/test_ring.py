@@ -10,8 +10,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -611,6 +613,270 @@ def test_a_dropped_ring_is_closed() -> None:
     del ring
     gc.collect()
     assert rings_open() == before
+
+
+def is_kept(buffer: bytearray) -> bool:
+    """Whether somebody still has its address."""
+    try:
+        buffer.append(0)
+    except BufferError:
+        return True
+    return False
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    reader, writer = os.pipe()
+    yield reader, writer
+    os.close(reader)
+    os.close(writer)
+
+
+def finish_by_close(ring: Ring) -> None:
+    ring.close()
+
+
+def finish_by_with(ring: Ring) -> None:
+    with ring:
+        pass
+
+
+@needs_io_uring
+@pytest.mark.parametrize("wanted", [PLAIN, RECOMMENDED], ids=["plain", "recommended"])
+@pytest.mark.parametrize("finish", [finish_by_close, finish_by_with, None])
+def test_what_is_in_flight_is_cancelled_and_let_go(
+    pipe: tuple[int, int], finish: Callable[[Ring], None] | None, wanted: SetupFlag
+) -> None:
+    ring = Ring(8, wanted=wanted)
+    buffers = [bytearray(4096) for _ in range(3)]
+    for number, buffer in enumerate(buffers):
+        ring.read(pipe[0], buffer, 0, user_data=number)
+    ring.timeout(1000, user_data=7)
+    ring.submit()
+    ring.read(pipe[0], late := bytearray(4096), 0, user_data=8)
+    if finish is not None:
+        finish(ring)
+    del ring
+    assert not any(is_kept(buffer) for buffer in [*buffers, late])
+    os.write(pipe[1], b"for nobody")
+    assert os.read(pipe[0], 100) == b"for nobody"
+
+
+@needs_io_uring
+def test_a_ring_in_a_cycle_lets_go_of_its_buffers_last(pipe: tuple[int, int]) -> None:
+    class Owner(bytearray):
+        ring: Ring
+
+    before = rings_open()
+    owner = Owner(64)
+    watched = weakref.ref(owner)
+    owner.ring = Ring(8)
+    owner.ring.read(pipe[0], owner, 0, user_data=1)
+    owner.ring.submit()
+    del owner
+    gc.collect()
+    assert rings_open() == before
+    assert watched() is None
+
+
+@needs_io_uring
+def test_what_was_not_submitted_is_not_done_by_a_close(pipe: tuple[int, int]) -> None:
+    os.set_blocking(pipe[0], False)
+    with Ring(8) as ring:
+        ring.write(pipe[1], b"one", 0, user_data=1)
+        ring.write(pipe[1], data := bytearray(b"two"), 0, user_data=2)
+    assert not is_kept(data)
+    with pytest.raises(BlockingIOError):
+        os.read(pipe[0], 10)
+
+
+@needs_io_uring
+@pytest.mark.parametrize("drop", [False, True], ids=["closed", "dropped"])
+def test_what_another_thread_cannot_end_is_kept(pipe: tuple[int, int], drop: bool) -> None:
+    """The kernel lets only the thread that made the ring wait for what it began."""
+    rings = [Ring(8)]
+    buffer = bytearray(64)
+    rings[0].read(pipe[0], buffer, 0, user_data=1)
+    rings[0].submit()
+    told: list[warnings.WarningMessage] = []
+
+    def end() -> None:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            ring = rings.pop()
+            if not drop:
+                ring.close()
+            del ring
+        told.extend(caught)
+
+    thread = threading.Thread(target=end)
+    thread.start()
+    thread.join(10)
+    assert [warning.category for warning in told] == [ResourceWarning]
+    assert str(told[0].message) == (
+        "the ring was closed with 1 operation(s) that the kernel still carries out: "
+        "their buffers are kept until the process ends"
+    )
+    gc.collect()
+    assert is_kept(buffer)
+
+
+@needs_io_uring
+def test_another_thread_closes_a_ring_that_any_thread_may_use(pipe: tuple[int, int]) -> None:
+    ring = Ring(8, wanted=PLAIN)
+    buffer = bytearray(64)
+    ring.read(pipe[0], buffer, 0, user_data=1)
+    ring.submit()
+    thread = threading.Thread(target=ring.close)
+    thread.start()
+    thread.join(10)
+    assert not is_kept(buffer)
+
+
+@needs_io_uring
+def test_a_thread_that_has_ended_has_nothing_in_flight(pipe: tuple[int, int]) -> None:
+    made: list[Ring] = []
+    buffer = bytearray(64)
+
+    def begin() -> None:
+        made.append(Ring(8))
+        made[0].read(pipe[0], buffer, 0, user_data=1)
+        made[0].submit()
+
+    thread = threading.Thread(target=begin)
+    thread.start()
+    task = Path(f"/proc/self/task/{thread.native_id}")
+    thread.join(10)
+    for _ in range(500):  # what the kernel does behind a join
+        if not task.exists():
+            break
+        time.sleep(0.01)
+    made[0].close()
+    assert not is_kept(buffer)
+
+
+@needs_io_uring
+def test_a_ring_is_not_closed_under_a_call(pipe: tuple[int, int]) -> None:
+    message = "the ring is in use: close it when submit, completions or for_each has returned"
+    with Ring(8) as ring:
+        refused: list[BaseException] = []
+
+        def close() -> None:
+            try:
+                ring.close()
+            except RuntimeError as error:
+                refused.append(error)
+            os.write(pipe[1], b"come back")
+
+        ring.read(pipe[0], bytearray(16), 0, user_data=1)
+        timer = threading.Timer(0.05, close)
+        timer.start()
+        ring.submit(1, timeout=10)
+        timer.join(10)
+        assert [str(error) for error in refused] == [message]
+        for take in (ring.close, ring.completions, lambda: ring.for_each(print)):
+            ring.nop(2)
+            ring.submit(1)
+            with pytest.raises(RuntimeError, match=r"has returned$|must return first$"):
+                ring.for_each(lambda _user_data, _result, take=take: take())
+        ring.completions()
+        ring.nop(3)
+        assert drain(ring, 1) == [Completion(3, 0, 0)]
+
+
+@needs_io_uring
+def test_a_forked_child_leaves_the_ring_to_its_parent(pipe: tuple[int, int]) -> None:
+    """Neither its use nor its close, nor the end of a thread, nor its exit touches it."""
+    program = """if True:
+        import gc, os, sys, threading
+        from pyublk import Ring
+
+        reader, writer = os.pipe()
+        ring, buffer = Ring(8), bytearray(8)
+        ring.register_self()
+        ring.read(reader, buffer, 0, user_data=1)
+        ring.submit()
+        sys.stdout.flush()
+        if (child := os.fork()) == 0:
+            for use in (ring.nop, ring.submit, ring.completions, lambda: ring.ready):
+                try:
+                    use()
+                except ValueError as error:
+                    assert "the process that made it" in str(error)
+                else:
+                    os._exit(1)
+            ring.close()
+            buffer.append(1)  # the child's copy is its own
+            with Ring(8) as own:
+                own.nop(1)
+                own.submit(1)
+                assert own.completions()[0].user_data == 1
+            del ring
+            gc.collect()
+            sys.exit(0)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        os.write(writer, b"parent")
+        ring.submit(1, timeout=10)
+        print(ring.completions()[0].result, bytes(buffer[:6]))
+        """
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout, done.stderr) == ("0\n6 b'parent'\n", "")
+
+
+@needs_io_uring
+def test_a_ring_that_is_there_at_the_exit_is_ended() -> None:
+    program = """if True:
+        import os
+        from pyublk import Ring
+
+        reader, writer = os.pipe()
+        ring = Ring(8)
+        ring.read(reader, bytearray(64), 0, user_data=1)
+        ring.submit()
+        """
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@needs_io_uring
+def test_no_other_completion_lets_go_of_a_buffer(pipe: tuple[int, int]) -> None:
+    """Neither an entry before it that has its number, nor another ring's message."""
+    with Ring(8) as ring, Ring(8) as other:
+        buffer = bytearray(16)
+        ring.nop(5)
+        ring.read(pipe[0], buffer, 0, user_data=5)
+        other.msg_ring(ring.fileno(), target_user_data=5, result=42, user_data=1)
+        other.submit(1)
+        ring.submit(2, timeout=10)
+        assert sorted(done.result for done in ring.completions()) == [0, 42]
+        assert is_kept(buffer)
+        os.write(pipe[1], b"now")
+        assert drain(ring, 1) == [Completion(5, 3, 0)]
+        assert not is_kept(buffer)
+
+
+@needs_io_uring
+def test_an_operation_is_cancelled_by_its_user_data(pipe: tuple[int, int]) -> None:
+    timeout_remove = 12
+    with Ring(8) as ring:
+        ring.read(pipe[0], bytearray(16), 0, user_data=5)
+        ring.timeout(1000, user_data=6)
+        ring.prepare(Opcode.ASYNC_CANCEL, address=5, user_data=7)
+        ring.prepare(timeout_remove, address=6, user_data=8)
+        assert {done.user_data: done.result for done in drain(ring, 4)} == {
+            5: -errno.ECANCELED,
+            6: -errno.ECANCELED,
+            7: 0,
+            8: 0,
+        }
 
 
 @needs_io_uring

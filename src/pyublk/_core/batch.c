@@ -81,7 +81,7 @@ void pu_batch_close(struct pu_queue *q)
 	if (!b)
 		return;
 	q->batch = NULL;
-	if (b->provided)
+	if (b->provided && q->process == pu_process()) /* a fork left it out */
 		munmap(b->provided, provided_bytes(b));
 	free(b->arrivals);
 	free(b->elements[0]);
@@ -269,20 +269,28 @@ bool pu_batch_idle(const struct pu_batch *b)
 
 int pu_batch_commit_now(struct pu_queue *q, struct pu_ring *ring, uint16_t tag, int32_t value)
 {
-	uint64_t element[3];
+	uint8_t *element = (uint8_t *)q->batch->posted;
 	struct pu_sqe *sqe = pu_ring_get_sqe(ring);
 	int result;
 
 	if (!sqe)
 		return -EAGAIN;
-	put_element(q, (uint8_t *)element, tag, value);
-	fill_command(q, sqe, PU_IO_COMMIT_IO_CMDS, (uint8_t *)element, 1);
+	put_element(q, element, tag, value);
+	fill_command(q, sqe, PU_IO_COMMIT_IO_CMDS, element, 1);
 	sqe->fd = q->cdev;
 	do
 		result = pu_ring_submit(ring, 1, PU_FOREVER, 0);
 	while (!pu_ring_ready(ring) && (result >= 0 || result == -EINTR));
-	if (!pu_ring_ready(ring))
-		return result;
+	if (!pu_ring_ready(ring)) {
+		bool taken = !pu_ring_unsubmitted(ring);
+
+		/* What the kernel took it carries out, and a second commit would be the next request's.
+		 * With the ring goes the completion, which would be taken for the next commit's. */
+		pu_ring_retract(ring);
+		if (taken)
+			pu_ring_close(ring);
+		return taken ? 0 : result;
+	}
 	result = pu_ring_cqe(ring, 0)->res;
 	pu_ring_advance(ring, 1);
 	return result < 0 ? result : 0;

@@ -30,6 +30,7 @@ struct pu_batch {
 	uint16_t provided_tail;
 	uint16_t *arrivals; /* the buffers, PU_BATCH_MAX_TAGS tags apart */
 	uint32_t arrival_tags; /* what each may hold */
+	uint64_t posted[3]; /* the element of pu_batch_commit_now */
 };
 
 int pu_batch_open(struct pu_queue *q);
@@ -46,7 +47,8 @@ void pu_batch_complete(struct pu_queue *q, const struct pu_cqe *cqe);
 bool pu_batch_sent(const struct pu_batch *batch);
 /* Nothing of the batch is in the kernel, or waiting to go there. */
 bool pu_batch_idle(const struct pu_batch *batch);
-/* Commits one tag through a ring that is not the owner's, at once. 0 or -errno. */
+/* Commits one tag through a ring that is not the owner's, at once; one caller at a time. 0 or
+ * -errno: then the kernel has not taken the answer, and will not. */
 int pu_batch_commit_now(struct pu_queue *q, struct pu_ring *ring, uint16_t tag, int32_t value);
 
 #endif

@@ -6,6 +6,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "ring.h"
+
 struct pu_retired {
 	struct pu_retired *next;
 	uint8_t *buffer;
@@ -33,6 +35,7 @@ struct pu_buffers *pu_buffers_new(uint16_t depth, size_t bytes)
 	if (!b)
 		return NULL;
 	b->depth = depth;
+	b->process = pu_process();
 	b->bytes = (bytes + page - 1) / page * page;
 	b->of_tag = calloc(depth, sizeof(*b->of_tag));
 	b->first = b->of_tag ? map(depth * b->bytes) : NULL;
@@ -47,32 +50,33 @@ struct pu_buffers *pu_buffers_new(uint16_t depth, size_t bytes)
 	return b;
 }
 
+/* In a child something else may be where its parent has the memory. */
+static void unmap(const struct pu_buffers *b, uint8_t *memory, size_t bytes)
+{
+	if (b->process == pu_process())
+		munmap(memory, bytes);
+}
+
 static bool among_first(const struct pu_buffers *b, const uint8_t *buffer)
 {
 	return buffer >= b->first && buffer < b->first + b->depth * b->bytes;
 }
 
-void pu_buffers_leave(struct pu_buffers *b)
+void pu_buffers_free(struct pu_buffers *b)
 {
 	for (struct pu_retired *next, *each = b->retired; each; each = next) {
 		next = each->next;
+		if (!among_first(b, each->buffer))
+			unmap(b, each->buffer, b->bytes);
 		free(each);
 	}
+	for (uint32_t tag = 0; tag < b->depth; tag++)
+		if (!among_first(b, b->of_tag[tag]))
+			unmap(b, b->of_tag[tag], b->bytes);
+	unmap(b, b->first, b->depth * b->bytes);
 	pthread_mutex_destroy(&b->lock);
 	free(b->of_tag);
 	free(b);
-}
-
-void pu_buffers_free(struct pu_buffers *b)
-{
-	for (struct pu_retired *each = b->retired; each; each = each->next)
-		if (!among_first(b, each->buffer))
-			munmap(each->buffer, b->bytes);
-	for (uint32_t tag = 0; tag < b->depth; tag++)
-		if (!among_first(b, b->of_tag[tag]))
-			munmap(b->of_tag[tag], b->bytes);
-	munmap(b->first, b->depth * b->bytes);
-	pu_buffers_leave(b);
 }
 
 uint8_t *pu_buffers_map(const struct pu_buffers *b)
@@ -82,10 +86,10 @@ uint8_t *pu_buffers_map(const struct pu_buffers *b)
 
 void pu_buffers_unmap(const struct pu_buffers *b, uint8_t *buffer)
 {
-	if (among_first(b, buffer))
+	if (b->process == pu_process() && among_first(b, buffer))
 		madvise(buffer, b->bytes, MADV_DONTNEED);
 	else
-		munmap(buffer, b->bytes);
+		unmap(b, buffer, b->bytes);
 }
 
 void pu_buffers_retire(struct pu_buffers *b, uint8_t *buffer)

@@ -17,6 +17,7 @@ struct pu_buffers {
 	uint8_t *first;	  /* one mapping that holds every tag's buffer, until it gets another */
 	uint8_t **of_tag; /* what each tag's next request is offered */
 	uint16_t depth;
+	int process;  /* whose it is: a fork leaves the memory out */
 	size_t bytes; /* of one buffer; whole pages */
 	pthread_mutex_t lock; /* guards retired */
 	struct pu_retired *retired;
@@ -27,8 +28,6 @@ struct pu_buffers {
 struct pu_buffers *pu_buffers_new(uint16_t depth, size_t bytes);
 /* With whatever the tags have now, and what was retired. */
 void pu_buffers_free(struct pu_buffers *b);
-/* The same, but all the memory stays: the kernel may still read or fill it. */
-void pu_buffers_leave(struct pu_buffers *b);
 
 /* One more buffer, or NULL. */
 uint8_t *pu_buffers_map(const struct pu_buffers *b);

@@ -35,7 +35,8 @@ struct guarded {
 };
 
 struct pu_helper {
-	uint32_t forks, users;
+	int process;
+	uint32_t users;
 	pthread_t watcher;
 	pthread_mutex_t lock; /* guards all below */
 	pthread_cond_t changed;
@@ -296,7 +297,7 @@ static int make(struct pu_helper **helper, const char *program)
 	pthread_cond_init(&h->changed, &monotonic);
 	pthread_condattr_destroy(&monotonic);
 	pthread_mutex_init(&h->lock, NULL);
-	h->forks = pu_forks;
+	h->process = pu_process();
 	h->sock = h->pidfd = h->node = -1;
 	h->program = strdup(program);
 	error = h->program ? start(h) : -ENOMEM;
@@ -378,7 +379,7 @@ int pu_helper_pid(struct pu_helper *h)
 
 bool pu_helper_is_ours(const struct pu_helper *h)
 {
-	return h->forks == pu_forks;
+	return h->process == pu_process();
 }
 
 void pu_helper_tell(void (*killed)(int pid))

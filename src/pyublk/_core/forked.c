@@ -8,7 +8,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-uint32_t pu_forks;
+static int process;
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static int *fds; /* to be closed in a child, in no order */
@@ -50,6 +50,11 @@ void pu_fork_drop(int fd)
 			fds[i] = fds[--nr_fds];
 			break;
 		}
+	if (!nr_fds) {
+		free(fds);
+		fds = NULL;
+		room = 0;
+	}
 	pu_fork_release();
 }
 
@@ -58,7 +63,7 @@ static void in_child(void)
 {
 	int inert = -1;
 
-	pu_forks++;
+	process = getpid();
 	for (uint32_t i = 0; i < nr_fds; i++) {
 		if (inert < 0) {
 			close(fds[i]); /* so that there is a number, whatever the limit */
@@ -76,7 +81,13 @@ static void in_child(void)
 	pu_fork_release();
 }
 
+int pu_process(void)
+{
+	return process;
+}
+
 __attribute__((constructor)) static void look_out(void)
 {
+	process = getpid();
 	pthread_atfork(pu_fork_hold, pu_fork_release, in_child);
 }

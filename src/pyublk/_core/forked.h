@@ -2,16 +2,16 @@
  * What a forked child must not keep: descriptors that would keep a dead server's disk alive.
  *
  * Its rings and descriptors of disks are let go of in the child before fork returns there. Whoever has
- * such a thing remembers `pu_forks` of when it was made: in a child the two differ, and then the thing
- * is the parent's, and nothing may be done with it. What it has mapped is not mapped here: something
- * else may be there.
+ * such a thing remembers the process that made it: in any other it is the parent's, and nothing may be
+ * done with it. What it has mapped is not mapped here: something else may be there.
  */
 #ifndef PU_FORKED_H
 #define PU_FORKED_H
 
 #include <stdint.h>
 
-extern uint32_t pu_forks; /* forks that lie between the first process and this one */
+/* The process that runs, also after a fork; no system call. */
+int pu_process(void);
 
 /* No fork comes between the two: for opening a descriptor and adding it. */
 void pu_fork_hold(void);

@@ -78,32 +78,10 @@ int pu_mapped_open(struct pu_mapped *m, struct pu_queue *q, struct pu_layout *la
 	return 0;
 }
 
-/* Its I/O may be in the kernel's hands yet, when the ring is closed already. */
-static bool any_slot_busy(const struct pu_mapped *m)
+void pu_mapped_close(struct pu_mapped *m)
 {
-	for (uint32_t i = 0; m->slots && i < m->nr_slots; i++)
-		if (m->slots[i].busy)
-			return true;
-	return false;
-}
-
-static void leave_or_unmap_memory(struct pu_mapped *m, bool leave)
-{
-	if (leave) {
-		if (m->q->own_buffers)
-			pu_buffers_leave(m->q->buffers);
-		m->q->own_buffers = false;
-		return;
-	}
 	if (m->zeroes)
 		munmap(m->zeroes, m->zeroes_bytes);
-}
-
-bool pu_mapped_close(struct pu_mapped *m)
-{
-	bool held = any_slot_busy(m);
-
-	leave_or_unmap_memory(m, held);
 	for (uint32_t tag = 0; m->works && tag < m->q->depth; tag++)
 		free(m->works[tag].plan);
 	free(m->works);
@@ -117,7 +95,6 @@ bool pu_mapped_close(struct pu_mapped *m)
 	m->waiting = NULL;
 	m->gated = NULL;
 	m->zeroes = NULL;
-	return !held;
 }
 
 /* ---- one operation on one file ---- */
@@ -737,7 +714,8 @@ static void complete(void *context, uint64_t user_data, int32_t result)
 		return;
 	}
 	m->q->others--;
-	if (user_data >> PU_KIND_SHIFT == KIND_UNREGISTER)
+	if (user_data >> PU_KIND_SHIFT == KIND_UNREGISTER ||
+	    pu_tag_state(&m->q->tags[number]) == PU_TAG_GONE)
 		return;
 	if (result < 0)
 		m->works[number].unregistered = true;
@@ -782,7 +760,7 @@ static int64_t limited(const struct pu_mapped *m, int64_t timeout_ns)
 {
 	int64_t limit = m->layout->leg_timeout_ns / 4;
 
-	if (!limit || !m->q->others || (timeout_ns >= 0 && timeout_ns < limit))
+	if (!limit || !pu_queue_awaits(m->q) || (timeout_ns >= 0 && timeout_ns < limit))
 		return timeout_ns;
 	return m->look_at_ns ? limit : 0;
 }

@@ -56,9 +56,8 @@ uint32_t pu_mapped_entries(const struct pu_layout *layout, uint16_t depth);
  * outlives it. */
 int pu_mapped_open(struct pu_mapped *m, struct pu_queue *q, struct pu_layout *layout,
 		   uint32_t version);
-/* With the queue closed, but not freed. False: the kernel still holds operations that may read or
- * fill the tags' buffers, which must stay where they are for ever; the queue's own do. */
-bool pu_mapped_close(struct pu_mapped *m);
+/* With the queue closed (true, all is over), but not freed. */
+void pu_mapped_close(struct pu_mapped *m);
 
 /* Waits and serves. Returns how many requests came that need a plan (they are in q->ready; with any
  * other layout always 0), or as pu_queue_wait. Comes back at once with 0 when a leg failed. */

@@ -166,7 +166,7 @@ void pu_mirror_look_for_hanging(struct pu_mapped *m)
 			continue;
 		slot->orphan = true;
 		__atomic_fetch_add(orphans(m, slot), 1, __ATOMIC_RELAXED);
-		m->q->others--;
+		m->q->orphans++;
 		pu_work_part_ends(m, slot->tag, leg, slot->incarnation, -ETIMEDOUT);
 	}
 }
@@ -174,6 +174,8 @@ void pu_mirror_look_for_hanging(struct pu_mapped *m)
 void pu_mirror_orphan_ends(struct pu_mapped *m, struct pu_slot *slot)
 {
 	__atomic_fetch_sub(orphans(m, slot), 1, __ATOMIC_RELEASE);
+	m->q->orphans--;
+	m->q->others--;
 	pu_slot_free(m, slot);
 	/* What the tag does not use any more goes back, unless another part still does. */
 	if (slot->memory == pu_queue_buffer(m->q, slot->tag) ||

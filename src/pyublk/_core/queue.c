@@ -116,7 +116,7 @@ static int open_ring(struct pu_queue *q, uint32_t extra)
 	uint32_t entries = 8;
 	int error;
 
-	while (entries < wanted && entries < 16384)
+	while (entries < wanted && entries < PU_RING_MAX_ENTRIES)
 		entries *= 2;
 	error = pu_ring_open(&q->ring, entries, entries * 2, PU_SETUP_CLAMP,
 			     PU_SETUP_SUBMIT_ALL | PU_SETUP_COOP_TASKRUN | PU_SETUP_SINGLE_ISSUER |
@@ -200,6 +200,7 @@ int pu_queue_open(struct pu_queue *q, int cdev, const struct pu_queue_options *o
 	q->watch_fd = -1;
 	q->cdev = cdev;
 	q->own_cdev = options->own_device && cdev >= 0;
+	q->process = pu_process();
 	q->id = options->id;
 	q->depth = options->depth;
 	q->first_tag = options->first_tag;
@@ -234,6 +235,22 @@ int pu_queue_open(struct pu_queue *q, int cdev, const struct pu_queue_options *o
 	return error;
 }
 
+static void io_is_over(void *context, uint64_t user_data, int32_t result)
+{
+	struct pu_queue *q = context;
+	enum pu_kind kind = (enum pu_kind)(user_data >> PU_KIND_SHIFT);
+
+	if (kind >= PU_KIND_OTHER && kind < PU_KIND_WAKE)
+		q->complete(q->completer, user_data, result);
+}
+
+static void close_fd(int *fd)
+{
+	if (*fd >= 0)
+		close(*fd);
+	*fd = -1;
+}
+
 /* Descriptors at the same address with no device behind them: whoever still has a request, on
  * whichever thread, may look at its descriptor until the queue is freed. */
 static int leave_device(struct pu_queue *q)
@@ -245,15 +262,16 @@ static int leave_device(struct pu_queue *q)
 	return mmap(q->desc, q->desc_bytes, PROT_READ, flags, -1, 0) == MAP_FAILED ? -errno : 0;
 }
 
-/* Nobody may begin to copy a request's data any more. Whether somebody is still at it. */
+/* No request is anybody's any more: what still ends meets a generation that it does not know, and
+ * nobody may begin to copy a request's data. Whether somebody is still at it. */
 static bool take_tags_away(struct pu_queue *q)
 {
 	bool copying = false;
 
 	for (uint32_t tag = 0; q->tags && tag < q->depth; tag++) {
-		uint32_t generation = pu_tag_generation(&q->tags[tag]);
+		uint32_t next = pu_tag_generation(&q->tags[tag]) + 1;
 
-		if (__atomic_exchange_n(&q->tags[tag].life, pu_life(PU_TAG_GONE, generation),
+		if (__atomic_exchange_n(&q->tags[tag].life, pu_life(PU_TAG_GONE, next),
 					__ATOMIC_ACQ_REL) & PU_PINS)
 			copying = true;
 	}
@@ -271,29 +289,32 @@ static void leave_number(struct pu_queue *q, bool in_use)
 	q->own_cdev = false;
 }
 
-void pu_queue_close(struct pu_queue *q)
+bool pu_queue_close(struct pu_queue *q)
 {
-	bool copying;
+	bool parents = q->process != pu_process(); /* of which the fork left out the mappings */
+	bool over, copying = take_tags_away(q);
 
+	over = pu_ring_end(&q->ring, &q->others, io_is_over, q);
 	pu_ring_close(&q->ring);
-	leave_device(q);
-	copying = take_tags_away(q);
-	pthread_mutex_lock(&q->inbox_lock);
+	if (!parents) {
+		leave_device(q);
+		pthread_mutex_lock(&q->inbox_lock); /* in a child whoever had it is not there */
+	}
 	leave_number(q, copying);
 	pu_ring_close(&q->post_ring);
 	pu_batch_close(q); /* after the rings: they may read it */
-	if (q->wake_fd >= 0)
-		close(q->wake_fd);
-	q->wake_fd = -1;
-	if (q->event_fd >= 0)
-		close(q->event_fd);
-	q->event_fd = -1;
-	pthread_mutex_unlock(&q->inbox_lock);
+	close_fd(&q->wake_fd);
+	close_fd(&q->event_fd);
+	if (!parents)
+		pthread_mutex_unlock(&q->inbox_lock);
+	return over;
 }
 
 void pu_queue_free(struct pu_queue *q)
 {
-	if (q->desc)
+	bool parents = q->process != pu_process();
+
+	if (q->desc && !parents)
 		munmap(q->desc, q->desc_bytes);
 	if (q->own_buffers)
 		pu_buffers_free(q->buffers);
@@ -320,7 +341,7 @@ int pu_queue_sever(struct pu_queue *q)
 	int error = leave_device(q);
 
 	pthread_mutex_lock(&q->inbox_lock);
-	if (!error && q->wake_fd >= 0)
+	if (!error && q->wake_fd >= 0 && q->ring.fd >= 0)
 		error = pu_ring_sever(&q->ring, q->wake_fd);
 	if (!error && q->wake_fd >= 0 && q->cdev >= 0)
 		error = pu_replace_file(q->cdev, q->wake_fd);
@@ -774,7 +795,7 @@ static int wait_loopback(struct pu_queue *q, int64_t timeout_ns)
 
 static bool drained(const struct pu_queue *q)
 {
-	if (q->loopback || q->in_kernel || q->others || pu_queue_held(q))
+	if (q->loopback || q->in_kernel || pu_queue_awaits(q) || pu_queue_held(q))
 		return false;
 	return !q->batch || pu_batch_idle(q->batch);
 }

@@ -111,11 +111,13 @@ struct pu_queue {
 	uint32_t owned;	    /* requests that this took and did not answer itself */
 	uint32_t posted;    /* of these, answered by other threads straight to the kernel */
 	uint32_t others;    /* other I/O under way on the ring */
+	uint32_t orphans;   /* of that, what nobody waits for */
 	struct pu_buffers *buffers;
 	bool own_buffers;
 	size_t desc_bytes;
 	int cdev; /* the number is taken as long as the queue is there */
 	bool own_cdev;
+	int process; /* whose it is */
 	uint16_t id, depth, first_tag, tag_step;
 	bool loopback;
 	bool copies;	  /* the kernel copies */
@@ -170,8 +172,10 @@ enum pu_kind {
  * thread that will serve it. cdev < 0: loopback. 0 or -errno; nothing is left on failure. */
 int pu_queue_open(struct pu_queue *q, int cdev, const struct pu_queue_options *options);
 /* Gives everything back but tags, buffers, and the number of the char device, which others may still
- * come to look at. */
-void pu_queue_close(struct pu_queue *q);
+ * come to look at; others' I/O is cancelled, and waited for (PU_END_NS). False: the kernel still has some of it, so the
+ * queue, its completer, and all memory of both must stay where they are for ever. In a forked child
+ * it lets go of the child's copies of descriptors, and nothing else. */
+bool pu_queue_close(struct pu_queue *q);
 void pu_queue_free(struct pu_queue *q);
 
 /* Takes ring, descriptors and char device away from a stuck owner. The number of the char device
@@ -288,6 +292,12 @@ static inline uint16_t pu_queue_buffer_index(const struct pu_queue *q, uint16_t 
 	    pu_tag_generation(&q->tags[tag]) & 1)
 		return UINT16_MAX;
 	return tag;
+}
+
+/* Whether somebody waits for others' I/O. */
+static inline bool pu_queue_awaits(const struct pu_queue *q)
+{
+	return q->others != q->orphans;
 }
 
 static inline bool pu_queue_holds(const struct pu_queue *q, uint16_t tag, uint32_t generation)

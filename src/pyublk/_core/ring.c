@@ -7,6 +7,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "forked.h"
@@ -49,11 +50,23 @@ struct rsrc_update { /* io_uring_rsrc_update */
 	uint32_t offset, resv;
 	uint64_t data;
 };
+struct sync_cancel { /* io_uring_sync_cancel_reg */
+	uint64_t addr;
+	int32_t fd;
+	uint32_t flags;
+	struct kernel_timespec timeout;
+	uint64_t opcode, pad[3];
+};
+_Static_assert(sizeof(struct sync_cancel) == 64, "io_uring_sync_cancel_reg");
 
 enum {
 	ENTER_GETEVENTS = 1u << 0,
 	ENTER_EXT_ARG = 1u << 3,
 	ENTER_REGISTERED_RING = 1u << 4,
+};
+enum {
+	CANCEL_ALL = 1u << 0,
+	CANCEL_ANY = 1u << 2,
 };
 #define MAP_OFFSET_RINGS 0ll
 #define MAP_OFFSET_SQES 0x10000000ll
@@ -102,8 +115,10 @@ static void *map_ring(int fd, size_t bytes, long long offset)
 	void *map = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, offset);
 
 	/* A child that inherited the mapping would keep the ring, and so the device, alive. */
-	if (map != MAP_FAILED)
-		madvise(map, bytes, MADV_DONTFORK);
+	if (map != MAP_FAILED && madvise(map, bytes, MADV_DONTFORK)) {
+		munmap(map, bytes);
+		return MAP_FAILED;
+	}
 	return map;
 }
 
@@ -119,6 +134,8 @@ int pu_ring_open(struct pu_ring *ring, uint32_t entries, uint32_t cq_entries, ui
 	if (ring->fd < 0)
 		return ring->fd;
 	ring->enter_fd = ring->fd;
+	ring->process = pu_process();
+	ring->thread = gettid();
 	ring->setup_flags = p.flags;
 	ring->features = p.features;
 	ring->sqe_shift = p.flags & PU_SETUP_SQE128 ? 7 : 6;
@@ -133,8 +150,7 @@ int pu_ring_open(struct pu_ring *ring, uint32_t entries, uint32_t cq_entries, ui
 	}
 	/* SINGLE_MMAP is Linux 5.4, a NODROP completion queue 5.5: older than every flag we need. */
 	if (!(p.features & PU_FEAT_SINGLE_MMAP) || !(p.features & PU_FEAT_NODROP)) {
-		pu_fork_drop(ring->fd);
-		close(ring->fd);
+		pu_ring_close(ring);
 		return -ENOSYS;
 	}
 	ring->ring_map = map_ring(ring->fd, ring->ring_bytes, MAP_OFFSET_RINGS);
@@ -178,13 +194,15 @@ void pu_ring_close(struct pu_ring *ring)
 {
 	if (ring->fd < 0)
 		return;
-	if (ring->enter_flags & ENTER_REGISTERED_RING) {
-		struct rsrc_update self = { .offset = (uint32_t)ring->enter_fd };
+	if (ring->process == pu_process()) {
+		if (ring->enter_flags & ENTER_REGISTERED_RING) {
+			struct rsrc_update self = { .offset = (uint32_t)ring->enter_fd };
 
-		pu_ring_register(ring, PU_UNREGISTER_RING_FDS, &self, 1);
+			pu_ring_register(ring, PU_UNREGISTER_RING_FDS, &self, 1);
+		}
+		unmap(ring->sqes, ring->sqe_bytes);
+		unmap(ring->ring_map, ring->ring_bytes);
 	}
-	unmap(ring->sqes, ring->sqe_bytes);
-	unmap(ring->ring_map, ring->ring_bytes);
 	pu_fork_drop(ring->fd);
 	close(ring->fd);
 	ring->fd = -1;
@@ -207,8 +225,10 @@ int pu_replace_file(int fd, int inert)
 
 int pu_ring_sever(struct pu_ring *ring, int inert)
 {
-	int error = pu_replace_file(ring->fd, inert);
+	int error;
 
+	__atomic_store_n(&ring->severed, true, __ATOMIC_RELEASE);
+	error = pu_replace_file(ring->fd, inert);
 	if (error < 0)
 		return error;
 	error = replace_mapping(ring->ring_map, ring->ring_bytes);
@@ -252,6 +272,12 @@ int pu_ring_register_self(struct pu_ring *ring)
 uint32_t pu_ring_unsubmitted(const struct pu_ring *ring)
 {
 	return ring->sq_tail - __atomic_load_n(ring->k_sq_head, __ATOMIC_ACQUIRE);
+}
+
+void pu_ring_retract(struct pu_ring *ring)
+{
+	ring->sq_tail = __atomic_load_n(ring->k_sq_head, __ATOMIC_ACQUIRE);
+	__atomic_store_n(ring->k_sq_tail, ring->sq_tail, __ATOMIC_RELEASE);
 }
 
 struct pu_sqe *pu_ring_get_sqe(struct pu_ring *ring)
@@ -314,4 +340,69 @@ int pu_ring_submit(struct pu_ring *ring, uint32_t wait, int64_t timeout_ns, uint
 uint32_t pu_ring_ready(const struct pu_ring *ring)
 {
 	return __atomic_load_n(ring->k_cq_tail, __ATOMIC_ACQUIRE) - *ring->k_cq_head;
+}
+
+static void tell_of_unsubmitted(struct pu_ring *ring, pu_over over, void *context)
+{
+	uint32_t count = pu_ring_unsubmitted(ring);
+
+	for (uint32_t i = 0; i < count; i++) {
+		size_t index = (ring->sq_tail - count + i) & ring->sq_mask;
+		const void *sqe = ring->sqes + (index << ring->sqe_shift);
+
+		over(context, ((const struct pu_sqe *)sqe)->user_data, -ECANCELED);
+	}
+	pu_ring_retract(ring);
+}
+
+static void tell_of_completed(struct pu_ring *ring, pu_over over, void *context)
+{
+	uint32_t there = pu_ring_ready(ring);
+
+	for (uint32_t i = 0; i < there; i++) {
+		const struct pu_cqe *cqe = pu_ring_cqe(ring, i);
+
+		if (!(cqe->flags & PU_CQE_MORE))
+			over(context, cqe->user_data, cqe->res);
+	}
+	pu_ring_advance(ring, there);
+}
+
+static int64_t now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
+}
+
+/* A thread ends when all that it had begun is over. */
+static bool submitter_has_ended(const struct pu_ring *ring)
+{
+	return ring->setup_flags & PU_SETUP_SINGLE_ISSUER &&
+	       syscall(SYS_tgkill, ring->process, ring->thread, 0) && errno == ESRCH;
+}
+
+bool pu_ring_end(struct pu_ring *ring, const uint32_t *in_flight, pu_over over, void *context)
+{
+	struct sync_cancel everything = { .flags = CANCEL_ALL | CANCEL_ANY };
+	int64_t until = now_ns() + PU_END_NS, left = PU_END_NS;
+
+	if (ring->fd < 0 || ring->process != pu_process())
+		return true; /* the kernel works on the parent's memory, not on the child's copy */
+	if (__atomic_load_n(&ring->severed, __ATOMIC_ACQUIRE))
+		return !*in_flight || submitter_has_ended(ring);
+	tell_of_unsubmitted(ring, over, context);
+	tell_of_completed(ring, over, context);
+	if (*in_flight)
+		pu_ring_register(ring, PU_REGISTER_SYNC_CANCEL, &everything, 1);
+	while (*in_flight && left > 0) {
+		int done = enter(ring, 0, 1, left, 0);
+
+		if (done < 0 && done != -ETIME && done != -EINTR)
+			return submitter_has_ended(ring);
+		tell_of_completed(ring, over, context);
+		left = until - now_ns();
+	}
+	return !*in_flight;
 }

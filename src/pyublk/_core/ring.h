@@ -10,6 +10,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "forked.h"
+
 enum { /* io_uring_setup(2) */
 	PU_SETUP_CQSIZE = 1u << 3,
 	PU_SETUP_CLAMP = 1u << 4,
@@ -40,6 +42,8 @@ enum {
 	PU_OPCODE_WRITE_FIXED = 5,
 	PU_OPCODE_POLL_ADD = 6,
 	PU_OPCODE_TIMEOUT = 11,
+	PU_OPCODE_TIMEOUT_REMOVE = 12,
+	PU_OPCODE_ASYNC_CANCEL = 14,
 	PU_OPCODE_FALLOCATE = 17,
 	PU_OPCODE_READ = 22,
 	PU_OPCODE_WRITE = 23,
@@ -59,8 +63,10 @@ enum {
 	PU_REGISTER_RING_FDS = 20,
 	PU_UNREGISTER_RING_FDS = 21,
 	PU_REGISTER_PBUF_RING = 22,
+	PU_REGISTER_SYNC_CANCEL = 24,
 };
 
+#define PU_RING_MAX_ENTRIES 32768u
 #define PU_SQE_FIXED_FILE (1u << 0)
 #define PU_SQE_BUFFER_SELECT (1u << 5)
 #define PU_CQE_BUFFER (1u << 0)
@@ -102,6 +108,8 @@ struct pu_provided { /* io_uring_buf; the first one's last field is the ring's t
 
 struct pu_ring {
 	int fd;
+	int process, thread; /* who made it */
+	bool severed;
 	int enter_fd; /* fd, or its registered index */
 	uint32_t enter_flags;
 	uint32_t setup_flags; /* what the kernel accepted */
@@ -122,7 +130,23 @@ struct pu_ring {
  * does not know it (setup_flags tells). cq_entries 0: the kernel's choice. 0 or -errno. */
 int pu_ring_open(struct pu_ring *ring, uint32_t entries, uint32_t cq_entries, uint32_t required,
 		 uint32_t wanted);
+/* Closes it; the kernel ends by itself what is in flight, some time. A forked child only lets go of
+ * its copy of the descriptor: the rest is the parent's. */
 void pu_ring_close(struct pu_ring *ring);
+
+
+/* How long a ring's end is waited for: a disk that answers has answered by then. */
+#define PU_END_NS INT64_C(1000000000)
+
+/* Told of an operation that is over, or (-ECANCELED) was never begun. */
+typedef void (*pu_over)(void *context, uint64_t user_data, int32_t result);
+
+/* Before a ring is closed whose operations use memory that is to be freed: forgets what the kernel
+ * has not taken, cancels the rest and takes completions until *in_flight is 0, which is for `over` to
+ * count down; at most for PU_END_NS. False: some may still go on, also after the ring is closed, and
+ * their memory must stay for ever. So it is when another thread than the one that may submit asks,
+ * unless that one has ended. */
+bool pu_ring_end(struct pu_ring *ring, const uint32_t *in_flight, pu_over over, void *context);
 
 /* Gives the file behind a number up, and keeps the number: whoever comes to use it late meets
  * `inert`, such as an eventfd, never somebody else's file. 0 or -errno. */
@@ -153,6 +177,8 @@ static inline struct pu_sqe *pu_ring_take_sqe(struct pu_ring *ring)
 					 ((size_t)(ring->sq_tail++ & ring->sq_mask) << ring->sqe_shift));
 }
 uint32_t pu_ring_unsubmitted(const struct pu_ring *ring);
+/* Takes back the entries that the kernel has not taken. */
+void pu_ring_retract(struct pu_ring *ring);
 
 #define PU_FOREVER (-1)
 /* Submits everything filled and waits until `wait` completions are there, for at most timeout_ns
