@@ -213,10 +213,10 @@ class IO:
     def buffer(self) -> memoryview:
         """The request's bytes, to fill for a READ, read-only for a WRITE, empty for the others.
 
-        With user copy they come when this is looked at, and go when the request is completed. The
-        view is released then. Slices, arrays and other views made of it may be kept: their bytes
-        stay as they are, and the tag's next requests get other memory (`buffer_size` bytes for each
-        that is kept). One that shows memory shared with a client shows what the client does there.
+        With user copy they come when this is looked at, and go when the request is completed.
+        Whoever keeps the view, or a slice or array made of it, has bytes that stay as they are, and
+        takes `buffer_size` bytes of memory from the queue for it. (Memory that is shared with a
+        client is the client's: the view is released when the request is completed.)
         """
     @property
     def zones(self) -> int:

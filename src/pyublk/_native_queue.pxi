@@ -209,17 +209,18 @@ cdef class IO:
             return self.take_view_away()
 
     cdef bint take_view_away(self) except -1:
-        """A handler that kept its view finds it released, at once, and not another request's data
-        in it. Who made something of it has memory that stays as it was."""
+        """Whoever keeps the view, or what was made of it, has memory that stays as it was. What a
+        client does with memory that it shares goes on: a view of that is released."""
         view, self.view = self.view, None
         self.single_use = False
-        if view is not None:
-            try:
-                view.release()
-            except BufferError:
-                pass
+        if self.span is not None:
             view = None
-        return self.span is not None and self.span.exports > 0
+            return self.span.exports > 0
+        try:
+            view.release()
+        except BufferError:
+            pass  # an array on top of it
+        return False
 
     def complete(self, *, zone_sector=None):
         if zone_sector is not None:

@@ -39,9 +39,9 @@ class Target:
     These methods are called by the kernel's requests; all are plain functions, or all `async def`:
 
     - ``read(offset, buffer)``: fill `buffer`, a writable memoryview of the request's length.
-    - ``write(offset, data)``: take `data`, a read-only memoryview. It is released when the request
-      is answered: copy what you keep. (A slice or an array made of it stays as it is, and costs a
-      buffer of `max_io_size` bytes as long as it is kept.)
+    - ``write(offset, data)``: take `data`, a read-only memoryview. Copy what you keep: `data`, and
+      slices and arrays made of it, stay as they are, but each request of which one is kept takes
+      `max_io_size` bytes of memory.
     - ``flush()``: make completed writes durable. Defining it declares a volatile write cache.
     - ``write_fua(offset, data)``: write and make durable at once. Without it, the kernel sends
       write and flush instead.

@@ -6,6 +6,7 @@ import pickle
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -260,24 +261,26 @@ def test_what_a_stream_could_not_send_at_once() -> None:
         writer: asyncio.StreamWriter | None = None
 
         async def read(self, offset: int, buffer: memoryview) -> None:
-            pass
+            if offset and self.writer is not None:
+                self.writer.close()
+                await self.writer.wait_closed()
 
         async def write(self, offset: int, data: memoryview) -> None:
             if self.writer is None:
                 _, self.writer = await asyncio.open_connection(sock=ours)
             self.writer.write(data)
 
-    with Disk(Proxy(size=1 << 20), depth=1) as disk:
+    with theirs, Disk(Proxy(size=1 << 20), depth=1) as disk:
         for byte in b"ABC":
             disk.pwrite(bytes([byte]) * length, 0)
-        theirs.settimeout(10)
-        while len(got) < 3 * length:
-            theirs.setblocking(False)
+        theirs.setblocking(False)
+        until = time.monotonic() + 30
+        while len(got) < 3 * length and time.monotonic() < until:
             try:
                 got += theirs.recv(65536)
             except BlockingIOError:
                 disk.pread(512, 0)  # lets the loop send more
-    theirs.close()
+        disk.pread(512, 512)
     assert bytes(got) == b"A" * length + b"B" * length + b"C" * length
 
 
