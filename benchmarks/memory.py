@@ -42,9 +42,11 @@ def resident(pid: int) -> int:
 
 
 _MANY = """
-import sys, time
+import resource, sys, time
 import pyublk
 from pyublk.targets import Null
+most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 disks = []
 for _ in range(int(sys.argv[1])):
     disks.append(pyublk.Device(Null(size=1 << 20), depth=4, max_io_size=4096))

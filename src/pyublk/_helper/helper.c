@@ -430,7 +430,7 @@ static void be_small_and_last(void)
 			(void)0; /* without CAP_SYS_RESOURCE; it is small, and so not the first */
 		close(fd);
 	}
-	mlockall(MCL_CURRENT);
+	mlockall(MCL_CURRENT | MCL_ONFAULT); /* not all of the C library for its few pages */
 }
 
 static bool needed(void)
