@@ -64,7 +64,7 @@ class Memory(pyublk.Target):
     def read(self, offset, buffer):
         buffer[:] = data[offset : offset + len(buffer)]
 data = bytearray(b"1") * (int(sys.argv[1]) << 20)
-with pyublk.Device(Memory(size=len(data))):
+with pyublk.Device(Memory(size=len(data), read_only=True)):
     data[:] = b"2" * len(data)
     print("written", flush=True)
     sys.stdin.read()
