@@ -129,7 +129,9 @@ cdef class Ring:
         return pu_ring_ready(&self.ring)
 
     cdef pu_sqe *sqe(self, uint8_t opcode, uint64_t user_data) except NULL:
-        self.check_number(user_data)
+        self.alive()
+        if self.in_flight:
+            self.check_number(user_data)
         sqe = pu_ring_get_sqe(&self.ring)
         if sqe is NULL:
             self.make_room()
@@ -147,6 +149,7 @@ cdef class Ring:
     cdef pu_sqe *hold(self, uint8_t opcode, uint64_t user_data, object memory) except NULL:
         """An entry for an operation on `memory`."""
         cdef uint64_t token = self.next_token
+        self.alive()
         self.check_number(user_data)
         hold = <Hold>Hold.__new__(Hold)
         hold.user_data = user_data
@@ -162,8 +165,7 @@ cdef class Ring:
             raise
 
     cdef int check_number(self, uint64_t user_data) except -1:
-        self.alive()
-        if len(self.tokens) and user_data in self.tokens:
+        if user_data in self.tokens:
             raise ValueError(f"user_data {user_data} is in flight: choose another number")
         return 0
 

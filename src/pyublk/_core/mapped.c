@@ -769,10 +769,10 @@ int pu_mapped_turn(struct pu_mapped *m, int64_t timeout_ns)
 {
 	struct pu_queue *q = m->q;
 	uint32_t need_plan = 0;
-	int there = take_up_files(m);
+	int there;
 
-	if (!there)
-		there = pu_queue_wait(q, limited(m, timeout_ns));
+	take_up_files(m); /* one that cannot be is tried again by each request, which fails if it must */
+	there = pu_queue_wait(q, limited(m, timeout_ns));
 	if (there < 0)
 		return there;
 	for (uint32_t i = 0; i < q->nr_ready; i++) {
