@@ -193,3 +193,4 @@ class ServingThread(Servant):
         if self._process != process():
             _end_child(error)
         self._close(error)
+        del error, self  # the error's traceback has this frame: both would wait for the collector
