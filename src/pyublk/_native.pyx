@@ -17,7 +17,7 @@ from cpython.buffer cimport (
     PyObject_GetBuffer,
 )
 from cpython.contextvars cimport PyContext_CopyCurrent, PyContext_Enter, PyContext_Exit
-from cpython.exc cimport PyErr_CheckSignals
+from cpython.exc cimport PyErr_CheckSignals, PyErr_SetObject, PyErr_WriteUnraisable
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.errno cimport (
     EAGAIN, EALREADY, EBUSY, ECHILD, EINTR, EINVAL, EIO, ENODEV, EOPNOTSUPP, ESHUTDOWN, ETIME
@@ -28,6 +28,7 @@ from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy, memset
 
 import errno as _errno
+import logging
 import os
 from array import array
 from time import monotonic
@@ -52,6 +53,7 @@ __all__ = [
     "SharedTable",
     "address",
     "control",
+    "this_thread",
     "write_apart",
 ]
 

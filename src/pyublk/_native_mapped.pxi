@@ -164,13 +164,13 @@ cdef class Planner:
     """A target's `map` method, and who is told when it raises."""
 
     cdef object map
-    cdef object report
+    cdef Reporter reporter
     cdef pu_extent *parts
     cdef uint32_t room
 
     def __init__(self, target, report):
         self.map = target.map
-        self.report = report
+        self.reporter = Reporter(report)
 
     def __dealloc__(self):
         free(self.parts)
@@ -223,7 +223,7 @@ cdef class Planner:
                     "the target named"
                 )
         except BaseException as raised:
-            error = -<int>self.report(raised, queue.take(tag))
+            error = <int>self.reporter.result_of(raised, queue.take(tag))
         if error < 0:
             pu_queue_answer(&queue.q, tag, error)
         return 0

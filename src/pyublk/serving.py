@@ -4,15 +4,20 @@
 Each runs on the thread that opened the queue and returns when the kernel has taken every tag back.
 """
 
+import logging
 import queue as queues
 import sys
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 
 from pyublk._native import IO, Handlers, MappedQueue, Planner, Queue
 from pyublk.mapped import MappedTarget
 from pyublk.scheduling import keep_to, never_interrupt
+from pyublk.target import FailureLog
+
+log = logging.getLogger("pyublk.serving")
 
 
 def _stack(ident: int) -> traceback.StackSummary:
@@ -20,11 +25,18 @@ def _stack(ident: int) -> traceback.StackSummary:
     return traceback.extract_stack(sys._current_frames().get(ident))
 
 
-def serve_mapped(queue: Queue, target: MappedTarget, report: Callable[[object, IO], int]) -> None:
+def serve_mapped(queue: Queue, target: MappedTarget, report: FailureLog) -> None:
     """The queue's ring does the I/O; Python is asked where the bytes are, if at all."""
     assert isinstance(queue, MappedQueue)
     planner = None if target.map is None else Planner(target, report)
-    queue.serve_mapped(planner, target.leg_failed)
+
+    def leg_failed(leg: int, error: int, incarnation: int) -> None:
+        try:
+            target.leg_failed(leg, error, incarnation)
+        except BaseException as raised:
+            report.tell(raised, None, "leg_failed")
+
+    queue.serve_mapped(planner, leg_failed)
 
 
 def waker(servants: "list[Servant]") -> Callable[[], None]:
@@ -53,9 +65,15 @@ class WorkerPool:
             thread.start()
 
     def _work(self, handlers: Handlers) -> None:
-        while (io := self._inbox.get()) is not None:
-            handlers.answer_from_here(io)
-            del io  # kept, it would make the tag need a new one
+        while True:
+            try:
+                if (io := self._inbox.get()) is None:
+                    return
+                handlers.answer_from_here(io)
+            except BaseException:  # such as what another thread raises in this one
+                with suppress(BaseException):
+                    log.exception("a worker lost its request, and goes on with the next")
+            io = None  # kept, it would make the tag need a new one; dropped, it is answered
 
     def submit(self, io: IO) -> None:
         self._inbox.put(io)
@@ -79,9 +97,9 @@ class WorkerPool:
 def serve_with_workers(queue: Queue, pool: WorkerPool) -> None:
     """The queue's thread takes and commits, the pool's threads handle."""
     while (batch := queue.wait()) is not None:
-        for io in batch:
-            pool.submit(io)
-        del batch[:]
+        batch.reverse()
+        while batch:  # what was submitted is only the pool's
+            pool.submit(batch.pop())
 
 
 class Servant:
