@@ -4,20 +4,26 @@
 Each runs on the thread that opened the queue and returns when the kernel has taken every tag back.
 """
 
+import errno
 import logging
 import queue as queues
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 
-from pyublk._native import IO, Handlers, MappedQueue, Planner, Queue
+from pyublk._native import IO, Handlers, MappedQueue, Planner, Queue, this_thread
+from pyublk.errors import InternalError
 from pyublk.mapped import MappedTarget
 from pyublk.scheduling import keep_to, never_interrupt
 from pyublk.target import FailureLog
 
 log = logging.getLogger("pyublk.serving")
+
+#: Seconds between two rounds of `refuse`.
+ROUND = 0.01
 
 
 def _stack(ident: int) -> traceback.StackSummary:
@@ -37,6 +43,25 @@ def serve_mapped(queue: Queue, target: MappedTarget, report: FailureLog) -> None
             report.tell(raised, None, "leg_failed")
 
     queue.serve_mapped(planner, leg_failed)
+
+
+def refuse(queues: list[Queue]) -> list[Queue]:
+    """Fails what these queues hold and what comes to them, without waiting. Returns those of which
+    the kernel has not taken every tag back: again for these, after a ROUND.
+
+    So a queue that nobody serves any more goes on for its clients, who get EIO at once, until the
+    device is stopped. What cannot do even that is closed, which ends the I/O of the whole device.
+    """
+    left = []
+    for queue in queues:
+        queue.fail_held()
+        with suppress(Exception):
+            batch = queue.wait(0)
+            if batch is not None:
+                left.append(queue)
+                for io in batch:
+                    io.fail(errno.EIO)
+    return left
 
 
 def waker(servants: "list[Servant]") -> Callable[[], None]:
@@ -105,37 +130,43 @@ def serve_with_workers(queue: Queue, pool: WorkerPool) -> None:
 class Servant:
     """Whoever serves some queues of a device: a thread, or an event loop that was there before.
 
-    `primed` is set when every tag of these queues was fetched, `ended` when they are closed; a
-    failure before either is in `error`, and sets both.
+    `primed` is set when every tag of these queues was fetched, or that failed, `ended` when they
+    are closed. `failed` is called with what ended the serving by failure, `over` at the end.
     """
 
-    def __init__(self, make_queues: Callable[[], list[Queue]], ended: threading.Event) -> None:
+    def __init__(
+        self,
+        make_queues: Callable[[], list[Queue]],
+        failed: Callable[[BaseException], None],
+        over: Callable[[], None],
+    ) -> None:
         self._make_queues = make_queues
-        self._device_ended = ended
+        self._failed = failed
+        self._over = over
         self.queues: list[Queue] = []
-        self.error: BaseException | None = None
         self.primed = threading.Event()
         self.ended = threading.Event()
-        self._thread_id = 0
+        self._thread = 0
+        self._ident = 0
 
     def _open(self) -> None:
-        self._thread_id = threading.get_ident()
+        self._thread = this_thread()
+        self._ident = threading.get_ident()
         self.queues = self._make_queues()
         for queue in self.queues:
             queue.fetch()
         self.primed.set()
 
-    def _close(self, error: BaseException | None = None) -> None:
-        self.error = self.error or error
+    def _close(self) -> None:
         for queue in self.queues:
             queue.close()
         self.primed.set()
         self.ended.set()
-        self._device_ended.set()
+        self._over()
 
     def runs_here(self) -> bool:
         """Whether the caller is a handler: on the thread that serves."""
-        return threading.get_ident() == self._thread_id
+        return this_thread() == self._thread
 
     def holds(self) -> bool:
         """Whether requests are unanswered."""
@@ -147,7 +178,7 @@ class Servant:
 
     def stack(self) -> str:
         """Where the thread that serves is now."""
-        return "".join(_stack(self._thread_id).format())
+        return "".join(_stack(self._ident).format())
 
 
 class ServingThread(Servant):
@@ -159,24 +190,23 @@ class ServingThread(Servant):
     def __init__(
         self,
         make_queues: Callable[[], list[Queue]],
-        ended: threading.Event,
+        failed: Callable[[BaseException], None],
+        over: Callable[[], None],
         serve: Callable[[list[Queue]], None],
         *,
         name: str,
         cpus: frozenset[int] | None,
         preempt: bool,
     ) -> None:
-        super().__init__(make_queues, ended)
+        super().__init__(make_queues, failed, over)
         # A daemon: a handler that hangs must not keep the process from ending.
-        self._thread = threading.Thread(
+        threading.Thread(
             target=self._run, args=(serve, cpus, preempt), name=name, daemon=True
-        )
-        self._thread.start()
+        ).start()
 
     def _run(
         self, serve: Callable[[list[Queue]], None], cpus: frozenset[int] | None, preempt: bool
     ) -> None:
-        error: BaseException | None = None
         try:
             if cpus:
                 keep_to(cpus)
@@ -184,6 +214,11 @@ class ServingThread(Servant):
                 never_interrupt()
             self._open()
             serve(self.queues)
-        except BaseException as raised:
-            error = raised
-        self._close(error)
+            if refuse(self.queues):
+                raise InternalError("a queue's thread returned before the kernel took its tags")
+        except BaseException as error:
+            self._failed(error)
+        left = self.queues if self.primed.is_set() else []
+        while left := refuse(left):
+            time.sleep(ROUND)
+        self._close()
