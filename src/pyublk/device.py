@@ -489,7 +489,7 @@ class Device:
             if self._crew.failure is None:
                 raise
             log.warning("stopping %r, which failed: %s", self, error)
-        if not self._failure_told:
+        if self._state is DeviceState.STOPPED and not self._failure_told:
             self._raise_failure()
 
     def _raise_failure(self) -> None:

@@ -218,7 +218,9 @@ class ServingThread(Servant):
                 raise InternalError("a queue's thread returned before the kernel took its tags")
         except BaseException as error:
             self._failed(error)
-        left = self.queues if self.primed.is_set() else []
-        while left := refuse(left):
-            time.sleep(ROUND)
-        self._close()
+        try:
+            left = self.queues if self.primed.is_set() else []
+            while left := refuse(left):
+                time.sleep(ROUND)
+        finally:
+            self._close()
