@@ -5,6 +5,7 @@ import asyncio
 import ctypes
 import errno
 import gc
+import itertools
 import logging
 import subprocess
 import sys
@@ -288,6 +289,30 @@ def test_whatever_is_returned_is_eio_and_told(disk: Disk, caplog: pytest.LogCapt
     if not isinstance(disk.target, Mapping):
         assert outcome_of(disk, nothing()) == errno.EIO
         assert "returned coroutine instead of None" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        itertools.repeat((0, 0, 512)),
+        itertools.repeat((0, 0, 0)),
+        itertools.count(),
+        [(0, 0, (1 << 64) - 512), (0, 0, 1024)],
+        [(0, 0, 1 << 63), (0, 0, 1 << 63), (0, 0, 512)],
+        [(0, 0, 512), (0, 0, 512)],
+        [(1, 0, 512)],
+        (-1, 0, 512),
+        -1,
+        1 << 64,
+    ],
+    ids=repr,
+)
+def test_a_map_without_an_end_or_a_place(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, answer: object
+) -> None:
+    with Disk(Mapping([tmp_path / "file"], size=SIZE)) as disk:
+        assert outcome_of(disk, answer) == errno.EIO
+    assert "raised" in caplog.text
 
 
 def odd_chains() -> list[BaseException]:
