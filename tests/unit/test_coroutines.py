@@ -617,6 +617,28 @@ def test_completed_later(serve: Serve) -> None:
     serve(handle, client)
 
 
+@pytest.mark.parametrize("where", ["here", "on a thread", "in a task"])
+def test_deferred_and_dropped(serve: Serve, caplog: pytest.LogCaptureFixture, where: str) -> None:
+    async def fails(io: pyublk.IO) -> None:
+        await asyncio.sleep(0)
+        raise ValueError(f"and forgets {io}")
+
+    tasks: list[asyncio.Task[None]] = []
+
+    async def handle(io: pyublk.IO) -> None:
+        io.defer()
+        if io.offset:
+            await asyncio.sleep(0)
+        if where == "on a thread":
+            threading.Timer(0.005, lambda _: None, args=(io,)).start()
+        elif where == "in a task":
+            tasks.append(asyncio.create_task(fails(io)))
+            tasks[-1].add_done_callback(lambda task: task.exception() and tasks.remove(task))
+
+    serve(handle, asks(-errno.EIO, -errno.EIO))
+    assert "nobody has its IO any more" in caplog.text
+
+
 def test_completed_by_the_handler_itself(serve: Serve) -> None:
     async def handle(io: pyublk.IO) -> None:
         if io.offset == 512:
