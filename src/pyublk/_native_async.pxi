@@ -131,11 +131,17 @@ cdef class Suspended:
 
     cdef int suspend(self, object future) except -1:
         """Waits for what the coroutine has yielded, whatever that is."""
+        cdef Dispatcher dispatcher = self.dispatcher
+        cdef int64_t result
         try:
             self.wait_for(future)
         except BaseException as raised:
             self.future = None
-            self.end(self.dispatcher.failure(raised, self.io))
+            # The step is over: there is no current task for the log to ask for its name.
+            _leave_task(dispatcher.loop, dispatcher.current)
+            result = dispatcher.failure(raised, self.io)
+            _enter_task(dispatcher.loop, dispatcher.current)
+            self.end(result)
         return 0
 
     cdef bint calls_back(self) except -1:
