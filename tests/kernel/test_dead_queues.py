@@ -36,12 +36,14 @@ class Dies(Exception):
 
 
 def dying(base: Any, armed: threading.Event, how: str) -> Any:
-    """A queue whose thread ends once it is `armed`, with whatever it holds then."""
+    """A queue whose thread ends once it is `armed`, with whatever it holds then; only the first
+    that gets something, on whichever CPU its client is."""
 
     class Dying(base):  # type: ignore[misc]
         def live(self, *_: object, **__: object) -> None:
             while (batch := self.wait(0.05)) is not None:
-                if armed.is_set() and self.id == 0 and batch:
+                if armed.is_set() and batch:
+                    armed.clear()
                     self.kept = batch  # and so nobody answers
                     if how == "cut off":
                         self.sever()
