@@ -31,6 +31,7 @@ __all__ = [
     "address",
     "open_private",
     "process",
+    "this_thread",
     "write_apart",
 ]
 
@@ -246,10 +247,20 @@ class IO:
     def fail(self, error: int) -> None:
         """Ends the request with an errno (positive). From any thread."""
     def defer(self) -> None:
-        """In `handle`: the request will be completed after the method returned."""
+        """In `handle`: the request will be completed after the method returned.
+
+        By whoever has the IO then: when the last one drops it, the request fails with EIO, and so
+        it does when the method raises all the same.
+        """
 
 @final
 class Handlers:
+    """A target's methods, and `report`, which is told what one raised, or returned instead of None,
+    and says the errno for it. It is told None of a deferred request that nobody has any more.
+
+    The request gets EIO when `report` raises; `sys.unraisablehook` is told once.
+    """
+
     def __init__(self, target: object, report: Callable[[object, IO], int]) -> None: ...
     def answer_from_here(self, io: IO) -> None: ...
 
@@ -279,6 +290,9 @@ class CharDevice:
 
 def address(memory: Buffer) -> int:
     """Where the bytes of a buffer are."""
+
+def this_thread() -> int:
+    """The calling thread's number. No other thread ever has it: idents go to new threads."""
 
 @final
 class SharedTable:
@@ -373,6 +387,7 @@ class Queue:
         """Submits the commits and waits for requests, at most `timeout` seconds.
 
         An empty list after a time-out or a wake; None when the kernel has taken every tag back.
+        An IO that is dropped unanswered fails with EIO in the next wait, and the log tells.
         """
     def __iter__(self) -> Iterator[IO]: ...
     def serve_native(self, handler: int, context: int = 0, *, blind: bool = False) -> None:

@@ -17,7 +17,7 @@ from cpython.buffer cimport (
     PyObject_GetBuffer,
 )
 from cpython.contextvars cimport PyContext_CopyCurrent, PyContext_Enter, PyContext_Exit
-from cpython.exc cimport PyErr_CheckSignals
+from cpython.exc cimport PyErr_CheckSignals, PyErr_SetObject, PyErr_WriteUnraisable
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.errno cimport (
     errno, EAGAIN, EALREADY, EBUSY, ECHILD, EINTR, EINVAL, EIO, ENODEV, ENOMEM, EOPNOTSUPP,
@@ -62,6 +62,7 @@ __all__ = [
     "address",
     "open_private",
     "process",
+    "this_thread",
     "write_apart",
 ]
 

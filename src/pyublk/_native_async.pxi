@@ -24,6 +24,12 @@ cdef object owned(PyObject *reference):
     return given
 
 
+cdef object for_a_task(object future):
+    """What a coroutine has yielded. A Task never ends when it cannot even be asked what it is."""
+    bool(getattr(future, "_asyncio_future_blocking", None))
+    return future
+
+
 async def awaiting(awaitable):
     """A coroutine of whatever else a method returned."""
     return await awaitable
@@ -123,6 +129,21 @@ cdef class Suspended:
             future.add_done_callback(self, context=self.context)
         return 0
 
+    cdef int suspend(self, object future) except -1:
+        """Waits for what the coroutine has yielded, whatever that is."""
+        cdef Dispatcher dispatcher = self.dispatcher
+        cdef int64_t result
+        try:
+            self.wait_for(future)
+        except BaseException as raised:
+            self.future = None
+            # The step is over: there is no current task for the log to ask for its name.
+            _leave_task(dispatcher.loop, dispatcher.current)
+            result = dispatcher.failure(raised, self.io)
+            _enter_task(dispatcher.loop, dispatcher.current)
+            self.end(result)
+        return 0
+
     cdef bint calls_back(self) except -1:
         return (
             self.blocking and isinstance(self.future, Future)
@@ -212,9 +233,9 @@ cdef class Suspended:
         cdef int64_t result = 0
         try:
             if thrown is not None:
-                return self.coro.throw(thrown)
+                return for_a_task(self.coro.throw(thrown))
             if PyIter_Send(self.coro, value, &given) == PYGEN_NEXT:
-                return owned(given)
+                return for_a_task(owned(given))
             result = self.dispatcher.result_of(owned(given), self.io)
         except StopIteration as done:
             result = self.dispatcher.result_of(done.value, self.io)
@@ -343,7 +364,7 @@ cdef class Dispatcher:
             request.io = io
             self.suspended.add(request)
             self.let_go(request)
-            request.wait_for(owned(given))
+            request.suspend(owned(given))
         else:
             if self.is_kept():
                 self.current.over = True
@@ -377,7 +398,7 @@ cdef class Dispatcher:
         if kept is None:
             self.let_go(request)
         if suspends:
-            request.wait_for(owned(given))
+            request.suspend(owned(given))
         else:
             request.end(result)
         return 0
@@ -450,17 +471,17 @@ cdef class Dispatcher:
         request.context = context
         return request
 
-    cdef int64_t result_of(self, object outcome, IO io) except? 1:
-        return 0 if outcome is None else -<int64_t>self.handlers.report(outcome, io)
+    cdef int64_t result_of(self, object outcome, IO io) noexcept:
+        return 0 if outcome is None else self.handlers.reporter.result_of(outcome, io)
 
-    cdef int64_t failure(self, object raised, IO io) except? 1:
-        if isinstance(raised, CancelledError):
+    cdef int64_t failure(self, object raised, IO io) noexcept:
+        if issubclass(type(raised), CancelledError):  # isinstance would ask the object itself
             return -EIO
-        return -<int64_t>self.handlers.report(raised, io)
+        return self.handlers.reporter.result_of(raised, io)
 
     cdef int answer(self, IO io, int64_t result) except -1:
         cdef Queue queue = io.queue
-        if io.deferred or not pu_queue_holds(&queue.q, io.tag, io.generation):
+        if io.answered_otherwise(result, self.handlers.reporter):
             return 0
         queue.answer_here(io, result)
         return 0

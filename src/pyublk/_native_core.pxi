@@ -1,11 +1,22 @@
 # What the C core offers (see the headers in _core/ for the contracts).
 
 cdef extern from "Python.h":
-    unsigned long PyThread_get_thread_ident()
     int Py_AddPendingCall(int (*)(void *) noexcept, void *) noexcept nogil
 
 cdef extern from *:
     """
+    /* The calling thread's number, which no other thread ever has: an ident, or an id of the
+     * kernel's, goes to the next thread when this one is over. */
+    static inline uint64_t pu_this_thread(void)
+    {
+        static uint64_t last;
+        static _Thread_local uint64_t number;
+
+        if (!number)
+            number = __atomic_add_fetch(&last, 1, __ATOMIC_RELAXED);
+        return number;
+    }
+
     #ifdef Py_GIL_DISABLED
     /* No telling, unless the object is this thread's and no other has ever counted itself in: then
      * there is nobody who could take one more meanwhile. */
@@ -19,6 +30,7 @@ cdef extern from *:
     #define PU_REFERENCES(o) Py_REFCNT(o)
     #endif
     """
+    uint64_t pu_this_thread()
     int PU_REFERENCES(PyObject *o)
 
 cdef extern from *:
@@ -294,6 +306,11 @@ cdef extern from "_core/ram.h" nogil:
 
 cdef extern from "_core/null.h" nogil:
     int64_t pu_null_handle(void *, uint32_t, uint32_t, uint64_t, uint64_t, void *)
+
+
+def this_thread():
+    """A number that no other thread ever has."""
+    return pu_this_thread()
 
 
 cdef int64_t nanoseconds(object seconds) except? -2:

@@ -167,19 +167,20 @@ cdef class Planner:
     """A target's `map` method, and who is told when it raises."""
 
     cdef object map
-    cdef object report
+    cdef Reporter reporter
     cdef pu_extent *parts
     cdef uint32_t room
 
     def __init__(self, target, report):
         self.map = target.map
-        self.report = report
+        self.reporter = Reporter(report)
 
     def __dealloc__(self):
         free(self.parts)
 
-    cdef int fill(self, object answer) except -1:
-        """The parts of an answer: (file, offset, length), or a sequence of these."""
+    cdef int fill(self, object answer, uint64_t left) except -1:
+        """The parts of an answer: (file, offset, length), or a sequence of these; none after one
+        that is wrong among the `left` bytes, so that there is an end to any sequence."""
         cdef uint32_t count = 0
         cdef pu_extent *part
         if type(answer) is tuple and len(<tuple>answer) == 3 and type((<tuple>answer)[0]) is int:
@@ -193,6 +194,9 @@ cdef class Planner:
             part.offset = offset
             part.length = length
             count += 1
+            if part.length - 1 >= left:
+                break
+            left -= part.length
         return count
 
     cdef int grow(self) except -1:
@@ -217,7 +221,7 @@ cdef class Planner:
                 whole.length = length
                 error = pu_mapped_plan(mapped, tag, &whole, 1)
             else:
-                count = self.fill(answer)
+                count = self.fill(answer, length)
                 error = pu_mapped_plan(mapped, tag, self.parts, <uint32_t>count)
             if error == -EINVAL:
                 raise ValueError(
@@ -226,7 +230,7 @@ cdef class Planner:
                     "the target named"
                 )
         except BaseException as raised:
-            error = -<int>self.report(raised, queue.take(tag))
+            error = <int>self.reporter.result_of(raised, queue.take(tag))
         if error < 0:
             pu_queue_answer(&queue.q, tag, error)
         return 0

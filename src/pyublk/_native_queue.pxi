@@ -20,9 +20,49 @@ cdef inline bint takes_data(uint32_t op) noexcept nogil:
 
 
 @cython.final
+cdef class Reporter:
+    """Who is told what a handler raised or returned, and says which errno that is.
+
+    When telling fails too, the request fails with EIO, and Python's hook for what cannot be raised
+    anywhere is told of the first time: nothing between a handler and its answer may end a queue.
+    """
+
+    cdef object report
+    cdef bint has_failed
+
+    def __init__(self, report):
+        self.report = report
+
+    cdef int64_t result_of(self, object outcome, IO io) noexcept:
+        """-errno. `outcome` None: nobody can answer any more."""
+        cdef int64_t error = 0
+        try:
+            error = self.report(outcome, io)
+        except BaseException as raised:
+            if not self.has_failed:
+                self.has_failed = True
+                PyErr_SetObject(type(raised), raised)
+                PyErr_WriteUnraisable(self.report)
+        return -error if 0 < error < 4096 else -EIO
+
+
+def report_dropped(outcome, io):
+    """For requests that never came to a handler: `Queue.wait` gave them, and they were dropped."""
+    logging.getLogger("pyublk.queue").error(
+        "queue %d: a request was dropped unanswered; the client gets EIO", io.queue_id
+    )
+    return EIO
+
+
+cdef Reporter NO_HANDLER = Reporter(report_dropped)
+
+
+@cython.final
 cdef class IO:
     """One request. Made once per tag and used again, unless somebody kept it: then that one is
-    stale for ever (its generation has passed) and the tag gets a new one."""
+    stale for ever (its generation has passed) and the tag gets a new one.
+
+    One that its queue let go of is answered with EIO when the last who had it drops it."""
 
     cdef Queue queue
     cdef pu_desc *desc
@@ -33,9 +73,18 @@ cdef class IO:
     cdef uint32_t generation
     cdef readonly uint16_t tag
     cdef readonly bint deferred
+    cdef Reporter reporter   # since the queue let go of it
 
     def __init__(self):
         raise TypeError("IO objects come from a Queue")
+
+    def __del__(self):
+        # On any thread, in the middle of anything: the queue's own answers, and tells.
+        cdef Queue queue = self.queue
+        if queue is not None and pu_queue_holds(&queue.q, self.tag, self.generation):
+            queue.forgotten.append(self)
+            if queue.is_open:
+                pu_queue_wake(&queue.q)
 
     cdef inline int current(self) except -1:
         if pu_queue_holds(&self.queue.q, self.tag, self.generation):
@@ -237,6 +286,16 @@ cdef class IO:
         self.current()
         self.deferred = True
 
+    cdef inline bint answered_otherwise(self, int64_t result, Reporter reporter) except -1:
+        """Whether what a handler ended with is not the answer: that was given, or it will be by
+        whoever has the IO. A handler that fails after `defer` has nobody answer for it."""
+        if not pu_queue_holds(&self.queue.q, self.tag, self.generation):
+            return True
+        if not self.deferred or result < 0:
+            return False
+        self.queue.let_go(self, reporter)
+        return True
+
     cdef int finish(self, int64_t result) except -1:
         self.current()
         if self.queue.answer(self, result) < 0:
@@ -272,7 +331,7 @@ cdef class Handlers:
     """A target's methods, bound once, and who is told when one raises."""
 
     cdef object handle, read, write, flush, discard, write_zeroes, write_fua
-    cdef object report
+    cdef Reporter reporter
 
     def __init__(self, target, report):
         self.handle = getattr(target, "handle", None)
@@ -282,7 +341,7 @@ cdef class Handlers:
         self.discard = getattr(target, "discard", None)
         self.write_zeroes = getattr(target, "write_zeroes", None)
         self.write_fua = getattr(target, "write_fua", None)
-        self.report = report
+        self.reporter = Reporter(report)
 
     cdef object call(self, IO io):
         cdef pu_desc *desc = io.desc
@@ -320,14 +379,12 @@ cdef class Handlers:
         try:
             outcome = self.call(io)
             if outcome is not None:
-                result = -<int64_t>self.report(outcome, io)
+                result = self.reporter.result_of(outcome, io)
         except BaseException as raised:
             if io.queue.process != pu_process():  # the handler forked: the request is the parent's
                 raise
-            result = -<int64_t>self.report(raised, io)
-        if self.handle is not None and (
-            io.deferred or not pu_queue_holds(&io.queue.q, io.tag, io.generation)
-        ):
+            result = self.reporter.result_of(raised, io)
+        if self.handle is not None and io.answered_otherwise(result, self.reporter):
             return LATER
         return result
 
@@ -378,10 +435,11 @@ cdef class Queue:
     """One queue of an open char device; the thread that makes it serves it."""
 
     cdef pu_queue q
-    cdef list ios
+    cdef list ios        # of each tag; None: somebody else has it
+    cdef list forgotten  # unanswered, and nobody has them any more
     cdef bint is_open
     cdef bint fetched
-    cdef unsigned long owner
+    cdef uint64_t owner
     cdef int process
     cdef uint32_t look_every  # requests between two looks at the time; fewer when they are slow
     cdef Buffers buffers
@@ -439,10 +497,11 @@ cdef class Queue:
             error = pu_queue_open(&self.q, number, &options)
         if error < 0:
             raise errors.queue_error(-error, queue_id)
-        self.owner = PyThread_get_thread_ident()
+        self.owner = pu_this_thread()
         self.process = pu_process()
         self.look_every = 1
         self.is_open = True
+        self.forgotten = []
         self.ios = [self.new_io(tag) for tag in range(depth)]
 
     @classmethod
@@ -478,7 +537,7 @@ cdef class Queue:
         if not self.is_open:
             return
         self.is_open = False
-        if PyThread_get_thread_ident() == self.owner:
+        if pu_this_thread() == self.owner:
             self.end()
         else:  # its own may wait in the ring: the rest is for when nobody has the queue
             pu_queue_sever(&self.q)
@@ -490,6 +549,7 @@ cdef class Queue:
         with nogil:
             over = pu_queue_close(&self.q)
         self.ios = []  # breaks the cycle; IOs that somebody kept stay readable as stale
+        self.forgotten = []
         if not over:
             Py_INCREF(self)  # and with it all memory that the kernel still reads or fills, for ever
         return 0
@@ -539,6 +599,9 @@ cdef class Queue:
     cdef int wait_batch(self, int64_t timeout_ns) except -2:
         """How many requests came; -1: the kernel has taken every tag back."""
         cdef int there
+        if self.forgotten:
+            self.answer_forgotten()
+            timeout_ns = 0  # these answers go out now
         with nogil:
             there = pu_queue_wait(&self.q, timeout_ns)
         if there >= 0:
@@ -554,7 +617,7 @@ cdef class Queue:
 
     cdef IO take(self, uint16_t tag):
         io = <IO>self.ios[tag]
-        if PU_REFERENCES(<PyObject *>io) != 2:  # somebody kept it: not just the list and `io`
+        if io is None or PU_REFERENCES(<PyObject *>io) != 2:  # kept: not just the list and `io`
             io = self.new_io(tag)
             self.ios[tag] = io
         if io.single_use:
@@ -564,28 +627,60 @@ cdef class Queue:
         io.answer_in_buffer = False
         return io
 
+    cdef int let_go(self, IO io, Reporter reporter) except -1:
+        """The IO is only somebody else's from now on, so that it shows when that one drops it."""
+        io.reporter = reporter
+        ios = self.ios
+        if io.tag < len(ios):
+            ios[io.tag] = None
+        return 0
+
+    cdef int take_back(self, IO io) except -1:
+        """It is answered, and may be used again."""
+        ios = self.ios
+        if io.tag < len(ios) and ios[io.tag] is None:
+            ios[io.tag] = io
+        return 0
+
+    cdef int answer_forgotten(self) except -1:
+        cdef IO io
+        while self.forgotten:
+            io = self.forgotten.pop()
+            if io.completed:  # failed from outside meanwhile
+                continue
+            self.answer_here(io, io.reporter.result_of(None, io))
+        return 0
+
     def wait(self, timeout=None):
         self.alive()
         cdef list found = []
         if self.wait_batch(nanoseconds(timeout)) < 0:
             return None
         for i in range(self.q.nr_ready):
-            found.append(self.take(self.q.ready[i]))
+            io = self.take(self.q.ready[i])
+            self.let_go(io, NO_HANDLER)
+            found.append(io)
         return found
 
     def __iter__(self):
         while (batch := self.wait()) is not None:
-            yield from batch
+            batch.reverse()
+            while batch:  # what was yielded is only the caller's
+                yield batch.pop()
 
     cdef int answer(self, IO io, int64_t result) except? -1:
         """0, or -EALREADY: it was failed from outside meanwhile."""
-        cdef bint here = PyThread_get_thread_ident() == self.owner
+        cdef bint here = pu_this_thread() == self.owner
+        cdef int error
         result = io.give_answer(result)
         if io.is_seen():
-            return self.answer_kept(io, result, here)
-        if here:
-            return pu_queue_answer(&self.q, io.tag, result)
-        return pu_queue_post(&self.q, io.tag, io.generation, result)
+            error = self.answer_kept(io, result, here)
+        elif here:
+            error = pu_queue_answer(&self.q, io.tag, result)
+        else:
+            error = pu_queue_post(&self.q, io.tag, io.generation, result)
+        self.take_back(io)
+        return error
 
     cdef int answer_here(self, IO io, int64_t result) except -1:
         """For the thread that serves."""

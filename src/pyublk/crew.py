@@ -41,13 +41,16 @@ class Share:
 class Hanging:
     """What did not return when it was given up.
 
-    `stacks` tell where, in words; `cut_off`: some threads still run, and their queues are gone;
-    `holds_queue`: one of these holds every request of a queue.
+    `stacks` tell where, in words; `holds_queue`: a thread that still runs, cut off from its queue,
+    holds every request of it.
     """
 
     stacks: list[str]
-    cut_off: bool
     holds_queue: bool
+
+
+#: Seconds without progress that are enough when a queue is closed before the device is stopped.
+CLOSED = 0.5
 
 
 def check_workers(target: Target, workers: int) -> None:
@@ -93,7 +96,11 @@ class Crew:
         self._workers = workers
         self._preempt = preempt
         self._trim_after = trim_after
-        self.attention = threading.Event()  # a servant ended
+        self.attention = threading.Event()  # a servant ended, or failed
+        #: What first ended the serving of some queues by failure: an Exception.
+        self.failure: Exception | None = None
+        self._failure_lock = threading.Lock()
+        self._severed = False  # who fails from now on was made to
         self._pool: serving.WorkerPool | None = None
         self._async_servers: list[AsyncServer] = []
         self._servants: list[serving.Servant] = []
@@ -108,11 +115,14 @@ class Crew:
         table: SharedTable | None,
         cpus_of: Callable[[list[int]], frozenset[int] | None],
         on_this_loop: bool,
+        failed: Callable[[], None],
     ) -> None:
         """Starts to serve, on threads that keep to `cpus_of` their queues, or on the running loop.
 
-        What a servant fails with at its start is for `raise_error`, once all are `primed`.
+        What a servant fails with at its start is for `raise_error`, once all are `primed`. `failed`
+        is called once, when one has failed, by it.
         """
+        self._tell_failure = failed
         report = FailureLog(self.target)
         handlers = Handlers(self.target, report)
         shares = []
@@ -131,7 +141,9 @@ class Crew:
             server = loops.AsyncServer(handlers)
             self._async_servers.append(server)
             self._servants = [
-                loops.ServingLoop(partial(make_queues, shares), self.attention, server)
+                loops.ServingLoop(
+                    partial(make_queues, shares), self._servant_failed, self.attention.set, server
+                )
             ]
             return
         one_thread = self.dispatch == "async" and self.target.concurrency == "serial"
@@ -143,7 +155,8 @@ class Crew:
             self._servants.append(
                 serving.ServingThread(
                     partial(make_queues, group),
-                    self.attention,
+                    self._servant_failed,
+                    self.attention.set,
                     serve,
                     name=f"ublk{info.id}-q{group[0].queue}",
                     cpus=cpus_of([share.queue for share in group]),
@@ -185,6 +198,19 @@ class Crew:
             return [threading.Lock() for _ in range(queues)]
         return [None] * queues
 
+    def _servant_failed(self, error: BaseException) -> None:
+        """Its clients get EIO from now on; those of the others until the device is stopped."""
+        failure = error
+        if not isinstance(failure, Exception):  # which would end whoever is told
+            failure = errors.DeviceLost(f"a queue's thread was ended by {type(error).__name__}")
+            failure.__cause__ = error
+        with self._failure_lock:
+            if self.failure is not None or self._severed:
+                return
+            self.failure = failure
+        self.attention.set()
+        self._tell_failure()
+
     def primed(self, timeout: float) -> bool:
         """Waits until every tag of every queue was fetched, or a servant failed; at most `timeout`
         seconds, then False."""
@@ -195,9 +221,8 @@ class Crew:
 
     def raise_error(self) -> None:
         """Raises what a servant failed with, if one did."""
-        for servant in self._servants:
-            if servant.error is not None:
-                raise servant.error
+        if self.failure is not None:
+            raise self.failure
 
     # ---- while they serve ----
 
@@ -233,14 +258,18 @@ class Crew:
         enough: Callable[[], bool] = lambda: False,
     ) -> bool:
         """Waits for `done`; False after `patience` seconds in which requests were held and none
-        came nor was answered, after `idle` seconds without any, or when it is `enough`."""
+        came nor was answered, after `idle` seconds without any, or when it is `enough`; sooner once
+        a queue that failed is closed: what it held ends with the others, not before."""
         last: tuple[int, int] | None = None
         since = 0.0
         while not done():
             held = sum(queue.held for queue in self._queues())
             if (now := (self.stats().total.requests, held)) != last:
                 last, since = now, time.monotonic()
-            if time.monotonic() - since > (patience if held else idle):
+            limit = patience if held else idle
+            if self.failure is not None and self.one_ended():
+                limit = min(limit, CLOSED)
+            if time.monotonic() - since > limit:
                 return False
             if enough():
                 return False
@@ -264,13 +293,18 @@ class Crew:
         for queue in self._queues():
             queue.fail_held()
         if self.progress_until(self.all_ended, patience=1.0, idle=1.0):
-            return Hanging(workers + coroutines or held, cut_off=False, holds_queue=False)
+            # What a queue that failed held is no handler's doing.
+            held = [] if self.failure is not None else held
+            return Hanging(workers + coroutines or held, holds_queue=False)
+        with self._failure_lock:
+            self._severed = True
         for queue in self._queues():
             queue.sever()
+        if self.failure is not None:  # those that hang nowhere end now
+            self.progress_until(self.all_ended, patience=CLOSED, idle=CLOSED)
         still = [servant for servant in servants if not servant.ended.is_set()]
         return Hanging(
             workers + [stacks[servant] for servant in still],
-            cut_off=True,
             holds_queue=any(servant in full for servant in still),
         )
 

@@ -19,7 +19,7 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from pyublk import errors
-from pyublk._native import CharDevice, Helper, open_private, process
+from pyublk._native import CharDevice, Helper, open_private, process, this_thread
 from pyublk.control import Controller, DeviceInfo, check_wish, new_cookie
 from pyublk.crew import Crew
 from pyublk.interruptions import (
@@ -166,6 +166,7 @@ class Device:
         self._stop_thread = 0  # which stops it now
         self._impatient = False  # what hangs is given up at once
         self._kept_by_kernel = False  # until this process ends
+        self._failure_told = False  # to the caller
         self._made_at = _caller()
         self._process = process()
 
@@ -270,7 +271,7 @@ class Device:
                 raise errors.DeviceClosed(
                     f"the device is {self._state}: a Device starts once, make a new one"
                 )
-            self._start_threads.add(threading.get_ident())
+            self._start_threads.add(this_thread())
             self._start_over.clear()
         _open_devices.add(self)
 
@@ -279,7 +280,7 @@ class Device:
         self._start_over.set()
 
     def _configure(self) -> None:
-        self._start_threads.add(threading.get_ident())
+        self._start_threads.add(this_thread())
         self._controller = Controller(deadline=self._deadline)
         self._guard = self._controller.helper
         self.target.open()
@@ -358,6 +359,7 @@ class Device:
             table=None if self._sharing is None else self._sharing.table,
             cpus_of=self._cpus_of,
             on_this_loop=on_this_loop,
+            failed=partial(_end_failed, weakref.ref(self)),
         )
 
     def _cpus_of(self, queues: list[int]) -> frozenset[int] | None:
@@ -374,7 +376,7 @@ class Device:
     def _go_live(self) -> None:
         """START_DEV, once every tag is fetched; the partition scan in it is served already."""
         assert self._controller is not None
-        self._start_threads.add(threading.get_ident())
+        self._start_threads.add(this_thread())
         until = time.monotonic() + self._deadline
         if not self._crew.primed(self._deadline):
             raise errors.InternalError(f"a queue was not primed within {self._deadline:g} s")
@@ -423,8 +425,8 @@ class Device:
         """Waits until the disk ends; for ever, or `timeout` seconds (then returns False).
 
         Returns True when the device was stopped from elsewhere, and, in the main thread, on SIGINT,
-        SIGTERM and SIGHUP (whose handlers are put back afterwards). Raises what ended a queue by
-        failure.
+        SIGTERM and SIGHUP (whose handlers are put back afterwards). Raises what ended the serving
+        of a queue by failure, which ends the disk (DeviceLost from it, when it is no Exception).
         """
         self._check_process()
         if self._state is DeviceState.CREATED:
@@ -434,7 +436,7 @@ class Device:
             with signals_raised():
                 while True:
                     self._crew.attention.clear()  # what comes from here on is seen by the wait
-                    self._crew.raise_error()
+                    self._raise_failure()
                     if self._stopped.is_set() or self._crew.one_ended():
                         return True
                     left = LOOK_FOR_SIGNALS if until is None else until - time.monotonic()
@@ -492,13 +494,31 @@ class Device:
         HandlerTimeout tells where they hang. From a handler's own thread, and from a start's, the
         stop goes on in the background. Stopping twice is allowed, also from a signal's handler on
         top of another stop; stopping a mounted disk takes it from its users.
+
+        A disk whose queue failed has begun to stop by itself: what `wait` would raise is raised,
+        unless `wait` has raised it, or another stop.
         """
         self._check_process()
-        here = threading.get_ident()
+        try:
+            self._stop_once(timeout)
+        except Exception as error:
+            if self._crew.failure is None:
+                raise
+            log.warning("stopping %r, which failed: %s", self, error)
+        if self._state is DeviceState.STOPPED and not self._failure_told:
+            self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        if self._crew.failure is not None:
+            self._failure_told = True
+            raise self._crew.failure
+
+    def _stop_once(self, timeout: float | None = None) -> None:
+        here = this_thread()
         if here == self._stop_thread:
             return
         if here in self._start_threads or self._crew.runs_here():
-            threading.Thread(target=self.stop, args=(timeout,), name="ublk-stop").start()
+            threading.Thread(target=self._stop_once, args=(timeout,), name="ublk-stop").start()
             return
         # A kernel that gets START_DEV after STOP_DEV may crash.
         self._start_over.wait()
@@ -579,9 +599,10 @@ class Device:
 
     def _give_up_hanging(self) -> list[str]:
         hanging = self._crew.give_up()
-        if hanging.cut_off:
-            # The device is let go of; its number stays theirs who may yet come to use it.
-            self._char_device = None
+        # The number stays theirs who were cut off from it, and may yet come to use it.
+        if self._char_device is not None and self._crew.all_ended():
+            self._char_device.close()
+        self._char_device = None
         if hanging.holds_queue:
             assert self._controller is not None
             # These kernels learn of a server's end by a FETCH that it takes along, or, half a
@@ -633,10 +654,23 @@ class Device:
         """After a failed start: the first error is the one to tell."""
         if self._inherited():
             return
+        self._failure_told = True
         try:
-            self.stop()
+            self._stop_once()
         except Exception as error:
             log.warning("cleaning up after a failed start: %s", error)
+
+    def _stop_failed(self) -> None:
+        """At once, and whether or not somebody waits: nothing comes of its requests any more."""
+        self._start_over.wait()
+        if self._state is not DeviceState.LIVE:  # who starts or stops it does that
+            return
+        with suppress(BaseException):  # the program's log may do anything
+            log.error("%r is stopped: a queue of it failed", self, exc_info=self._crew.failure)
+        try:
+            self._stop_once()
+        except Exception as error:
+            log.warning("stopping %r, which failed: %s", self, error)
 
     # ---- scopes ----
 
@@ -686,6 +720,13 @@ def _caller() -> str:
     while frame is not None and frame.f_globals.get("__name__", "").startswith("pyublk."):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else "an unknown place"
+
+
+def _end_failed(device: "weakref.ref[Device]") -> None:
+    """By the servant that failed, which has its clients' requests to refuse meanwhile."""
+    if (failed := device()) is not None:
+        with suppress(RuntimeError):  # no more threads: then who waits for it stops it
+            threading.Thread(target=failed._stop_failed, name="ublk-stop").start()
 
 
 _open_devices: "weakref.WeakSet[Device]" = weakref.WeakSet()

@@ -7,14 +7,13 @@ Imported when a disk needs it: asyncio is half of what importing pyublk would co
 import asyncio
 import contextvars
 import selectors
-import threading
 import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pyublk._native import Dispatcher, Handlers, Queue
-from pyublk.serving import Servant
+from pyublk.serving import ROUND, Servant, refuse
 
 if TYPE_CHECKING:
     from _typeshed import FileDescriptorLike
@@ -182,14 +181,17 @@ class ServingLoop(Servant):
     def __init__(
         self,
         make_queues: Callable[[], list[Queue]],
-        ended: threading.Event,
+        failed: Callable[[BaseException], None],
+        over: Callable[[], None],
         server: AsyncServer,
     ) -> None:
-        super().__init__(make_queues, ended)
+        super().__init__(make_queues, failed, over)
+        self._loop = asyncio.get_running_loop()
         try:
             self._open()
         except BaseException as error:
-            self._close(error)
+            failed(error)
+            self._close()
             return
         done = asyncio.gather(*map(server.attach, self.queues))
         done.add_done_callback(self._finish)
@@ -199,7 +201,15 @@ class ServingLoop(Servant):
         return super().runs_here() and asyncio._get_running_loop() is not None
 
     def _finish(self, done: "asyncio.Future[list[None]]") -> None:
-        self._close(None if done.cancelled() else done.exception())
+        if not done.cancelled() and (error := done.exception()) is not None:
+            self._failed(error)
+        self._refuse(self.queues)
+
+    def _refuse(self, queues: list[Queue]) -> None:
+        if left := refuse(queues):
+            self._loop.call_later(ROUND, self._refuse, left)
+        else:
+            self._close()
 
 
 def serve_on_own_loop(queues: list[Queue], handlers: Handlers, servers: list[AsyncServer]) -> None:

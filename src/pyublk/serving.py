@@ -4,16 +4,27 @@
 Each runs on the thread that opened the queue and returns when the kernel has taken every tag back.
 """
 
+import errno
+import logging
 import os
 import queue as queues
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 
-from pyublk._native import IO, Handlers, MappedQueue, Planner, Queue, process
+from pyublk._native import IO, Handlers, MappedQueue, Planner, Queue, process, this_thread
+from pyublk.errors import InternalError
 from pyublk.mapped import MappedTarget
 from pyublk.scheduling import keep_to, never_interrupt
+from pyublk.target import FailureLog
+
+log = logging.getLogger("pyublk.serving")
+
+#: Seconds between two rounds of `refuse`.
+ROUND = 0.01
 
 
 def _stack(ident: int) -> traceback.StackSummary:
@@ -35,11 +46,37 @@ def _end_child(error: BaseException | None) -> None:
     os._exit(code)
 
 
-def serve_mapped(queue: Queue, target: MappedTarget, report: Callable[[object, IO], int]) -> None:
+def serve_mapped(queue: Queue, target: MappedTarget, report: FailureLog) -> None:
     """The queue's ring does the I/O; Python is asked where the bytes are, if at all."""
     assert isinstance(queue, MappedQueue)
     planner = None if target.map is None else Planner(target, report)
-    queue.serve_mapped(planner, target.leg_failed)
+
+    def leg_failed(leg: int, error: int, incarnation: int) -> None:
+        try:
+            target.leg_failed(leg, error, incarnation)
+        except BaseException as raised:
+            report.tell(raised, None, "leg_failed")
+
+    queue.serve_mapped(planner, leg_failed)
+
+
+def refuse(queues: list[Queue]) -> list[Queue]:
+    """Fails what these queues hold and what comes to them, without waiting. Returns those of which
+    the kernel has not taken every tag back: again for these, after a ROUND.
+
+    So a queue that nobody serves any more goes on for its clients, who get EIO at once, until the
+    device is stopped. What cannot do even that is closed, which ends the I/O of the whole device.
+    """
+    left = []
+    for queue in queues:
+        queue.fail_held()
+        with suppress(Exception):
+            batch = queue.wait(0)
+            if batch is not None:
+                left.append(queue)
+                for io in batch:
+                    io.fail(errno.EIO)
+    return left
 
 
 def waker(servants: "list[Servant]") -> Callable[[], None]:
@@ -69,14 +106,17 @@ class WorkerPool:
 
     def _work(self, handlers: Handlers) -> None:
         here = process()
-        while (io := self._inbox.get()) is not None:
+        while True:
             try:
+                if (io := self._inbox.get()) is None:
+                    return
                 handlers.answer_from_here(io)
-            except BaseException as error:
+            except BaseException as error:  # such as what another thread raises in this one
                 if here != process():
                     _end_child(error)
-                raise
-            del io  # kept, it would make the tag need a new one
+                with suppress(BaseException):
+                    log.exception("a worker lost its request, and goes on with the next")
+            io = None  # kept, it would make the tag need a new one; dropped, it is answered
 
     def submit(self, io: IO) -> None:
         self._inbox.put(io)
@@ -100,46 +140,52 @@ class WorkerPool:
 def serve_with_workers(queue: Queue, pool: WorkerPool) -> None:
     """The queue's thread takes and commits, the pool's threads handle."""
     while (batch := queue.wait()) is not None:
-        for io in batch:
-            pool.submit(io)
-        del batch[:]
+        batch.reverse()
+        while batch:  # what was submitted is only the pool's
+            pool.submit(batch.pop())
 
 
 class Servant:
     """Whoever serves some queues of a device: a thread, or an event loop that was there before.
 
-    `primed` is set when every tag of these queues was fetched, `ended` when they are closed; a
-    failure before either is in `error`, and sets both.
+    `primed` is set when every tag of these queues was fetched, or that failed, `ended` when they
+    are closed. `failed` is called with what ended the serving by failure, `over` at the end.
     """
 
-    def __init__(self, make_queues: Callable[[], list[Queue]], ended: threading.Event) -> None:
+    def __init__(
+        self,
+        make_queues: Callable[[], list[Queue]],
+        failed: Callable[[BaseException], None],
+        over: Callable[[], None],
+    ) -> None:
         self._make_queues = make_queues
-        self._device_ended = ended
+        self._failed = failed
+        self._over = over
         self.queues: list[Queue] = []
-        self.error: BaseException | None = None
         self.primed = threading.Event()
         self.ended = threading.Event()
-        self._thread_id = 0
         self._process = process()
+        self._thread = 0
+        self._ident = 0
 
     def _open(self) -> None:
-        self._thread_id = threading.get_ident()
+        self._thread = this_thread()
+        self._ident = threading.get_ident()
         self.queues = self._make_queues()
         for queue in self.queues:
             queue.fetch()
         self.primed.set()
 
-    def _close(self, error: BaseException | None = None) -> None:
-        self.error = self.error or error
+    def _close(self) -> None:
         for queue in self.queues:
             queue.close()
         self.primed.set()
         self.ended.set()
-        self._device_ended.set()
+        self._over()
 
     def runs_here(self) -> bool:
         """Whether the caller is a handler: on the thread that serves."""
-        return threading.get_ident() == self._thread_id
+        return this_thread() == self._thread
 
     def holds(self) -> bool:
         """Whether requests are unanswered."""
@@ -151,7 +197,7 @@ class Servant:
 
     def stack(self) -> str:
         """Where the thread that serves is now."""
-        return "".join(_stack(self._thread_id).format())
+        return "".join(_stack(self._ident).format())
 
 
 class ServingThread(Servant):
@@ -163,24 +209,24 @@ class ServingThread(Servant):
     def __init__(
         self,
         make_queues: Callable[[], list[Queue]],
-        ended: threading.Event,
+        failed: Callable[[BaseException], None],
+        over: Callable[[], None],
         serve: Callable[[list[Queue]], None],
         *,
         name: str,
         cpus: frozenset[int] | None,
         preempt: bool,
     ) -> None:
-        super().__init__(make_queues, ended)
+        super().__init__(make_queues, failed, over)
         # A daemon: a handler that hangs must not keep the process from ending.
-        self._thread = threading.Thread(
+        threading.Thread(
             target=self._run, args=(serve, cpus, preempt), name=name, daemon=True
-        )
-        self._thread.start()
+        ).start()
 
     def _run(
         self, serve: Callable[[list[Queue]], None], cpus: frozenset[int] | None, preempt: bool
     ) -> None:
-        error: BaseException | None = None
+        failure: BaseException | None = None
         try:
             if cpus:
                 keep_to(cpus)
@@ -188,9 +234,19 @@ class ServingThread(Servant):
                 never_interrupt()
             self._open()
             serve(self.queues)
-        except BaseException as raised:
-            error = raised
+            if self._process == process() and refuse(self.queues):
+                raise InternalError("a queue's thread returned before the kernel took its tags")
+        except BaseException as error:
+            failure = error
         if self._process != process():
-            _end_child(error)
-        self._close(error)
-        del error, self  # the error's traceback has this frame: both would wait for the collector
+            _end_child(failure)
+        if failure is not None:
+            self._failed(failure)
+        try:
+            left = self.queues if self.primed.is_set() else []
+            while left := refuse(left):
+                time.sleep(ROUND)
+        finally:
+            self._close()
+            # The failure's traceback has this frame: both would wait for the collector.
+            del failure, self, left

@@ -4,14 +4,18 @@
 import errno
 import inspect
 import logging
+import operator
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from types import CoroutineType, TracebackType
 from typing import Any, ClassVar, Literal
 
 from pyublk._native import IO
-from pyublk.errors import InvalidTarget
+from pyublk.errors import InvalidTarget, StaleIO
 from pyublk.params import Basic, Discard, Integrity, Params
 from pyublk.paths import DataPath
 from pyublk.uapi import Feature
@@ -52,7 +56,8 @@ class Target:
 
     `offset` and `length` are bytes, always multiples of the block size, inside the disk. A method
     returns None. An OSError it raises becomes that errno at the client (the kernel passes on only
-    a few, the others as EIO); any other exception becomes EIO and its traceback is logged.
+    a few, the others as EIO); whatever else it raises or returns becomes EIO, and is logged. So is
+    a request that `handle` deferred (`IO.defer`) when nobody has its IO any more.
 
     Coroutines run on an asyncio event loop, each in its own copy of the context; they may use all
     of asyncio. One that never suspends is answered at once. Cancelled, it fails with EIO.
@@ -241,8 +246,38 @@ def dispatch_of(target: Target) -> Dispatch:
     return "async" if coroutines else "sync"
 
 
+#: A class's name and an exception's traceback, whatever the class says they are.
+_name_of: Callable[[type], str] = vars(type)["__name__"].__get__
+_trace_of: Callable[[Any], TracebackType | None] = vars(BaseException)["__traceback__"].__get__
+
+
+def _errno_of(outcome: object) -> int:
+    """The errno that an OSError came with; 0 without one that a client can be given."""
+    if not issubclass(type(outcome), OSError):  # isinstance would ask the object itself
+        return 0
+    try:
+        number = outcome.errno  # type: ignore[attr-defined]
+        number = 0 if type(number) is bool else operator.index(number)
+    except BaseException:
+        return 0
+    return number if 0 < number < 4096 else 0
+
+
+def _place_of(trace: TracebackType | None) -> tuple[str, int]:
+    """The line that raised."""
+    if trace is None:
+        return "", 0
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace.tb_frame.f_code.co_filename, trace.tb_lineno or 0
+
+
 class FailureLog:
-    """Turns what a handler raised into an errno, and tells of it once per place and minute."""
+    """Turns what a handler raised into an errno, and tells of it once per place and minute.
+
+    It is what stands between a handler and its answer, so it raises nothing, whatever the handler
+    raised or returned, and whatever the program has the log do.
+    """
 
     INTERVAL = 60.0  # seconds between two reports from the same line of code
 
@@ -251,43 +286,63 @@ class FailureLog:
         self._lock = threading.Lock()
         self._last: dict[tuple[str, int], float] = {}
         self._silent: dict[tuple[str, int], int] = {}
+        self._log_failed = False
 
     def __call__(self, outcome: object, io: IO) -> int:
-        """The errno (positive) for an exception, or for a return value that is not None."""
-        if isinstance(outcome, OSError) and outcome.errno and 0 < outcome.errno < 4096:
-            return outcome.errno
-        operation = getattr(io.op, "name", io.op) if not io.completed else "request"
-        if not isinstance(outcome, BaseException):
-            if inspect.iscoroutine(outcome):
+        """The errno (positive) for an exception, or for a return value that is not None.
+
+        None: the request was deferred, and nobody has it any more.
+        """
+        number = _errno_of(outcome)
+        if number == 0:
+            self.tell(outcome, io)
+        return number or errno.EIO
+
+    def tell(self, outcome: object, io: IO | None, method: str = "") -> None:
+        """Logs it: what came of a request, or, without one, what `method` of the target raised."""
+        try:
+            self._tell(outcome, io, method)
+        except BaseException as failure:  # of a handler, a filter or a factory of the program's
+            if not self._log_failed:
+                self._log_failed = True
+                with suppress(BaseException):
+                    print(
+                        f"pyublk: {_name_of(type(outcome))} of {self._name} could not be logged: "
+                        f"{_name_of(type(failure))}",
+                        file=sys.stderr,
+                    )
+
+    def _tell(self, outcome: object, io: IO | None, method: str) -> None:
+        kind = _name_of(type(outcome))
+        who, result = f"{method}()", "nobody is told"
+        if io is not None:
+            operation, result = _describe(io)
+            who = f"the handler of a {operation}"
+        if outcome is None:
+            self._report(
+                ("dropped", 0),
+                f"{self._name}: {who} deferred it, and nobody has its IO any more; {result}",
+            )
+        elif not issubclass(type(outcome), BaseException):
+            if type(outcome) is CoroutineType:
                 outcome.close()
             self._report(
-                (f"return {operation}", 0),
-                "%s: the handler of a %s returned %s instead of None (to read, fill the buffer); "
-                "the client gets EIO",
-                self._name,
-                operation,
-                type(outcome).__name__,
+                (f"return {who}", 0),
+                f"{self._name}: {who} returned {kind} instead of None (to read, fill the buffer); "
+                f"{result}",
             )
-            return errno.EIO
-        frames = traceback.extract_tb(outcome.__traceback__)
-        place = (frames[-1].filename, frames[-1].lineno or 0) if frames else ("", 0)
-        self._report(
-            place,
-            "%s: the handler of a %s raised %s; the client gets EIO",
-            self._name,
-            operation,
-            type(outcome).__name__,
-            exc_info=outcome,
-        )
-        return errno.EIO
+        else:
+            trace = _trace_of(outcome)
+            shown: Any = (type(outcome), outcome, trace)
+            message = f"{self._name}: {who} raised {kind}; {result}"
+            try:
+                traceback.format_exception(*shown)
+            except BaseException:
+                shown = None
+                message += " (its traceback cannot be shown)"
+            self._report(_place_of(trace), message, shown)
 
-    def _report(
-        self,
-        place: tuple[str, int],
-        message: str,
-        *args: object,
-        exc_info: BaseException | None = None,
-    ) -> None:
+    def _report(self, place: tuple[str, int], message: str, exc_info: Any = None) -> None:
         now = time.monotonic()
         with self._lock:
             if now - self._last.get(place, -self.INTERVAL) < self.INTERVAL:
@@ -297,4 +352,12 @@ class FailureLog:
             silent = self._silent.pop(place, 0)
         if silent:
             message += f" ({silent} more since the last report)"
-        log.error(message, *args, exc_info=exc_info)
+        log.error(message, exc_info=exc_info)
+
+
+def _describe(io: IO) -> tuple[str, str]:
+    """The operation of a request, and what its client gets."""
+    try:
+        return str(getattr(io.op, "name", io.op)), "the client gets EIO"
+    except StaleIO:
+        return "request", "which was answered already"

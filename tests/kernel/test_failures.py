@@ -117,6 +117,58 @@ def test_reports_of_a_place_are_counted_while_they_are_held_back(
     ]
 
 
+class OddClass(Exception):
+    __class__ = property(lambda self: 1 // 0)  # type: ignore[assignment]
+
+
+class OddWords(Exception):
+    def __str__(self) -> str:
+        raise SystemExit
+
+    __repr__ = __str__
+
+
+class OddErrno(OSError):
+    @property
+    def errno(self) -> int:  # type: ignore[override]
+        raise KeyError(self)
+
+
+ODD: list[BaseException] = [
+    OSError("cannot read", "sector 5"),
+    OSError(True, "yes"),
+    OSError(10**30, "huge"),
+    OSError(-5, "negative"),
+    OddErrno(errno.ENOSPC, "full"),
+    OddClass("odd"),
+    OddWords("odd"),
+    ExceptionGroup("many", [OSError(errno.ENOSPC, "full"), ValueError("wrong")]),
+    SystemExit(0),
+    KeyboardInterrupt(),
+    GeneratorExit(),
+    BaseException(),
+]
+
+
+@pytest.mark.parametrize("kind", RAISING)
+def test_whatever_is_raised_the_disk_goes_on(
+    serve: Serve, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(FailureLog, "INTERVAL", 0.0)
+    make, options = RAISING[kind]
+    target = make(MIB)
+    disk = serve(target, **options)
+    with Blocks(disk.path, os.O_RDONLY) as client:
+        for error in ODD:
+            target.error = error
+            assert failure_of(client) == errno.EIO
+            target.error = None
+            assert client.read(4096, MIB - 4096) == bytes(4096)
+    told = caplog.text  # of other readers of the block, such as udev, as well
+    assert all(f"raised {type(error).__name__};" in told for error in ODD)
+    assert disk.wait(0) is False
+
+
 class Returning(Memory):
     def read(self, offset: int, buffer: memoryview) -> Any:
         if offset:
@@ -273,6 +325,70 @@ def test_requests_are_completed_from_another_thread(serve: Serve) -> None:
     assert bytes(buffer[:4]) == b"late"
 
 
+# ---- requests that are forgotten ----
+
+
+class Forgetting(HandleMemory):
+    """Defers reads of its last block, and then does as it is told."""
+
+    concurrency = "parallel"
+    then: Callable[[pyublk.IO], object] | None = None
+
+    def handle(self, io: pyublk.IO) -> None:
+        if io.op is Op.READ and io.offset == MIB - 4096 and self.then is not None:
+            io.defer()
+            self.then(io)
+        else:
+            self.move(io)
+
+
+class AsyncForgetting(Forgetting):
+    async def handle(self, io: pyublk.IO) -> None:  # type: ignore[override]
+        await asyncio.sleep(0)
+        Forgetting.handle(self, io)
+
+
+def forget_later(io: pyublk.IO) -> None:
+    threading.Timer(0.1, lambda io: None, args=(io,)).start()
+
+
+def fail_after_it(io: pyublk.IO) -> None:
+    raise ValueError("after defer")
+
+
+FORGETTING: dict[str, tuple[type[Forgetting], dict[str, Any]]] = {
+    "sync": (Forgetting, {}),
+    "plain commands": (Forgetting, {"batch": False}),
+    "user copy": (Forgetting, {"path": "user-copy"}),
+    "several": (Forgetting, {"threads": 2}),
+    "workers": (Forgetting, {"workers": 2}),
+    "async": (AsyncForgetting, {}),
+}
+
+
+@pytest.mark.parametrize("kind", FORGETTING)
+def test_a_deferred_request_that_nobody_has_fails_at_once(
+    serve: Serve, caplog: pytest.LogCaptureFixture, controller: pyublk.Controller, kind: str
+) -> None:
+    make, options = FORGETTING[kind]
+    if "threads" in options and not controller.features().has(Feature.PER_IO_DAEMON):
+        pytest.skip("several threads for a queue need Linux 6.16")
+    if "batch" in options and not controller.features().has(Feature.BATCH_IO):
+        pytest.skip("batch I/O needs Linux 7.0")
+    target = make(MIB)
+    disk = serve(target, **options)
+    with Blocks(disk.path, os.O_RDONLY) as client:
+        for then in (str, forget_later, fail_after_it, str):
+            target.then = then
+            took = Seconds()
+            assert failure_of(client) == errno.EIO
+            assert took.gone < 5
+            target.then = None
+            assert client.read(4096, MIB - 4096) == bytes(4096)
+    assert "nobody has its IO any more" in caplog.text
+    assert "raised ValueError" in caplog.text
+
+
 # ---- handlers that never return ----
 
 
@@ -339,15 +455,17 @@ class BlockingCoroutine(AsyncHanging):
 
 
 class NeverCompleting(Hanging, HandleMemory):
-    """Defers a request and forgets it."""
+    """Defers requests, keeps them, and does no more."""
 
     def __init__(self) -> None:
         HandleMemory.__init__(self, MIB)
         Hanging.__init__(self)
+        self.kept: list[pyublk.IO] = []
 
     def handle(self, io: pyublk.IO) -> None:
         if io.op is Op.READ and io.offset >= MIB // 2:
             io.defer()
+            self.kept.append(io)
             self.hanging.release()
         else:
             super().handle(io)

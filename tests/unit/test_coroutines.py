@@ -319,6 +319,77 @@ def test_yielding_what_asyncio_cannot_wait_for(
     assert "raised RuntimeError" in caplog.text
 
 
+class Unaskable:
+    """Yielded to the loop: asking whether it is a future fails."""
+
+    @property
+    def _asyncio_future_blocking(self) -> bool:
+        raise Strange
+
+
+class Undecided:
+    class Neither:
+        def __bool__(self) -> bool:
+            raise Strange
+
+    _asyncio_future_blocking = Neither()
+
+
+class Unchangeable:
+    """It says that it is a future, and takes no part in it."""
+
+    @property
+    def _asyncio_future_blocking(self) -> bool:
+        return True
+
+
+class OddFuture(asyncio.Future[None]):
+    def add_done_callback(self, *_: object, **__: object) -> None:
+        raise Strange
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize(
+    ("make", "in_a_task"),
+    [
+        (Unaskable, False),
+        (Unaskable, True),
+        (Undecided, False),
+        (Undecided, True),
+        (Unchangeable, False),
+        (OddFuture, False),
+    ],
+)
+def test_yielding_what_cannot_be_asked(
+    serve: Serve,
+    caplog: pytest.LogCaptureFixture,
+    make: Callable[[], object],
+    later: bool,
+    in_a_task: bool,
+) -> None:
+    """The request fails, and none but it."""
+
+    @types.coroutine
+    def strange() -> Generator[object, None, None]:
+        future = make()
+        if isinstance(future, asyncio.Future):
+            future._asyncio_future_blocking = True
+        yield future
+
+    async def read(offset: int, buffer: memoryview) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        if in_a_task:
+            task.get_name()
+        if later:
+            await asyncio.sleep(0)
+        if offset == 512:
+            await strange()
+
+    serve(read, asks(512, -errno.EIO, 512))
+    assert caplog.records
+
+
 # ---- the current task ----
 
 
@@ -544,6 +615,28 @@ def test_completed_later(serve: Serve) -> None:
         ]
 
     serve(handle, client)
+
+
+@pytest.mark.parametrize("where", ["here", "on a thread", "in a task"])
+def test_deferred_and_dropped(serve: Serve, caplog: pytest.LogCaptureFixture, where: str) -> None:
+    async def fails(io: pyublk.IO) -> None:
+        await asyncio.sleep(0)
+        raise ValueError(f"and forgets {io}")
+
+    tasks: list[asyncio.Task[None]] = []
+
+    async def handle(io: pyublk.IO) -> None:
+        io.defer()
+        if io.offset:
+            await asyncio.sleep(0)
+        if where == "on a thread":
+            threading.Timer(0.005, lambda _: None, args=(io,)).start()
+        elif where == "in a task":
+            tasks.append(asyncio.create_task(fails(io)))
+            tasks[-1].add_done_callback(lambda task: task.exception() and tasks.remove(task))
+
+    serve(handle, asks(-errno.EIO, -errno.EIO))
+    assert "nobody has its IO any more" in caplog.text
 
 
 def test_completed_by_the_handler_itself(serve: Serve) -> None:

@@ -727,15 +727,15 @@ static void complete(void *context, uint64_t user_data, int32_t result)
 int pu_mapped_plan(struct pu_mapped *m, uint16_t tag, const struct pu_extent *parts, uint32_t count)
 {
 	struct pu_work *w = &m->works[tag];
-	const struct pu_desc *desc = &m->q->desc[tag];
-	uint64_t sum = 0;
+	uint64_t left = (uint64_t)m->q->desc[tag].nr_sectors << PU_SECTOR_SHIFT, sum = 0;
 
 	for (uint32_t i = 0; i < count; i++) {
-		if (parts[i].file >= m->layout->nr_files || !parts[i].length)
+		if (parts[i].file >= m->layout->nr_files || !parts[i].length ||
+		    parts[i].length > left)
 			return -EINVAL;
-		sum += parts[i].length;
+		left -= parts[i].length;
 	}
-	if (sum != (uint64_t)desc->nr_sectors << PU_SECTOR_SHIFT)
+	if (left)
 		return -EINVAL;
 	if (count > w->plan_room) {
 		struct pu_extent *more = realloc(w->plan, count * sizeof(*more));
@@ -745,7 +745,6 @@ int pu_mapped_plan(struct pu_mapped *m, uint16_t tag, const struct pu_extent *pa
 		w->plan = more;
 		w->plan_room = count;
 	}
-	sum = 0;
 	for (uint32_t i = 0; i < count; i++) {
 		w->plan[i] = parts[i];
 		w->plan[i].start = sum; /* in the request's data */
