@@ -3,6 +3,7 @@
 
 General layout, from the bottom up; a module imports only from the lines above its own:
 
+    launch                   how the command and a disk's server begin
     uapi, uring              the kernel's numbers and layouts
     errors                   what is raised, and the sentences for it
     _native (over _core/)    Ring, Queue, IO; control commands; native targets
@@ -23,6 +24,7 @@ General layout, from the bottom up; a module imports only from the lines above i
     cli/                     the command
 """
 
+from pyublk import launch as launch  # first: Ctrl-C, from here on
 from pyublk._native import IO, Queue, Ring, ShardedLock
 from pyublk.control import Controller, DeviceInfo
 from pyublk.device import Device, DeviceState

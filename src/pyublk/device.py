@@ -29,6 +29,7 @@ from pyublk.interruptions import (
     to_its_end,
     uninterrupted,
 )
+from pyublk.launch import fill_descriptors
 from pyublk.mapped import MappedTarget
 from pyublk.params import Params
 from pyublk.paths import DataPath, PathChoice, choose_path
@@ -269,6 +270,7 @@ class Device:
 
     def _configure(self) -> None:
         self._start_threads.add(threading.get_ident())
+        fill_descriptors()
         self._controller = Controller(deadline=self._deadline)
         self._spare_fd = os.dup(self._controller.fileno())
         self.target.open()

@@ -135,6 +135,68 @@ def added(*arguments: str) -> dict[str, Any]:
     return made
 
 
+@pytest.mark.parametrize("options", [[], ["--json"], ["--foreground"]], ids=" ".join)
+@pytest.mark.parametrize("where", ["full", "pipe"])
+def test_a_disk_that_cannot_be_told_of_is_stopped_again(
+    where: str, options: list[str], place: Path
+) -> None:
+    if where == "full":
+        output = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, output = os.pipe()
+        os.close(reader)
+    try:
+        done = subprocess.run(
+            [*COMMAND, "add", "null", *options],
+            stdout=output,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    finally:
+        os.close(output)
+    assert done.returncode == ExitCode.FAILED
+    assert "was made, but that could not be printed: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert recorded_ids() == []
+    assert list((place / "run").glob("*.log")) == []
+    with pyublk.Controller() as controller:
+        assert list(controller.devices()) == []
+
+
+@pytest.mark.parametrize("closed", ["0 1 2", "1", "0 2"])
+def test_a_disk_added_with_closed_standard_descriptors(closed: str, serve: Serve) -> None:
+    script = 'exec "$@" ' + " ".join(f"{number}>&-" for number in closed.split())
+    done = subprocess.run(
+        ["sh", "-c", script, "sh", *COMMAND, "add", "null", "--size", "1M"],
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0
+    (number,) = recorded_ids()
+    record = Record.read(number)
+    assert record is not None
+    opened = {fd: os.readlink(f"/proc/{record.server.pid}/fd/{fd}") for fd in (0, 1, 2)}
+    assert opened[0] == "/dev/null"
+    assert opened[1] == opened[2] == str(record.log)
+    assert run_here("stop", str(number)).exit_code == 0
+
+
+def test_a_program_without_standard_descriptors_serves_a_disk() -> None:
+    program = (
+        "import os\n"
+        "for number in (0, 1, 2): os.close(number)\n"
+        "import pyublk\n"
+        "from pyublk.targets import Null\n"
+        "with pyublk.Device(Null(size=1 << 20)):\n"
+        "    places = {os.readlink(f'/proc/self/fd/{n}') for n in range(3)}\n"
+        "os._exit(places != {'/dev/null'})"
+    )
+    assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False).returncode == 0
+
+
 def process(pid: int) -> Process:
     started = start_time(pid)
     assert started is not None

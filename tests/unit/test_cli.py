@@ -9,6 +9,7 @@ import sys
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -111,7 +112,23 @@ def test_python_m_pyublk_is_the_command() -> None:
         (["stop", "sda"], "'sda' is no device: give an id, /dev/ublkbN or `all`"),
         (["info", "all"], "'all' is no device: give an id, /dev/ublkbN\n"),
         (["stop", "0", "--timeout", "0"], "0.0 is not in the range x>=0.1"),
+        (["stop", "0", "--timeout", "nan"], "nan is no number of seconds that can be waited for"),
+        (["stop", "0", "--timeout", "1e300"], "1e300 is no number of seconds"),
         (["vm", "--timeout", "-1", "--", "true"], "-1.0 is not in the range x>0"),
+        (["vm", "--timeout", "inf", "--", "true"], "inf is no number of seconds"),
+        (["vm", "--cpus", "two", "--", "true"], "'two' is not a valid integer"),
+        (["vm", "--cpus", "0", "--", "true"], "a machine has 1 to 255 processors, not 0"),
+        (["vm", "--cpus", "-3", "--", "true"], "a machine has 1 to 255 processors, not -3"),
+        (["vm", "--cpus", str(10**20), "--", "true"], "a machine has 1 to 255 processors"),
+        (["vm", "--memory", "0", "--", "true"], "at least 256 MiB of memory, not 0 bytes"),
+        (
+            ["vm", "--memory", "1000000G", "--", "true"],
+            "at most this machine's own, ",
+        ),
+        (["vm", "--memory", "-1G", "--", "true"], "'-1G' is no size of memory"),
+        (["vm", "--kernel", "newest", "--", "true"], "no kernel is called 'newest': give latest"),
+        (["vm", "--env", "=", "--", "true"], "the variable '=' cannot be passed on"),
+        (["vm", "--count-instructions", "--cpus", "2", "--", "true"], "takes one processor, not 2"),
         (["completion", "tcsh"], "'tcsh' is not one of 'bash', 'zsh', 'fish'"),
     ],
 )
@@ -126,6 +143,110 @@ def test_cpus_as_the_kernel_writes_them() -> None:
     convert = partial(Cpus().convert, param=None, ctx=None)
     assert convert("0-3,8") == [0, 1, 2, 3, 8]
     assert convert("5,4-5") == [4, 5]
+
+
+# ---- odd surroundings ----
+
+
+def command(*arguments: str, **options: Any) -> "subprocess.CompletedProcess[str]":
+    """The command as a process of its own."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.run(
+        [sys.executable, "-m", "pyublk", *arguments], text=True, timeout=60, check=False, **options
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], ["add", "--help"], ["doctor"], ["doctor", "--json"],
+     ["completion", "zsh"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_what_cannot_be_printed_is_a_failure_without_a_traceback(arguments: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = command(*arguments, stdout=full)
+    assert done.stderr == "pyublk: No space left on device\n"
+    assert done.returncode == ExitCode.FAILED
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = command(*arguments, stdout=writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (ExitCode.FAILED, "")
+
+
+def test_messages_that_nobody_can_read_change_nothing() -> None:
+    with open("/dev/full", "w") as full:
+        assert command("info", "x", stderr=full).returncode in (ExitCode.FAILED, ExitCode.USAGE)
+        assert command("doctor", stderr=full).stdout == command("doctor").stdout
+
+
+@pytest.mark.parametrize("closed", [[0], [1], [2], [0, 1], [1, 2], [0, 1, 2]], ids=str)
+@pytest.mark.parametrize("arguments", [["doctor"], ["info", "nought"], ["--version"]], ids=" ".join)
+def test_closed_standard_descriptors_are_like_dev_null(
+    closed: list[int], arguments: list[str]
+) -> None:
+    redirections = " ".join(f"{number}>&-" for number in closed)
+    script = f'exec "$@" {redirections}'
+    line = ["sh", "-c", script, "sh", sys.executable, "-m", "pyublk", *arguments]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
+    expected = command(*arguments)
+    assert done.returncode == expected.returncode
+    assert done.stdout == ("" if 1 in closed else expected.stdout)
+    assert done.stderr == ("" if 2 in closed else expected.stderr)
+
+
+def test_no_file_gets_the_number_of_a_closed_standard_descriptor() -> None:
+    program = (
+        "import os\n"
+        "for number in (0, 1, 2): os.close(number)\n"
+        "from pyublk.launch import fill_descriptors\n"
+        "fill_descriptors()\n"
+        "places = [os.readlink(f'/proc/self/fd/{n}') for n in range(3)]\n"
+        "os._exit(places != ['/dev/null'] * 3 or os.open('/', os.O_RDONLY) < 3)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False).returncode == 0
+
+
+def test_ctrl_c_while_the_command_is_loaded() -> None:
+    """Each time a little later, up to the end: 130 or what the command had to say, no traceback."""
+    program = (
+        "import sys, os, signal, threading, builtins\n"
+        "sys.argv = ['pyublk', 'doctor']\n"
+        "count, original = 0, builtins.__import__\n"
+        "def counting(*args, **kwargs):\n"
+        "    global count\n"
+        "    count += 1\n"
+        "    if count == int(os.environ['AT']): os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return original(*args, **kwargs)\n"
+        "import pyublk.launch\n"
+        "builtins.__import__ = counting\n"
+        "from pyublk.cli import main\n"
+        "main()\n"
+    )
+    codes = set()
+    for at in (1, 2, 30, 100, 200, 300, 400, 100000):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env=os.environ | {"AT": str(at)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert "Traceback" not in done.stderr
+        assert "Abort" not in done.stderr
+        codes.add(done.returncode)
+        assert done.returncode in (ExitCode.INTERRUPTED, ExitCode.OK, ExitCode.FAILED), at
+    assert ExitCode.INTERRUPTED in codes
+    assert codes != {ExitCode.INTERRUPTED}, "no signal came in the last run"
+
+
+def test_ctrl_c_is_left_alone_where_pyublk_is_a_library() -> None:
+    program = (
+        "import signal, pyublk\n"
+        "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+    )
+    subprocess.run([sys.executable, "-c", program], timeout=60, check=True)
 
 
 # ---- no driver: 3 ----

@@ -14,7 +14,7 @@ PACKAGE = Path(pyublk.__file__).parent
 
 #: From the bottom up. A room imports from its own row or rows above it in this list only.
 ROOMS = [
-    ["uapi", "uring", "interruptions"],
+    ["launch", "uapi", "uring", "interruptions"],
     ["errors"],
     ["_native"],
     ["features", "params", "stats", "zones"],

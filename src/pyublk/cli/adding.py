@@ -3,14 +3,15 @@
 
 import signal
 from contextlib import AbstractContextManager
+from functools import partial
 from types import FrameType
 
 import click
 from click.shell_completion import CompletionItem
 
 from pyublk import targets
-from pyublk.cli.failures import ExitCode, open_controller
-from pyublk.cli.output import message, print_json
+from pyublk.cli.failures import ExitCode, NotTold, message, open_controller
+from pyublk.cli.output import print_json
 from pyublk.cli.parameters import Cpus, Size, json_option
 from pyublk.interruptions import handled
 from pyublk.paths import DataPath
@@ -149,12 +150,12 @@ def add(
         io_scheduler=io_scheduler,
     )
     open_controller().close()  # no driver, no rights: said before anything is started
+    show = partial(_show, as_json=as_json)
     if not foreground:
         with _ended_as_by_ctrl_c():
-            record = daemon.start(plan)
-        _show(record, as_json=as_json)
+            daemon.start(plan, ready=show)
         return
-    served = serve(plan, log_file=None, ready=lambda record: _show(record, as_json=as_json))
+    served = serve(plan, log_file=None, ready=show)
     if served is None:
         click.get_current_context().exit(ExitCode.INTERRUPTED)
     if as_json:
@@ -174,18 +175,24 @@ def _ended_as_by_ctrl_c() -> AbstractContextManager[None]:
 
 
 def _show(record: Record, *, as_json: bool) -> None:
-    if not as_json:
-        click.echo(record.path)
-        return
-    print_json(
-        {
-            "id": record.id,
-            "path": record.path,
-            "target": record.plan.target,
-            "server_pid": record.server.pid,
-            "log": str(record.log) if record.log else None,
-        }
-    )
+    """Raises NotTold when it cannot: nobody would know of the disk."""
+    fields = {
+        "id": record.id,
+        "path": record.path,
+        "target": record.plan.target,
+        "server_pid": record.server.pid,
+        "log": str(record.log) if record.log else None,
+    }
+    try:
+        if as_json:
+            print_json(fields)
+        else:
+            click.echo(record.path)
+    except OSError as error:
+        raise NotTold(
+            f"{record.path} was made, but that could not be printed: {error.strerror}; it is "
+            "stopped again"
+        ) from error
 
 
 def _summary(served: Served) -> str:

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from pyublk.cli.failures import NoDevice, open_controller
-from pyublk.cli.output import message, print_json, print_table
+from pyublk.cli.failures import NoDevice, message, open_controller
+from pyublk.cli.output import print_json, print_table
 from pyublk.cli.parameters import DeviceId, json_option
 from pyublk.control import Controller, DeviceInfo
 from pyublk.service.inventory import Disk, disk

@@ -30,8 +30,3 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     for row in lines[1:]:
         table.add_row(*(Text(cell) for cell in row))
     Console().print(table)
-
-
-def message(text: str) -> None:
-    """Tells something that is not the result."""
-    click.echo(f"pyublk: {text}", err=True)

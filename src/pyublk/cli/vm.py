@@ -9,6 +9,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pyublk.cli.parameters import Seconds
 from pyublk.vm import Machine, VMError, attached
 
 
@@ -58,7 +59,7 @@ def _progress() -> Iterator[Callable[[str, float | None], None]]:
 )
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Seconds(min=0, min_open=True),
     metavar="SECONDS",
     help="End the machine when the command takes longer.",
 )
@@ -101,8 +102,9 @@ def vm(
     Ctrl-C reaches the command; twice within three seconds, it ends the machine. On a terminal,
     pressing Ctrl-] three times ends it too.
 
-    The exit code is the command's; 124 when --timeout ended it, 125 when the machine failed,
-    126 and 127 when the command could not be run or found, 128 + N when signal N ended it.
+    The exit code is the command's; 2 when an option is wrong, 124 when --timeout ended it, 125 when
+    the machine failed, 126 and 127 when the command could not be run or found, 128 + N when signal
+    N ended it.
     """
     try:
         with _progress() as progress:
