@@ -27,7 +27,9 @@ __all__ = [
     "ShardedLock",
     "SharedTable",
     "address",
+    "become_io_flusher",
     "control",
+    "high_descriptor",
     "write_apart",
 ]
 
@@ -243,6 +245,15 @@ class Buffers:
     def depth(self) -> int: ...
     @property
     def size(self) -> int: ...
+
+def become_io_flusher() -> None:
+    """For each thread that serves requests but makes no queue, which does it too: memory that it
+    allocates does not wait for dirty pages that only it can write (prctl(2), PR_SET_IO_FLUSHER).
+    Without CAP_SYS_RESOURCE nothing happens."""
+
+def high_descriptor(descriptor: int) -> int:
+    """The same file under a number above those of most others, in place of `descriptor`: a process
+    that is killed while it waits for its own disk must close the server's files before the disk."""
 
 def address(memory: Buffer) -> int:
     """Where the bytes of a buffer are."""

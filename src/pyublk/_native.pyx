@@ -27,6 +27,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy, memset
 
+import atexit
 import errno as _errno
 import os
 from array import array
@@ -51,7 +52,9 @@ __all__ = [
     "ShardedLock",
     "SharedTable",
     "address",
+    "become_io_flusher",
     "control",
+    "high_descriptor",
     "write_apart",
 ]
 

@@ -73,6 +73,8 @@ cdef extern from "_core/ring.h" nogil:
     const pu_cqe *pu_ring_cqe(const pu_ring *, uint32_t)
     void pu_ring_advance(pu_ring *, uint32_t)
 
+    int pu_fd_high(int)
+
 cdef extern from "_core/ublk.h" nogil:
     int PU_OP_READ
     int PU_OP_WRITE
@@ -151,6 +153,7 @@ cdef extern from "_core/queue.h" nogil:
         const pu_shared *shared
 
     struct pu_queue:
+        int cdev
         pu_ring ring
         pu_desc *desc
         pu_tag *tags
@@ -166,6 +169,7 @@ cdef extern from "_core/queue.h" nogil:
 
     uint8_t *pu_buffers_map(uint16_t, size_t)
     void pu_buffers_unmap(uint8_t *, uint16_t, size_t)
+    void pu_io_flusher()
     int pu_queue_open(pu_queue *, int, const pu_queue_options *)
     void pu_queue_close(pu_queue *)
     void pu_queue_free(pu_queue *)
@@ -212,6 +216,14 @@ cdef extern from "_core/control.h" nogil:
     bint pu_control_end(pu_control *)
     int pu_guard_start(int, uint32_t, uint64_t, int *)
     void pu_guard_stop(int, int)
+
+cdef extern from "_core/watch.h" nogil:
+    struct pu_watch:
+        pass
+
+    void pu_watch_begin(pu_watch *, const pu_queue *, void (*)() noexcept)
+    void pu_watch_end(pu_watch *)
+    void pu_watch_stop()
 
 cdef extern from "_core/lock.h" nogil:
     struct pu_lock:

@@ -349,6 +349,14 @@ cdef class Buffers:
             pu_buffers_unmap(self.first, <uint16_t>self.depth, self.size)
 
 
+def become_io_flusher():
+    pu_io_flusher()
+
+
+def high_descriptor(int descriptor):
+    return pu_fd_high(descriptor)
+
+
 def address(memory):
     """Where the bytes of a buffer are."""
     return <uintptr_t>address_of(memoryview(memory))
@@ -390,10 +398,18 @@ cdef class SharedTable:
             self.drop(index)
 
 
+cdef void take_gil() noexcept with gil:
+    """Called by a thread of the core's own, to see whether it can be had."""
+
+
+atexit.register(pu_watch_stop)
+
+
 cdef class Queue:
     """One queue of an open char device; the thread that makes it serves it."""
 
     cdef pu_queue q
+    cdef pu_watch watch
     cdef list ios
     cdef bint is_open
     cdef bint fetched
@@ -454,6 +470,7 @@ cdef class Queue:
                    table=table)
 
     def __dealloc__(self):
+        pu_watch_end(&self.watch)
         if self.ios is not None:
             if self.is_open:
                 pu_queue_close(&self.q)
@@ -475,6 +492,7 @@ cdef class Queue:
     def close(self):
         if self.is_open:
             self.is_open = False
+            pu_watch_end(&self.watch)
             pu_queue_close(&self.q)
             self.ios = []  # breaks the cycle; IOs that somebody kept stay readable as stale
 
@@ -514,6 +532,8 @@ cdef class Queue:
                 f"queue {self.q.id} is fetched already: its commits fetch the next requests"
             )
         self.fetched = True
+        if not self.q.loopback:
+            pu_watch_begin(&self.watch, &self.q, take_gil)
         cdef int error
         with nogil:
             error = pu_queue_fetch(&self.q)
@@ -567,6 +587,7 @@ cdef class Queue:
 
     def serve_native(self, uintptr_t handler, uintptr_t context=0, *, bint blind=False):
         self.alive()
+        pu_watch_end(&self.watch)
         cdef int error
         with nogil:
             error = pu_queue_serve(&self.q, <pu_handler>handler, <void *>context, blind)
