@@ -10,7 +10,7 @@ import threading
 import traceback
 from collections.abc import Callable
 
-from pyublk._native import IO, Handlers, MappedQueue, Planner, Queue
+from pyublk._native import IO, Handlers, MappedQueue, Planner, Queue, become_io_flusher
 from pyublk.mapped import MappedTarget
 from pyublk.scheduling import keep_to, never_interrupt
 
@@ -53,6 +53,7 @@ class WorkerPool:
             thread.start()
 
     def _work(self, handlers: Handlers) -> None:
+        become_io_flusher()
         while (io := self._inbox.get()) is not None:
             handlers.answer_from_here(io)
             del io  # kept, it would make the tag need a new one

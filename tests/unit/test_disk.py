@@ -214,7 +214,7 @@ def test_an_os_error_is_the_clients_errno(ublk_disk: Callable[..., Disk]) -> Non
 
 
 NEVER = [
-    ("fail", ("wirte",), {}, "no request calls 'wirte' of Memory (did you mean 'write'?): its"),
+    ("fail", ("writ",), {}, "no request calls 'writ' of Memory (did you mean 'write'?): its"),
     (
         "fail",
         ("discard",),
@@ -225,18 +225,20 @@ NEVER = [
     ("hang", ("open",), {}, "no request calls 'open' of Memory"),
     ("hang", ("",), {}, "no request calls '' of Memory"),
     ("hang", (None,), {}, "no request calls None of Memory"),
-    ("fail", ("write",), {"nth": 0}, "nth must be a whole number from 1 on, not 0"),
-    ("fail", ("write",), {"nth": -1, "every": True}, "nth must be a whole number"),
-    ("fail", ("write",), {"nth": 1.5}, "nth must be a whole number from 1 on, not 1.5"),
-    ("fail", ("write",), {"nth": True}, "nth must be a whole number from 1 on, not True"),
+    ("fail", ("write",), {"nth": 0}, "nth must be at least 1, not 0"),
+    ("fail", ("write",), {"nth": -1, "every": True}, "nth must be at least 1, not -1"),
+    ("fail", ("write",), {"nth": 1.5}, "nth must be a whole number, not 1.5"),
+    ("fail", ("write",), {"nth": True}, "nth must be a whole number, not True"),
     ("fail", ("write", -5), {}, "error must be an errno value such as errno.EIO, not -5"),
+    ("fail", ("write", []), {}, "error must be an errno value"),
+    ("fail", ("write", True), {}, "error must be an errno value"),
     ("fail", ("write", 0), {}, "error must be an errno value"),
     ("fail", ("write", 100_000), {}, "error must be an errno value"),
     ("fail", ("write", "EIO"), {}, "error must be an errno value such as errno.EIO, not 'EIO'"),
-    ("delay", ("write", -1), {}, "seconds must be a number from 0 to 1e+06, not -1"),
-    ("delay", ("write", float("nan")), {}, "seconds must be a number from 0"),
-    ("delay", ("write", float("inf")), {}, "seconds must be a number from 0"),
-    ("delay", ("write", "1"), {}, "seconds must be a number from 0 to 1e+06, not '1'"),
+    ("delay", ("write", -1), {}, "seconds must be a number of seconds above 0, not -1"),
+    ("delay", ("write", float("nan")), {}, "seconds must be a number of seconds"),
+    ("delay", ("write", float("inf")), {}, "seconds must be a number of seconds"),
+    ("delay", ("write", "1"), {}, "seconds must be a number of seconds above 0, not '1'"),
 ]
 
 

@@ -8,11 +8,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from pyublk.arguments import seconds as check_seconds
+from pyublk.arguments import whole
 from pyublk.params import Params
 from pyublk.target import METHODS, Target, dispatch_of
-
-#: Seconds; more is a mistake, and too much for a clock.
-LONGEST_DELAY = 1e6
 
 #: What a target says of itself beside its methods.
 _SAID = (
@@ -89,10 +88,9 @@ class Faulty(Target):
         self, method: str, error: int = errno.EIO, *, nth: int = 1, every: bool = False
     ) -> None:
         """The `nth` call of `method` from now on raises OSError(error); `every`: each `nth`."""
-        if isinstance(error, bool) or error not in errno.errorcode:
+        if not isinstance(error, int) or error is True or error not in errno.errorcode:
             raise ValueError(f"error must be an errno value such as errno.EIO, not {error!r}")
-        if not isinstance(nth, int) or isinstance(nth, bool) or nth < 1:
-            raise ValueError(f"nth must be a whole number from 1 on, not {nth!r}")
+        whole("nth", nth, least=1)
         calls = 0
 
         def fault() -> None:
@@ -105,11 +103,7 @@ class Faulty(Target):
 
     def delay(self, method: str, seconds: float) -> None:
         """From now on, each call of `method` takes this much longer."""
-        number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
-        if not number or not 0 <= seconds <= LONGEST_DELAY:
-            raise ValueError(
-                f"seconds must be a number from 0 to {LONGEST_DELAY:g}, not {seconds!r}"
-            )
+        check_seconds("seconds", seconds, zero=True)
         self._set(method, lambda: time.sleep(seconds))
 
     def hang(self, method: str) -> None:
