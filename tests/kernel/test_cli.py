@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -23,7 +24,7 @@ import pyublk
 from pyublk.cli import main
 from pyublk.cli.failures import ExitCode
 from pyublk.control import DeviceInfo
-from pyublk.service import inventory, stopping
+from pyublk.service import inventory, logs, stopping
 from pyublk.service.processes import Process, ProcessId, start_time
 from pyublk.service.records import Record, recorded_ids
 from pyublk.uapi import DeviceStatus
@@ -135,8 +136,9 @@ def added(*arguments: str) -> dict[str, Any]:
     return made
 
 
-@pytest.mark.parametrize("options", [[], ["--json"], ["--foreground"]], ids=" ".join)
-@pytest.mark.parametrize("where", ["full", "pipe"])
+@pytest.mark.parametrize(
+    ("where", "options"), [("full", []), ("pipe", ["--json"]), ("full", ["--foreground"])]
+)
 def test_a_disk_that_cannot_be_told_of_is_stopped_again(
     where: str, options: list[str], place: Path
 ) -> None:
@@ -472,6 +474,132 @@ def test_an_id_in_use(place: Path) -> None:
     assert "the id is in use" in refused.stderr
     assert left(place) == [f"{made['id']}.json", f"{made['id']}.log"]
     assert run_here("stop", str(made["id"])).exit_code == 0
+
+
+def test_an_id_that_is_taken_says_by_whom(place: Path, serve: Serve) -> None:
+    disk = serve(Memory(MIB))
+    refused = run_here("add", "null", "--id", str(disk.id))
+    assert refused.exit_code == ExitCode.BUSY
+    assert f"{disk.path} is live, served by " in refused.stderr
+    assert f"(process {os.getpid()})" in refused.stderr
+    # Somebody who has the disk open, after the device has gone.
+    with open(disk.path, "rb") as node:
+        client = subprocess.Popen(["sleep", "60"], stdin=node)
+    try:
+        disk.stop()
+        refused = run_here("add", "null", "--id", str(disk.id))
+    finally:
+        client.kill()
+        client.wait()
+    assert f"{disk.path} was deleted, and its id is free once nobody has it open" in refused.stderr
+    assert f"it is open in sleep (process {client.pid})" in refused.stderr
+    assert left(place) == []
+
+
+def test_an_id_that_a_mount_keeps(place: Path) -> None:
+    made = added("ram", "--size", "16M")
+    mkfs(made["path"])
+    mount_point = place / "a mount"
+    mount_point.mkdir()
+    subprocess.run(["mount", made["path"], mount_point], check=True, timeout=60)
+    try:
+        with process(made["server_pid"]) as server:
+            server.send(signal.SIGKILL)
+            assert server.wait(10)
+        until(lambda: not Path(f"/sys/class/ublk-char/ublkc{made['id']}").exists())
+        refused = run_here("add", "null", "--id", str(made["id"]))
+    finally:
+        subprocess.run(["umount", mount_point], check=True, timeout=60)
+    assert refused.exit_code == ExitCode.BUSY
+    assert f"it is mounted at {mount_point}" in refused.stderr
+    run_here("doctor", "--repair")
+
+
+def test_failed_requests_are_counted_and_a_log_that_grows_is_cut(place: Path) -> None:
+    (place / "fails.py").write_text(
+        "import pyublk\n"
+        "class Fails(pyublk.Target):\n"
+        "    def read(self, offset, buffer):\n"
+        "        print('x' * 4095, flush=True)\n"
+        "        if offset >= 7 << 20: raise OSError(5, 'no such sector')\n"
+        "        buffer[:] = bytes(len(buffer))\n"
+        "    def write(self, offset, data): pass\n"
+    )
+    made = added("fails.py:Fails", "--size", "8M")
+
+    def failed() -> int:
+        (told,) = json.loads(run_here("info", str(made["id"]), "--json").stdout)
+        (listed,) = json.loads(run_here("list", "--json").stdout)
+        assert isinstance(listed["failed_requests"], int)
+        return int(told["failed_requests"])
+
+    before = failed()
+    read = ["dd", f"if={made['path']}", "of=/dev/null", "iflag=direct", "bs=16k"]
+    for place_to_read, code in ((["count=400"], 0), (["skip=450", "count=1"], 1)):
+        done = subprocess.run([*read, *place_to_read], capture_output=True, timeout=60, check=False)
+        assert done.returncode == code
+    until(lambda: failed() == before + 1, 20)
+    assert re.search(
+        rf"^failed requests +{failed()}$", run_here("info", str(made["id"])).stdout, re.MULTILINE
+    )
+    log = Path(made["log"])
+    until(lambda: log.read_text().startswith("(older lines were removed)"), 20)
+    assert log.stat().st_size <= logs.LIMIT
+    assert run_here("stop", str(made["id"])).exit_code == 0
+    assert left(place) == []
+
+
+def test_logs_of_servers_that_are_gone_go_with_the_next_add(place: Path) -> None:
+    made = added("null")
+    with process(made["server_pid"]) as server:
+        server.send(signal.SIGKILL)
+        assert server.wait(10)
+    until(lambda: not Path(f"/sys/class/ublk-char/ublkc{made['id']}").exists())
+    assert Path(made["log"]).exists()
+    next_one = added("null", "--id", str(made["id"] + 1))
+    assert not Path(made["log"]).exists()
+    assert run_here("stop", "all").exit_code == 0
+    assert not Path(next_one["log"]).exists()
+
+
+IN_A_CONTAINER = """
+set -e
+mount -t tmpfs none /dev
+mknod /dev/null c 1 3; mknod /dev/zero c 1 5; mknod /dev/urandom c 1 9
+mknod /dev/ublk-control c 10 $CONTROL
+exec "$@"
+"""
+
+
+def run_in_a_container(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    number = os.minor(os.stat("/dev/ublk-control").st_rdev)
+    return subprocess.run(
+        ["unshare", "--mount", "sh", "-c", IN_A_CONTAINER, "sh", *COMMAND, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"CONTROL": str(number)},
+        check=False,
+    )
+
+
+def test_a_containers_dev_is_recognized(place: Path) -> None:
+    done = run_in_a_container("add", "null")
+    assert done.returncode == ExitCode.FAILED
+    words = (
+        " did not appear: the kernel has made the device, but /dev is a tmpfs, as in a container"
+    )
+    assert words in done.stderr
+    assert "What to do: run outside the container, or with the machine's own /dev" in done.stderr
+    assert left(place) == []
+
+
+def test_the_doctor_sees_that_a_containers_dev_lacks_nodes(serve: Serve) -> None:
+    disk = serve(Memory(MIB))
+    done = run_in_a_container("doctor", "--json")
+    (check,) = [c for c in json.loads(done.stdout)["checks"] if c["name"] == "device nodes"]
+    assert check["status"] == "failed"
+    assert f"ublkb{disk.id}, ublkc{disk.id}" in check["finding"]
 
 
 def test_a_device_that_does_not_exist() -> None:

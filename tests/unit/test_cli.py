@@ -104,6 +104,10 @@ def test_python_m_pyublk_is_the_command() -> None:
         (["add", "null", "--depth", "0"], "0 is not in the range 1<=x<=4096"),
         (["add", "null", "--queues", "none"], "'none' is not a valid integer"),
         (["add", "null", "-o", "size"], "'size' is no KEY=VALUE"),
+        (
+            ["add", "null", "-o", "a=1", "-o", "a=2"],
+            "a is given twice: several values go with commas",
+        ),
         (["add", "null", "-o", "=1"], "'=1' is no KEY=VALUE"),
         (["add", "null", "--cpus", "3-1"], "'3-1' names no CPUs: give such as 0-3,8"),
         (["add", "null", "--cpus", "1,"], "'1,' names no CPUs"),
@@ -387,6 +391,76 @@ def test_a_table_on_a_terminal_is_folded_to_its_width() -> None:
     assert max(map(len, lines)) <= 60
 
 
+def on_a_terminal(columns: int, program: str) -> list[str]:
+    """What it prints there, without colours."""
+    ours, theirs = os.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=theirs,
+        env=os.environ | {"COLUMNS": str(columns), "TERM": "xterm"},
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        with suppress(OSError), open(ours, "rb", buffering=0) as terminal:  # EIO at its end
+            while some := terminal.read(4096):
+                shown += some
+    assert process.wait() == 0
+    return re.sub(r"\x1b\[[0-9;]*m", "", shown.decode()).splitlines()
+
+
+@pytest.mark.parametrize("columns", [57, 60, 80])
+def test_a_table_that_has_room_for_its_words_cuts_none(columns: int) -> None:
+    rows = [
+        [
+            "control node",
+            "failed",
+            "/dev/ublk-control does not exist here",
+            "try `modprobe ublk_drv`",
+        ],
+        ["driver", "ok", "this kernel has none", "use a kernel with CONFIG_BLK_DEV_UBLK, or a vm"],
+    ]
+    program = f"from pyublk.cli.output import print_table\nprint_table(list('ABCD'), {rows!r})"
+    lines = on_a_terminal(columns, program)
+    assert lines[0].split() == list("ABCD")
+    assert max(map(len, lines)) <= columns
+    assert set(" ".join(cell for row in rows for cell in row).split()) <= set(
+        " ".join(lines).split()
+    )
+
+
+def test_columns_that_would_cut_words_go_below() -> None:
+    columns = ["ID", "PATH", "TARGET", "STATE", "SERVER", "USED BY"]
+    rows = [
+        ["0", "/dev/ublkb0", "examples/rot13.py:Rot13", "live", "python3 (148)", "mounted at /mnt"],
+        ["1", "/dev/ublkb1", "ram", "live", "-", "-"],
+    ]
+    program = f"from pyublk.cli.output import print_table\nprint_table({columns!r}, {rows!r})"
+    lines = [line.rstrip() for line in on_a_terminal(60, program)]
+    assert lines[0].split() == ["ID", "PATH", "TARGET", "STATE"]
+    assert lines[1].split() == ["0", "/dev/ublkb0", "examples/rot13.py:Rot13", "live"]
+    assert lines[2:4] == ["  SERVER: python3 (148)", "  USED BY: mounted at /mnt"]
+    assert lines[4].split() == ["1", "/dev/ublkb1", "ram", "live"]
+    wide = on_a_terminal(120, program)
+    assert wide[0].split() == ["ID", "PATH", "TARGET", "STATE", "SERVER", "USED", "BY"]
+    assert len(wide) == 3
+
+
+@pytest.mark.parametrize("name", [None, *COMMANDS])
+def test_the_help_fits_60_columns_and_cuts_no_word(name: str | None) -> None:
+    def help_at(width: int) -> str:
+        sizes = {"terminal_width": width, "max_content_width": width}
+        root = click.Context(main, info_name="pyublk", **sizes)
+        if name is None:
+            return main.get_help(root)
+        command = main.get_command(root, name)
+        assert command is not None
+        return command.get_help(click.Context(command, info_name=name, parent=root, **sizes))
+
+    narrow = help_at(60)
+    assert max(map(len, narrow.splitlines())) <= 60
+    assert set(help_at(300).split()) <= set(re.sub(r"-\n +", "-", narrow).split())
+
+
 # ---- completion ----
 
 
@@ -423,6 +497,34 @@ def test_bash_takes_the_script() -> None:
 )
 def test_words_are_completed(line: str, expected: set[str]) -> None:
     assert {entry.partition(",")[2] for entry in completions(line)} == expected
+
+
+def test_classes_of_a_file_and_their_parameters_are_completed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without running it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "raise SystemExit\n"
+        "class Mine:\n    def __init__(self, path, *, key=1, kind=2): pass\nclass Other: pass\n"
+    )
+    assert set(completions("pyublk add mine.py:")) == {"plain,mine.py:Mine", "plain,mine.py:Other"}
+    assert completions("pyublk add mine.py:M") == ["plain,mine.py:Mine"]
+    assert set(completions("pyublk add mine.py:Mine -o k")) == {"plain,key=", "plain,kind="}
+    assert completions("pyublk add mine.py:Other -o ") == []
+    assert completions("pyublk add nowhere.py:") == []
+    assert "plain,size=" in completions("pyublk add ram --option ")
+    assert completions("pyublk add nothing -o ") == []
+
+
+def test_kernels_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = tmp_path / "pyublk/kernels"
+    kernels.mkdir(parents=True)
+    (kernels / "6.12").symlink_to("6.12.1-x")
+    (kernels / "6.12.1-x").mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert set(completions("pyublk vm --kernel ")) == {"plain,6.12", "plain,host", "plain,latest"}
+    assert completions("pyublk vm --kernel l") == ["plain,latest"]
 
 
 def test_a_file_may_follow_where_no_target_fits() -> None:

@@ -9,7 +9,6 @@ from types import FrameType
 import click
 from click.shell_completion import CompletionItem
 
-from pyublk import targets
 from pyublk.cli.failures import ExitCode, NotTold, message, open_controller
 from pyublk.cli.output import print_json
 from pyublk.cli.parameters import Cpus, Size, json_option
@@ -29,8 +28,24 @@ class _TargetName(click.ParamType[str]):
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        names = [CompletionItem(name) for name in targets.names() if name.startswith(incomplete)]
-        return names or [CompletionItem(incomplete, type="file")]
+        from pyublk.cli.completing import target_names
+
+        return target_names(incomplete)
+
+
+class _Option(click.ParamType[str]):
+    """KEY=VALUE."""
+
+    name = "option"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        from pyublk.cli.completing import option_names
+
+        # An option whose value is to come keeps click from sorting what there is.
+        target = ctx.params.get("target") or next(iter(ctx.args), "")
+        return option_names(target, incomplete)
 
 
 def _split_options(
@@ -41,6 +56,10 @@ def _split_options(
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise click.BadParameter(f"{text!r} is no KEY=VALUE", ctx, param)
+        if key in options:
+            raise click.BadParameter(
+                f"{key} is given twice: several values go with commas between them", ctx, param
+            )
         options[key] = value
     return options
 
@@ -54,6 +73,7 @@ def _split_options(
     "--option",
     "options",
     multiple=True,
+    type=_Option(),
     metavar="KEY=VALUE",
     callback=_split_options,
     help="A parameter of the target's class; may be repeated.",
@@ -69,7 +89,8 @@ def _split_options(
 @click.option("--workers", type=click.IntRange(min=0), default=0, metavar="N",
               help="Threads for a parallel target whose methods block.")  # fmt: skip
 @click.option("--path", type=click.Choice(["auto", *(path.value for path in DataPath)]),
-              default="auto", show_default=True, help="How data travels.")  # fmt: skip
+              default="auto", show_default=True, metavar="WAY", help="How data travels: "
+              f"auto, {', '.join(path.value for path in DataPath)}.")  # fmt: skip
 @click.option("--batch/--no-batch", default=None,
               help="Commands that carry many tags.  [default: where the kernel can]")  # fmt: skip
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",

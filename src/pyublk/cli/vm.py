@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import click
+from click.shell_completion import CompletionItem
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -30,6 +31,20 @@ class _Memory(click.ParamType[int]):
             self.fail(str(error), param, ctx)
 
 
+class _Kernel(click.ParamType[str]):
+    """The name of a kernel."""
+
+    name = "kernel"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Return the names that go on so."""
+        from pyublk.cli.completing import kernel_names
+
+        return kernel_names(incomplete)
+
+
 @contextmanager
 def _progress() -> Iterator[Callable[[str, float | None], None]]:
     """Show a progress bar while a kernel is fetched; nothing when it is there already."""
@@ -47,6 +62,7 @@ def _progress() -> Iterator[Callable[[str, float | None], None]]:
 @click.command(context_settings={"allow_interspersed_args": False})
 @click.option(
     "--kernel",
+    type=_Kernel(),
     default="latest",
     show_default=True,
     metavar="NAME",

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -15,11 +14,10 @@ from typing import TextIO
 
 from pyublk import errors
 from pyublk.launch import fill_descriptors
-from pyublk.service import reports
+from pyublk.service import logs, reports
 from pyublk.service.plan import Plan
 from pyublk.service.records import (
     Record,
-    make_run_directory,
     recorded_ids,
     remove_log,
     run_directory,
@@ -45,7 +43,7 @@ def start(plan: Plan, ready: Callable[[Record], None] = lambda _: None) -> Recor
     as after a KeyboardInterrupt, no device, process, record or log is left.
     """
     fill_descriptors()  # the server gets descriptors by number, which these must not be
-    log, name = tempfile.mkstemp(prefix="starting-", suffix=".log", dir=make_run_directory())
+    log, name = logs.begin()
     try:
         server, report = _spawn(log, name)
         try:
