@@ -230,6 +230,7 @@ class TargetLoop:
         self._runner = asyncio.Runner(loop_factory=self._make)
         self._loop = callers or self._runner.get_loop()
         self._task: asyncio.Task[Any] | None = None
+        self._given_up = False
 
     def _make(self) -> asyncio.AbstractEventLoop:
         self.selector = RingSelector()
@@ -242,7 +243,11 @@ class TargetLoop:
 
     def serve(self, main: Coroutine[Any, Any, None]) -> None:
         """Runs `main` on a loop of our own, on this thread, until it ends."""
-        self._runner.run(main)
+        try:
+            self._runner.run(main)
+        finally:
+            if self._given_up:
+                self._runner.close()
 
     def call(self, step: Callable[[], object]) -> None:
         """Calls it; when that gives an awaitable, it is awaited on the loop. Not on a thread on
@@ -278,7 +283,10 @@ class TargetLoop:
 
     def close(self) -> None:
         """The end of a loop of our own; what still runs there is cancelled."""
-        if self._callers is None and not self._loop.is_running():
+        if self._callers is not None:
+            return
+        self._given_up = self._loop.is_running()  # then it is closed once it comes to its end
+        if not self._given_up:
             uninterrupted(self._runner.close, lambda: None)
 
 

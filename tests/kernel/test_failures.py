@@ -866,6 +866,7 @@ def test_a_gil_that_is_kept_is_told_and_a_slow_handler_is_not(seconds: str, gil:
             assert reading.result(60) == bytes(4096)
         server.say("")
         assert server.line() == ("1 True" if gil == "held" else "0 False")
+        assert server.ended() == 0
 
 
 MAPS_ITS_OWN_DISK = """
