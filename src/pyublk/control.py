@@ -73,7 +73,7 @@ class DeviceInfo:
 
 
 def _check_id(device: int | None) -> None:
-    if device is not None and not 0 <= device < uapi.MAX_DEVICES:
+    if device is not None and not 0 <= whole("device id", device) < uapi.MAX_DEVICES:
         raise ValueError(f"device id must be 0 to {uapi.MAX_DEVICES - 1}, not {device}")
 
 

@@ -90,8 +90,8 @@ class Crew:
             )
         if isinstance(target, MappedTarget):
             target.check_threads(threads)
-        if trim_after is not None and trim_after <= 0:
-            raise ValueError(f"trim_after must be positive seconds or None, not {trim_after}")
+        if trim_after is not None and (not isinstance(trim_after, (int, float)) or trim_after <= 0):
+            raise ValueError(f"trim_after must be positive seconds or None, not {trim_after!r}")
         self.threads = threads
         self._workers = workers
         self._preempt = preempt

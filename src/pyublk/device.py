@@ -33,7 +33,7 @@ from pyublk.interruptions import (
 from pyublk.launch import fill_descriptors
 from pyublk.mapped import MappedTarget
 from pyublk.params import Params
-from pyublk.paths import DataPath, PathChoice, choose_path
+from pyublk.paths import DataPath, PathChoice, choose_path, named_path
 from pyublk.scheduling import Affinity, checked_affinity, choose_io_scheduler
 from pyublk.sharing import SharedMemory, Sharing, check_share
 from pyublk.stats import DeviceStats
@@ -143,6 +143,8 @@ class Device:
         self._crew = Crew(
             target, threads=threads, workers=workers, preempt=preempt, trim_after=trim_after
         )
+        if path != "auto":
+            named_path(path, tuple(DataPath))  # which of them it takes, it says when it is open
         self._path_wish = path
         self._batch_wish = batch
         self._needed = Feature(0) if partition_scan else Feature.NO_AUTO_PART_SCAN

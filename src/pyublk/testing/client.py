@@ -5,6 +5,7 @@ import errno
 from collections.abc import Awaitable, Callable, Iterator
 
 from pyublk._native import Queue
+from pyublk.arguments import whole
 from pyublk.errors import DeviceClosed
 from pyublk.params import Params
 from pyublk.stats import DeviceStats, QueueStats
@@ -185,6 +186,8 @@ class AsyncDisk:
 
     def _check(self, offset: int, length: int, *, beyond: int) -> None:
         block = self.block_size
+        whole("offset", offset)
+        whole("length", length)
         if offset % block or length % block or offset < 0 or length < 0:
             raise OSError(
                 errno.EINVAL,
