@@ -14,7 +14,7 @@
 
 #include "queue.h"
 
-unsigned int pu_watch_seconds = 3;
+unsigned int pu_watch_seconds = 2; /* so a wait of 4 s is told of within 8 */
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t some = PTHREAD_COND_INITIALIZER;
