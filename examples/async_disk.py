@@ -31,7 +31,7 @@ async def main() -> None:
         pyublk.Device(Slow(16 << 20, delay=0.01)) as slow,
     ):
         print(fast.path, slow.path, flush=True)
-        await asyncio.to_thread(fast.wait)
+        await fast.wait_async()
 
 
 if __name__ == "__main__":

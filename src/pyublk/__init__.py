@@ -3,10 +3,13 @@
 
 General layout, from the bottom up; a module imports only from the lines above its own:
 
+    arguments, launch        numbers that callers pass; how the command and a disk's server begin
     uapi, uring              the kernel's numbers and layouts
     errors                   what is raised, and the sentences for it
     _native (over _core/)    Ring, Queue, IO; control commands; native targets
     features, params, stats  what the kernel can do; device parameters; counters
+    occupants                who has an id that is taken
+    methods                  whether a target's methods can be called as they will be
     zones                    the zones of a zoned disk, and the rules for writing to them
     paths                    the ways a request's data takes, and the choice among them
     control                  Controller: one method per control command
@@ -23,6 +26,7 @@ General layout, from the bottom up; a module imports only from the lines above i
     cli/                     the command
 """
 
+from pyublk import launch as launch  # first: Ctrl-C, from here on
 from pyublk._native import IO, Queue, Ring, ShardedLock
 from pyublk.control import Controller, DeviceInfo
 from pyublk.device import Device, DeviceState

@@ -29,6 +29,7 @@ __all__ = [
     "ShardedLock",
     "SharedTable",
     "address",
+    "become_io_flusher",
     "open_private",
     "process",
     "this_thread",
@@ -287,6 +288,11 @@ class CharDevice:
         """The number; -1 when it is closed."""
     def close(self) -> None:
         """Closes it; every queue on it must be closed already. Else let go of this object."""
+
+def become_io_flusher() -> None:
+    """For each thread that serves requests but makes no queue, which does it too: memory that it
+    allocates does not wait for dirty pages that only it can write (prctl(2), PR_SET_IO_FLUSHER).
+    Without CAP_SYS_RESOURCE nothing happens."""
 
 def address(memory: Buffer) -> int:
     """Where the bytes of a buffer are."""

@@ -60,6 +60,7 @@ __all__ = [
     "ShardedLock",
     "SharedTable",
     "address",
+    "become_io_flusher",
     "open_private",
     "process",
     "this_thread",

@@ -158,7 +158,7 @@ def open_private(path, int flags):
     cdef int fd
     with nogil:
         pu_fork_hold()
-        fd = pu_fork_add(c_open(where, flags | O_CLOEXEC))
+        fd = pu_fork_add(pu_fd_high(c_open(where, flags | O_CLOEXEC)))
         error = errno
         pu_fork_release()
     if fd < 0:
@@ -170,7 +170,7 @@ cdef int dup_private(int fd) except -1:
     cdef int copy
     with nogil:
         pu_fork_hold()
-        copy = pu_fork_add(fcntl(fd, F_DUPFD_CLOEXEC, 0))
+        copy = pu_fork_add(pu_fd_high(fcntl(fd, F_DUPFD_CLOEXEC, 0)))
         error = errno
         pu_fork_release()
     if copy < 0:

@@ -109,6 +109,8 @@ cdef extern from "_core/ring.h" nogil:
     const pu_cqe *pu_ring_cqe(const pu_ring *, uint32_t)
     void pu_ring_advance(pu_ring *, uint32_t)
 
+    int pu_fd_high(int)
+
 cdef extern from "_core/ublk.h" nogil:
     int PU_OP_READ
     int PU_OP_WRITE
@@ -196,6 +198,7 @@ cdef extern from "_core/queue.h" nogil:
         const pu_shared *shared
 
     struct pu_queue:
+        int cdev
         pu_ring ring
         pu_desc *desc
         pu_tag *tags
@@ -209,6 +212,7 @@ cdef extern from "_core/queue.h" nogil:
         bint severed
         bint watched
 
+    void pu_io_flusher()
     int pu_queue_open(pu_queue *, int, const pu_queue_options *)
     bint pu_queue_close(pu_queue *)
     void pu_queue_free(pu_queue *)
@@ -284,6 +288,14 @@ cdef extern from "_core/control.h" nogil:
     int pu_control_begin(pu_control *, pu_helper *, pu_ask *, const void *, size_t, int)
     int pu_control_wait(pu_control *, int)
     bint pu_control_end(pu_control *)
+
+cdef extern from "_core/watch.h" nogil:
+    struct pu_watch:
+        pass
+
+    void pu_watch_begin(pu_watch *, const pu_queue *, void (*)() noexcept)
+    void pu_watch_end(pu_watch *)
+    void pu_watch_stop()
 
 cdef extern from "_core/lock.h" nogil:
     struct pu_lock:

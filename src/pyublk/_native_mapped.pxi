@@ -274,6 +274,8 @@ cdef class MappedQueue(Queue):
         cdef int there
         cdef pu_leg_failure failure
         self.alive()
+        if planner is None:
+            pu_watch_end(&self.watch)
         while True:
             with nogil:
                 there = pu_mapped_turn(&self.mapped, -1)

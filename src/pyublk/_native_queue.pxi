@@ -395,6 +395,10 @@ cdef class Handlers:
             io.queue.answer(io, result)
 
 
+def become_io_flusher():
+    pu_io_flusher()
+
+
 cdef class SharedTable:
     """The memory that a device shares with its clients, by the kernel's index.
 
@@ -431,10 +435,18 @@ cdef class SharedTable:
             self.drop(index)
 
 
+cdef void take_gil() noexcept with gil:
+    """Called by a thread of the core's own, to see whether it can be had."""
+
+
+atexit.register(pu_watch_stop)
+
+
 cdef class Queue:
     """One queue of an open char device; the thread that makes it serves it."""
 
     cdef pu_queue q
+    cdef pu_watch watch
     cdef list ios        # of each tag; None: somebody else has it
     cdef list forgotten  # unanswered, and nobody has them any more
     cdef bint is_open
@@ -510,6 +522,7 @@ cdef class Queue:
                    table=table)
 
     def __dealloc__(self):
+        pu_watch_end(&self.watch)
         if self.q.tags != NULL:
             pu_queue_free(&self.q)
 
@@ -537,6 +550,7 @@ cdef class Queue:
         if not self.is_open:
             return
         self.is_open = False
+        pu_watch_end(&self.watch)
         if pu_this_thread() == self.owner:
             self.end()
         else:  # its own may wait in the ring: the rest is for when nobody has the queue
@@ -546,6 +560,7 @@ cdef class Queue:
         cdef bint over
         if self.q.tags == NULL:
             return 0
+        pu_watch_end(&self.watch)
         with nogil:
             over = pu_queue_close(&self.q)
         self.ios = []  # breaks the cycle; IOs that somebody kept stay readable as stale
@@ -590,6 +605,8 @@ cdef class Queue:
                 f"queue {self.q.id} is fetched already: its commits fetch the next requests"
             )
         self.fetched = True
+        if not self.q.loopback:
+            pu_watch_begin(&self.watch, &self.q, take_gil)
         cdef int error
         with nogil:
             error = pu_queue_fetch(&self.q)
@@ -714,6 +731,7 @@ cdef class Queue:
 
     def serve_native(self, uintptr_t handler, uintptr_t context=0, *, bint blind=False):
         self.alive()
+        pu_watch_end(&self.watch)
         cdef int error
         with nogil:
             error = pu_queue_serve(&self.q, <pu_handler>handler, <void *>context, blind)

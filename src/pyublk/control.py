@@ -21,7 +21,9 @@ from typing import Self
 
 from pyublk import errors, uapi
 from pyublk._native import Helper
+from pyublk.arguments import whole
 from pyublk.features import Features
+from pyublk.occupants import who_has
 from pyublk.params import Params
 from pyublk.uapi import ControlCommand, DeviceStatus, Feature
 
@@ -74,13 +76,15 @@ class DeviceInfo:
 
 
 def _check_id(device: int | None) -> None:
-    if device is not None and not 0 <= device < uapi.MAX_DEVICES:
+    if device is not None and not 0 <= whole("device id", device) < uapi.MAX_DEVICES:
         raise ValueError(f"device id must be 0 to {uapi.MAX_DEVICES - 1}, not {device}")
 
 
 def check_wish(*, queues: int, depth: int, id: int | None) -> None:
     """Raises ValueError for what no kernel would add."""
     _check_id(id)
+    whole("queues", queues)
+    whole("depth", depth)
     if not 1 <= queues <= uapi.MAX_QUEUES:
         raise ValueError(f"queues must be 1 to {uapi.MAX_QUEUES}, not {queues}")
     if not 1 <= depth <= uapi.MAX_QUEUE_DEPTH:
@@ -280,7 +284,16 @@ class Controller:
             io_desc_size=uapi.DESCRIPTOR_SIZE if Feature.IO_DESC_SIZE in flags else 0,
         )
         payload = bytearray(wish)
-        self._run(ControlCommand.ADD_DEV, id, payload=payload, guarded=guarded, deadline=deadline)
+        try:
+            self._run(
+                ControlCommand.ADD_DEV, id, payload=payload, guarded=guarded, deadline=deadline
+            )
+        except FileExistsError as error:
+            if id is None or error.errno != errno.EEXIST:
+                raise
+            raise errors.command_error(
+                ControlCommand.ADD_DEV, errno.EEXIST, device=id, detail=self._who_has(id)
+            ) from None
         granted = _device_info(payload)
         self._stopped.discard(granted.id)
         try:
@@ -289,6 +302,13 @@ class Controller:
             self.delete(granted.id, deadline=deadline)
             raise
         return granted
+
+    def _who_has(self, id: int) -> str:
+        with suppress(OSError):
+            info = self.info(id)  # the kernel answers for a while when it has deleted the device
+            if os.path.exists(f"/sys/class/ublk-char/ublkc{id}"):
+                return who_has(id, info.status, info.server_pid)
+        return who_has(id, None, None)
 
     def delete(self, device: int, *, wait: bool = True, deadline: float | None = None) -> None:
         """DEL_DEV: stops the device if need be and frees its id.

@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING
 
 from pyublk import errors, serving
 from pyublk._native import Buffers, CharDevice, Handlers, MappedQueue, Queue, SharedTable
+from pyublk.arguments import whole
 from pyublk.control import DeviceInfo
 from pyublk.mapped import MappedTarget
+from pyublk.methods import call_plain
 from pyublk.stats import DeviceStats, QueueStats
 from pyublk.target import FailureLog, NativeTarget, Target, dispatch_of
 
 # Event loops are for disks that need one: asyncio is half of what importing pyublk would cost.
 if TYPE_CHECKING:
-    from pyublk.loops import AsyncServer
+    from pyublk.loops import AsyncServer, TargetLoop
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,7 @@ CLOSED = 0.5
 
 def check_workers(target: Target, workers: int) -> None:
     """Raises ValueError unless so many workers may run the target's handlers."""
+    whole("workers", workers)
     if workers < 0:
         raise ValueError(f"workers must be 0 or more, not {workers}")
     dispatch = dispatch_of(target)
@@ -90,8 +93,8 @@ class Crew:
             )
         if isinstance(target, MappedTarget):
             target.check_threads(threads)
-        if trim_after is not None and trim_after <= 0:
-            raise ValueError(f"trim_after must be positive seconds or None, not {trim_after}")
+        if trim_after is not None and (not isinstance(trim_after, (int, float)) or trim_after <= 0):
+            raise ValueError(f"trim_after must be positive seconds or None, not {trim_after!r}")
         self.threads = threads
         self._workers = workers
         self._preempt = preempt
@@ -104,6 +107,39 @@ class Crew:
         self._pool: serving.WorkerPool | None = None
         self._async_servers: list[AsyncServer] = []
         self._servants: list[serving.Servant] = []
+        self._loop: TargetLoop | None = None
+
+    # ---- the target's own beginning and end ----
+
+    def prepare(self, *, on_this_loop: bool) -> None:
+        """Makes, or finds, the event loop that an async target begins, serves and ends on."""
+        if self.dispatch == "async":
+            import asyncio
+
+            from pyublk import loops
+
+            self._loop = loops.TargetLoop(asyncio.get_running_loop() if on_this_loop else None)
+
+    def open_target(self) -> None:
+        self._call(self.target.open)
+
+    def cancel_opening(self) -> None:
+        if self._loop is not None:
+            self._loop.cancel()
+
+    def close_target(self, *, opened: bool) -> None:
+        try:
+            if opened:
+                self._call(self.target.close)
+        finally:
+            if self._loop is not None:
+                self._loop.close()
+
+    def _call(self, step: Callable[[], object]) -> None:
+        if self._loop is None:
+            call_plain(step)
+        else:
+            self._loop.call(step)
 
     # ---- beginning ----
 
@@ -183,7 +219,9 @@ class Crew:
         if self.dispatch == "async":
             from pyublk import loops
 
-            return lambda queues: loops.serve_on_own_loop(queues, handlers, servers)
+            first = self._loop
+            assert first is not None
+            return lambda queues: loops.serve_on_own_loop(queues, handlers, servers, first)
         if pool is not None:
             return lambda queues: serving.serve_with_workers(queues[0], pool)
         locks = self._locks(queues)

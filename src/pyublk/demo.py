@@ -22,6 +22,7 @@ from itertools import islice
 from pathlib import Path
 
 import pyublk
+from pyublk import launch
 from pyublk.control import CONTROL_NODE
 from pyublk.targets import Ram
 from pyublk.vm import Machine, VMError, attached
@@ -61,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--kernel", default="latest", help="of the virtual machine, if one is needed"
     )
     options = parser.parse_args(arguments)
+    launch.ctrl_c_interrupts()
     try:
         _require_programs()
         if not os.path.exists(CONTROL_NODE):

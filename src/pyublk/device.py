@@ -20,6 +20,7 @@ from typing import Self
 
 from pyublk import errors
 from pyublk._native import CharDevice, Helper, open_private, process, this_thread
+from pyublk.arguments import seconds, whole
 from pyublk.control import Controller, DeviceInfo, check_wish, new_cookie
 from pyublk.crew import Crew
 from pyublk.interruptions import (
@@ -29,9 +30,10 @@ from pyublk.interruptions import (
     to_its_end,
     uninterrupted,
 )
+from pyublk.launch import fill_descriptors
 from pyublk.mapped import MappedTarget
 from pyublk.params import Params
-from pyublk.paths import DataPath, PathChoice, choose_path
+from pyublk.paths import DataPath, PathChoice, choose_path, named_path
 from pyublk.scheduling import Affinity, checked_affinity, choose_io_scheduler
 from pyublk.sharing import SharedMemory, Sharing, check_share
 from pyublk.stats import DeviceStats
@@ -42,6 +44,8 @@ log = logging.getLogger("pyublk.device")
 
 #: Seconds for the id of a deleted device to become free; it does at once when nobody has it open.
 ID_FREED = 2.0
+#: Seconds between two looks of an event loop at whether a disk has ended.
+LOOK_FOR_END = 0.1
 
 
 class DeviceState(StrEnum):
@@ -127,6 +131,8 @@ class Device:
     ) -> None:
         self._state = DeviceState.CREATED
         check_wish(queues=queues, depth=depth, id=id)
+        whole("max_io_size", max_io_size)
+        whole("threads", threads)
         if max_io_size % 4096 or not 4096 <= max_io_size <= 32 << 20:
             raise ValueError(
                 f"max_io_size must be a multiple of 4096 from 4096 to {32 << 20}, not {max_io_size}"
@@ -137,6 +143,8 @@ class Device:
         self._crew = Crew(
             target, threads=threads, workers=workers, preempt=preempt, trim_after=trim_after
         )
+        if path != "auto":
+            named_path(path, tuple(DataPath))  # which of them it takes, it says when it is open
         self._path_wish = path
         self._batch_wish = batch
         self._needed = Feature(0) if partition_scan else Feature.NO_AUTO_PART_SCAN
@@ -149,8 +157,8 @@ class Device:
         self._wish = {"queues": queues, "depth": depth, "max_io_size": max_io_size, "id": id}
         self._affinity = checked_affinity(affinity, queues)
         self._io_scheduler = io_scheduler
-        self._stop_timeout = stop_timeout
-        self._deadline = deadline
+        self._stop_timeout = seconds("stop_timeout", stop_timeout, zero=True)
+        self._deadline = seconds("deadline", deadline)
         self._params: Params | None = None
         self._info: DeviceInfo | None = None
         self._controller: Controller | None = None
@@ -243,6 +251,7 @@ class Device:
         """Makes the disk; returns when it is usable. On failure nothing is left behind."""
         self._begin_start()
         try:
+            self._crew.prepare(on_this_loop=False)
             self._configure()
             self._begin_serving(on_this_loop=False)
             self._go_live()
@@ -255,7 +264,8 @@ class Device:
     async def _start_on_loop(self) -> None:
         self._begin_start()
         try:
-            await to_its_end(self._configure)
+            self._crew.prepare(on_this_loop=True)
+            await to_its_end(self._configure, self._crew.cancel_opening)
             self._begin_serving(on_this_loop=self._crew.dispatch == "async")
             await to_its_end(self._go_live)
         except BaseException:
@@ -281,9 +291,10 @@ class Device:
 
     def _configure(self) -> None:
         self._start_threads.add(this_thread())
+        fill_descriptors()
         self._controller = Controller(deadline=self._deadline)
         self._guard = self._controller.helper
-        self.target.open()
+        self._crew.open_target()
         self._opened = True
         params = self.target.params(self._wish["max_io_size"] or 0)
         features = self._controller.features()
@@ -346,7 +357,11 @@ class Device:
             except OSError as error:
                 # The node and its rights come a moment after the device.
                 transient = error.errno in (errno.ENOENT, errno.EACCES, errno.EBUSY)
-                if not transient or time.monotonic() > until:
+                if not transient:
+                    raise
+                if time.monotonic() > until:
+                    if error.errno == errno.ENOENT:
+                        raise errors.node_missing_error(self.char_path) from None
                     raise
             time.sleep(0.005)
 
@@ -414,9 +429,7 @@ class Device:
                     )
             self._raise_if_over()
             if time.monotonic() > until:
-                raise errors.DeviceLost(
-                    f"{self.path} did not appear: is devtmpfs mounted on /dev, or udev running?"
-                )
+                raise errors.node_missing_error(self.path)
             time.sleep(0.005)
 
     # ---- while it lives ----
@@ -429,15 +442,12 @@ class Device:
         of a queue by failure, which ends the disk (DeviceLost from it, when it is no Exception).
         """
         self._check_process()
-        if self._state is DeviceState.CREATED:
-            raise errors.DeviceClosed("the device is created: start it first")
         until = None if timeout is None else time.monotonic() + timeout
         try:
             with signals_raised():
                 while True:
                     self._crew.attention.clear()  # what comes from here on is seen by the wait
-                    self._raise_failure()
-                    if self._stopped.is_set() or self._crew.one_ended():
+                    if self._has_ended():
                         return True
                     left = LOOK_FOR_SIGNALS if until is None else until - time.monotonic()
                     if left <= 0:
@@ -445,6 +455,25 @@ class Device:
                     self._crew.attention.wait(min(left, LOOK_FOR_SIGNALS))
         except Signalled:
             pass
+        return True
+
+    def _has_ended(self) -> bool:
+        if self._state is DeviceState.CREATED:
+            raise errors.DeviceClosed("the device is created: start it first")
+        self._raise_failure()
+        return self._stopped.is_set() or self._crew.one_ended()
+
+    async def wait_async(self, timeout: float | None = None) -> bool:
+        """As `wait`, without holding up the event loop, and without an eye on signals: those of a
+        loop are its owner's (`loop.add_signal_handler`)."""
+        import asyncio
+
+        until = None if timeout is None else time.monotonic() + timeout
+        while not self._has_ended():
+            left = LOOK_FOR_END if until is None else until - time.monotonic()
+            if left <= 0:
+                return False
+            await asyncio.sleep(min(left, LOOK_FOR_END))
         return True
 
     def resize(self, size: int) -> None:
@@ -458,6 +487,7 @@ class Device:
                 "a mapped target keeps its size as long as it is served: stop the disk, and "
                 "serve it anew"
             )
+        whole("size", size)
         block_size = self.target.block_size
         if size <= 0 or size % block_size:
             raise ValueError(f"size must be a positive multiple of {block_size}, not {size}")
@@ -631,9 +661,8 @@ class Device:
             self._stopped.set()
             self._crew.attention.set()
             _open_devices.discard(self)
-            if self._opened:
-                self._opened = False
-                self.target.close()
+            opened, self._opened = self._opened, False
+            self._crew.close_target(opened=opened)
 
     def _delete(self) -> None:
         assert self._controller is not None

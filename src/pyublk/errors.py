@@ -542,6 +542,41 @@ def forked_error(pid: int) -> DeviceClosed:
     )
 
 
+def node_missing_error(path: str, proc: Path = Path("/proc"), sys: Path = Path("/sys")) -> OSError:
+    """The OSError for a node of a device that did not appear."""
+    place = "class/ublk-char" if "ublkc" in path else "class/block"
+    kind = kind_of_dev(proc)
+    if not (sys / place / os.path.basename(path)).exists():
+        cause, whose = "the kernel knows no such device any more", _OTHER
+        remedy = "see the kernel's log (dmesg), and `pyublk list`"
+    elif kind == "devtmpfs":
+        cause, whose = "/dev is a devtmpfs, and the kernel has made the device", _OTHER
+        remedy = "see who removes nodes from /dev"
+    else:
+        whose = _ADMIN
+        cause = (
+            f"the kernel has made the device, but /dev is {kind}, as in a container, and nobody "
+            "puts nodes there"
+        )
+        remedy = OWN_DEV
+    return _refusal(errno.ENOENT, f"{path} did not appear: {cause}", whose, remedy)
+
+
+#: What to do where /dev is not the kernel's own.
+OWN_DEV = "run outside the container, or with the machine's own /dev (`--volume /dev:/dev`)"
+
+
+def kind_of_dev(proc: Path = Path("/proc")) -> str:
+    """What is mounted on /dev: "devtmpfs", or in words what is there instead."""
+    found = "part of the root file system"
+    for line in (proc / "self/mountinfo").read_text().splitlines():
+        place, _, kind = line.partition(" - ")
+        if place.split(" ")[4] == "/dev":  # the last one hides the others
+            kind = kind.split(" ")[0]
+            found = kind if kind == "devtmpfs" else f"a {kind}"
+    return found
+
+
 def io_uring_error(error: int) -> OSError:
     """The OSError for an io_uring that could not be set up with errno `error`."""
     if error == errno.EPERM:

@@ -115,8 +115,11 @@ def uninterrupted(step: Callable[[], T], interrupted: Callable[[], None]) -> T:
     return results[0]
 
 
-async def to_its_end(step: Callable[[], None]) -> None:
-    """Runs it on a thread. A cancellation is raised after its end: nothing may go on beside it."""
+async def to_its_end(
+    step: Callable[[], None], interrupted: Callable[[], None] = lambda: None
+) -> None:
+    """Runs it on a thread. A cancellation is raised after its end: nothing may go on beside it;
+    `interrupted` is called at once."""
     import asyncio
 
     work = asyncio.ensure_future(asyncio.to_thread(step))
@@ -126,6 +129,7 @@ async def to_its_end(step: Callable[[], None]) -> None:
             await asyncio.wait([work])
         except asyncio.CancelledError as error:
             cancellation = error
+            interrupted()
     failure = work.exception()
     if cancellation is not None:
         raise cancellation

@@ -6,17 +6,23 @@ Imported when a disk needs it: asyncio is half of what importing pyublk would co
 
 import asyncio
 import contextvars
+import inspect
+import logging
 import selectors
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pyublk._native import Dispatcher, Handlers, Queue
+from pyublk._native import Dispatcher, Handlers, Queue, become_io_flusher
+from pyublk.interruptions import uninterrupted
 from pyublk.serving import ROUND, Servant, refuse
 
 if TYPE_CHECKING:
     from _typeshed import FileDescriptorLike
+
+log = logging.getLogger("pyublk.loops")
 
 
 class RingSelector(selectors.BaseSelector):
@@ -161,9 +167,12 @@ class AsyncServer:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(cancel)
 
-    def hand_over(self) -> None:
-        """Makes every coroutine that still runs a task, which the end of the loop cancels."""
-        self._dispatcher.tasks()
+    async def end_held(self) -> None:
+        """Cancels every coroutine that still runs, and waits for its end."""
+        tasks = self._dispatcher.tasks()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _stack_of_coroutine(coroutine: object) -> str:
@@ -173,6 +182,12 @@ def _stack_of_coroutine(coroutine: object) -> str:
         frames.append((frame, frame.f_lineno))
         coroutine = getattr(coroutine, "cr_await", None)
     return "".join(traceback.StackSummary.extract(iter(frames)).format())
+
+
+async def awaited(outcome: object) -> None:
+    """Awaits what a method returned, if that can be."""
+    if inspect.isawaitable(outcome):
+        await outcome
 
 
 class ServingLoop(Servant):
@@ -212,20 +227,102 @@ class ServingLoop(Servant):
             self._close()
 
 
-def serve_on_own_loop(queues: list[Queue], handlers: Handlers, servers: list[AsyncServer]) -> None:
-    """An event loop for these queues on the calling thread; its server is added to `servers`."""
-    selector = RingSelector()
+class TargetLoop:
+    """The event loop that serves an async target, or the first of several, from before the target's
+    `open` until after its `close`. Both are awaited on it.
+
+    It is `callers`, which runs anyway, or one of our own, which runs while somebody uses it: first
+    `open`, then the thread that serves, then `close`.
+    """
+
+    def __init__(self, callers: asyncio.AbstractEventLoop | None = None) -> None:
+        self._callers = callers
+        self._runner = asyncio.Runner(loop_factory=self._make)
+        self._loop = callers or self._runner.get_loop()
+        self._task: asyncio.Task[Any] | None = None
+        self._given_up = False
+
+    def _make(self) -> asyncio.AbstractEventLoop:
+        self.selector = RingSelector()
+        loop = asyncio.SelectorEventLoop(self.selector)
+        # What a handler gives to threads serves requests too.
+        loop.set_default_executor(
+            ThreadPoolExecutor(thread_name_prefix="asyncio", initializer=become_io_flusher)
+        )
+        return loop
+
+    def serve(self, main: Coroutine[Any, Any, None]) -> None:
+        """Runs `main` on a loop of our own, on this thread, until it ends."""
+        try:
+            self._runner.run(main)
+        finally:
+            if self._given_up:
+                self._runner.close()
+
+    def call(self, step: Callable[[], object]) -> None:
+        """Calls it; when that gives an awaitable, it is awaited on the loop. Not on a thread on
+        which the caller's loop runs."""
+        outcome = step()
+        if not inspect.isawaitable(outcome):
+            return
+        loop = self._loop
+        if loop.is_closed() or (self._callers is None and loop.is_running()):
+            if inspect.iscoroutine(outcome):
+                outcome.close()
+            name = getattr(step, "__qualname__", step)
+            log.warning("%s is not awaited: its event loop has ended, or hangs", name)
+        elif loop.is_running():
+            asyncio.run_coroutine_threadsafe(self._await(outcome), loop).result()
+        else:
+            # Not on this thread, on which another loop may run.
+            run = self._runner.run if self._callers is None else loop.run_until_complete
+            uninterrupted(partial(run, self._await(outcome)), self.cancel)
+
+    async def _await(self, outcome: Awaitable[object]) -> None:
+        self._task = asyncio.current_task()
+        try:
+            await outcome
+        finally:
+            self._task = None
+
+    def cancel(self) -> None:
+        """Cancels what `call` waits for, if it does. [any thread]"""
+        task = self._task
+        if task is not None:
+            self._loop.call_soon_threadsafe(task.cancel)
+
+    def close(self) -> None:
+        """The end of a loop of our own; what still runs there is cancelled."""
+        if self._callers is not None:
+            return
+        self._given_up = self._loop.is_running()  # then it is closed once it comes to its end
+        if not self._given_up:
+            uninterrupted(self._runner.close, lambda: None)
+
+
+def serve_on_own_loop(
+    queues: list[Queue],
+    handlers: Handlers,
+    servers: list[AsyncServer],
+    first: TargetLoop,
+) -> None:
+    """An event loop for these queues on the calling thread; its server is added to `servers`. With
+    the first queue it is the loop `first`, which goes on afterwards."""
+    loop = first if queues[0].id == 0 else TargetLoop()
 
     async def main() -> None:
         server = AsyncServer(handlers)
         servers.append(server)
         try:
             if len(queues) == 1:
-                await server.attach(queues[0], selector)
+                await server.attach(queues[0], loop.selector)
             else:
                 await asyncio.gather(*map(server.attach, queues))
         finally:
-            server.hand_over()
+            await server.end_held()
 
-    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector)) as runner:
-        runner.run(main())
+    try:
+        loop.serve(main())
+    finally:
+        if loop is not first:
+            loop.close()

@@ -95,7 +95,7 @@ def choose_path(
         if chosen is not able[0]:
             reason = f"{able[0]} {features.reason(_FLAGS[able[0]])}"
     else:
-        chosen = _named(path, able)
+        chosen = named_path(path, able)
         features.require(_FLAGS[chosen])
         reason = "asked for"
     features.require(needed)
@@ -107,7 +107,8 @@ def choose_path(
     return PathChoice(path=chosen, batch=batch, flags=flags, reason=f"{reason}; {about_batch}")
 
 
-def _named(path: str, able: Sequence[DataPath]) -> DataPath:
+def named_path(path: str, able: Sequence[DataPath]) -> DataPath:
+    """The path of that name. Raises ValueError when it is none, or not one of `able`."""
     names = [one.value for one in DataPath]
     if path not in names:
         raise ValueError(f"path must be 'auto' or one of {', '.join(names)}, not {path!r}")

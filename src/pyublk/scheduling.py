@@ -35,7 +35,7 @@ def checked_affinity(
     """A set of CPUs for each queue. Raises ValueError when it is none of what `Device` takes."""
     if affinity is None or affinity == "auto":
         return affinity
-    if isinstance(affinity, str) or len(affinity) != queues:
+    if isinstance(affinity, str) or not hasattr(affinity, "__len__") or len(affinity) != queues:
         raise ValueError(
             f"affinity must be 'auto', None, or a set of CPUs for each of the {queues} queues"
         )

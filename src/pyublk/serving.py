@@ -15,7 +15,16 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 
-from pyublk._native import IO, Handlers, MappedQueue, Planner, Queue, process, this_thread
+from pyublk._native import (
+    IO,
+    Handlers,
+    MappedQueue,
+    Planner,
+    Queue,
+    become_io_flusher,
+    process,
+    this_thread,
+)
 from pyublk.errors import InternalError
 from pyublk.mapped import MappedTarget
 from pyublk.scheduling import keep_to, never_interrupt
@@ -105,6 +114,7 @@ class WorkerPool:
             thread.start()
 
     def _work(self, handlers: Handlers) -> None:
+        become_io_flusher()
         here = process()
         while True:
             try:

@@ -9,13 +9,15 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from types import CoroutineType, TracebackType
 from typing import Any, ClassVar, Literal
 
 from pyublk._native import IO
+from pyublk.arguments import whole
 from pyublk.errors import InvalidTarget, StaleIO
+from pyublk.methods import ARGUMENTS, check_handlers, check_plain
 from pyublk.params import Basic, Discard, Integrity, Params
 from pyublk.paths import DataPath
 from pyublk.uapi import Feature
@@ -26,7 +28,10 @@ Dispatch = Literal["native", "mapped", "sync", "async"]
 log = logging.getLogger("pyublk.target")
 
 #: The methods a kernel request can call; their presence announces the operation.
-METHODS = ("read", "write", "write_fua", "flush", "discard", "write_zeroes", "handle")
+METHODS = tuple(name for name in ARGUMENTS if name != "map")
+#: What a target says of itself: asked for by threads without an event loop.
+_SAID = ("params", "status", "announces")
+_SCOPE = ("open", "close")
 
 #: The most one DISCARD or WRITE_ZEROES request covers unless the target says otherwise (bytes).
 MAX_DISCARD = 1 << 30
@@ -42,7 +47,8 @@ class Target:
 
     These methods are called by the kernel's requests; all are plain functions, or all `async def`:
 
-    - ``read(offset, buffer)``: fill `buffer`, a writable memoryview of the request's length.
+    - ``read(offset, buffer)``: fill `buffer`, a writable memoryview of the request's length, whole:
+      what is in it before is another request's.
     - ``write(offset, data)``: take `data`, a read-only memoryview. Copy what you keep: `data`, and
       slices and arrays made of it, stay as they are, but each request of which one is kept takes
       `max_io_size` bytes of memory.
@@ -110,8 +116,18 @@ class Target:
         discard_granularity: int | None = None,
         max_discard: int | None = None,
     ) -> None:
-        self.size = size
-        self.block_size = block_size
+        self.size = whole("size", size, least=0)
+        self.block_size = whole("block_size", block_size, least=1)
+        hints = {
+            "physical_block_size": physical_block_size,
+            "io_min": io_min,
+            "io_opt": io_opt,
+            "discard_granularity": discard_granularity,
+            "max_discard": max_discard,
+        }
+        for name, value in hints.items():
+            if value is not None:
+                whole(name, value, least=0)
         self.read_only = read_only
         self.rotational = rotational
         self.physical_block_size = physical_block_size
@@ -122,10 +138,14 @@ class Target:
         #: Tells whoever shows `status` that it changed; set by the server.
         self.status_changed: Callable[[], None] = lambda: None
 
-    def open(self) -> None:
-        """Called in the serving process before the device appears: open files here, not before."""
+    def open(self) -> Awaitable[None] | None:
+        """Called in the serving process before the device appears: open files here, not before.
 
-    def close(self) -> None:
+        That of a target with coroutines may be one, too, and is then awaited on the event loop that
+        serves the requests (the first queue's, where there are several); `close` likewise.
+        """
+
+    def close(self) -> Awaitable[None] | None:
         """Called once after the last request, also when start-up failed after `open`."""
 
     def status(self) -> dict[str, Any] | None:
@@ -209,16 +229,33 @@ class NativeTarget(Target):
     context: int = 0
 
 
+#: What Target.__init__ gives every target.
+_OWN = frozenset(vars(Target(size=0)))
+
+
 def dispatch_of(target: Target) -> Dispatch:
     """How a target is served; raises InvalidTarget for one that cannot be."""
     name = type(target).__name__
+    if isinstance(target, type):
+        raise InvalidTarget(
+            f"a disk is of an object, and {target.__name__} is a class: call it, as in "
+            f"{target.__name__}(...)"
+        )
     if not isinstance(target, Target):
         raise InvalidTarget(f"{name} is not a pyublk.Target: subclass it and define read and write")
+    if missing := sorted(_OWN - {one for one in _OWN if hasattr(target, one)}):
+        raise InvalidTarget(
+            f"{name} lacks {', '.join(missing)}: its __init__ must call super().__init__(size=...)"
+        )
+    check_plain(target, _SAID, "it is asked for outside of any event loop")
     if target.concurrency not in ("serial", "per_queue", "parallel"):
         raise InvalidTarget(
             f"{name}.concurrency is {target.concurrency!r}: use 'serial', 'per_queue' or 'parallel'"
         )
     if target.dispatch is not None:
+        check_plain(target, (*_SCOPE, "map"), "no event loop serves this target")
+        if callable(planned := getattr(target, "map", None)):
+            check_handlers(name, {"map": planned})
         return target.dispatch
     methods = {m: f for m in METHODS if (f := getattr(target, m, None)) is not None}
     for method, function in methods.items():
@@ -236,6 +273,7 @@ def dispatch_of(target: Target) -> Dispatch:
         raise InvalidTarget(
             f"{name} has no write method: define write(self, offset, data), or pass read_only=True"
         )
+    check_handlers(name, methods)
     coroutines = {m for m, f in methods.items() if inspect.iscoroutinefunction(f)}
     if coroutines and coroutines != methods.keys():
         plain = ", ".join(sorted(methods.keys() - coroutines))
@@ -243,6 +281,8 @@ def dispatch_of(target: Target) -> Dispatch:
             f"{name} mixes async methods ({', '.join(sorted(coroutines))}) with plain ones "
             f"({plain}): make all of them async, or none"
         )
+    if not coroutines:
+        check_plain(target, _SCOPE, "no event loop serves a target with plain handlers")
     return "async" if coroutines else "sync"
 
 

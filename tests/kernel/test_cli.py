@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -24,7 +25,7 @@ import pyublk
 from pyublk.cli import main
 from pyublk.cli.failures import ExitCode
 from pyublk.control import DeviceInfo
-from pyublk.service import inventory, stopping
+from pyublk.service import inventory, logs, stopping
 from pyublk.service.processes import Process, ProcessId, start_time
 from pyublk.service.records import Record, recorded_ids
 from pyublk.uapi import DeviceStatus
@@ -134,6 +135,69 @@ def added(*arguments: str) -> dict[str, Any]:
     assert done.exit_code == 0, done.stderr
     made: dict[str, Any] = json.loads(done.stdout)
     return made
+
+
+@pytest.mark.parametrize(
+    ("where", "options"), [("full", []), ("pipe", ["--json"]), ("full", ["--foreground"])]
+)
+def test_a_disk_that_cannot_be_told_of_is_stopped_again(
+    where: str, options: list[str], place: Path
+) -> None:
+    if where == "full":
+        output = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, output = os.pipe()
+        os.close(reader)
+    try:
+        done = subprocess.run(
+            [*COMMAND, "add", "null", *options],
+            stdout=output,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    finally:
+        os.close(output)
+    assert done.returncode == ExitCode.FAILED
+    assert "was made, but that could not be printed: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert recorded_ids() == []
+    assert list((place / "run").glob("*.log")) == []
+    with pyublk.Controller() as controller:
+        assert list(controller.devices()) == []
+
+
+@pytest.mark.parametrize("closed", ["0 1 2", "1", "0 2"])
+def test_a_disk_added_with_closed_standard_descriptors(closed: str, serve: Serve) -> None:
+    script = 'exec "$@" ' + " ".join(f"{number}>&-" for number in closed.split())
+    done = subprocess.run(
+        ["sh", "-c", script, "sh", *COMMAND, "add", "null", "--size", "1M"],
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0
+    (number,) = recorded_ids()
+    record = Record.read(number)
+    assert record is not None
+    opened = {fd: os.readlink(f"/proc/{record.server.pid}/fd/{fd}") for fd in (0, 1, 2)}
+    assert opened[0] == "/dev/null"
+    assert opened[1] == opened[2] == str(record.log)
+    assert run_here("stop", str(number)).exit_code == 0
+
+
+def test_a_program_without_standard_descriptors_serves_a_disk() -> None:
+    program = (
+        "import os\n"
+        "for number in (0, 1, 2): os.close(number)\n"
+        "import pyublk\n"
+        "from pyublk.targets import Null\n"
+        "with pyublk.Device(Null(size=1 << 20)):\n"
+        "    places = {os.readlink(f'/proc/self/fd/{n}') for n in range(3)}\n"
+        "os._exit(places != {'/dev/null'})"
+    )
+    assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False).returncode == 0
 
 
 def process(pid: int) -> Process:
@@ -411,6 +475,132 @@ def test_an_id_in_use(place: Path) -> None:
     assert "the id is in use" in refused.stderr
     assert left(place) == [f"{made['id']}.json", f"{made['id']}.log"]
     assert run_here("stop", str(made["id"])).exit_code == 0
+
+
+def test_an_id_that_is_taken_says_by_whom(place: Path, serve: Serve) -> None:
+    disk = serve(Memory(MIB))
+    refused = run_here("add", "null", "--id", str(disk.id))
+    assert refused.exit_code == ExitCode.BUSY
+    assert f"{disk.path} is live, served by " in refused.stderr
+    assert f"(process {os.getpid()})" in refused.stderr
+    # Somebody who has the disk open, after the device has gone.
+    with open(disk.path, "rb") as node:
+        client = subprocess.Popen(["sleep", "60"], stdin=node)
+    try:
+        disk.stop()
+        refused = run_here("add", "null", "--id", str(disk.id))
+    finally:
+        client.kill()
+        client.wait()
+    assert f"{disk.path} was deleted, and its id is free once nobody has it open" in refused.stderr
+    assert f"it is open in sleep (process {client.pid})" in refused.stderr
+    assert left(place) == []
+
+
+def test_an_id_that_a_mount_keeps(place: Path) -> None:
+    made = added("ram", "--size", "16M")
+    mkfs(made["path"])
+    mount_point = place / "a mount"
+    mount_point.mkdir()
+    subprocess.run(["mount", made["path"], mount_point], check=True, timeout=60)
+    try:
+        with process(made["server_pid"]) as server:
+            server.send(signal.SIGKILL)
+            assert server.wait(10)
+        until(lambda: not Path(f"/sys/class/ublk-char/ublkc{made['id']}").exists())
+        refused = run_here("add", "null", "--id", str(made["id"]))
+    finally:
+        subprocess.run(["umount", mount_point], check=True, timeout=60)
+    assert refused.exit_code == ExitCode.BUSY
+    assert f"it is mounted at {mount_point}" in refused.stderr
+    run_here("doctor", "--repair")
+
+
+def test_failed_requests_are_counted_and_a_log_that_grows_is_cut(place: Path) -> None:
+    (place / "fails.py").write_text(
+        "import pyublk\n"
+        "class Fails(pyublk.Target):\n"
+        "    def read(self, offset, buffer):\n"
+        "        print('x' * 4095, flush=True)\n"
+        "        if offset >= 7 << 20: raise OSError(5, 'no such sector')\n"
+        "        buffer[:] = bytes(len(buffer))\n"
+        "    def write(self, offset, data): pass\n"
+    )
+    made = added("fails.py:Fails", "--size", "8M")
+
+    def failed() -> int:
+        (told,) = json.loads(run_here("info", str(made["id"]), "--json").stdout)
+        (listed,) = json.loads(run_here("list", "--json").stdout)
+        assert isinstance(listed["failed_requests"], int)
+        return int(told["failed_requests"])
+
+    before = failed()
+    read = ["dd", f"if={made['path']}", "of=/dev/null", "iflag=direct", "bs=16k"]
+    for place_to_read, code in ((["count=400"], 0), (["skip=450", "count=1"], 1)):
+        done = subprocess.run([*read, *place_to_read], capture_output=True, timeout=60, check=False)
+        assert done.returncode == code
+    until(lambda: failed() == before + 1, 20)
+    assert re.search(
+        rf"^failed requests +{failed()}$", run_here("info", str(made["id"])).stdout, re.MULTILINE
+    )
+    log = Path(made["log"])
+    until(lambda: log.read_text().startswith("(older lines were removed)"), 20)
+    assert log.stat().st_size <= logs.LIMIT
+    assert run_here("stop", str(made["id"])).exit_code == 0
+    assert left(place) == []
+
+
+def test_logs_of_servers_that_are_gone_go_with_the_next_add(place: Path) -> None:
+    made = added("null")
+    with process(made["server_pid"]) as server:
+        server.send(signal.SIGKILL)
+        assert server.wait(10)
+    until(lambda: not Path(f"/sys/class/ublk-char/ublkc{made['id']}").exists())
+    assert Path(made["log"]).exists()
+    next_one = added("null", "--id", str(made["id"] + 1))
+    assert not Path(made["log"]).exists()
+    assert run_here("stop", "all").exit_code == 0
+    assert not Path(next_one["log"]).exists()
+
+
+IN_A_CONTAINER = """
+set -e
+mount -t tmpfs none /dev
+mknod /dev/null c 1 3; mknod /dev/zero c 1 5; mknod /dev/urandom c 1 9
+mknod /dev/ublk-control c 10 $CONTROL
+exec "$@"
+"""
+
+
+def run_in_a_container(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    number = os.minor(os.stat("/dev/ublk-control").st_rdev)
+    return subprocess.run(
+        ["unshare", "--mount", "sh", "-c", IN_A_CONTAINER, "sh", *COMMAND, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"CONTROL": str(number)},
+        check=False,
+    )
+
+
+def test_a_containers_dev_is_recognized(place: Path) -> None:
+    done = run_in_a_container("add", "null")
+    assert done.returncode == ExitCode.FAILED
+    words = (
+        " did not appear: the kernel has made the device, but /dev is a tmpfs, as in a container"
+    )
+    assert words in done.stderr
+    assert "What to do: run outside the container, or with the machine's own /dev" in done.stderr
+    assert left(place) == []
+
+
+def test_the_doctor_sees_that_a_containers_dev_lacks_nodes(serve: Serve) -> None:
+    disk = serve(Memory(MIB))
+    done = run_in_a_container("doctor", "--json")
+    (check,) = [c for c in json.loads(done.stdout)["checks"] if c["name"] == "device nodes"]
+    assert check["status"] == "failed"
+    assert f"ublkb{disk.id}, ublkc{disk.id}" in check["finding"]
 
 
 def test_a_device_that_does_not_exist() -> None:

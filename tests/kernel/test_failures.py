@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -941,3 +942,64 @@ sys.stdin.read()
         with Blocks(stranger.path) as client:
             client.write(b"s" * 512, 0)
             assert client.read(512, 0) == b"s" * 512
+
+
+HOLDS_THE_GIL = """
+import ctypes, tempfile
+output = tempfile.TemporaryFile()
+os.dup2(output.fileno(), 2)
+
+class Sleepy(Memory):
+    def read(self, offset, buffer):
+        if offset == MIB - 4096:
+            time.sleep(float(sys.argv[1]))
+        super().read(offset, buffer)
+
+def text():
+    return os.pread(2, 1 << 16, 0).decode()
+
+with pyublk.Device(Sleepy(MIB)) as disk:
+    tell(disk.path)
+    sys.stdin.readline()
+    time.sleep(0.5)  # the client is at it
+    if sys.argv[2] == "held":
+        ctypes.PyDLL(None).sleep(10)  # which keeps the GIL, as a page fault does
+    sys.stdin.readline()
+    told = text()
+    tell(told.count("has kept Python's GIL for 4 seconds"), f" {disk.path} (queue 0, " in told)
+"""
+
+
+@pytest.mark.parametrize(("seconds", "gil"), [("0.8", "held"), ("8", "free")])
+def test_a_gil_that_is_kept_is_told_and_a_slow_handler_is_not(seconds: str, gil: str) -> None:
+    with Server(HOLDS_THE_GIL, seconds, gil) as server:
+        path = server.line()
+        with Blocks(path, os.O_RDONLY) as client, ThreadPoolExecutor(1) as clients:
+            reading = clients.submit(client.read, 4096, MIB - 4096)
+            server.say("the client is at it")
+            assert reading.result(60) == bytes(4096)
+        server.say("")
+        assert server.line() == ("1 True" if gil == "held" else "0 False")
+        assert server.ended() == 0
+
+
+MAPS_ITS_OWN_DISK = """
+import mmap
+with pyublk.Device(Memory(MIB)) as disk:
+    view = mmap.mmap(os.open(disk.path, os.O_RDWR), MIB)
+    tell(disk.path)
+    view[600000:600004]
+"""
+
+
+def test_a_program_that_waits_for_its_own_disk_can_be_killed(
+    controller: pyublk.Controller,
+) -> None:
+    """The page fault keeps the GIL. What the kernel closes first is what answers the request."""
+    with Server(MAPS_ITS_OWN_DISK) as server:
+        path = server.line()
+        number = int(path.removeprefix("/dev/ublkb"))
+        until(sleeping_beyond_signals, what="the page fault waits")
+        server.send(signal.SIGKILL)
+        server.ended()
+        until(lambda: device_is_gone(controller, number), what="the disk goes with its server")

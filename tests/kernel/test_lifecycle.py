@@ -1,6 +1,7 @@
 """A disk's life: from start to stop, however it is stopped, and what it leaves behind: nothing."""
 
 import asyncio
+import ctypes
 import gc
 import os
 import re
@@ -9,6 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -314,6 +316,115 @@ def test_stopped_from_a_coroutine_on_the_users_loop() -> None:
     started = time.monotonic()
     assert asyncio.run(main()).stats().total.errors == 0
     assert time.monotonic() - started < 60
+
+
+def is_io_flusher() -> bool:
+    """Of the calling thread."""
+    pr_get_io_flusher = 58
+    return bool(ctypes.CDLL(None).prctl(pr_get_io_flusher, 0, 0, 0, 0) == 1)
+
+
+class Flushing(Memory):
+    concurrency = "parallel"
+
+    def read(self, offset: int, buffer: memoryview) -> None:
+        self.flushers.add(is_io_flusher())
+        super().read(offset, buffer)
+
+
+class AsyncFlushing(AsyncMemory):
+    async def read(self, offset: int, buffer: memoryview) -> None:
+        self.flushers.add(is_io_flusher())
+        self.flushers.add(await asyncio.to_thread(is_io_flusher))
+        await super().read(offset, buffer)
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [(Flushing, {}), (Flushing, {"workers": 2}), (AsyncFlushing, {})],
+    ids=["queue", "workers", "loop"],
+)
+def test_threads_that_serve_do_not_wait_for_what_only_they_can_write(
+    serve: Serve, make: Any, options: dict[str, Any]
+) -> None:
+    target = make(MIB)
+    target.flushers = set()
+    read_end(serve(target, **options).path)
+    assert target.flushers == {True}
+    assert not is_io_flusher()
+
+
+class Scoped(AsyncMemory):
+    """Notes what is there while it opens and closes, and on which loop."""
+
+    def __init__(self, size: int, *, fails: bool = False) -> None:
+        super().__init__(size)
+        self.events: list[tuple[str, int]] = []
+        self.loops: set[object] = set()
+        self.fails = fails
+
+    async def note(self, event: str) -> None:
+        await asyncio.sleep(0)
+        self.events.append((event, len(list(Path("/sys/class/ublk-char").glob("*")))))
+        self.loops.add(asyncio.get_running_loop())
+
+    async def open(self) -> None:
+        await self.note("open")
+        self.task = asyncio.create_task(asyncio.Event().wait())
+        if self.fails:
+            self.block_size = 4096 << 4  # which no kernel takes
+
+    async def close(self) -> None:
+        await self.note("close")
+        assert not self.task.done()
+
+    async def read(self, offset: int, buffer: memoryview) -> None:
+        self.loops.add(asyncio.get_running_loop())
+        await super().read(offset, buffer)
+
+
+@pytest.mark.parametrize("where", ["own", "own, inside a running one", "callers"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_coroutines_open_and_close(where: str, fails: bool) -> None:
+    target = Scoped(MIB, fails=fails)
+
+    def serve() -> None:
+        with Device(target, queues=2) as disk:
+            read_end(disk.path)
+
+    async def serve_in_a_loop() -> None:
+        serve()
+
+    async def serve_by_the_loop() -> None:
+        async with Device(target) as disk:
+            assert await disk.wait_async(0.01) is False
+            await asyncio.to_thread(read_end, disk.path)
+            await asyncio.to_thread(disk.stop)
+            assert await disk.wait_async() is True
+        assert target.loops == {asyncio.get_running_loop()}
+
+    run = {
+        "own": serve,
+        "own, inside a running one": lambda: asyncio.run(serve_in_a_loop()),
+        "callers": lambda: asyncio.run(serve_by_the_loop()),
+    }[where]
+    with pytest.raises(ValueError, match="block") if fails else nullcontext():
+        run()
+    assert target.events == [("open", 0), ("close", 0)]
+    assert len(target.loops) == 1
+
+
+def test_an_open_that_waits_is_called_off_with_its_start() -> None:
+    class Waits(AsyncMemory):
+        async def open(self) -> None:
+            await asyncio.Event().wait()
+
+    async def main() -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2), Device(Waits(MIB)):
+                pass
+
+    asyncio.run(main())
 
 
 class OpensSlowly(Memory):

@@ -123,6 +123,12 @@ KINDS: dict[str, Callable[[Path], Disk]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By these targets: their disks read as what the buffers held before."""
+    monkeypatch.setattr("pyublk.testing.client.POISON", b"\0")
+
+
 @pytest.fixture(params=KINDS)
 def disk(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

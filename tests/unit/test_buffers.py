@@ -196,20 +196,20 @@ def mapped() -> int:
 
 
 def test_memory_goes_back_when_nobody_sees_it_any_more(ublk_disk: Callable[..., Disk]) -> None:
-    size = 1 << 20
+    size = 8 << 20  # of address space, so that what others take does not count
     target = Looking(lambda data: data[:1])
     disk = ublk_disk(target, depth=1, max_io_size=size)
     disk.pwrite(bytes(BLOCK), 0)
     before = mapped()
     for _ in range(32):
         disk.pwrite(bytes(BLOCK), 0)
-    assert mapped() - before >= 32 * size
+    assert mapped() - before >= 24 * size
     target.seen.clear()
-    assert mapped() - before < 4 * size
+    assert mapped() - before < 8 * size
     # What does not keep anything takes nothing.
     for _ in range(32):
         disk.pwrite(bytes(BLOCK), BLOCK)
-    assert mapped() - before < 4 * size
+    assert mapped() - before < 8 * size
 
 
 def test_what_is_seen_outlives_the_disk() -> None:

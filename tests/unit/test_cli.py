@@ -9,6 +9,7 @@ import sys
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -103,6 +104,10 @@ def test_python_m_pyublk_is_the_command() -> None:
         (["add", "null", "--depth", "0"], "0 is not in the range 1<=x<=4096"),
         (["add", "null", "--queues", "none"], "'none' is not a valid integer"),
         (["add", "null", "-o", "size"], "'size' is no KEY=VALUE"),
+        (
+            ["add", "null", "-o", "a=1", "-o", "a=2"],
+            "a is given twice: several values go with commas",
+        ),
         (["add", "null", "-o", "=1"], "'=1' is no KEY=VALUE"),
         (["add", "null", "--cpus", "3-1"], "'3-1' names no CPUs: give such as 0-3,8"),
         (["add", "null", "--cpus", "1,"], "'1,' names no CPUs"),
@@ -111,7 +116,23 @@ def test_python_m_pyublk_is_the_command() -> None:
         (["stop", "sda"], "'sda' is no device: give an id, /dev/ublkbN or `all`"),
         (["info", "all"], "'all' is no device: give an id, /dev/ublkbN\n"),
         (["stop", "0", "--timeout", "0"], "0.0 is not in the range x>=0.1"),
+        (["stop", "0", "--timeout", "nan"], "nan is no number of seconds that can be waited for"),
+        (["stop", "0", "--timeout", "1e300"], "1e300 is no number of seconds"),
         (["vm", "--timeout", "-1", "--", "true"], "-1.0 is not in the range x>0"),
+        (["vm", "--timeout", "inf", "--", "true"], "inf is no number of seconds"),
+        (["vm", "--cpus", "two", "--", "true"], "'two' is not a valid integer"),
+        (["vm", "--cpus", "0", "--", "true"], "a machine has 1 to 255 processors, not 0"),
+        (["vm", "--cpus", "-3", "--", "true"], "a machine has 1 to 255 processors, not -3"),
+        (["vm", "--cpus", str(10**20), "--", "true"], "a machine has 1 to 255 processors"),
+        (["vm", "--memory", "0", "--", "true"], "at least 256 MiB of memory, not 0 bytes"),
+        (
+            ["vm", "--memory", "1000000G", "--", "true"],
+            "at most this machine's own, ",
+        ),
+        (["vm", "--memory", "-1G", "--", "true"], "'-1G' is no size of memory"),
+        (["vm", "--kernel", "newest", "--", "true"], "no kernel is called 'newest': give latest"),
+        (["vm", "--env", "=", "--", "true"], "the variable '=' cannot be passed on"),
+        (["vm", "--count-instructions", "--cpus", "2", "--", "true"], "takes one processor, not 2"),
         (["completion", "tcsh"], "'tcsh' is not one of 'bash', 'zsh', 'fish'"),
     ],
 )
@@ -126,6 +147,110 @@ def test_cpus_as_the_kernel_writes_them() -> None:
     convert = partial(Cpus().convert, param=None, ctx=None)
     assert convert("0-3,8") == [0, 1, 2, 3, 8]
     assert convert("5,4-5") == [4, 5]
+
+
+# ---- odd surroundings ----
+
+
+def command(*arguments: str, **options: Any) -> "subprocess.CompletedProcess[str]":
+    """The command as a process of its own."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.run(
+        [sys.executable, "-m", "pyublk", *arguments], text=True, timeout=60, check=False, **options
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], ["add", "--help"], ["doctor"], ["doctor", "--json"],
+     ["completion", "zsh"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_what_cannot_be_printed_is_a_failure_without_a_traceback(arguments: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = command(*arguments, stdout=full)
+    assert done.stderr == "pyublk: No space left on device\n"
+    assert done.returncode == ExitCode.FAILED
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = command(*arguments, stdout=writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (ExitCode.FAILED, "")
+
+
+def test_messages_that_nobody_can_read_change_nothing() -> None:
+    with open("/dev/full", "w") as full:
+        assert command("info", "x", stderr=full).returncode in (ExitCode.FAILED, ExitCode.USAGE)
+        assert command("doctor", stderr=full).stdout == command("doctor").stdout
+
+
+@pytest.mark.parametrize("closed", [[0], [1], [2], [0, 1], [1, 2], [0, 1, 2]], ids=str)
+@pytest.mark.parametrize("arguments", [["doctor"], ["info", "nought"], ["--version"]], ids=" ".join)
+def test_closed_standard_descriptors_are_like_dev_null(
+    closed: list[int], arguments: list[str]
+) -> None:
+    redirections = " ".join(f"{number}>&-" for number in closed)
+    script = f'exec "$@" {redirections}'
+    line = ["sh", "-c", script, "sh", sys.executable, "-m", "pyublk", *arguments]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
+    expected = command(*arguments)
+    assert done.returncode == expected.returncode
+    assert done.stdout == ("" if 1 in closed else expected.stdout)
+    assert done.stderr == ("" if 2 in closed else expected.stderr)
+
+
+def test_no_file_gets_the_number_of_a_closed_standard_descriptor() -> None:
+    program = (
+        "import os\n"
+        "for number in (0, 1, 2): os.close(number)\n"
+        "from pyublk.launch import fill_descriptors\n"
+        "fill_descriptors()\n"
+        "places = [os.readlink(f'/proc/self/fd/{n}') for n in range(3)]\n"
+        "os._exit(places != ['/dev/null'] * 3 or os.open('/', os.O_RDONLY) < 3)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False).returncode == 0
+
+
+def test_ctrl_c_while_the_command_is_loaded() -> None:
+    """Each time a little later, up to the end: 130 or what the command had to say, no traceback."""
+    program = (
+        "import sys, os, signal, threading, builtins\n"
+        "sys.argv = ['pyublk', 'doctor']\n"
+        "count, original = 0, builtins.__import__\n"
+        "def counting(*args, **kwargs):\n"
+        "    global count\n"
+        "    count += 1\n"
+        "    if count == int(os.environ['AT']): os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return original(*args, **kwargs)\n"
+        "import pyublk.launch\n"
+        "builtins.__import__ = counting\n"
+        "from pyublk.cli import main\n"
+        "main()\n"
+    )
+    codes = set()
+    for at in (1, 2, 30, 100, 200, 300, 400, 100000):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env=os.environ | {"AT": str(at)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert "Traceback" not in done.stderr
+        assert "Abort" not in done.stderr
+        codes.add(done.returncode)
+        assert done.returncode in (ExitCode.INTERRUPTED, ExitCode.OK, ExitCode.FAILED), at
+    assert ExitCode.INTERRUPTED in codes
+    assert codes != {ExitCode.INTERRUPTED}, "no signal came in the last run"
+
+
+def test_ctrl_c_is_left_alone_where_pyublk_is_a_library() -> None:
+    program = (
+        "import signal, pyublk\n"
+        "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+    )
+    subprocess.run([sys.executable, "-c", program], timeout=60, check=True)
 
 
 # ---- no driver: 3 ----
@@ -266,6 +391,76 @@ def test_a_table_on_a_terminal_is_folded_to_its_width() -> None:
     assert max(map(len, lines)) <= 60
 
 
+def on_a_terminal(columns: int, program: str) -> list[str]:
+    """What it prints there, without colours."""
+    ours, theirs = os.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=theirs,
+        env=os.environ | {"COLUMNS": str(columns), "TERM": "xterm"},
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        with suppress(OSError), open(ours, "rb", buffering=0) as terminal:  # EIO at its end
+            while some := terminal.read(4096):
+                shown += some
+    assert process.wait() == 0
+    return re.sub(r"\x1b\[[0-9;]*m", "", shown.decode()).splitlines()
+
+
+@pytest.mark.parametrize("columns", [57, 60, 80])
+def test_a_table_that_has_room_for_its_words_cuts_none(columns: int) -> None:
+    rows = [
+        [
+            "control node",
+            "failed",
+            "/dev/ublk-control does not exist here",
+            "try `modprobe ublk_drv`",
+        ],
+        ["driver", "ok", "this kernel has none", "use a kernel with CONFIG_BLK_DEV_UBLK, or a vm"],
+    ]
+    program = f"from pyublk.cli.output import print_table\nprint_table(list('ABCD'), {rows!r})"
+    lines = on_a_terminal(columns, program)
+    assert lines[0].split() == list("ABCD")
+    assert max(map(len, lines)) <= columns
+    assert set(" ".join(cell for row in rows for cell in row).split()) <= set(
+        " ".join(lines).split()
+    )
+
+
+def test_columns_that_would_cut_words_go_below() -> None:
+    columns = ["ID", "PATH", "TARGET", "STATE", "SERVER", "USED BY"]
+    rows = [
+        ["0", "/dev/ublkb0", "examples/rot13.py:Rot13", "live", "python3 (148)", "mounted at /mnt"],
+        ["1", "/dev/ublkb1", "ram", "live", "-", "-"],
+    ]
+    program = f"from pyublk.cli.output import print_table\nprint_table({columns!r}, {rows!r})"
+    lines = [line.rstrip() for line in on_a_terminal(60, program)]
+    assert lines[0].split() == ["ID", "PATH", "TARGET", "STATE"]
+    assert lines[1].split() == ["0", "/dev/ublkb0", "examples/rot13.py:Rot13", "live"]
+    assert lines[2:4] == ["  SERVER: python3 (148)", "  USED BY: mounted at /mnt"]
+    assert lines[4].split() == ["1", "/dev/ublkb1", "ram", "live"]
+    wide = on_a_terminal(120, program)
+    assert wide[0].split() == ["ID", "PATH", "TARGET", "STATE", "SERVER", "USED", "BY"]
+    assert len(wide) == 3
+
+
+@pytest.mark.parametrize("name", [None, *COMMANDS])
+def test_the_help_fits_60_columns_and_cuts_no_word(name: str | None) -> None:
+    def help_at(width: int) -> str:
+        sizes = {"terminal_width": width, "max_content_width": width}
+        root = click.Context(main, info_name="pyublk", **sizes)
+        if name is None:
+            return main.get_help(root)
+        command = main.get_command(root, name)
+        assert command is not None
+        return command.get_help(click.Context(command, info_name=name, parent=root, **sizes))
+
+    narrow = help_at(60)
+    assert max(map(len, narrow.splitlines())) <= 60
+    assert set(help_at(300).split()) <= set(re.sub(r"-\n +", "-", narrow).split())
+
+
 # ---- completion ----
 
 
@@ -302,6 +497,34 @@ def test_bash_takes_the_script() -> None:
 )
 def test_words_are_completed(line: str, expected: set[str]) -> None:
     assert {entry.partition(",")[2] for entry in completions(line)} == expected
+
+
+def test_classes_of_a_file_and_their_parameters_are_completed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without running it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "raise SystemExit\n"
+        "class Mine:\n    def __init__(self, path, *, key=1, kind=2): pass\nclass Other: pass\n"
+    )
+    assert set(completions("pyublk add mine.py:")) == {"plain,mine.py:Mine", "plain,mine.py:Other"}
+    assert completions("pyublk add mine.py:M") == ["plain,mine.py:Mine"]
+    assert set(completions("pyublk add mine.py:Mine -o k")) == {"plain,key=", "plain,kind="}
+    assert completions("pyublk add mine.py:Other -o ") == []
+    assert completions("pyublk add nowhere.py:") == []
+    assert "plain,size=" in completions("pyublk add ram --option ")
+    assert completions("pyublk add nothing -o ") == []
+
+
+def test_kernels_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = tmp_path / "pyublk/kernels"
+    kernels.mkdir(parents=True)
+    (kernels / "6.12").symlink_to("6.12.1-x")
+    (kernels / "6.12.1-x").mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert set(completions("pyublk vm --kernel ")) == {"plain,6.12", "plain,host", "plain,latest"}
+    assert completions("pyublk vm --kernel l") == ["plain,latest"]
 
 
 def test_a_file_may_follow_where_no_target_fits() -> None:

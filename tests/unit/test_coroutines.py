@@ -17,9 +17,12 @@ import pyublk
 from pyublk import loops
 from pyublk._native import Handlers, Queue
 from pyublk.target import FailureLog
+from pyublk.targets import Ram
+from pyublk.testing import Disk
 from pyublk.uapi import Op
 
 Body = Callable[..., Any]
+SIZE = 1 << 20
 
 
 class Client:
@@ -807,3 +810,180 @@ def test_the_ring_sleeps_as_long_as_the_loop_says() -> None:
             selector.unregister(near)
             assert len(selector.get_map()) == 0
         selector.close()
+
+
+# ---- open and close ----
+
+
+class Plain(pyublk.Target):
+    def __init__(self) -> None:
+        super().__init__(size=SIZE)
+
+    def read(self, offset: int, buffer: memoryview) -> None:
+        buffer[:] = bytes(len(buffer))
+
+    def write(self, offset: int, data: memoryview) -> None:
+        pass
+
+
+class Scoped(pyublk.Target):
+    """Notes what happens on which loop; a task of its own beats from open to close."""
+
+    def __init__(self) -> None:
+        super().__init__(size=SIZE)
+        self.events: list[str] = []
+        self.loops: set[object] = set()
+        self.beats = 0
+
+    async def open(self) -> None:
+        await asyncio.sleep(0)
+        self.note("open")
+        self.task = asyncio.create_task(self.beat())
+
+    async def beat(self) -> None:
+        while True:
+            self.beats += 1
+            await asyncio.sleep(0)
+
+    async def close(self) -> None:
+        await asyncio.sleep(0)
+        self.note("close")
+        assert not self.task.done()
+
+    async def read(self, offset: int, buffer: memoryview) -> None:
+        beats = self.beats
+        while self.beats == beats:
+            await asyncio.sleep(0)
+        self.note("read")
+        buffer[:] = bytes(len(buffer))
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        self.note("write")
+
+    def note(self, event: str) -> None:
+        self.events.append(event)
+        self.loops.add(asyncio.get_running_loop())
+
+
+def test_open_and_close_are_awaited_on_the_loop_that_serves() -> None:
+    target = Scoped()
+    for _ in range(2):
+        target.events.clear()
+        target.loops.clear()
+        with Disk(target) as disk:
+            assert disk.pread(512, 0) == bytes(512)
+            disk.pwrite(bytes(512), 0)
+        assert target.events == ["open", "read", "write", "close"]
+        assert len(target.loops) == 1
+
+
+def test_a_disk_on_a_running_loop_is_served_by_it() -> None:
+    async def main() -> None:
+        target = Scoped()
+        async with Disk(target, max_io_size=4096, depth=4) as disk:
+            assert await disk.pread(65536, 0) == bytes(65536)
+            await disk.pwrite(bytes(512), 0)
+            assert disk.size == SIZE
+            assert disk.stats().total.requests == 17
+        assert target.loops == {asyncio.get_running_loop()}
+        assert target.events == ["open", *["read"] * 16, "write", "close"]
+        assert len(asyncio.all_tasks()) <= 2, "only the beat, which nobody has cancelled"
+        target.task.cancel()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("target", [Plain, Scoped])
+def test_every_kind_can_be_used_on_a_running_loop(target: Callable[[], pyublk.Target]) -> None:
+    async def main() -> None:
+        async with Disk(target()) as disk:
+            assert await disk.pread(512, 0) == bytes(512)
+
+    asyncio.run(main())
+
+
+def test_a_disk_with_its_own_loop_on_a_running_one_says_what_to_do() -> None:
+    target = Scoped()
+
+    async def main(disk: Disk) -> None:
+        with pytest.raises(RuntimeError, match="use `async with Disk"):
+            Disk(target).open()
+        assert target.events == ["open"]
+        with pytest.raises(RuntimeError, match="use `async with Disk"):
+            disk.pread(512, 0)
+        assert await asyncio.to_thread(disk.pread, 512, 0) == bytes(512)
+
+    with Disk(target) as disk:
+        asyncio.run(main(disk))
+    assert target.events[-1] == "close"
+
+
+def test_a_failing_open_is_not_closed_and_a_failing_start_is() -> None:
+    class FailsToOpen(Scoped):
+        async def open(self) -> None:
+            await asyncio.sleep(0)
+            raise ConnectionRefusedError("nobody there")
+
+    class TellsNoSize(Scoped):
+        def params(self, max_io_size: int) -> pyublk.Params:
+            raise ValueError("no size yet")
+
+    async def enter(target: pyublk.Target) -> None:
+        async with Disk(target):
+            pass
+
+    for begin in (lambda t: Disk(t).open(), lambda t: asyncio.run(enter(t))):
+        target: Scoped = FailsToOpen()
+        with pytest.raises(ConnectionRefusedError):
+            begin(target)
+        assert target.events == []
+        target = TellsNoSize()
+        with pytest.raises(ValueError, match="no size yet"):
+            begin(target)
+        assert target.events == ["open", "close"]
+
+
+class AsyncOpen(Plain):
+    async def open(self) -> None:
+        raise AssertionError("nobody awaits it")
+
+
+class AsyncClose(Plain):
+    async def close(self) -> None:
+        raise AssertionError("nobody awaits it")
+
+
+class AsyncStatus(Scoped):
+    async def status(self) -> dict[str, Any]:  # type: ignore[override]
+        return {}
+
+
+class AsyncRam(Ram):
+    async def open(self) -> None:
+        raise AssertionError("nobody awaits it")
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        (AsyncOpen(), "AsyncOpen.open is async, and nobody would await it"),
+        (AsyncClose(), "AsyncClose.close is async, and nobody would await it"),
+        (AsyncStatus(), "AsyncStatus.status is async, and nobody would await it"),
+        (AsyncRam(size=SIZE), "AsyncRam.open is async, and nobody would await it"),
+    ],
+)
+@pytest.mark.parametrize("make", [Disk, pyublk.Device])
+def test_a_coroutine_that_nobody_would_await_is_refused(
+    make: Callable[[pyublk.Target], object], target: pyublk.Target, words: str
+) -> None:
+    with pytest.raises(pyublk.InvalidTarget, match=words):
+        make(target)
+
+
+def test_an_open_that_hides_its_coroutine_is_refused_too() -> None:
+    class Hides(Plain):
+        def open(self) -> Any:
+            return AsyncOpen.open(self)  # type: ignore[arg-type]
+
+    with pytest.raises(pyublk.InvalidTarget, match=r"Hides.open returned something to await"):
+        Disk(Hides()).open()

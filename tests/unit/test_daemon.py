@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pyublk import errors
-from pyublk.service import daemon
+from pyublk.service import daemon, logs
 from pyublk.service.plan import Plan
 from pyublk.service.processes import ProcessId, start_time
 from pyublk.service.records import remove_log
@@ -99,3 +99,44 @@ def test_a_server_removes_no_log_but_its_own(run_dir: Path) -> None:
         log.write_text("another server's")
         remove_log(output.fileno())
         assert log.exists()
+
+
+def test_a_log_is_in_use_as_long_as_somebody_may_write_to_it(run_dir: Path) -> None:
+    log, name = logs.begin()
+    assert logs.abandoned() == []
+    writer = subprocess.Popen(["sleep", "60"], stdout=log)
+    os.close(log)
+    Path(name).rename(run_dir / "3.log")
+    assert logs.abandoned() == []
+    writer.kill()
+    writer.wait()
+    assert logs.abandoned() == [run_dir / "3.log"]
+    other, _ = logs.begin()
+    assert not (run_dir / "3.log").exists()
+    os.close(other)
+
+
+def test_only_a_log_that_is_too_long_is_cut_and_its_newest_lines_stay(run_dir: Path) -> None:
+    log, name = logs.begin()
+    line = b"x" * 99 + b"\n"
+    os.write(log, line * (logs.LIMIT // 100))
+    logs.trim(log)
+    assert Path(name).stat().st_size == logs.LIMIT // 100 * 100
+    os.write(log, line * 2 + b"the last\n")
+    logs.trim(log)
+    first, *lines = Path(name).read_bytes().splitlines(keepends=True)
+    assert first == b"(older lines were removed)\n"
+    assert logs.KEPT - 200 < Path(name).stat().st_size < logs.KEPT + 100
+    assert set(lines) == {line, b"the last\n"}
+    os.write(log, b"goes on at the end\n")
+    assert Path(name).read_bytes().endswith(b"the last\ngoes on at the end\n")
+    os.close(log)
+
+
+def test_links_and_directories_are_nobodys_logs(run_dir: Path) -> None:
+    run_dir.mkdir(exist_ok=True)
+    (run_dir / "1.log").symlink_to("/etc/passwd")
+    (run_dir / "2.log").mkdir()
+    assert run_dir / "1.log" not in logs.abandoned()
+    os.close(logs.begin()[0])
+    assert (run_dir / "2.log").is_dir()

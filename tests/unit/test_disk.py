@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -210,6 +211,54 @@ def test_an_os_error_is_the_clients_errno(ublk_disk: Callable[..., Disk]) -> Non
             disk.pwrite(bytes(512), 0)
     target.heal()
     disk.pwrite(bytes(512), 0)
+
+
+NEVER = [
+    ("fail", ("writ",), {}, "no request calls 'writ' of Memory (did you mean 'write'?): its"),
+    (
+        "fail",
+        ("discard",),
+        {},
+        "no request calls 'discard' of Memory: its methods are read, write,",
+    ),
+    ("delay", ("handle", 1), {}, "no request calls 'handle' of Memory"),
+    ("hang", ("open",), {}, "no request calls 'open' of Memory"),
+    ("hang", ("",), {}, "no request calls '' of Memory"),
+    ("hang", (None,), {}, "no request calls None of Memory"),
+    ("fail", ("write",), {"nth": 0}, "nth must be at least 1, not 0"),
+    ("fail", ("write",), {"nth": -1, "every": True}, "nth must be at least 1, not -1"),
+    ("fail", ("write",), {"nth": 1.5}, "nth must be a whole number, not 1.5"),
+    ("fail", ("write",), {"nth": True}, "nth must be a whole number, not True"),
+    ("fail", ("write", -5), {}, "error must be an errno value such as errno.EIO, not -5"),
+    ("fail", ("write", []), {}, "error must be an errno value"),
+    ("fail", ("write", True), {}, "error must be an errno value"),
+    ("fail", ("write", 0), {}, "error must be an errno value"),
+    ("fail", ("write", 100_000), {}, "error must be an errno value"),
+    ("fail", ("write", "EIO"), {}, "error must be an errno value such as errno.EIO, not 'EIO'"),
+    ("delay", ("write", -1), {}, "seconds must be a number of seconds above 0, not -1"),
+    ("delay", ("write", float("nan")), {}, "seconds must be a number of seconds"),
+    ("delay", ("write", float("inf")), {}, "seconds must be a number of seconds"),
+    ("delay", ("write", "1"), {}, "seconds must be a number of seconds above 0, not '1'"),
+]
+
+
+@pytest.mark.parametrize(("call", "arguments", "options", "words"), NEVER)
+def test_faults_that_could_never_happen_are_refused(
+    call: str, arguments: tuple[Any, ...], options: dict[str, Any], words: str
+) -> None:
+    target = Faulty(Memory())
+    with pytest.raises(ValueError, match=re.escape(words)):
+        getattr(target, call)(*arguments, **options)
+    with Disk(target) as disk:  # nothing of it was set
+        disk.pwrite(bytes(512), 0)
+        disk.pread(512, 0)
+
+
+def test_a_read_only_target_is_never_written_to() -> None:
+    target = Faulty(Memory(read_only=True))
+    with pytest.raises(ValueError, match="no request calls 'write' of a read-only Memory"):
+        target.fail("write")
+    target.fail("read")
 
 
 def test_returning_bytes_is_told(

@@ -128,6 +128,22 @@ def test_who_makes_nodes(tmp_path: Path) -> None:
     assert check_nodes(tmp_path).status is Status.OK
 
 
+@pytest.mark.parametrize("node", ["ublk-char/ublkc0", "block/ublkb12", "block/ublkb3p1"])
+def test_nodes_that_a_containers_dev_lacks(tmp_path: Path, node: str) -> None:
+    mountinfo = "23 22 0:5 / /dev rw - devtmpfs udev rw\n23 22 0:40 / /dev rw - tmpfs tmpfs rw\n"
+    file(tmp_path / "proc/self/mountinfo", mountinfo)
+    file(tmp_path / "run/udev/control")  # the machine's: it is no help in here
+    file(tmp_path / "sys/class" / node / "dev")
+    check = check_nodes(tmp_path)
+    name = node.partition("/")[2]
+    assert check.status is Status.FAILED
+    assert check.finding.endswith(f"lacks nodes of devices that the kernel has made: {name}")
+    assert check.finding.startswith("/dev is a tmpfs, ")
+    assert "--volume /dev:/dev" in (check.remedy or "")
+    file(tmp_path / "dev" / name)
+    assert check_nodes(tmp_path).status is Status.OK
+
+
 def test_a_ring_is_really_opened() -> None:
     assert check_io_uring().status is Status.OK
 

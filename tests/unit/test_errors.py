@@ -357,3 +357,30 @@ def test_a_missing_feature_keeps_its_parts() -> None:
     again = pickle.loads(pickle.dumps(error))
     assert str(again) == "min_wait is not available: it needs Linux 6.12, here is an older kernel"
     assert (again.feature, again.needed, again.found) == ("min_wait", "Linux 6.12", error.found)
+
+
+@pytest.mark.parametrize(
+    ("dev", "known", "words", "remedy"),
+    [
+        ("tmpfs", True, "/dev is a tmpfs, as in a container", "--volume /dev:/dev"),
+        (None, True, "/dev is part of the root file system, as in a container", "--volume"),
+        ("devtmpfs", True, "/dev is a devtmpfs", "who removes nodes"),
+        ("tmpfs", False, "the kernel knows no such device any more", "dmesg"),
+    ],
+)
+@pytest.mark.parametrize("node", ["ublkc3", "ublkb3"])
+def test_a_node_that_does_not_appear(
+    tmp_path: Path, node: str, dev: str | None, known: bool, words: str, remedy: str
+) -> None:
+    (tmp_path / "self").mkdir()
+    mounts = "22 1 8:1 / / rw - ext4 /dev/sda1 rw\n"
+    mounts += f"23 22 0:5 / /dev rw - {dev} none rw\n" if dev else ""
+    (tmp_path / "self/mountinfo").write_text(mounts)
+    place = tmp_path / "class" / ("ublk-char" if "c" in node else "block") / node
+    if known:
+        place.mkdir(parents=True)
+    error = errors.node_missing_error(f"/dev/{node}", tmp_path, tmp_path)
+    assert error.errno == errno.ENOENT
+    assert str(error.strerror).startswith(f"/dev/{node} did not appear: ")
+    assert words in str(error)
+    assert remedy in error.__notes__[1]

@@ -149,6 +149,25 @@ def test_what_a_target_says_goes_with_its_record(run_dir: Path) -> None:
     assert not list(run_dir.glob("3.*"))
 
 
+def test_failed_requests_are_told_beside_the_status(run_dir: Path) -> None:
+    class Telling(Null):
+        def status(self) -> dict[str, object]:
+            return {"mood": "fine"}
+
+    for target, said in ((Null(size=1 << 20), {}), (Telling(size=1 << 20), {"mood": "fine"})):
+        failed, one = 0, record()
+        keep = _keep_status(one, target, lambda: failed)  # noqa: B023 - called here only
+        keep()
+        assert (one.read_status() or {}) == said
+        failed = 3
+        keep()
+        assert one.read_status() == said | {"failed_requests": 3}
+        written = (run_dir / "3.status").stat().st_ino
+        keep()
+        assert (run_dir / "3.status").stat().st_ino == written, "only when it changes"
+        (run_dir / "3.status").unlink()
+
+
 def test_a_status_that_cannot_be_written_ends_no_server(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -14,10 +14,10 @@ PACKAGE = Path(pyublk.__file__).parent
 
 #: From the bottom up. A room imports from its own row or rows above it in this list only.
 ROOMS = [
-    ["uapi", "uring", "interruptions"],
+    ["arguments", "launch", "uapi", "uring", "interruptions"],
     ["errors"],
     ["_native"],
-    ["features", "params", "stats", "zones"],
+    ["features", "methods", "occupants", "params", "stats", "zones"],
     ["paths", "backing", "scheduling"],
     ["control"],
     ["target", "sharing"],

@@ -4,9 +4,10 @@ import enum
 import os
 import stat
 import subprocess
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 
@@ -93,6 +94,82 @@ def test_wrong_options_are_told_in_a_sentence(
         targets.build(Picky, options, arguments)
 
 
+class Several(pyublk.Target):
+    """Annotations of many kinds, and none."""
+
+    def __init__(
+        self,
+        hosts: list[str],
+        ports: tuple[int, ...] = (1,),
+        *,
+        sizes: Sequence[int] | None = None,
+        offset: int = 0,
+        raw: bytes = b"",
+        place: os.PathLike[str] | None = None,
+        anything: Any = None,
+        noted: Annotated[int, "a note"] = 0,
+        count=3,  # type: ignore[no-untyped-def]
+        share=0.5,
+        quick=False,
+        colour=Colour.RED,
+        names=("a",),
+        unknown=None,
+        table: dict[str, int] | None = None,
+        lock: Colour | threading.Event | None = None,
+        event: threading.Event | None = None,
+    ) -> None:
+        super().__init__(size=4096)
+        self.got = {name: value for name, value in locals().items() if name != "self"}
+
+    read = write = Picky.read
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "value"),
+    [
+        ("hosts", "one,two", ["one", "two"]),
+        ("hosts", "one", ["one"]),
+        ("hosts", "", []),
+        ("ports", "80,8K", (80, 8192)),
+        ("sizes", "1K,2K", (1024, 2048)),
+        ("offset", "-5", -5),
+        ("raw", "\u00e4", "\u00e4".encode()),
+        ("place", "/x", Path("/x")),
+        ("anything", "7", "7"),
+        ("noted", "7", 7),
+        ("count", "7", 7),
+        ("share", "0.25", 0.25),
+        ("quick", "yes", True),
+        ("colour", "green", Colour.GREEN),
+        ("names", "x,y", ("x", "y")),
+        ("unknown", "7", "7"),
+    ],
+)
+def test_several_values_and_types_that_only_defaults_tell(
+    option: str, text: str, value: object
+) -> None:
+    made = targets.build(Several, {"hosts": "h"} | {option: text})
+    assert isinstance(made, Several)
+    assert made.got[option] == value
+    assert type(made.got[option]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "message"),
+    [
+        ("ports", "80,many", "option ports is 'many': it must be a whole number"),
+        ("offset", "--5", "option offset is '--5': it must be a whole number"),
+        ("count", "x", "option count is 'x': it must be a whole number"),
+        ("quick", "x", "option quick is 'x': it must be yes or no"),
+        ("table", "a=1", r"option table is of the type dict\[str, int\], which no text can be"),
+        ("event", "x", "option event is of the type Event, which no text can be made into"),
+    ],
+)
+def test_texts_that_are_no_such_value(option: str, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        targets.build(Several, {"hosts": "h"} | {option: text})
+
+
 def test_targets_are_found_by_name_module_and_file(tmp_path: Path) -> None:
     assert targets.resolve("ram") is targets.Ram
     assert targets.resolve("pyublk.targets.null:Null") is targets.Null
@@ -116,6 +193,18 @@ def test_targets_are_found_by_name_module_and_file(tmp_path: Path) -> None:
         ),
         ("nowhere.at.all:X", "there is no module 'nowhere.at.all'"),
         ("missing.py:X", r"there is no file 'missing\.py'"),
+        ("missing.py", "'missing.py' names a file, but no class: write missing.py:Class"),
+        (":X", "':X' names no module: write package.module:Class or file.py:Class"),
+        (":", "':' names no module"),
+        (".mine:X", "'.mine:X' names no module"),
+        ("a..b:X", "'a..b:X' names no module"),
+        ("disk.img:X", "there is no module 'disk.img'"),
+        ("my disks:X", "'my disks:X' names no module"),
+        (
+            "pyublk.targets.null:",
+            "'pyublk.targets.null:' names no class of pyublk.targets.null; its",
+        ),
+        ("pyublk.targets.null:Nlul", r"has no 'Nlul' \(did you mean 'Null'\?\)"),
     ],
 )
 def test_unknown_targets_are_told_with_what_is_near(text: str, message: str) -> None:

@@ -28,6 +28,7 @@ from pyublk.vm.errors import (
     Interrupted,
     MissingProgram,
     VMError,
+    WrongUsage,
 )
 from pyublk.vm.initramfs import Archive
 from pyublk.vm.kernels import Kernel
@@ -418,6 +419,20 @@ def test_the_environment_is_chosen() -> None:
     }
     with pytest.raises(VMError, match="'UNSET' cannot be passed on: it is not set here"):
         attached.environment(["UNSET"], source)
+
+
+def test_a_wrong_argument_has_the_exit_code_of_wrong_usage(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert attached.report(WrongUsage("no")) == 2
+    assert capsys.readouterr().err == "pyublk vm: no\n"
+
+
+@pytest.mark.parametrize("timeout", [0.0, -1.0, float("nan"), float("inf"), 1e10])
+def test_a_timeout_that_is_none_is_refused_before_anything_boots(timeout: float) -> None:
+    made = object.__new__(Machine)
+    with pytest.raises(WrongUsage, match="timeout must be above 0 and at most 1e\\+09 s, not "):
+        made.run(["true"], timeout=timeout)
 
 
 def test_exit_codes_by_kind_of_error(capsys: pytest.CaptureFixture[str]) -> None:

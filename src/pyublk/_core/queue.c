@@ -183,15 +183,18 @@ static int open_parts(struct pu_queue *q, const struct pu_queue_options *options
 	return error ? error : register_files(q, options->files, options->nr_files);
 }
 
+void pu_io_flusher(void)
+{
+	prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0);
+}
+
 int pu_queue_open(struct pu_queue *q, int cdev, const struct pu_queue_options *options)
 {
 	uint64_t flags = options->flags;
 	int error;
 
-	/* Memory this thread allocates must not wait for dirty pages that only it can write. Needs
-	 * CAP_SYS_RESOURCE; without it the disk works, but not below heavy memory pressure. */
 	if (cdev >= 0)
-		prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0);
+		pu_io_flusher();
 	memset(q, 0, sizeof(*q));
 	q->ring.fd = -1;
 	q->post_ring.fd = -1;

@@ -168,6 +168,11 @@ enum pu_kind {
 };
 #define PU_USER_DATA(kind, number) ((uint64_t)(kind) << PU_KIND_SHIFT | (uint64_t)(number))
 
+/* Memory that the calling thread allocates must not wait for dirty pages that only it can write:
+ * for each that serves requests. Needs CAP_SYS_RESOURCE; without it a disk works, but not below heavy
+ * memory pressure. pu_queue_open does it, too. */
+void pu_io_flusher(void);
+
 /* Opens a queue of the char device: maps descriptors, makes ring and buffers. To be called by the
  * thread that will serve it. cdev < 0: loopback. 0 or -errno; nothing is left on failure. */
 int pu_queue_open(struct pu_queue *q, int cdev, const struct pu_queue_options *options);

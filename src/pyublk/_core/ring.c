@@ -97,7 +97,7 @@ static int setup(uint32_t entries, uint32_t cq_entries, uint32_t required, uint3
 			params->flags |= PU_SETUP_CQSIZE;
 			params->cq_entries = cq_entries;
 		}
-		int fd = error_or(syscall(SYS_io_uring_setup, entries, params));
+		int fd = pu_fd_high(error_or(syscall(SYS_io_uring_setup, entries, params)));
 
 		if (fd != -EINVAL)
 			return fd;
@@ -108,6 +108,16 @@ static int setup(uint32_t entries, uint32_t cq_entries, uint32_t required, uint3
 			return fd;
 		wanted &= ~newest_first[next++];
 	}
+}
+
+int pu_fd_high(int fd)
+{
+	int high = fd < 0 ? -1 : fcntl(fd, F_DUPFD_CLOEXEC, PU_FD_HIGH);
+
+	if (high < 0)
+		return fd; /* an error, or no such number is left */
+	close(fd);
+	return high;
 }
 
 static void *map_ring(int fd, size_t bytes, long long offset)

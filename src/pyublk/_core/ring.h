@@ -126,6 +126,13 @@ struct pu_ring {
 	uint64_t enters;
 };
 
+/* The same file under a number above those of most others, or fd itself. At the end of a process that
+ * is killed the kernel closes files from the highest number down: one that has its own disk open,
+ * with a request in flight, would else wait for that request, beyond any signal, before what serves
+ * it is closed, and keep all of ublk waiting with it. */
+#define PU_FD_HIGH 768 /* a table up to there takes little memory, and fits in every limit */
+int pu_fd_high(int fd);
+
 /* Opens a ring. `required` setup flags must be had; each of `wanted` is dropped when this kernel
  * does not know it (setup_flags tells). cq_entries 0: the kernel's choice. 0 or -errno. */
 int pu_ring_open(struct pu_ring *ring, uint32_t entries, uint32_t cq_entries, uint32_t required,

@@ -6,10 +6,13 @@ Each command is imported when it is called, so that a slow or broken one trouble
 
 import difflib
 import importlib
+import sys
+from typing import Any
 
 import click
 
-from pyublk.cli.failures import reported
+from pyublk import launch
+from pyublk.cli.failures import Failure, reported
 
 #: Command -> (module in this package, its short help).
 _COMMANDS = {
@@ -57,6 +60,17 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> object:
         with reported(traceback=ctx.params["traceback"]):
             return super().invoke(ctx)
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        launch.fill_streams()
+        try:
+            return super().main(*args, **extra)
+        except OSError as error:  # the help or the version could not be printed
+            failure = Failure(error)
+            failure.show()
+            sys.exit(failure.exit_code)
+        finally:
+            launch.settle_streams()
 
 
 @click.group(

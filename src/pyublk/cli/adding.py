@@ -3,14 +3,14 @@
 
 import signal
 from contextlib import AbstractContextManager
+from functools import partial
 from types import FrameType
 
 import click
 from click.shell_completion import CompletionItem
 
-from pyublk import targets
-from pyublk.cli.failures import ExitCode, open_controller
-from pyublk.cli.output import message, print_json
+from pyublk.cli.failures import ExitCode, NotTold, message, open_controller
+from pyublk.cli.output import print_json
 from pyublk.cli.parameters import Cpus, Size, json_option
 from pyublk.interruptions import handled
 from pyublk.paths import DataPath
@@ -28,8 +28,24 @@ class _TargetName(click.ParamType[str]):
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        names = [CompletionItem(name) for name in targets.names() if name.startswith(incomplete)]
-        return names or [CompletionItem(incomplete, type="file")]
+        from pyublk.cli.completing import target_names
+
+        return target_names(incomplete)
+
+
+class _Option(click.ParamType[str]):
+    """KEY=VALUE."""
+
+    name = "option"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        from pyublk.cli.completing import option_names
+
+        # An option whose value is to come keeps click from sorting what there is.
+        target = ctx.params.get("target") or next(iter(ctx.args), "")
+        return option_names(target, incomplete)
 
 
 def _split_options(
@@ -40,6 +56,10 @@ def _split_options(
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise click.BadParameter(f"{text!r} is no KEY=VALUE", ctx, param)
+        if key in options:
+            raise click.BadParameter(
+                f"{key} is given twice: several values go with commas between them", ctx, param
+            )
         options[key] = value
     return options
 
@@ -53,6 +73,7 @@ def _split_options(
     "--option",
     "options",
     multiple=True,
+    type=_Option(),
     metavar="KEY=VALUE",
     callback=_split_options,
     help="A parameter of the target's class; may be repeated.",
@@ -68,7 +89,8 @@ def _split_options(
 @click.option("--workers", type=click.IntRange(min=0), default=0, metavar="N",
               help="Threads for a parallel target whose methods block.")  # fmt: skip
 @click.option("--path", type=click.Choice(["auto", *(path.value for path in DataPath)]),
-              default="auto", show_default=True, help="How data travels.")  # fmt: skip
+              default="auto", show_default=True, metavar="WAY", help="How data travels: "
+              f"auto, {', '.join(path.value for path in DataPath)}.")  # fmt: skip
 @click.option("--batch/--no-batch", default=None,
               help="Commands that carry many tags.  [default: where the kernel can]")  # fmt: skip
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
@@ -149,12 +171,12 @@ def add(
         io_scheduler=io_scheduler,
     )
     open_controller().close()  # no driver, no rights: said before anything is started
+    show = partial(_show, as_json=as_json)
     if not foreground:
         with _ended_as_by_ctrl_c():
-            record = daemon.start(plan)
-        _show(record, as_json=as_json)
+            daemon.start(plan, ready=show)
         return
-    served = serve(plan, log_file=None, ready=lambda record: _show(record, as_json=as_json))
+    served = serve(plan, log_file=None, ready=show)
     if served is None:
         click.get_current_context().exit(ExitCode.INTERRUPTED)
     if as_json:
@@ -174,18 +196,24 @@ def _ended_as_by_ctrl_c() -> AbstractContextManager[None]:
 
 
 def _show(record: Record, *, as_json: bool) -> None:
-    if not as_json:
-        click.echo(record.path)
-        return
-    print_json(
-        {
-            "id": record.id,
-            "path": record.path,
-            "target": record.plan.target,
-            "server_pid": record.server.pid,
-            "log": str(record.log) if record.log else None,
-        }
-    )
+    """Raises NotTold when it cannot: nobody would know of the disk."""
+    fields = {
+        "id": record.id,
+        "path": record.path,
+        "target": record.plan.target,
+        "server_pid": record.server.pid,
+        "log": str(record.log) if record.log else None,
+    }
+    try:
+        if as_json:
+            print_json(fields)
+        else:
+            click.echo(record.path)
+    except OSError as error:
+        raise NotTold(
+            f"{record.path} was made, but that could not be printed: {error.strerror}; it is "
+            "stopped again"
+        ) from error
 
 
 def _summary(served: Served) -> str:

@@ -12,9 +12,10 @@ def completion(ctx: click.Context, shell: str) -> None:
     """Print the script that completes this command in SHELL.
 
     \b
-    bash:  eval "$(pyublk completion bash)"              in ~/.bashrc
-    zsh:   eval "$(pyublk completion zsh)"               in ~/.zshrc
-    fish:  pyublk completion fish | source               in ~/.config/fish/config.fish
+    in ~/.bashrc: eval "$(pyublk completion bash)"
+    in ~/.zshrc:  eval "$(pyublk completion zsh)"
+    in ~/.config/fish/config.fish:
+                  pyublk completion fish | source
     """
     made = get_completion_class(shell)
     assert made is not None

@@ -6,8 +6,8 @@ from dataclasses import asdict
 
 import click
 
-from pyublk.cli.failures import ExitCode
-from pyublk.cli.output import message, print_json, print_table
+from pyublk.cli.failures import ExitCode, message
+from pyublk.cli.output import print_json, print_table
 from pyublk.cli.parameters import json_option
 from pyublk.service.doctor import Check, Status, examine, repair
 

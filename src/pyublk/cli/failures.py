@@ -5,13 +5,13 @@ import errno
 import sys
 import traceback as tracebacks
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 from typing import IO, Any
 
 import click
 
-from pyublk import errors
+from pyublk import errors, launch
 from pyublk.control import CONTROL_NODE, Controller
 
 
@@ -31,6 +31,10 @@ class ExitCode(IntEnum):
 
 class NoDriver(errors.UblkError):
     """There is no ublk driver."""
+
+
+class NotTold(errors.UblkError):
+    """What was done could not be printed, and was undone."""
 
 
 class NoDevice(errors.UblkError):
@@ -60,6 +64,14 @@ def exit_code(error: BaseException) -> ExitCode:
             return ExitCode.FAILED
 
 
+def message(text: str, *notes: str) -> None:
+    """Tells something that is not the result, if anybody listens."""
+    with suppress(OSError):
+        click.echo(f"pyublk: {text}", err=True)
+        for note in notes:
+            click.echo(f"  {note}", err=True)
+
+
 class Failure(click.ClickException):
     """What click shows instead of a traceback."""
 
@@ -69,9 +81,7 @@ class Failure(click.ClickException):
         self.exit_code = exit_code(error)  # type: ignore[misc]  # made to be set by subclasses
 
     def show(self, file: IO[Any] | None = None) -> None:
-        click.echo(f"pyublk: {self.message}", err=True)
-        for note in self.notes:
-            click.echo(f"  {note}", err=True)
+        message(self.message, *self.notes)
 
 
 def _sentence(error: BaseException) -> str:
@@ -87,16 +97,20 @@ def _sentence(error: BaseException) -> str:
 def reported(*, traceback: bool) -> Iterator[None]:
     """Turns every exception into a `Failure`, having shown its traceback if that is wanted."""
     try:
+        launch.ctrl_c_interrupts()
         yield
     except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
         raise
     except KeyboardInterrupt:
-        click.echo("pyublk: interrupted", err=True)
+        launch.ctrl_c_ends()
+        message("interrupted")
         sys.exit(ExitCode.INTERRUPTED)
     except Exception as error:
         if traceback:
             tracebacks.print_exception(error)
         raise Failure(error) from error
+    finally:
+        launch.ctrl_c_ends()
 
 
 def open_controller() -> Controller:

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from pyublk.cli.failures import NoDevice, open_controller
-from pyublk.cli.output import message, print_json, print_table
+from pyublk.cli.failures import NoDevice, message, open_controller
+from pyublk.cli.output import print_json, print_table
 from pyublk.cli.parameters import DeviceId, json_option
 from pyublk.control import Controller, DeviceInfo
 from pyublk.service.inventory import Disk, disk
@@ -89,6 +89,7 @@ def _summary(one: Disk) -> dict[str, Any]:
         "queues": device.queues,
         "depth": device.depth,
         "server_pid": device.server_pid,
+        "failed_requests": one.failed,
         "used_by": [asdict(use) for use in one.uses],
         "log": str(record.log) if record and record.log else None,
         "ours": device.ours,
@@ -126,7 +127,7 @@ def _details(one: Disk) -> dict[str, Any]:
         "owner": {"uid": device.owner_uid, "gid": device.owner_gid},
         "plan": asdict(record.plan) if record else None,
         "data_path": record.data_path if record else None,
-        "status": record.read_status() if record else None,
+        "status": one.status,
         "params": asdict(one.params) if one.params else None,
         "io_scheduler": one.io_scheduler,
         "served": asdict(one.served) if one.served else None,
@@ -167,7 +168,7 @@ def _lines(one: Disk) -> list[tuple[str, str]]:
         words += [f"{key}={value}" for key, value in record.plan.options.items()]
         lines.append(("target", " ".join(words)))
         lines.append(("data path", record.data_path or "unknown"))
-        lines += _status_lines(record.read_status())
+        lines += _status_lines(one.status)
         lines.append(("log", str(record.log) if record.log else "on the server's terminal"))
     else:
         lines.append(("target", "unknown: not made by `pyublk add`"))
@@ -177,6 +178,8 @@ def _lines(one: Disk) -> list[tuple[str, str]]:
             (name.replace("_", " "), format_size(value) if name.startswith("bytes") else str(value))
             for name, value in asdict(one.served).items()
         ]
+    if one.failed is not None:
+        lines.append(("failed requests", str(one.failed)))
     if one.params:
         for group, fields in asdict(one.params).items():
             for name, value in (fields or {}).items():

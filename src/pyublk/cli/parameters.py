@@ -35,6 +35,18 @@ class Size(click.ParamType[int]):
             self.fail(str(error), param, ctx)
 
 
+class Seconds(click.FloatRange):
+    """A time that a clock can have: neither infinite nor no number at all."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        seconds: float = super().convert(value, param, ctx)
+        if not seconds <= 1e9:
+            self.fail(f"{value} is no number of seconds that can be waited for", param, ctx)
+        return seconds
+
+
 class Cpus(click.ParamType[list[int]]):
     """CPUs by their numbers, as the kernel writes them: 0-3,8."""
 

@@ -8,7 +8,7 @@ import click
 from pyublk.cli.failures import ExitCode, Failure, exit_code, open_controller
 from pyublk.cli.listing import find
 from pyublk.cli.output import print_json
-from pyublk.cli.parameters import DeviceId, json_option
+from pyublk.cli.parameters import DeviceId, Seconds, json_option
 from pyublk.control import Controller, DeviceInfo
 from pyublk.service.stopping import delete, stop
 
@@ -17,7 +17,7 @@ _force = click.option(
 )
 _timeout = click.option(
     "--timeout",
-    type=click.FloatRange(min=0.1),
+    type=Seconds(min=0.1),
     default=30.0,
     show_default=True,
     metavar="SECONDS",

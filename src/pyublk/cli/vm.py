@@ -6,9 +6,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import click
+from click.shell_completion import CompletionItem
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pyublk.cli.parameters import Seconds
 from pyublk.vm import Machine, VMError, attached
 
 
@@ -29,6 +31,20 @@ class _Memory(click.ParamType[int]):
             self.fail(str(error), param, ctx)
 
 
+class _Kernel(click.ParamType[str]):
+    """The name of a kernel."""
+
+    name = "kernel"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Return the names that go on so."""
+        from pyublk.cli.completing import kernel_names
+
+        return kernel_names(incomplete)
+
+
 @contextmanager
 def _progress() -> Iterator[Callable[[str, float | None], None]]:
     """Show a progress bar while a kernel is fetched; nothing when it is there already."""
@@ -46,6 +62,7 @@ def _progress() -> Iterator[Callable[[str, float | None], None]]:
 @click.command(context_settings={"allow_interspersed_args": False})
 @click.option(
     "--kernel",
+    type=_Kernel(),
     default="latest",
     show_default=True,
     metavar="NAME",
@@ -58,7 +75,7 @@ def _progress() -> Iterator[Callable[[str, float | None], None]]:
 )
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Seconds(min=0, min_open=True),
     metavar="SECONDS",
     help="End the machine when the command takes longer.",
 )
@@ -101,8 +118,9 @@ def vm(
     Ctrl-C reaches the command; twice within three seconds, it ends the machine. On a terminal,
     pressing Ctrl-] three times ends it too.
 
-    The exit code is the command's; 124 when --timeout ended it, 125 when the machine failed,
-    126 and 127 when the command could not be run or found, 128 + N when signal N ended it.
+    The exit code is the command's; 2 when an option is wrong, 124 when --timeout ended it, 125 when
+    the machine failed, 126 and 127 when the command could not be run or found, 128 + N when signal
+    N ended it.
     """
     try:
         with _progress() as progress:

@@ -5,6 +5,7 @@ From the bottom up:
 
     processes, usage   processes beyond pid reuse; who uses a block device
     plan, records      what to serve; what is kept of it while it is served
+    logs               what servers print, kept small, removed with their disks
     reports, server    failures that cross processes; serving a plan until told to stop
     daemon             a server process of its own
     stopping           flushing, stopping, deleting, with users asked first

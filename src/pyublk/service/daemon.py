@@ -5,19 +5,19 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
 from pyublk import errors
-from pyublk.service import reports
+from pyublk.launch import fill_descriptors
+from pyublk.service import logs, reports
 from pyublk.service.plan import Plan
 from pyublk.service.records import (
     Record,
-    make_run_directory,
     recorded_ids,
     remove_log,
     run_directory,
@@ -31,23 +31,26 @@ CLEANUP = 30.0
 FIRST_READ = 30.0
 
 
-def start(plan: Plan) -> Record:
-    """Starts a server in a new session and returns when its disk can be read.
+def start(plan: Plan, ready: Callable[[Record], None] = lambda _: None) -> Record:
+    """Starts a server in a new session and returns when its disk can be read and `ready`, which is
+    called with its record, has returned.
 
     The server is a fresh interpreter, so that it shares neither threads nor descriptors with the
     caller. It starts in the caller's directory, where the target's class and files are looked up,
     and goes to `/` once the disk is there. Its output goes to the record's log.
 
-    Raises what kept the disk from being made (see `reports.revive`); then, as after a
-    KeyboardInterrupt, no device, process, record or log is left.
+    Raises what kept the disk from being made (see `reports.revive`), or what `ready` raised; then,
+    as after a KeyboardInterrupt, no device, process, record or log is left.
     """
-    log, name = tempfile.mkstemp(prefix="starting-", suffix=".log", dir=make_run_directory())
+    fill_descriptors()  # the server gets descriptors by number, which these must not be
+    log, name = logs.begin()
     try:
         server, report = _spawn(log, name)
         try:
             with report:
                 record = _await_report(server, plan, report, name)
             _check_readable(record)
+            ready(record)
         except BaseException:
             _end(server)
             raise

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from pyublk._native import Ring
 from pyublk.control import CONTROL_NODE, Controller, DeviceInfo
-from pyublk.service import records
+from pyublk.errors import OWN_DEV, kind_of_dev
+from pyublk.service import logs, records
 from pyublk.service.stopping import delete, has_server, may_be_starting
 from pyublk.uapi import DeviceStatus
 
@@ -162,17 +163,25 @@ def _limit(value: int) -> str:
 
 def check_nodes(root: Path = Path("/")) -> Check:
     """Whether device nodes appear in /dev by themselves."""
-    for line in (root / "proc/self/mountinfo").read_text().splitlines():
-        place, _, kind = line.partition(" - ")
-        if place.split(" ")[4] == "/dev" and kind.split(" ")[0] == "devtmpfs":
-            return Check("device nodes", Status.OK, "/dev is a devtmpfs")
+    kind = kind_of_dev(root / "proc")
+    made = [*root.glob("sys/class/ublk-char/ublkc*"), *root.glob("sys/class/block/ublkb*")]
+    if missing := sorted(one.name for one in made if not (root / "dev" / one.name).exists()):
+        return Check(
+            "device nodes",
+            Status.FAILED,
+            f"/dev is {kind}, and lacks nodes of devices that the kernel has made: "
+            f"{', '.join(missing)}",
+            OWN_DEV,
+        )
+    if kind == "devtmpfs":
+        return Check("device nodes", Status.OK, "/dev is a devtmpfs")
     if (root / "run/udev/control").exists():
         return Check("device nodes", Status.OK, "udev makes them")
     return Check(
         "device nodes",
         Status.WARNING,
         "/dev is no devtmpfs and no udev runs: nodes of new disks may not appear",
-        "mount -t devtmpfs devtmpfs /dev; for a container, pass the host's /dev",
+        "mount -t devtmpfs devtmpfs /dev; for a container, pass the host's (`--volume /dev:/dev`)",
     )
 
 
@@ -301,7 +310,7 @@ def stale_records() -> list[Path]:
                 continue
         places = (records.place(number), records.log_place(number), records.status_place(number))
         found += [place for place in places if place.exists()]
-    return found
+    return [*found, *(log for log in logs.abandoned() if log not in found)]
 
 
 def check_records() -> Iterator[Check]:

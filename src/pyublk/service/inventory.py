@@ -3,12 +3,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pyublk.control import Controller, DeviceInfo
 from pyublk.params import Params
 from pyublk.scheduling import io_scheduler
 from pyublk.service.processes import command_name
-from pyublk.service.records import Record
+from pyublk.service.records import FAILED, Record
 from pyublk.service.sysfs import Sysfs
 from pyublk.service.usage import Use, uses
 from pyublk.uapi import DeviceStatus
@@ -33,7 +34,9 @@ class Disk:
 
     `record` is there when `pyublk add` made it; `params` None if none were set; `size` in bytes,
     0 while there is no block device; `io_scheduler` is the kernel's, None without a block device;
-    `server_name` None when there is no server.
+    `server_name` None when there is no server; `status` is what the target says of itself, and
+    `failed` how many requests its server has failed, up to a second ago: both None where no server
+    of `pyublk add` tells.
     """
 
     device: DeviceInfo
@@ -44,6 +47,8 @@ class Disk:
     served: Served | None
     io_scheduler: str | None
     server_name: str | None
+    status: dict[str, Any] | None
+    failed: int | None
 
 
 def disk(controller: Controller | Sysfs, device: DeviceInfo) -> Disk:
@@ -53,16 +58,21 @@ def disk(controller: Controller | Sysfs, device: DeviceInfo) -> Disk:
     except ValueError:  # none were set
         params = None
     name = f"ublkb{device.id}"
+    record = Record.of(device)
+    told = (record and record.read_status()) or {}
+    failed = told.pop(FAILED, 0)
     live = device.status is not DeviceStatus.DEAD
     return Disk(
         device=device,
         params=params,
-        record=Record.of(device),
+        record=record,
         size=_size(name) if live else 0,
         uses=tuple(uses(name)),
         served=_served(name) if live else None,
         io_scheduler=io_scheduler(name) if live else None,
         server_name=command_name(device.server_pid) if device.server_pid is not None else None,
+        status=told or None,
+        failed=failed if record is not None else None,
     )
 
 

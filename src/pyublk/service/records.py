@@ -16,6 +16,9 @@ from pyublk.control import DeviceInfo
 from pyublk.service.plan import Plan
 from pyublk.service.processes import ProcessId
 
+#: In a status, beside what the target says: how many requests have failed, if any has.
+FAILED = "failed_requests"
+
 
 def run_directory() -> Path:
     """Where records and logs are; need not exist yet."""

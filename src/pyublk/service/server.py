@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -15,14 +16,17 @@ from types import FrameType
 
 from pyublk.device import Device
 from pyublk.interruptions import handled
-from pyublk.service import reports
+from pyublk.service import logs, reports
 from pyublk.service.plan import Plan
 from pyublk.service.processes import ProcessId
-from pyublk.service.records import Record, log_place, make_run_directory, remove_log
+from pyublk.service.records import FAILED, Record, log_place, make_run_directory, remove_log
 from pyublk.stats import QueueStats
 from pyublk.target import Target
 
 log = logging.getLogger("pyublk.server")
+
+#: Seconds between two looks at what is to be told, and at how long the log is.
+LOOK_AFTER = 1.0
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -92,10 +96,13 @@ def serve(plan: Plan, *, log_file: Path | None, ready: Callable[[Record], None])
             began = time.monotonic()
             record = _record(plan, device, log_file)
             record.write()
-            _keep_status(record, device.target)
+            keep = _keep_status(record, device.target, _failed(device))
             ready(record)
             with termination.raising():
-                device.wait()
+                while not device.wait(LOOK_AFTER):
+                    keep()
+                    if log_file is not None:
+                        logs.trim(sys.stderr.fileno())
         except Terminated:
             pass
         finally:
@@ -121,19 +128,38 @@ def _record(plan: Plan, device: Device, log_file: Path | None) -> Record:
     )
 
 
-def _keep_status(record: Record, target: Target) -> None:
-    """From now on, what the target says of itself is beside the record."""
+def _failed(device: Device) -> Callable[[], int]:
+    return lambda: device.stats().total.errors
+
+
+def _keep_status(
+    record: Record, target: Target, failed: Callable[[], int] = lambda: 0
+) -> Callable[[], None]:
+    """From now on, what the target says of itself is beside the record, as soon as it says so, and
+    with it how many requests have failed, whenever what is returned is called."""
+    lock = threading.Lock()
+    written = 0
 
     def keep() -> None:
-        status = target.status()
-        try:
-            if status is not None:
-                record.write_status(status)
-        except OSError as error:  # a full /run is no reason to stop serving
-            log.warning("the status of %s cannot be written down: %s", record.path, error)
+        nonlocal written
+        with lock:
+            status = target.status()
+            if count := failed():
+                status = (status or {}) | {FAILED: count}
+            written = count
+            try:
+                if status is not None:
+                    record.write_status(status)
+            except OSError as error:  # a full /run is no reason to stop serving
+                log.warning("the status of %s cannot be written down: %s", record.path, error)
+
+    def keep_failed() -> None:
+        if failed() != written:
+            keep()
 
     target.status_changed = keep
     keep()
+    return keep_failed
 
 
 def _run_daemon(report_fd: int, log_file: Path) -> int:

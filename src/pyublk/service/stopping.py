@@ -73,6 +73,8 @@ def stop(
     _delete(controller, device, timeout)
     if record is not None:
         record.remove()
+        if record.log is not None:  # of a server that is gone
+            record.log.unlink(missing_ok=True)
 
 
 def delete(

@@ -7,9 +7,7 @@ import importlib.util
 import inspect
 import sys
 import types
-import typing
-from collections.abc import Callable, Mapping, Sequence
-from enum import Enum
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +21,7 @@ from pyublk.targets.ram import Ram
 from pyublk.targets.sizes import format_size, parse_size
 from pyublk.targets.slice import Slice
 from pyublk.targets.stripe import Stripe
+from pyublk.targets.texts import convert, hints_of
 from pyublk.targets.zoned import Zoned
 
 if TYPE_CHECKING:
@@ -80,14 +79,18 @@ def resolve(text: str) -> type[Target]:
         return BUILT_IN[text]
     module_name, colon, class_name = text.rpartition(":")
     if not colon:
+        if text.endswith(".py"):
+            raise ValueError(f"{text!r} names a file, but no class: write {text}:Class")
         for point in _entry_points().select(name=text):
             return _checked(point.load(), text)
         raise ValueError(
             f"there is no target {text!r}{_near(text, names())}; the targets are "
             f"{', '.join(names())}, or write package.module:Class or file.py:Class"
         )
+    if not module_name or (not module_name.endswith(".py") and not _is_dotted(module_name)):
+        raise ValueError(f"{text!r} names no module: write package.module:Class or file.py:Class")
     module = _load(module_name)
-    found = getattr(module, class_name, None)
+    found = getattr(module, class_name, None) if class_name else None
     if found is None:
         classes = [
             name
@@ -95,10 +98,18 @@ def resolve(text: str) -> type[Target]:
             if inspect.isclass(thing) and issubclass(thing, Target) and thing is not Target
         ]
         raise ValueError(
-            f"{module_name} has no {class_name!r}{_near(class_name, classes)}; "
-            f"its targets are: {', '.join(sorted(classes)) or 'none'}"
+            (
+                f"{module_name} has no {class_name!r}{_near(class_name, classes)}; "
+                if class_name
+                else f"{text!r} names no class of {module_name}; "
+            )
+            + f"its targets are: {', '.join(sorted(classes)) or 'none'}"
         )
     return _checked(found, text)
+
+
+def _is_dotted(name: str) -> bool:
+    return all(part.isidentifier() for part in name.split("."))
 
 
 def _near(text: str, choices: Sequence[str]) -> str:
@@ -143,13 +154,14 @@ def build(
     Raises ValueError, naming the option and what is allowed.
     """
     parameters = dict(inspect.signature(cls).parameters)
+    hints = hints_of(cls)
     positional = [
         name for name, p in parameters.items() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
     ]
     collected = next((p for p in parameters.values() if p.kind is p.VAR_POSITIONAL), None)
     if collected is not None and not positional:
-        hint = typing.get_type_hints(cls.__init__).get(collected.name, str)
-        given_arguments = [_convert(collected.name, text, hint) for text in arguments]
+        hint = hints.get(collected.name, str)
+        given_arguments = [convert(collected.name, text, hint) for text in arguments]
         arguments = ()
     else:
         given_arguments = []
@@ -171,9 +183,8 @@ def build(
                 f"{cls.__name__} has no option {name!r}{_near(name, allowed)}; "
                 f"it takes {', '.join(allowed) or 'none'}"
             )
-    hints = typing.get_type_hints(cls.__init__)
     for name, text in texts.items():
-        values[name] = _convert(name, text, hints.get(name, str))
+        values[name] = convert(name, text, hints.get(name, str))
     missing = [
         name
         for name, p in parameters.items()
@@ -184,43 +195,3 @@ def build(
     if missing:
         raise ValueError(f"{cls.__name__} needs {' and '.join(missing)}")
     return cls(*given_arguments, **values)  # type: ignore[arg-type]
-
-
-def _boolean(text: str) -> bool:
-    words = {"yes": True, "true": True, "on": True, "1": True}
-    words |= {"no": False, "false": False, "off": False, "0": False}
-    if text.lower() not in words:
-        raise ValueError("yes or no")
-    return words[text.lower()]
-
-
-def _convert(name: str, text: str, hint: object) -> object:
-    """`text` as a value of the annotated type."""
-    choices = [a for a in typing.get_args(hint) if a is not type(None)]
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        hint = choices[0]
-    if typing.get_origin(hint) is typing.Literal:
-        allowed = {str(choice): choice for choice in choices}
-        return _choose(name, text, allowed)
-    if inspect.isclass(hint) and issubclass(hint, Enum):
-        return _choose(name, text, {member.name.lower(): member for member in hint})
-    converters: dict[object, tuple[Callable[[str], object], str]] = {
-        int: (parse_size, "a whole number, or a size such as 512MiB or 1G"),
-        float: (float, "a number"),
-        bool: (_boolean, "yes or no"),
-        Path: (Path, "a path"),
-        str: (str, "text"),
-    }
-    convert, allowed_text = converters.get(hint, converters[str])
-    try:
-        return convert(text)
-    except ValueError:
-        raise ValueError(f"option {name} is {text!r}: it must be {allowed_text}") from None
-
-
-def _choose(name: str, text: str, allowed: Mapping[str, object]) -> object:
-    if text in allowed:
-        return allowed[text]
-    if text.lower() in allowed:
-        return allowed[text.lower()]
-    raise ValueError(f"option {name} is {text!r}: it must be one of {', '.join(allowed)}")

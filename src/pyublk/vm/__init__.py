@@ -2,7 +2,7 @@
 
 `Machine` boots a Debian kernel in QEMU and runs a command on the caller's own files; what the
 command writes stays in the guest's memory. `find_kernel` fetches kernels through apt. This room
-uses nothing else of pyublk, and no native code.
+uses nothing else of pyublk but `launch`, and no native code of its own.
 """
 
 from pyublk.vm.errors import (
@@ -12,6 +12,7 @@ from pyublk.vm.errors import (
     KernelUnavailable,
     MissingProgram,
     VMError,
+    WrongUsage,
 )
 from pyublk.vm.kernels import Kernel, find_kernel
 from pyublk.vm.machine import Completed, Machine
@@ -26,5 +27,6 @@ __all__ = (
     "Machine",
     "MissingProgram",
     "VMError",
+    "WrongUsage",
     "find_kernel",
 )

@@ -4,9 +4,10 @@ import argparse
 import signal
 import sys
 
+from pyublk import launch
 from pyublk.vm import attached
 from pyublk.vm.errors import VMError
-from pyublk.vm.machine import Machine
+from pyublk.vm.machine import LONGEST, Machine
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,9 +41,11 @@ class _Progress:
 
 def main() -> int:
     """Run the command line; returns the exit code."""
+    launch.fill_streams()
+    launch.ctrl_c_interrupts()
     parser = _parser()
     options = parser.parse_args()
-    if options.timeout is not None and options.timeout <= 0:
+    if options.timeout is not None and not 0 < options.timeout <= LONGEST:
         parser.error(f"--timeout must be above 0 seconds, not {options.timeout:g}")
     try:
         machine = Machine(

@@ -8,9 +8,11 @@ import tty
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
-from pyublk.vm.errors import GuestFailed, GuestTimeout, Interrupted, VMError
+from pyublk.vm.errors import GuestFailed, GuestTimeout, Interrupted, VMError, WrongUsage
 from pyublk.vm.machine import Machine
 
+EXIT_USAGE = 2
+"""Exit code when an argument was wrong; nothing was begun."""
 EXIT_TIMEOUT = 124
 """Exit code when the command took longer than allowed."""
 EXIT_MACHINE = 125
@@ -28,11 +30,11 @@ def memory_size(text: str) -> int:
     """Return the bytes a size such as `512M` or `4GiB` stands for.
 
     Raises:
-        VMError: it is none.
+        WrongUsage: it is none.
     """
     match = re.fullmatch(r"(\d+)([KMG]?)(?:i?B)?", text, re.IGNORECASE)
     if match is None:
-        raise VMError(f"{text!r} is no size of memory: write 512M or 4GiB, for example")
+        raise WrongUsage(f"{text!r} is no size of memory: write 512M or 4GiB, for example")
     return int(match[1]) * _UNITS[match[2].upper()]
 
 
@@ -46,7 +48,7 @@ def environment(
         source: the caller's environment.
 
     Raises:
-        VMError: a name is empty, or a variable to be passed on is not set.
+        WrongUsage: a name is empty, or a variable to be passed on is not set.
     """
     chosen = {
         name: value
@@ -56,7 +58,7 @@ def environment(
     for item in extra:
         name, equals, value = item.partition("=")
         if not name or (not equals and name not in source):
-            raise VMError(f"the variable {item!r} cannot be passed on: it is not set here")
+            raise WrongUsage(f"the variable {item!r} cannot be passed on: it is not set here")
         chosen[name] = value if equals else source[name]
     return chosen
 
@@ -103,4 +105,6 @@ def report(error: VMError) -> int:
             "--- the guest kernel's log", error.console.rstrip(), "---", sep="\n", file=sys.stderr
         )
     print(f"pyublk vm: {error}", file=sys.stderr)
+    if isinstance(error, WrongUsage):
+        return EXIT_USAGE
     return EXIT_TIMEOUT if isinstance(error, GuestTimeout) else EXIT_MACHINE

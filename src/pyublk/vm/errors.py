@@ -5,12 +5,20 @@ class VMError(Exception):
     """The machine could not be prepared, started, or kept running. The message is one sentence."""
 
 
+class WrongUsage(VMError):
+    """An argument is none that a machine can have. Nothing was begun."""
+
+
 class MissingProgram(VMError):
     """A program the machine needs is not installed; the message names its package."""
 
 
 class KernelUnavailable(VMError):
     """The named kernel is neither cached nor to be had, or holds no ublk driver."""
+
+
+class NoSuchName(WrongUsage, KernelUnavailable):
+    """No kernel can have that name."""
 
 
 class GuestFailed(VMError):

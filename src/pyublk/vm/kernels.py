@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pyublk.vm import apt, architecture, modules, vmlinux
 from pyublk.vm.apt import Progress
-from pyublk.vm.errors import KernelUnavailable
+from pyublk.vm.errors import KernelUnavailable, NoSuchName
 
 _SERIES = re.compile(r"\d+\.\d+")
 
@@ -187,12 +187,13 @@ def find_kernel(name: str, *, refresh: bool = False, progress: Progress = quiet)
         progress: told what is being done.
 
     Raises:
+        NoSuchName: no kernel can have that one.
         KernelUnavailable: there is no such kernel, or it could not be fetched; the cache is as
             it was.
         MissingProgram: apt is needed and not there.
     """
     if name not in ("latest", "host") and not _SERIES.fullmatch(name):
-        raise KernelUnavailable(
+        raise NoSuchName(
             f"no kernel is called {name!r}: give latest, host, or a series such as 6.12"
         )
     cache = cache_directory() / "kernels"

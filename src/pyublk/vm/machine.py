@@ -21,7 +21,7 @@ from pyublk.vm import (
 )
 from pyublk.vm.apt import Progress
 from pyublk.vm.emulator import CONTROL, ERRORS, INPUT, OUTPUT, Emulator
-from pyublk.vm.errors import BootFailed, VMError
+from pyublk.vm.errors import BootFailed, VMError, WrongUsage
 from pyublk.vm.kernels import find_kernel, quiet
 from pyublk.vm.session import Patience, Session
 from pyublk.vm.streams import Input, Output, Sink
@@ -33,6 +33,8 @@ _GUEST_OWN = ("/dev", "/proc", "/run", "/sys")
 # An emulated machine now and then stops in its kernel's first seconds, or panics: a processor meets
 # the breakpoint by which the kernel changes its own code after the change is over (an `int3` oops).
 _BOOTS = 3
+#: Seconds; more is a mistake, and too much for a clock.
+LONGEST = 1e9
 _PATIENCE = Patience(boot=60, ping_interval=10, ping_answer=60, output=10)
 # A guest that counts instructions runs ten to twenty times slower than the clock on the wall.
 _PATIENCE_COUNTING = Patience(boot=600, ping_interval=60, ping_answer=300, output=60)
@@ -81,7 +83,7 @@ class Machine:
         progress: told what is being done to get the kernel.
 
     Raises:
-        VMError: a value is out of range, or an output is no directory.
+        WrongUsage: a value is out of range, or an output is no directory.
         KernelUnavailable: the kernel cannot be had.
         MissingProgram: QEMU or busybox is not installed.
     """
@@ -98,19 +100,25 @@ class Machine:
         progress: Progress = quiet,
     ) -> None:
         if count_instructions and cpus not in (None, 1):
-            raise VMError(f"counting instructions takes one processor, not {cpus}: leave out cpus")
+            raise WrongUsage(
+                f"counting instructions takes one processor, not {cpus}: leave out cpus"
+            )
         limit = 255
         if cpus is not None and not 1 <= cpus <= limit:
-            raise VMError(f"a machine has 1 to {limit} processors, not {cpus}")
+            raise WrongUsage(f"a machine has 1 to {limit} processors, not {cpus}")
         if memory < GIB // 4:
-            raise VMError(f"a machine needs at least 256 MiB of memory, not {memory} bytes")
+            raise WrongUsage(f"a machine needs at least 256 MiB of memory, not {memory} bytes")
+        if memory > (own := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
+            raise WrongUsage(
+                f"memory must be at most this machine's own, {own} bytes, not {memory}"
+            )
         self.cpus = 1 if count_instructions else (cpus or 2)
         self.memory = memory
         self.count_instructions = count_instructions
         self.outputs = tuple(Path(output).resolve() for output in outputs)
         for output in self.outputs:
             if not output.is_dir():
-                raise VMError(f"the output {output} is not a directory: make it first")
+                raise WrongUsage(f"the output {output} is not a directory: make it first")
         self._architecture = architecture.native()
         self._busybox = Path(programs.find("busybox", "busybox-static")).resolve()
         programs.find(self._architecture.qemu, self._architecture.package)
@@ -152,10 +160,13 @@ class Machine:
             GuestFailed: the guest panicked, hung, or stopped; holds the kernel's console.
             GuestTimeout: the command took longer than `timeout`.
             Interrupted: a forwarded signal ended the machine.
+            WrongUsage: there is no command, or `timeout` is none.
             VMError: the emulator did not start.
         """
         if not argv:
-            raise VMError("no command was given")
+            raise WrongUsage("no command was given")
+        if timeout is not None and not 0 < timeout <= LONGEST:
+            raise WrongUsage(f"timeout must be above 0 and at most {LONGEST:g} s, not {timeout:g}")
         if forward_signals and threading.current_thread() is not threading.main_thread():
             raise VMError("signals can be forwarded from the main thread only")
         if terminal:

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: MIT
+"""The servers' logs in the run directory: kept small while written, removed with their disks.
+
+A log is locked by the open file that its server's output goes to: no lock, no server.
+"""
+
+import fcntl
+import os
+import stat
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from pyublk.service.records import Record, make_run_directory, run_directory
+
+#: Bytes at which the older part of a log is removed, and about as many as are left then.
+LIMIT = 1 << 20
+KEPT = LIMIT // 2
+
+
+def begin() -> tuple[int, str]:
+    """A new log, as a descriptor for a server's output and a name; logs of others that are gone
+    are removed."""
+    directory = make_run_directory()
+    for path in abandoned():
+        with suppress(OSError):
+            path.unlink()
+    log, name = tempfile.mkstemp(prefix="starting-", suffix=".log", dir=directory)
+    fcntl.fcntl(log, fcntl.F_SETFL, os.O_APPEND)  # who writes goes on at the end, when it is cut
+    fcntl.flock(log, fcntl.LOCK_EX)
+    return log, name
+
+
+def abandoned() -> list[Path]:
+    """The logs to which nobody writes any more."""
+    return [path for path in sorted(run_directory().glob("*.log")) if _is_abandoned(path)]
+
+
+def _is_abandoned(path: Path) -> bool:
+    number = path.stem
+    if number.isdecimal() and (record := Record.read(int(number))) is not None:
+        server = record.server.open()
+        if server is not None:
+            with server:
+                return False
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:  # gone, or none of ours
+        return False
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return False
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def trim(descriptor: int) -> None:
+    """Keeps the newest part of a log that has become too long."""
+    size = os.fstat(descriptor).st_size
+    if size <= LIMIT:
+        return
+    newest = os.pread(descriptor, KEPT, size - KEPT).partition(b"\n")[2]
+    with suppress(OSError):
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, b"(older lines were removed)\n" + newest)
