@@ -14,7 +14,9 @@ PACKAGE = Path(pyublk.__file__).parent
 
 #: From the bottom up. A room imports from its own row or rows above it in this list only.
 ROOMS = [
-    ["uapi", "uring", "interruptions"],
+    ["uapi", "uring", "interruptions", "files"],
+    ["openers"],
+    ["keeping"],
     ["errors"],
     ["_native"],
     ["features", "params", "stats", "zones"],
