@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyublk.control import Controller, DeviceInfo
+from pyublk.openers import command_name
 from pyublk.params import Params
 from pyublk.scheduling import io_scheduler
-from pyublk.service.processes import command_name
-from pyublk.service.records import Record
+from pyublk.service.records import Record, record_trouble
 from pyublk.service.usage import Use, uses
 from pyublk.uapi import DeviceStatus
 
@@ -30,7 +30,8 @@ class Served:
 class Disk:
     """One ublk device.
 
-    `record` is there when `pyublk add` made it; `params` None if none were set; `size` in bytes,
+    `record` is there when `pyublk add` made it, and `record_trouble` says why what lies in its
+    place is not believed; `params` None if none were set; `size` in bytes,
     0 while there is no block device; `io_scheduler` is the kernel's, None without a block device;
     `server_name` None when there is no server.
     """
@@ -38,6 +39,7 @@ class Disk:
     device: DeviceInfo
     params: Params | None
     record: Record | None
+    record_trouble: str | None
     size: int
     uses: tuple[Use, ...]
     served: Served | None
@@ -57,6 +59,7 @@ def disk(controller: Controller, device: DeviceInfo) -> Disk:
         device=device,
         params=params,
         record=Record.of(device),
+        record_trouble=record_trouble(device.id),
         size=_size(name) if live else 0,
         uses=tuple(uses(name)),
         served=_served(name) if live else None,
