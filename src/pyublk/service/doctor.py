@@ -5,6 +5,7 @@ import gzip
 import os
 import re
 import resource
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -255,19 +256,27 @@ def _in_pid_namespace() -> bool:
 
 def orphans(controller: Controller) -> list[DeviceInfo]:
     """Our devices that have no server and never will: both it and its guardian were killed."""
-    return [device for device in controller.devices() if _is_orphan(device)]
+    return [device for device in _settled_devices(controller) if _is_orphan(device)]
+
+
+def _settled_devices(controller: Controller) -> list[DeviceInfo]:
+    """The devices, once none of them that looks like an orphan may just be starting."""
+    found = controller.devices()
+    while any(_is_orphan(device) and may_be_starting(device) for device in found):
+        time.sleep(0.05)
+        found = controller.devices()
+    return found
 
 
 def _is_orphan(device: DeviceInfo) -> bool:
-    dead = device.ours and device.status is DeviceStatus.DEAD
-    return dead and not has_server(device) and not may_be_starting(device)
+    return device.ours and device.status is DeviceStatus.DEAD and not has_server(device)
 
 
 def check_devices() -> Iterator[Check]:
     """Looks for orphaned devices, and for ours that wait for a server."""
     try:
         with Controller(deadline=10) as controller:
-            devices = controller.devices()
+            devices = _settled_devices(controller)
     except OSError as error:
         yield _failure("devices", error)
         return
