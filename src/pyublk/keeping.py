@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyublk.files import Identity, about
-from pyublk.openers import openers
+from pyublk.openers import openers, served_by
 
 log = logging.getLogger("pyublk.backing")
 
@@ -105,16 +105,13 @@ def _set_lock(fd: int, kind: int, first: int, length: int) -> None:
 
 def _who(wanted: _Kept) -> str:
     """The kernel does not name the owner of such a lock; who has the file open is seen."""
-    found = {
-        str(one): one.pid
-        for one in openers(lambda file: file.identity == wanted.identity)
-        if one.locks
-    }
+    found = [one for one in openers(lambda file: file.identity == wanted.identity) if one.locks]
     if not found:
         return "it is locked, by whom could not be found"
-    if os.getpid() in found.values():
+    if any(one.pid == os.getpid() for one in found):
         return "a request to it that was given up is not over yet"
-    return f"{', '.join(found)} has locked it"
+    disks = " and ".join(f"/dev/{disk}" for disk in served_by(found[0].pid))
+    return f"{found[0]} has locked it" + (f", which serves {disks}" if disks else "")
 
 
 def _in_use(path: Path, other: Path, who: str) -> OSError:

@@ -2,6 +2,8 @@
 """Which processes have a file open: those whose /proc/PID/fd we may read."""
 
 import os
+import re
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +39,11 @@ def command_name(pid: int) -> str | None:
 
 def openers(wanted: Callable[[About], bool]) -> Iterator[Opener]:
     """Everybody who has a file open that is `wanted`; once for each descriptor."""
-    for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdecimal()):
+    try:
+        names = os.listdir("/proc")
+    except OSError:  # it is hidden
+        return
+    for pid in sorted(int(name) for name in names if name.isdecimal()):
         yield from opened_by(pid, wanted)
 
 
@@ -66,3 +72,10 @@ def _how(fdinfo: str) -> tuple[bool, bool]:
             flags = int(value, 8)
         locks |= key == "lock" and "FLOCK" not in value  # flock(2) is another matter
     return bool(flags & os.O_ACCMODE), locks
+
+
+def served_by(pid: int) -> list[str]:
+    """The ublk disks that a process serves (``ublkb0``)."""
+    nodes = (one.path for one in opened_by(pid, lambda file: stat.S_ISCHR(file.mode)))
+    matches = (re.fullmatch(r"/dev/ublkc(\d+)", node) for node in nodes)
+    return sorted({f"ublkb{match[1]}" for match in matches if match})

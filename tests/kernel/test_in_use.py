@@ -25,7 +25,7 @@ from pyublk.openers import command_name
 from pyublk.service import claim, stopping
 from pyublk.service.records import Record, place, recorded_ids
 from pyublk.service.stacking import top_first
-from pyublk.targets import Ram
+from pyublk.targets import Ram, Slice
 from pyublk.uapi import Feature
 
 pytestmark = pytest.mark.timeout(180)
@@ -276,6 +276,17 @@ def test_all_are_stopped_from_the_top() -> None:
     assert refused("stop", lower) == f"{part} is under {upper}"
     stopped("all")
     assert disks() == []
+
+
+def test_the_file_of_another_disk(serve: Serve, tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(bytes(MIB))
+    disk = serve(Slice(image, offset=65536))
+    told = refused("add", "file", image, "--size", "2M")
+    assert told == f"{image} is in use: {ME} has locked it, which serves {disk.path}"
+    assert image.stat().st_size == MIB
+    assert disks() == [disk.id]
+    assert os.listdir("run") == []
 
 
 # ---- links, time, records ----

@@ -240,17 +240,17 @@ def test_processes_that_have_a_disk_open(machine: Machine, monkeypatch: pytest.M
         one("/other/file", device="1:99", writes=True),
     ]
     monkeypatch.setattr(usage, "openers", lambda wanted: [o for o in table if wanted(o.file)])
-    monkeypatch.setattr(usage, "_served_by", lambda _pid: [])
+    monkeypatch.setattr(usage, "served_by", lambda _pid: [])
     sys = machine.root / "sys"
     found = usage.opened("ublkb0", sys=sys)
     assert [use.how for use in found] == ["open", "written", "files"]
     assert str(found[1]).startswith("/dev/ublkb0 is open for writing in ")
     assert usage.opened("ublkb0", but=7, sys=sys) == []
-    monkeypatch.setattr(usage, "_served_by", lambda _pid: ["ublkb1", "ublkb3"])
+    monkeypatch.setattr(usage, "served_by", lambda _pid: ["ublkb1", "ublkb3"])
     first = usage.opened("ublkb0", sys=sys)[0]
     assert str(first) == "/dev/ublkb0 is under /dev/ublkb1, /dev/ublkb3"
     # A program that uses its own disk.
-    monkeypatch.setattr(usage, "_served_by", lambda _pid: ["ublkb0", "ublkb3"])
+    monkeypatch.setattr(usage, "served_by", lambda _pid: ["ublkb0", "ublkb3"])
     assert [use.how for use in usage.opened("ublkb0", sys=sys)] == ["open", "written", "files"]
 
 

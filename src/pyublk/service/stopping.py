@@ -55,13 +55,12 @@ def stop(
     with ExitStack() as held:
         if server is not None:
             held.enter_context(server)
-            tolerated += (
-                TimeoutError,
-            )  # that it hangs is dealt with at its end, and it tells where
+            # That it hangs is dealt with at its end, and it tells where.
+            tolerated += (TimeoutError,)
         with suppress(*tolerated):
             stopped = take(controller, device, held, timeout, force=force)
         if record is not None and server is not None:
-            _end_server(controller, device, record, server, timeout)
+            _end_server(controller, device, record, server, timeout, asked=stopped)
         elif has_server(device) or not device.ours:
             if device.status is not DeviceStatus.DEAD and not stopped:
                 with unless_gone():
@@ -147,10 +146,19 @@ def _delete(controller: Controller, device: DeviceInfo, deadline: float) -> None
 
 
 def _end_server(
-    controller: Controller, device: DeviceInfo, record: Record, server: Process, timeout: float
+    controller: Controller,
+    device: DeviceInfo,
+    record: Record,
+    server: Process,
+    timeout: float,
+    *,
+    asked: bool,
 ) -> None:
+    """`asked`: its disk is stopped, so that it ends by itself; a signal might meet it at its very
+    end, and make that look like a failure."""
     log = _identity(record.log)
-    server.send(signal.SIGTERM)
+    if not asked:
+        server.send(signal.SIGTERM)
     ended = patiently(server.wait, device, timeout)
     if not ended:
         server.send(signal.SIGKILL)

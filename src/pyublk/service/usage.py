@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from pyublk.files import About, about
-from pyublk.openers import command_name, opened_by, openers
+from pyublk.openers import command_name, openers, served_by
 
 _WORDS = {
     "mounted": "mounted at {}",
@@ -99,7 +99,7 @@ def opened(name: str, *, but: int | None = None, sys: Path = Path("/sys")) -> li
     for one in openers(wanted):
         if one.pid == but:
             continue
-        served = _served_by(one.pid)
+        served = served_by(one.pid)
         if not stat.S_ISBLK(one.file.mode):
             use = Use(numbers[one.file.device], "files", str(one))
         elif served and name not in served:
@@ -109,13 +109,6 @@ def opened(name: str, *, but: int | None = None, sys: Path = Path("/sys")) -> li
             use = Use(numbers[one.file.special], how, str(one))
         found[use] = None
     return list(found)
-
-
-def _served_by(pid: int) -> list[str]:
-    """The ublk disks that a process serves."""
-    served = (one.path for one in opened_by(pid, lambda file: stat.S_ISCHR(file.mode)))
-    found = {f"ublkb{m[1]}" for path in served if (m := re.fullmatch(r"/dev/ublkc(\d+)", path))}
-    return sorted(found)
 
 
 def partitions(name: str, *, sys: Path = Path("/sys")) -> list[str]:
