@@ -117,11 +117,15 @@ def take(
         claim = held.enter_context(Claim(device.path, nodes, exclusive=not force))
         if not _flush(device, claim, timeout, force=force):
             return False
-        if force or opened(name, but=claim.pid):
+        others = opened(name, but=claim.pid)
+        readers = all(use.how == "open" for use in others)
+        if force or (readers and others):
             return False
-        if not controller.features().has(Feature.SAFE_STOP_DEV):
+        if readers and not controller.features().has(Feature.SAFE_STOP_DEV):
             return False
         claim.close()
+        if not readers:  # who began to write since is refused like the others
+            continue
         try:
             # Nobody can come between: it is refused when somebody has opened the disk since.
             controller.safe_stop(device.id, deadline=timeout)
