@@ -1,18 +1,26 @@
 # SPDX-License-Identifier: MIT
 """Targets that say where their bytes live: the queue's own ring moves them."""
 
-from collections.abc import Callable, Iterable, Sequence
+import errno
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
 
 from pyublk._native import Layout
 from pyublk.backing import Backing
+from pyublk.files import about
+from pyublk.keeping import Ranges
 from pyublk.params import DmaAlign
 from pyublk.paths import DataPath
 from pyublk.target import Dispatch, Target
 
 #: A part of a file: its index among the target's files, offset, and length (bytes).
 Extent = tuple[int, int, int]
+
+#: More parts of a file than these are kept from others as one, from the first to the last.
+_PARTS_KEPT = 64
 
 
 class MappedTarget(Target):
@@ -34,6 +42,7 @@ class MappedTarget(Target):
 
     Args:
         files: regular files, or block devices, which are opened exclusively; when the disk starts.
+            Of a regular file, nobody else may serve the same bytes (unless both only read them).
         size: bytes of the disk; without, what the extents add up to. A target with `map` and more
             than one file needs it. With one file it is made, or extended, to this size.
         block_size: the disk's logical block size in bytes; at least that of its block devices.
@@ -73,6 +82,7 @@ class MappedTarget(Target):
         self._wanted_block_size = block_size
         self._direct = direct
         self._layout: Layout | None = None
+        self._table: list[Extent] | None = None
 
     # ---- what a subclass may say ----
 
@@ -92,7 +102,17 @@ class MappedTarget(Target):
             return Layout.planned(files, size)
         extents = _cut_off(list(self.extents()), self._wanted_size)
         self._check_extents(extents)
+        self._table = extents
         return Layout.table(files, extents)
+
+    def ranges(self, file: int) -> Ranges:
+        """First byte and end of what the disk has of a file, and nobody else may have."""
+        if self._table is None:
+            return [(0, self.backing[file].size)]
+        parts = [(first, first + length) for one, first, length in self._table if one == file]
+        if len(parts) > _PARTS_KEPT:
+            parts = [(min(first for first, _ in parts), max(end for _, end in parts))]
+        return parts
 
     def leg_failed(self, leg: int, error: int, incarnation: int | None = None) -> None:
         """A mirror's leg failed; called before the request that noticed it is answered.
@@ -101,6 +121,10 @@ class MappedTarget(Target):
         one with another file now has not failed.
         """
         raise NotImplementedError
+
+    def written_late(self, file: int) -> bool:
+        """Whether a request that was given up may still write to it."""
+        return False
 
     def check_threads(self, threads: int) -> None:
         """Raises ValueError when so many threads cannot serve a queue together."""
@@ -125,10 +149,8 @@ class MappedTarget(Target):
         return (DataPath.AUTO_BUFFER, DataPath.COPY, DataPath.ZERO_COPY, DataPath.USER_COPY)
 
     def open(self) -> None:
-        alone = len(self.files) == 1
         try:
-            for path in self.files:
-                self.backing.append(self.open_file(path, self._wanted_size if alone else None))
+            self._open_files()
             self.block_size = max(
                 self._wanted_block_size, *(backing.block_size for backing in self.backing)
             )
@@ -136,13 +158,14 @@ class MappedTarget(Target):
                 [(backing.fd, backing.in_memory, backing.is_device) for backing in self.backing]
             )
             self.size = self._layout.size
-            if self._layout.in_memory:
-                self._layout.map_memory()
             if self.size == 0 or self.size % self.block_size:
                 raise ValueError(
                     f"the size is {self.size} bytes: it must be a positive multiple of the block "
                     f"size, {self.block_size}"
                 )
+            self._keep_files()
+            if self._layout.in_memory:
+                self._layout.map_memory()
         except BaseException:
             for backing in self.backing:
                 if backing.made:
@@ -150,19 +173,52 @@ class MappedTarget(Target):
             self.close()
             raise
 
+    def _open_files(self) -> None:
+        alone = len(self.files) == 1
+        for path in self.files:
+            with self._told_when_named_twice(path, self.backing):
+                self.backing.append(self.open_file(path, self._wanted_size if alone else None))
+
+    def _keep_files(self) -> None:
+        for file, backing in enumerate(self.backing):
+            with self._told_when_named_twice(backing.path, self.backing[:file]):
+                backing.keep(self.ranges(file), read_only=self.read_only)
+
+    @contextmanager
+    def _told_when_named_twice(self, path: Path, before: list[Backing]) -> Iterator[None]:
+        """Says it better when a file is in use because it is one of those before it."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                for other in before:
+                    if other.identity == about(path).identity:
+                        twice = f"{path} and {other.path} are the same file"
+                        if path == other.path:
+                            twice = f"{path} is named twice"
+                        raise ValueError(
+                            f"{twice}: no byte of it can be in two places of a disk"
+                        ) from None
+            raise
+
     def open_file(self, path: Path, size: int | None = None) -> Backing:
         return Backing.open(path, size=size, direct=self._direct, read_only=self.read_only)
 
     def close(self) -> None:
+        late = [self._layout is not None and self.written_late(n) for n in range(len(self.backing))]
         if self._layout is not None:
             self._layout.unmap_memory()
             self._layout = None
+        self._table = None
         while self.backing:
-            self.backing.pop().close()
+            self.backing.pop().close(written_late=late.pop())
 
     def dma_alignment(self) -> DmaAlign | None:
         """What zero copy to these files demands of a request's memory; None: nothing."""
-        return DmaAlign(alignment=self.block_size) if self._direct else None
+        if not self._direct:
+            return None
+        demanded = (backing.memory_alignment for backing in self.backing)
+        return DmaAlign(alignment=max(self.block_size, *demanded))
 
     def _check_extents(self, extents: list[Extent]) -> None:
         for number, offset, length in extents:
@@ -183,6 +239,12 @@ class MappedTarget(Target):
                 raise ValueError(
                     f"the extent at {offset} of {length} bytes is not inside {self.files[number]}, "
                     f"which has {whole}"
+                )
+        for one, other in pairwise(sorted(extents)):
+            if one[0] == other[0] and other[1] < one[1] + one[2] and not self.read_only:
+                raise ValueError(
+                    f"the extents at {one[1]} and at {other[1]} in {self.files[one[0]]} overlap: "
+                    "no byte of it can be in two places of a disk, unless that is read-only"
                 )
 
 

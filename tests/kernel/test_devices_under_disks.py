@@ -2,17 +2,19 @@
 
 import errno
 import struct
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from blocks import BLKSSZGET, Blocks
 from conftest import Serve
-from filesystems import make_file_system, mounted
+from filesystems import make_file_system, mounted, run
 from memory import held
 from test_discard import PUNCH_HOLE, fallocate
 
 import pyublk
-from pyublk.targets import File, Ram, Slice
+from pyublk import backing
+from pyublk.targets import File, Mirror, Ram, Slice
 
 MIB = 1 << 20
 
@@ -88,6 +90,63 @@ def test_a_device_in_use_is_refused(serve: Serve, tmp_path: Path) -> None:
         pyublk.Device(File(path)).start()
     first.stop()
     serve(File(path))
+
+
+@pytest.mark.parametrize("how", ["set", "mounted"])
+def test_what_can_only_be_read_is_refused(serve: Serve, tmp_path: Path, how: str) -> None:
+    """Instead of a disk on which every write fails."""
+    _, path = base_of(serve)
+    options: tuple[str, ...] = ()
+    if how == "set":
+        run("blockdev", "--setro", path)
+    else:
+        make_file_system("ext4", str(path))
+        with mounted(str(path), tmp_path / "mounted"):
+            (tmp_path / "mounted/image").write_bytes(bytes(MIB))
+        path, options = tmp_path / "mounted/image", ("--read-only",)
+    with mounted("/dev/ublkb0", tmp_path / "mounted", *options) if options else nullcontext():
+        for target in (
+            File(path),
+            Slice(path, size=4096),
+            Mirror(path, path, state=tmp_path / "s"),
+        ):
+            with pytest.raises(OSError, match=f"^.Errno 30. {path} can only be read: ") as refused:
+                target.open()
+            assert refused.value.errno == errno.EROFS
+        disk = serve(File(path, read_only=True))
+        assert Path(disk.path).read_bytes() == bytes(disk.target.size)
+        disk.stop()
+
+
+def test_direct_io_on_a_new_file_has_the_blocks_of_the_device_below(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hole can be read in any pieces, so that to try tells nothing."""
+    _, path = base_of(serve, 64 * MIB, block_size=4096)
+    make_file_system("ext4", str(path))
+    with mounted(str(path), tmp_path / "mounted") as folder:
+        monkeypatch.setattr(backing, "direct_alignment", lambda _fd: None)  # before Linux 6.1
+        target = File(folder / "first", size=MIB, direct=True)
+        target.open()
+        target.close()
+        assert target.block_size == 4096
+        monkeypatch.undo()
+        disk = serve(File(folder / "second", size=MIB, direct=True))
+        assert disk.target.block_size == 4096
+        with Blocks(disk.path) as client:
+            client.write(b"x" * 4096, 8192)
+            client.sync()
+        assert disk.stats().total.errors == 0
+        disk.stop()
+
+
+def test_a_device_named_twice(serve: Serve, tmp_path: Path) -> None:
+    _, path = base_of(serve)
+    (tmp_path / "link").symlink_to(path)
+    for other, words in ((path, "is named twice"), (tmp_path / "link", "are the same file")):
+        with pytest.raises(ValueError, match=f"{words}: no byte of it can be in two places"):
+            Mirror(path, other, state=tmp_path / "state").open()
+    assert not (tmp_path / "state").exists()
 
 
 def test_the_size_of_a_disk_on_a_device(serve: Serve) -> None:

@@ -169,6 +169,56 @@ def test_records_of_dead_servers_are_found_and_removed(
     assert sorted(os.listdir(tmp_path)) == ["0.json", "0.log"]
 
 
+def test_what_is_no_record_of_ours_is_told_and_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYUBLK_RUN_DIR", str(tmp_path))
+    monkeypatch.setattr("pyublk.service.doctor.CONTROL_NODE", str(tmp_path / "none"))
+    alive = ProcessId.own()
+    records.Record(id=0, cookie=1, server=alive, plan=Plan(target="null"), log=None).write()
+    content = records.place(0).read_text()
+    file(records.place(1), content.replace('"id": 0', '"id": 1').replace('"pid"', '"process"'))
+    records.place(2).symlink_to(records.place(0))
+    records.place(3).mkdir()
+    os.mkfifo(records.place(4))
+    devices = tmp_path / "devices"
+    monkeypatch.setattr(doctor, "_CHAR_DEVICES", devices)
+    file(devices / "ublkc5")
+    file(records.place(5), content[:-5])  # beside a disk: being looked at, or a full file system
+    assert stale_records() == []
+    checks = list(check_records())
+    assert [check.finding.removeprefix(f"{tmp_path}/") for check in checks] == [
+        "1.json is a record that this version of pyublk cannot read",
+        "2.json is a symbolic link",
+        "3.json is a directory",
+        "4.json is a FIFO",
+        "5.json is no record: it was cut off, or overwritten",
+    ]
+    assert {check.status for check in checks} == {Status.WARNING}
+    assert checks[0].remedy == "look at it, and remove it when there is no /dev/ublkb1"
+    before = sorted(os.listdir(tmp_path))
+    assert list(repair()) == []
+    assert sorted(os.listdir(tmp_path)) == before
+    (devices / "ublkc5").unlink()
+    assert stale_records() == [records.place(5)]
+
+
+def test_a_run_directory_that_others_can_change_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    monkeypatch.setenv("PYUBLK_RUN_DIR", str(run))
+    assert [check.status for check in check_records()] == [Status.OK]
+    run.mkdir()
+    for mode, status in ((0o755, Status.OK), (0o775, Status.WARNING), (0o1777, Status.WARNING)):
+        run.chmod(mode)
+        [check] = check_records()
+        assert check.status is status
+    assert check.finding == (
+        f"{run}, with the records and logs of servers, can be changed by other users"
+    )
+
+
 # ---- limits ----
 
 UNLIMITED = resource.RLIM_INFINITY
@@ -268,10 +318,10 @@ def test_records_of_others_are_told_in_a_sentence(
     monkeypatch.setenv("PYUBLK_RUN_DIR", str(tmp_path))
     file(tmp_path / "0.json")
 
-    def refuse(_path: Path, *_: object) -> str:
+    def refuse(*_: object) -> str:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(records, "read_record", refuse)
     assert list(check_records()) == [
         Check(
             "records",

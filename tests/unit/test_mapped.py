@@ -941,3 +941,55 @@ def test_the_memory_of_a_queue_outlives_what_is_under_way(how: str) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
     os.close(reader)
     os.close(writer)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[" * 100_000, '{"active": 1, "legs": []}', '{"legs": []}']
+)
+def test_a_mirror_does_not_start_on_another_s_record(tmp_path: Path, content: str) -> None:
+    mirror = mirror_of(tmp_path)
+    (tmp_path / "a.mirror").write_text(content)
+    with pytest.raises(ValueError, match=r"a\.mirror is not a mirror's record$"):
+        mirror.open()
+    assert (tmp_path / "a.mirror").read_text() == content
+
+
+def test_what_lies_in_the_place_of_a_mirror_s_record(tmp_path: Path) -> None:
+    mirror = mirror_of(tmp_path)
+    place = tmp_path / "a.mirror"
+    place.unlink()
+    place.mkdir()
+    with pytest.raises(ValueError, match=r"a\.mirror is a directory, and not a mirror's record$"):
+        mirror.open()
+    place.rmdir()
+    os.mkfifo(place)
+    with pytest.raises(ValueError, match=r"a\.mirror is a FIFO, and not a mirror's record$"):
+        mirror.open()
+    place.unlink()
+    place.symlink_to(place)
+    with pytest.raises(ValueError, match=r"a\.mirror points to the mirror's record, .* not there"):
+        mirror.open()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a file away")
+@pytest.mark.parametrize("follow", [False, True], ids=["record", "link"])
+def test_a_mirror_s_record_that_another_user_wrote(tmp_path: Path, follow: bool) -> None:
+    mirror = mirror_of(tmp_path)
+    place = tmp_path / "a.mirror"
+    if follow:
+        place.rename(tmp_path / "elsewhere")
+        place.symlink_to(tmp_path / "elsewhere")
+    os.chown(place, 1234, 1234, follow_symlinks=False)
+    words = r"is another user's link, and is not followed" if follow else "belongs to another user"
+    with pytest.raises(ValueError, match=rf"a\.mirror {words}"):
+        mirror.open()
+
+
+def test_a_mirror_s_record_is_written_over_nobody_s_link(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("theirs")
+    (tmp_path / "a.mirror.new").symlink_to(victim)
+    with Disk(mirror_of(tmp_path)):
+        pass
+    assert victim.read_text() == "theirs"
+    assert record(tmp_path) == ["synced", "synced"]

@@ -1,9 +1,11 @@
 """Plans and records: what is written can be read, and is believed only of the same device."""
 
 import errno
+import json
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +17,7 @@ from pyublk.service.records import (
     log_place,
     make_run_directory,
     place,
+    record_trouble,
     recorded_ids,
     run_directory,
 )
@@ -95,6 +98,101 @@ def test_removing_leaves_the_record_of_a_later_device_alone() -> None:
 def test_what_cannot_be_understood_is_no_record(text: str) -> None:
     place(3).write_text(text)
     assert Record.read(3) is None
+
+
+def newer(**more: object) -> dict[str, Any]:
+    """A record as another version may write it."""
+    record().write()
+    fields: dict[str, Any] = json.loads(place(3).read_text()) | more
+    return fields
+
+
+def test_what_a_newer_version_says_besides_is_left_out() -> None:
+    fields = newer(channel="/run/pyublk/3.sock")
+    fields["plan"]["restart"] = {"limit": 3}
+    fields["server"]["namespace"] = 4026531836
+    place(3).write_text(json.dumps(fields))
+    assert Record.read(3) == record()
+    assert record_trouble(3) is None
+    record().remove()
+    assert recorded_ids() == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"id": 4},
+        {"id": "3"},
+        {"cookie": None},
+        {"server": {"pid": -1, "started": 0}},
+        {"server": {"pid": 0, "started": 0}},
+        {"server": {"pid": True, "started": 0}},
+        {"server": {"pid": 1.5, "started": 0}},
+        {"server": "123"},
+        {"server": {"pid": 1}},
+        {"plan": {"target": 4}},
+        {"plan": {"target": "ram", "arguments": "ab", "options": []}},
+        {"plan": []},
+        {"log": 5},
+        {"data_path": ["copy"]},
+    ],
+    ids=str,
+)
+def test_a_record_that_says_something_else(change: dict[str, object]) -> None:
+    place(3).write_text(json.dumps(newer(**change)))
+    assert Record.read(3) is None
+    assert Record.of(device()) is None
+    trouble = f"{place(3)} is a record that this version of pyublk cannot read"
+    assert record_trouble(3) == trouble
+
+
+def test_what_lies_in_a_record_s_place_is_told(tmp_path: Path, run_dir: Path) -> None:
+    record(3).write()
+    moved = place(3).rename(tmp_path / "elsewhere")
+    place(3).symlink_to(moved)
+    place(4).mkdir()
+    os.mkfifo(place(5))
+    place(6).write_bytes(moved.read_bytes()[:-9])
+    place(7).write_bytes(b"\xff" * 9)
+    troubles = {number: record_trouble(number) for number in recorded_ids()}
+    assert troubles == {
+        3: f"{place(3)} is a symbolic link",
+        4: f"{place(4)} is a directory",
+        5: f"{place(5)} is a FIFO",
+        6: f"{place(6)} is no record: it was cut off, or overwritten",
+        7: f"{place(7)} is not text",
+    }
+    assert not any(Record.read(number) for number in recorded_ids())
+    record(3).remove()  # what it does not know it does not remove
+    assert place(3).is_symlink()
+    assert moved.exists()
+    record(3).write()
+    assert not place(3).is_symlink()
+    assert json.loads(moved.read_text())["id"] == 3
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a file away")
+def test_a_record_that_another_user_wrote_is_not_believed() -> None:
+    record().write()
+    os.chown(place(3), 1234, 1234)
+    assert Record.of(device()) is None
+    assert record_trouble(3) == f"{place(3)} belongs to another user, 1234"
+
+
+def test_a_link_in_the_place_of_a_status_is_not_followed(tmp_path: Path, run_dir: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text('{"not": "ours"}')
+    (run_dir / "3.status").symlink_to(victim)
+    assert record().read_status() is None
+    record().write_status({"ours": True})
+    assert record().read_status() == {"ours": True}
+    assert victim.read_text() == '{"not": "ours"}'
+
+
+@pytest.mark.parametrize("name", ["03", "٣", "-3", "3 ", "12345678"])
+def test_names_that_no_record_has(run_dir: Path, name: str) -> None:
+    (run_dir / f"{name}.json").write_text("{}")
+    assert recorded_ids() == []
 
 
 def test_other_files_in_the_directory_are_not_records(run_dir: Path) -> None:

@@ -14,7 +14,9 @@ PACKAGE = Path(pyublk.__file__).parent
 
 #: From the bottom up. A room imports from its own row or rows above it in this list only.
 ROOMS = [
-    ["arguments", "launch", "uapi", "uring", "interruptions"],
+    ["arguments", "launch", "uapi", "uring", "interruptions", "files"],
+    ["openers"],
+    ["keeping"],
     ["errors"],
     ["_native"],
     ["features", "methods", "occupants", "params", "stats", "zones"],

@@ -1,10 +1,16 @@
 """Who uses a disk, read from files like those of /proc and /sys."""
 
 import os
+import stat
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from pyublk.files import About
+from pyublk.openers import Opener
+from pyublk.service import stacking, usage
 from pyublk.service.usage import Use, partitions, uses
 
 MOUNTINFO = """\
@@ -143,3 +149,125 @@ def _some_block_device() -> tuple[str, str]:
             number = node.stat().st_rdev
             return str(node), f"{os.major(number)}:{os.minor(number)}"
     pytest.skip("no block device has a node in /dev")
+
+
+def test_a_device_that_only_the_options_name(machine: Machine) -> None:
+    """The external log of an XFS, for one."""
+    node, number = _some_block_device()
+    machine.disk("ublkb0", number)
+    machine.mounted(f"70 22 8:77 / /data rw - xfs /dev/none rw,logdev={node},noquota\n")
+    assert machine.uses("ublkb0") == [Use("ublkb0", "mounted", "/data")]
+
+
+def test_one_of_several_sources(machine: Machine) -> None:
+    node, number = _some_block_device()
+    machine.disk("ublkb0", number)
+    machine.mounted(f"70 22 0:99 / /data rw - bcachefs /dev/none:{node} rw\n")
+    assert machine.uses("ublkb0") == [Use("ublkb0", "mounted", "/data")]
+
+
+def btrfs(machine: Machine, *names: str) -> None:
+    """A file system of devices that are in `machine`, as sysfs shows a mounted one."""
+    places = machine.root / "sys/fs/btrfs/1d-2d/devices"
+    places.mkdir(parents=True)
+    numbers = machine.root / "sys/dev/block"
+    numbers.mkdir(parents=True)
+    for name in names:
+        disk = machine.root / "sys/class/block" / name
+        (places / name).symlink_to(disk)
+        (numbers / (disk / "dev").read_text().strip()).symlink_to(disk)
+
+
+def test_a_member_of_a_file_system_of_several_devices(machine: Machine) -> None:
+    node, number = _some_block_device()
+    machine.disk("named", number)
+    machine.disk("ublkb0", "259:0")
+    machine.disk("ublkb1", "259:1")
+    btrfs(machine, "named", "ublkb0")
+    machine.mounted(f"70 22 0:99 / /data rw - btrfs {node} rw\n")
+    assert machine.uses("ublkb0") == [Use("ublkb0", "mounted", "/data")]
+    assert machine.uses("ublkb1") == []
+    machine.mounted("")  # in a namespace that is not seen
+    assert [str(use) for use in machine.uses("ublkb0")] == ["/dev/ublkb0 is held by btrfs 1d-2d"]
+
+
+def test_the_journal_of_another_file_system(machine: Machine) -> None:
+    machine.disk("ublkb0", "259:0")
+    (machine.root / "fs/jbd2/ublkb0").mkdir(parents=True)
+    [use] = machine.uses("ublkb0")
+    assert str(use) == "/dev/ublkb0 is held by a file system, as its journal"
+
+
+def test_other_mount_namespaces_are_told_once_and_only_where_ours_has_none(
+    machine: Machine,
+) -> None:
+    machine.disk("ublkb0", "259:0")
+
+    def process(pid: int, namespace: str, mountinfo: str) -> None:
+        place = machine.root / str(pid)
+        (place / "ns").mkdir(parents=True)
+        (place / "mountinfo").write_text(mountinfo)
+        (place / "ns/mnt").symlink_to(namespace)
+
+    table = "60 22 259:0 / /inside rw - ext4 /dev/ublkb0 rw\n"
+    pid = os.getpid()
+    process(pid, "mnt:[2]", table)
+    process(2_000_000_000, "mnt:[2]", table)
+    comm = Path("/proc/self/comm").read_text().strip()
+    [use] = machine.uses("ublkb0")
+    assert use.how == "mounted"
+    assert use.by in (
+        f"/inside in the mount namespace of {comm} (process {pid})",
+        "/inside in the mount namespace of ? (process 2000000000)",
+    )
+    machine.mounted(table.replace("/inside", "/outside"))
+    assert machine.uses("ublkb0") == [Use("ublkb0", "mounted", "/outside")]
+
+
+def test_processes_that_have_a_disk_open(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    node, number = _some_block_device()
+    machine.disk("ublkb0", number)
+
+    def one(path: str, *, special: str = "", device: str = "", **how: bool) -> Opener:
+        kind = stat.S_IFBLK if special else stat.S_IFREG
+        return Opener(7, About(kind, device, 3, special), path, **{"locks": False, **how})
+
+    table = [
+        one(node, special=number, writes=False),
+        one(node, special=number, writes=True),
+        one("/gone/file", device=number, writes=True),
+        one("/dev/other", special="1:99", writes=True),
+        one("/other/file", device="1:99", writes=True),
+    ]
+    monkeypatch.setattr(usage, "openers", lambda wanted: [o for o in table if wanted(o.file)])
+    monkeypatch.setattr(usage, "served_by", lambda _pid: [])
+    sys = machine.root / "sys"
+    found = usage.opened("ublkb0", sys=sys)
+    assert [use.how for use in found] == ["open", "written", "files"]
+    assert str(found[1]).startswith("/dev/ublkb0 is open for writing in ")
+    assert usage.opened("ublkb0", but=7, sys=sys) == []
+    monkeypatch.setattr(usage, "served_by", lambda _pid: ["ublkb1", "ublkb3"])
+    first = usage.opened("ublkb0", sys=sys)[0]
+    assert str(first) == "/dev/ublkb0 is under /dev/ublkb1, /dev/ublkb3"
+    # A program that uses its own disk.
+    monkeypatch.setattr(usage, "served_by", lambda _pid: ["ublkb0", "ublkb3"])
+    assert [use.how for use in usage.opened("ublkb0", sys=sys)] == ["open", "written", "files"]
+
+
+@pytest.mark.parametrize(
+    ("below", "expected"),
+    [
+        ({}, [0, 1, 2]),
+        ({0: {1}, 1: {2}}, [0, 1, 2]),
+        ({2: {1}, 1: {0}}, [2, 1, 0]),
+        ({2: {0}, 1: {0}}, [1, 2, 0]),
+        ({0: {2}, 1: {9}}, [0, 1, 2]),
+        ({0: {1}, 1: {0}}, [2, 1, 0]),  # of one process: nobody can tell
+    ],
+)
+def test_the_order_of_disks_on_disks(
+    monkeypatch: pytest.MonkeyPatch, below: dict[int, set[int]], expected: list[int]
+) -> None:
+    monkeypatch.setattr(stacking, "_below", lambda device: below.get(device.id, set()))
+    devices: list[Any] = [SimpleNamespace(id=number) for number in range(3)]
+    assert [device.id for device in stacking.top_first(devices)] == expected

@@ -53,6 +53,9 @@ def list_(as_json: bool) -> None:
         for device in source.devices():
             with unless_gone():
                 disks.append(disk(source, device))
+    for one in disks:
+        if one.record_trouble:
+            message(f"what serves {one.device.path} is not known: {one.record_trouble}")
     if as_json:
         print_json([_summary(one) for one in disks])
     elif disks:
@@ -69,7 +72,7 @@ def _row(one: Disk) -> list[str]:
     return [
         str(device.id),
         device.path,
-        one.record.plan.target if one.record else "-",
+        one.record.plan.target if one.record else "?" if one.record_trouble else "-",
         format_size(one.size) if one.size else "-",
         device.status.name.lower(),
         f"{device.queues} x {device.depth}",
@@ -127,6 +130,7 @@ def _details(one: Disk) -> dict[str, Any]:
         "owner": {"uid": device.owner_uid, "gid": device.owner_gid},
         "plan": asdict(record.plan) if record else None,
         "data_path": record.data_path if record else None,
+        "record_trouble": one.record_trouble,
         "status": one.status,
         "params": asdict(one.params) if one.params else None,
         "io_scheduler": one.io_scheduler,
@@ -171,7 +175,8 @@ def _lines(one: Disk) -> list[tuple[str, str]]:
         lines += _status_lines(one.status)
         lines.append(("log", str(record.log) if record.log else "on the server's terminal"))
     else:
-        lines.append(("target", "unknown: not made by `pyublk add`"))
+        why = one.record_trouble or "not made by `pyublk add`"
+        lines.append(("target", f"unknown: {why}"))
     lines += [("used by", str(use)) for use in one.uses] or [("used by", "nobody")]
     if one.served:
         lines += [

@@ -2,6 +2,7 @@
 """The kinds of arguments that several commands take, each with its completion."""
 
 import re
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,9 +10,22 @@ from typing import Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
+from pyublk.files import about
 from pyublk.targets.sizes import parse_size
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _node_name(path: str) -> str:
+    """The kernel's name of a device whose node, or a link to it, has another one; "" of none."""
+    try:
+        found = about(path)
+    except (OSError, ValueError):
+        return ""
+    kind = {stat.S_IFBLK: "block", stat.S_IFCHR: "char"}.get(stat.S_IFMT(found.mode))
+    if kind is None:
+        return ""
+    return (Path("/sys/dev") / kind / found.special).resolve().name
 
 
 def json_option(command: F) -> F:
@@ -67,7 +81,7 @@ class Cpus(click.ParamType[list[int]]):
 
 
 class DeviceId(click.ParamType[int | str]):
-    """A device by its id, `0`, or by one of its nodes, `/dev/ublkb0` or `ublkc0`."""
+    """A device by its id, `0`, or by a node, `/dev/ublkb0` or `ublkc0`, or a link to one."""
 
     name = "device"
 
@@ -80,7 +94,8 @@ class DeviceId(click.ParamType[int | str]):
         text = str(value)
         if self._all_allowed and text == "all":
             return text
-        match = re.fullmatch(r"(?:(?:/dev/)?ublk[bc])?(\d{1,7})", text)
+        form = r"(?:(?:/dev/)?ublk[bc])?([0-9]{1,7})"
+        match = re.fullmatch(form, text) or re.fullmatch(form, _node_name(text))
         if match is None:
             others = " or `all`" if self._all_allowed else ""
             self.fail(f"{text!r} is no device: give an id, /dev/ublkbN{others}", param, ctx)

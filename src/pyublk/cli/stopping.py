@@ -10,6 +10,7 @@ from pyublk.cli.listing import find
 from pyublk.cli.output import print_json
 from pyublk.cli.parameters import DeviceId, Seconds, json_option
 from pyublk.control import Controller, DeviceInfo
+from pyublk.service.stacking import top_first
 from pyublk.service.stopping import delete, stop
 
 _force = click.option(
@@ -33,8 +34,9 @@ _timeout = click.option(
 def stop_(ids: tuple[int | str, ...], force: bool, timeout: float, as_json: bool) -> None:
     """Flush disks and stop them; those made by pyublk are deleted as well.
 
-    ID is a number, a node such as /dev/ublkb0, or `all` for every disk made by pyublk. A disk that
-    is mounted, used as swap or held by another device is left alone, and its users are named.
+    ID is a number, a node such as /dev/ublkb0, or `all` for every disk made by pyublk, those that
+    lie on others first. A disk that is mounted, used as swap, held by another device, claimed by a
+    program or written by one is left alone, and its users are named.
 
     A server started by `pyublk add` that does not end is killed after the timeout: the disk goes
     away, and the command ends with the code of a timeout.
@@ -67,8 +69,11 @@ def _each(
     with open_controller() as controller:
         wanted: list[int] = []
         for one in ids:
-            ours = [device.id for device in controller.devices() if device.ours]
-            wanted += ours if isinstance(one, str) else [one]
+            if isinstance(one, str):
+                ours = [device for device in controller.devices() if device.ours]
+                wanted += [device.id for device in top_first(ours)]
+            else:
+                wanted.append(one)
         for number in dict.fromkeys(wanted):
             try:
                 action(controller, find(controller, number))

@@ -97,7 +97,7 @@ def _await_report(server: Server, plan: Plan, report: TextIO, name: str) -> Reco
     told = json.loads(text)
     if "failed" in told:
         raise reports.revive(told["failed"])
-    record = Record.read(told["ready"])
+    record = Record.load(told["ready"])
     if record is None:
         raise errors.DeviceLost(f"/dev/ublkb{told['ready']} was deleted as soon as it was there")
     return record

@@ -5,6 +5,7 @@ import gzip
 import os
 import re
 import resource
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -13,9 +14,12 @@ from pathlib import Path
 from pyublk._native import Ring
 from pyublk.control import CONTROL_NODE, Controller, DeviceInfo
 from pyublk.errors import OWN_DEV, kind_of_dev
+from pyublk.files import trusted_owners
 from pyublk.service import logs, records
 from pyublk.service.stopping import delete, has_server, may_be_starting
 from pyublk.uapi import DeviceStatus
+
+_CHAR_DEVICES = Path("/sys/class/ublk-char")
 
 
 class Status(StrEnum):
@@ -261,19 +265,27 @@ def _in_pid_namespace() -> bool:
 
 def orphans(controller: Controller) -> list[DeviceInfo]:
     """Our devices that have no server and never will: both it and its guardian were killed."""
-    return [device for device in controller.devices() if _is_orphan(device)]
+    return [device for device in _settled_devices(controller) if _is_orphan(device)]
+
+
+def _settled_devices(controller: Controller) -> list[DeviceInfo]:
+    """The devices, once none of them that looks like an orphan may just be starting."""
+    found = controller.devices()
+    while any(_is_orphan(device) and may_be_starting(device) for device in found):
+        time.sleep(0.05)
+        found = controller.devices()
+    return found
 
 
 def _is_orphan(device: DeviceInfo) -> bool:
-    dead = device.ours and device.status is DeviceStatus.DEAD
-    return dead and not has_server(device) and not may_be_starting(device)
+    return device.ours and device.status is DeviceStatus.DEAD and not has_server(device)
 
 
 def check_devices() -> Iterator[Check]:
     """Looks for orphaned devices, and for ours that wait for a server."""
     try:
         with Controller(deadline=10) as controller:
-            devices = controller.devices()
+            devices = _settled_devices(controller)
     except OSError as error:
         yield _failure("devices", error)
         return
@@ -300,33 +312,35 @@ def check_devices() -> Iterator[Check]:
 
 
 def stale_records() -> list[Path]:
-    """Records whose server is gone, with their logs and what their targets said last."""
+    """Records whose server is gone, with their logs and what their targets said last. What cannot
+    be read may be the record of a server that is there, and is no stale one; but a file that is
+    none at all, where there is no such device, is."""
     found = []
     for number in records.recorded_ids():
-        record = records.Record.read(number)
-        server = record.server.open() if record is not None else None
-        if server is not None:
-            with server:
+        try:
+            record = records.Record.load(number)
+        except records.GarbledRecord:
+            if _CHAR_DEVICES.joinpath(f"ublkc{number}").exists():
                 continue
+        except (ValueError, OSError):
+            continue
+        else:
+            server = record.server.open() if record is not None else None
+            if server is not None:
+                with server:
+                    continue
         places = (records.place(number), records.log_place(number), records.status_place(number))
         found += [place for place in places if place.exists()]
     return [*found, *(log for log in logs.abandoned() if log not in found)]
 
 
 def check_records() -> Iterator[Check]:
-    """Looks for records of servers that are gone."""
+    """Looks for records of servers that are gone, and for what is no record of ours."""
     directory = records.run_directory()
-    try:
-        stale = stale_records()
-    except PermissionError:
-        yield Check(
-            "records",
-            Status.WARNING,
-            f"the records in {directory} are for their owner's eyes only",
-            "run pyublk doctor as root, or as that owner",
-        )
-        return
-    if not stale:
+    stale = stale_records()
+    troubles = list(_troubles_with_records(directory, stale))
+    yield from troubles
+    if not stale and not troubles:
         yield Check("records", Status.OK, f"{directory}: none left behind")
     for path in stale:
         yield Check(
@@ -334,6 +348,39 @@ def check_records() -> Iterator[Check]:
             Status.WARNING,
             f"{path} was left behind by a server that was killed",
             "pyublk doctor --repair",
+        )
+
+
+def _troubles_with_records(directory: Path, stale: list[Path]) -> Iterator[Check]:
+    if directory.exists():
+        found = directory.stat()
+        if found.st_uid not in trusted_owners() or found.st_mode & 0o022:
+            yield Check(
+                "records",
+                Status.WARNING,
+                f"{directory}, with the records and logs of servers, can be changed by other users",
+                f"chown root {directory}; chmod 755 {directory}; or another PYUBLK_RUN_DIR",
+            )
+    unreadable = False
+    for number in records.recorded_ids():
+        try:
+            records.Record.load(number)
+        except PermissionError:
+            unreadable = True
+        except (ValueError, OSError):
+            if records.place(number) not in stale:
+                yield Check(
+                    "records",
+                    Status.WARNING,
+                    records.record_trouble(number) or "",
+                    f"look at it, and remove it when there is no /dev/ublkb{number}",
+                )
+    if unreadable:
+        yield Check(
+            "records",
+            Status.WARNING,
+            f"the records in {directory} are for their owner's eyes only",
+            "run pyublk doctor as root, or as that owner",
         )
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from pyublk.control import Controller, DeviceInfo
+from pyublk.openers import command_name
 from pyublk.params import Params
 from pyublk.scheduling import io_scheduler
-from pyublk.service.processes import command_name
-from pyublk.service.records import FAILED, Record
+from pyublk.service.records import FAILED, Record, record_trouble
 from pyublk.service.sysfs import Sysfs
 from pyublk.service.usage import Use, uses
 from pyublk.uapi import DeviceStatus
@@ -32,7 +32,8 @@ class Served:
 class Disk:
     """One ublk device.
 
-    `record` is there when `pyublk add` made it; `params` None if none were set; `size` in bytes,
+    `record` is there when `pyublk add` made it, and `record_trouble` says why what lies in its
+    place is not believed; `params` None if none were set; `size` in bytes,
     0 while there is no block device; `io_scheduler` is the kernel's, None without a block device;
     `server_name` None when there is no server; `status` is what the target says of itself, and
     `failed` how many requests its server has failed, up to a second ago: both None where no server
@@ -42,6 +43,7 @@ class Disk:
     device: DeviceInfo
     params: Params | None
     record: Record | None
+    record_trouble: str | None
     size: int
     uses: tuple[Use, ...]
     served: Served | None
@@ -66,6 +68,7 @@ def disk(controller: Controller | Sysfs, device: DeviceInfo) -> Disk:
         device=device,
         params=params,
         record=record,
+        record_trouble=record_trouble(device.id),
         size=_size(name) if live else 0,
         uses=tuple(uses(name)),
         served=_served(name) if live else None,

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from pyublk.openers import command_name as command_name
+
 
 def start_time(pid: int) -> int | None:
     """When the process began, in clock ticks since boot; None if it has ended (proc(5), stat)."""
@@ -17,14 +19,6 @@ def start_time(pid: int) -> int | None:
         return None
     after_name = line.rpartition(")")[2].split()  # the name may hold spaces and parentheses
     return None if after_name[0] in "ZX" else int(after_name[19])  # dead, but not reaped yet
-
-
-def command_name(pid: int) -> str | None:
-    """The process's name as the kernel has it; None if there is no such process."""
-    try:
-        return Path(f"/proc/{pid}/comm").read_text().strip()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,17 +2,20 @@
 """The run directory: a record and a log for each disk that a command of ours serves.
 
 `/run/pyublk/N.json` and `/run/pyublk/N.log` belong to `/dev/ublkbN`; PYUBLK_RUN_DIR names another
-directory. A record is believed only while the kernel's device carries the same cookie.
+directory. A record is believed only while the kernel's device carries the same cookie, and only
+when it is a regular file of ours or root's: nobody else names processes for us to end.
 """
 
 import json
 import os
+import re
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
 from pyublk.control import DeviceInfo
+from pyublk.files import StrangeFile, read_record, write_record
 from pyublk.service.plan import Plan
 from pyublk.service.processes import ProcessId
 
@@ -34,6 +37,10 @@ def make_run_directory() -> Path:
         error.add_note("set PYUBLK_RUN_DIR to a directory for the records and logs of servers")
         raise
     return directory
+
+
+class GarbledRecord(StrangeFile):
+    """A file of ours that is no record, not even one of another version."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,25 +65,40 @@ class Record:
 
     def write(self) -> None:
         """Keeps it, readable for its owner only: a target's options may be secret."""
-        fields = asdict(self) | {"log": None if self.log is None else str(self.log)}
-        final = place(self.id)
-        draft = final.with_suffix(".new")
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            json.dump(fields, file)
-        draft.replace(final)
+        written = asdict(self) | {"log": None if self.log is None else str(self.log)}
+        write_record(place(self.id), json.dumps(written))
+
+    @classmethod
+    def load(cls, device: int) -> Self | None:
+        """The record of a device id; None if there is none.
+
+        What a newer version has in it besides is left out. Raises StrangeFile for what cannot be
+        believed or understood, and OSError for what cannot be read.
+        """
+        path = place(device)
+        try:
+            text = read_record(path)
+        except FileNotFoundError:
+            return None
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise GarbledRecord(f"{path} is no record: it was cut off, or overwritten")
+        try:
+            return cls(**_understood(cls, found, device))
+        except (ValueError, TypeError, KeyError):
+            raise StrangeFile(
+                f"{path} is a record that this version of pyublk cannot read"
+            ) from None
 
     @classmethod
     def read(cls, device: int) -> Self | None:
         """The record of a device id; None if there is none, or none that can be understood."""
         try:
-            fields = json.loads(place(device).read_text())
-            fields["plan"] = Plan.from_json(json.dumps(fields["plan"]))
-            fields["server"] = ProcessId(**fields["server"])
-            fields["log"] = None if fields["log"] is None else Path(fields["log"])
-            return cls(**fields)
-        except FileNotFoundError:
-            return None
-        except (ValueError, TypeError, KeyError):
+            return cls.load(device)
+        except (StrangeFile, OSError):  # `record_trouble` tells
             return None
 
     @classmethod
@@ -94,17 +116,53 @@ class Record:
 
     def write_status(self, status: dict[str, Any]) -> None:
         """Keeps what the target says of itself now."""
-        draft = status_place(self.id).with_suffix(".new")
-        draft.write_text(json.dumps(status))
-        draft.replace(status_place(self.id))
+        write_record(status_place(self.id), json.dumps(status), mode=0o644)
 
     def read_status(self) -> dict[str, Any] | None:
         """What the target said of itself last; None for one that says nothing."""
         try:
-            status = json.loads(status_place(self.id).read_text())
-        except (FileNotFoundError, ValueError):
+            status = json.loads(read_record(status_place(self.id)))
+        except (OSError, ValueError):
             return None
         return status if isinstance(status, dict) else None
+
+
+def _understood(kind: type[Any], found: dict[str, Any], device: int) -> dict[str, Any]:
+    """What a record's text says, but for what a newer version has in it besides. Raises ValueError,
+    TypeError or KeyError when it is not what this version writes."""
+    known = _known(kind, found)
+    server = ProcessId(**_known(ProcessId, found["server"]))
+    plan = Plan.from_json(json.dumps(_known(Plan, found["plan"])))
+    numbers = (known["id"], known["cookie"], server.pid, server.started)
+    texts = (plan.target, *plan.arguments, known["log"] or "", known.get("data_path") or "")
+    if (
+        not all(type(number) is int for number in numbers)
+        or not all(isinstance(text, str) for text in texts)
+        or not isinstance(plan.options, dict)
+        or known["id"] != device
+        or server.pid <= 0
+    ):
+        raise ValueError("not what this version writes")
+    log = None if known["log"] is None else Path(known["log"])
+    return known | {"plan": plan, "server": server, "log": log}
+
+
+def _known(kind: type[Any], found: object) -> dict[str, Any]:
+    if not isinstance(found, dict):
+        raise TypeError(found)
+    names = {field.name for field in fields(kind)}
+    return {name: value for name, value in found.items() if name in names}
+
+
+def record_trouble(device: int) -> str | None:
+    """What keeps the record of a device id from being believed, in a sentence; None: nothing."""
+    try:
+        Record.load(device)
+    except StrangeFile as strange:
+        return str(strange)
+    except OSError as error:
+        return f"{place(device)} cannot be read: {error.strerror}"
+    return None
 
 
 def log_place(device: int) -> Path:
@@ -117,7 +175,7 @@ def remove_log(descriptor: int) -> None:
     may be that of the next disk's."""
     for path in run_directory().glob("*.log"):
         with suppress(FileNotFoundError):
-            if os.path.samestat(path.stat(), os.fstat(descriptor)):
+            if os.path.samestat(path.lstat(), os.fstat(descriptor)):
                 path.unlink()
 
 
@@ -128,7 +186,8 @@ def status_place(device: int) -> Path:
 
 def recorded_ids() -> list[int]:
     """The ids of all records, whether the devices still exist or not."""
-    return sorted(int(p.stem) for p in run_directory().glob("*.json") if p.stem.isdecimal())
+    names = [path.stem for path in run_directory().glob("*.json")]
+    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]{0,6}", name))
 
 
 def place(device: int) -> Path:

@@ -2,35 +2,28 @@
 """Stopping and deleting disks of whatever server, with their data safe and their users asked."""
 
 import errno
-import fcntl
+import logging
 import os
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from pyublk import errors
 from pyublk.control import Controller, DeviceInfo
+from pyublk.files import about
+from pyublk.service.claim import patiently, refuse_if_used, take
 from pyublk.service.processes import Process, start_time
-from pyublk.service.records import Record
-from pyublk.service.usage import partitions, uses
+from pyublk.service.records import Record, record_trouble
 from pyublk.uapi import DeviceStatus
 
-#: linux/fs.h: writes back the page cache of a block device and syncs the file system on it.
-BLKFLSBUF = 0x1261
+log = logging.getLogger("pyublk.service")
 
 #: Seconds that a guardian, or a server that has ended, gets to delete the device.
 _DELETION = 10.0
-#: Seconds after its making in which a device that is DEAD may just be starting.
+#: Seconds, from when it is first looked at, in which a device that is DEAD may just be starting.
 _STARTING = 3.0
-
-
-def refuse_if_used(device: DeviceInfo) -> None:
-    """Raises DeviceBusy that names every use of the disk."""
-    if found := uses(f"ublkb{device.id}"):
-        raise errors.DeviceBusy("; ".join(str(use) for use in found))
 
 
 def stop(
@@ -53,28 +46,31 @@ def stop(
             raise errors.DeviceBusy(
                 f"{device.path} waits for a new server: stopping it now loses what was not written"
             )
-    tolerated = (OSError,) if force else ()
+    if trouble := record_trouble(device.id):
+        log.warning("what serves %s is not known: %s", device.path, trouble)
     record = Record.of(device)
     server = record.server.open() if record is not None else None
-    if record is not None and server is not None:
-        # That this server hangs is dealt with at its end, and it tells where.
-        with server:
-            with suppress(TimeoutError, *tolerated):
-                _flush(device, timeout)
-            _end_server(controller, device, record, server, timeout)
-        return
-    with suppress(*tolerated):
-        _flush(device, timeout)
-    if has_server(device) or not device.ours:
-        if device.status is not DeviceStatus.DEAD:  # else there is nothing to stop
-            with unless_gone():
-                controller.stop(device.id, deadline=timeout)
-        return
-    _delete(controller, device, timeout)
-    if record is not None:
-        record.remove()
-        if record.log is not None:  # of a server that is gone
-            record.log.unlink(missing_ok=True)
+    tolerated: tuple[type[Exception], ...] = (OSError,) if force else ()
+    stopped = False
+    with ExitStack() as held:
+        if server is not None:
+            held.enter_context(server)
+            # That it hangs is dealt with at its end, and it tells where.
+            tolerated += (TimeoutError,)
+        with suppress(*tolerated):
+            stopped = take(controller, device, held, timeout, force=force)
+        if record is not None and server is not None:
+            _end_server(controller, device, record, server, timeout, asked=stopped)
+        elif has_server(device) or not device.ours:
+            if device.status is not DeviceStatus.DEAD and not stopped:
+                with unless_gone():
+                    controller.stop(device.id, deadline=timeout)
+        else:
+            _delete(controller, device, timeout)
+            if record is not None:
+                record.remove()
+                if record.log is not None:  # of a server that is gone
+                    record.log.unlink(missing_ok=True)
 
 
 def delete(
@@ -96,20 +92,26 @@ def unless_gone() -> Iterator[None]:
 
 
 def may_be_starting(device: DeviceInfo) -> bool:
-    """Whether its server may be about to send START_DEV."""
-    if device.status is not DeviceStatus.DEAD:
-        return False
+    """Whether its server may be about to send START_DEV. The kernel does not say when it was made,
+    and a node's time is the wall clock's: it counts from when this process first looked."""
+    if device.status is not DeviceStatus.DEAD or Record.of(device) is not None:
+        return False  # what has a record was started
     try:
-        return time.time() - os.stat(device.char_path).st_ctime < _STARTING
-    except FileNotFoundError:
+        node = about(device.char_path).inode
+    except OSError:
         return False
+    first = _looked_at.setdefault((device.id, device.cookie, node), time.monotonic())
+    return time.monotonic() - first < _STARTING
+
+
+_looked_at: dict[tuple[int, int, int], float] = {}
 
 
 def _once_started(controller: Controller, device: DeviceInfo) -> DeviceInfo:
     """The device when it is not just starting: to stop it then would crash kernels, since
     START_DEV would come after STOP_DEV."""
     while may_be_starting(device):
-        time.sleep(0.02)
+        time.sleep(0.05)
         device = controller.info(device.id)
     return device
 
@@ -145,81 +147,21 @@ def _delete(controller: Controller, device: DeviceInfo, deadline: float) -> None
         controller.delete(device.id, wait=False, deadline=deadline)
 
 
-def _flush(device: DeviceInfo, timeout: float) -> None:
-    """Makes what was written to a live disk durable; `timeout` is in seconds without progress."""
-    if device.status is not DeviceStatus.LIVE:
-        return
-    failures: list[OSError] = []
-
-    def flush() -> None:
-        try:
-            for part in partitions(f"ublkb{device.id}"):
-                _flush_node(f"/dev/{part}")
-            _flush_node(device.path)
-        except OSError as error:
-            # Else somebody else is taking the disk down, and its page cache is written back so.
-            if error.errno not in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
-                failures.append(error)
-
-    # In a thread beside this one: with a server that hangs, nothing can interrupt these calls.
-    flusher = threading.Thread(target=flush, daemon=True)
-    flusher.start()
-
-    def wait(seconds: float) -> bool:
-        flusher.join(seconds)
-        return not flusher.is_alive()
-
-    if not _patiently(wait, device, timeout):
-        raise TimeoutError(
-            f"{device.path} could not be flushed: its server (process {device.server_pid}) "
-            f"answered nothing for {timeout:g} s"
-        )
-    if failures:
-        error = OSError(
-            failures[0].errno,
-            f"{device.path} could not be flushed: {failures[0].strerror}; it is left as it is",
-        )
-        error.add_note("--force stops it all the same: what was not written is lost")
-        raise error
-
-
-def _flush_node(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.ioctl(descriptor, BLKFLSBUF)
-        os.fsync(descriptor)  # the disk's own cache, which BLKFLSBUF leaves alone
-    finally:
-        os.close(descriptor)
-
-
-def _patiently(wait: Callable[[float], bool], device: DeviceInfo, timeout: float) -> bool:
-    """Repeats `wait(seconds)` until it is true; false after `timeout` s without answered I/O."""
-    last = -1
-    until = 0.0
-    while not wait(min(0.1, timeout)):
-        if (now := _requests_answered(device)) != last:
-            last, until = now, time.monotonic() + timeout
-        elif time.monotonic() > until:
-            return False
-    return True
-
-
-def _requests_answered(device: DeviceInfo) -> int:
-    """Reads, writes, discards and flushes that have ended (Documentation/block/stat.rst)."""
-    try:
-        fields = Path(f"/sys/class/block/ublkb{device.id}/stat").read_text().split()
-    except OSError:  # the disk is being taken down
-        return 0
-    # The other fields also change while requests merely wait.
-    return sum(int(fields[place]) for place in (0, 4, 11, 15))
-
-
 def _end_server(
-    controller: Controller, device: DeviceInfo, record: Record, server: Process, timeout: float
+    controller: Controller,
+    device: DeviceInfo,
+    record: Record,
+    server: Process,
+    timeout: float,
+    *,
+    asked: bool,
 ) -> None:
+    """`asked`: its disk is stopped, so that it ends by itself; a signal might meet it at its very
+    end, and make that look like a failure."""
     log = _identity(record.log)
-    server.send(signal.SIGTERM)
-    ended = _patiently(server.wait, device, timeout)
+    if not asked:
+        server.send(signal.SIGTERM)
+    ended = patiently(server.wait, device, timeout)
     if not ended:
         server.send(signal.SIGKILL)
         server.wait(_DELETION)

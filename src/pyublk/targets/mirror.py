@@ -6,7 +6,6 @@ import logging
 import math
 import mmap
 import os
-import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,8 @@ from typing import Any
 
 from pyublk._native import Layout
 from pyublk.backing import Backing
+from pyublk.files import Identity, about
+from pyublk.keeping import Ranges, move
 from pyublk.mapped import MappedTarget
 from pyublk.paths import DataPath
 from pyublk.targets.copying import PIECE, Job, Step, copy_steps, sync_steps
@@ -92,8 +93,8 @@ class Mirror(MappedTarget):
         self._copier: threading.Thread | None = None
         self._copying = False  # the copier will look for legs again
         self._jobs: list[Job] = []  # that were given up
-        self._failed: dict[tuple[int, ...], int] = {}  # files that failed, and as which leg
-        self._incarnations: list[dict[tuple[int, ...], int]] = []  # of each leg, by its files
+        self._failed: dict[Identity, int] = {}  # files that failed, and as which leg
+        self._incarnations: list[dict[Identity, int]] = []  # of each leg, by its files
         self._taken_up = False  # the record is ours to write
         self._record_fails = False  # and could not be written
 
@@ -162,6 +163,9 @@ class Mirror(MappedTarget):
             size = self._wanted_size
         return Layout.mirror(files, size, leg_timeout=self._leg_timeout)
 
+    def ranges(self, file: int) -> Ranges:
+        return [(0, self.layout.size)]
+
     def open(self) -> None:
         super().open()
         self.files = [path.absolute() for path in self.files]  # a daemon changes its directory
@@ -177,7 +181,7 @@ class Mirror(MappedTarget):
             for path in self.files:
                 self._refuse_other_record(path)
             self._stopping = threading.Event()
-            self._incarnations = [{_identity(os.fstat(backing.fd)): 0} for backing in self.backing]
+            self._incarnations = [{backing.identity: 0} for backing in self.backing]
             if self._take_up_record():
                 with self._lock:
                     self._begin_resync()
@@ -197,6 +201,9 @@ class Mirror(MappedTarget):
             with self._lock:
                 self._try_to_record(active=not alike)
         super().close()
+
+    def written_late(self, file: int) -> bool:
+        return any(self.layout.leg_orphans(file)) or self._hangs(file)
 
     def _legs_are_alike(self) -> bool:
         """Whether all legs in step have the same, durably; else a start has to copy, as after a
@@ -339,11 +346,11 @@ class Mirror(MappedTarget):
         self.status_changed()
         self.wake_queues()
 
-    def _refuse_late_writers(self, leg: int, path: Path | None) -> tuple[int, ...]:
+    def _refuse_late_writers(self, leg: int, path: Path | None) -> Identity:
         """What a file writes late would undo what is copied to it. The file's identity."""
-        failed = _identity(os.fstat(self.backing[leg].fd))
+        failed = self.backing[leg].identity
         self._failed[failed] = leg
-        wanted = failed if path is None else _identity(os.stat(path))
+        wanted = failed if path is None else about(path).identity
         before = self._failed.get(wanted)
         if before is not None and (any(self.layout.leg_orphans(before)) or self._hangs(before)):
             raise ValueError(
@@ -358,21 +365,29 @@ class Mirror(MappedTarget):
             )
         return wanted
 
-    def _put_in_place(self, leg: int, path: Path, identity: tuple[int, ...]) -> None:
+    def _put_in_place(self, leg: int, path: Path, identity: Identity) -> None:
         assert self._state_path is not None
         self._refuse_other_record(path)
-        backing, old = self.open_file(path), self.backing[leg]
+        old, ranges = self.backing[leg], self.ranges(leg)
+        if identity == old.identity:
+            old.let_go()
+        backing = self.open_file(path)
         try:
             self._check_replacement(backing)
+            backing.keep(ranges, read_only=self.read_only)
             if leg == 0 and self._beside_first and not backing.is_device:
                 # From beside the new first leg, where the next start looks.
                 point_to_record(_record_beside(path), self._state_path)
         except (ValueError, OSError):
             backing.close()
+            if identity == old.identity:
+                old.keep(ranges, read_only=self.read_only)
             raise
+        old.let_go(written_late=self.written_late(leg))
         # The same number: a queue that is about to write by it must not find another's file.
         os.dup2(backing.fd, old.fd, inheritable=False)
-        backing.close()
+        move(backing.fd, old.fd)
+        os.close(backing.fd)
         self.backing[leg] = replace(backing, fd=old.fd)
         self.files[leg] = path
         known = self._incarnations[leg]
@@ -543,10 +558,3 @@ class Mirror(MappedTarget):
 
 def _record_beside(path: Path) -> Path:
     return path.with_name(path.name + ".mirror")
-
-
-def _identity(about: os.stat_result) -> tuple[int, ...]:
-    """Of a file, whatever its names."""
-    if stat.S_ISBLK(about.st_mode):
-        return (about.st_rdev,)
-    return (about.st_dev, about.st_ino)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 
+from pyublk.files import StrangeFile, read_record, sync_directory, trusted_owners, write_record
+
 
 class LegState(IntEnum):
     """A leg of a mirror: read and written; written but not yet read; left alone."""
@@ -39,15 +41,19 @@ class Record:
     def read(cls, path: Path) -> "Record":
         """An empty one when there is no such file. Raises ValueError for a file that is none."""
         try:
-            found = json.loads(path.read_text())
+            found = json.loads(read_record(path))
             legs = [
                 LegRecord(leg["path"], LegState[leg["state"].upper()], leg["since"])
                 for leg in found["legs"]
             ]
+            if not isinstance(found["active"], bool):
+                raise ValueError(found["active"])
             return cls(found["active"], legs)
         except FileNotFoundError:
             return cls()
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except StrangeFile as strange:
+            raise ValueError(f"{strange}, and not a mirror's record") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"{path} is not a mirror's record") from None
 
     def write(self, path: Path) -> None:
@@ -55,23 +61,22 @@ class Record:
         legs = [
             {"path": leg.path, "state": str(leg.state), "since": leg.since} for leg in self.legs
         ]
-        fresh = path.with_name(path.name + ".new")
-        with open(fresh, "w") as file:
-            json.dump({"active": self.active, "legs": legs}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, path)
-        _sync_folder(path)
+        text = json.dumps({"active": self.active, "legs": legs}, indent=1)
+        write_record(path, text, mode=0o666, durable=True)
 
 
 def find_record(path: Path) -> Path:
-    """Where the record is that `path` may only point to. Raises ValueError when it is not there."""
-    found = path.resolve()
-    if path.is_symlink() and not found.exists():
-        raise ValueError(
-            f"{path} points to the mirror's record, {found}, which is not there: bring it back, or "
-            f"remove {path}, and the first leg will be copied to the others"
-        )
+    """Where the record is that `path` may only point to. Raises ValueError when it is not there, or
+    when another user points there."""
+    found = Path(os.path.realpath(path))  # which bears a link that leads to itself
+    if path.is_symlink():
+        if path.lstat().st_uid not in trusted_owners():
+            raise ValueError(f"{path} is another user's link, and is not followed")
+        if not found.exists():
+            raise ValueError(
+                f"{path} points to the mirror's record, {found}, which is not there: bring it "
+                f"back, or remove {path}, and the first leg will be copied to the others"
+            )
     return found
 
 
@@ -79,12 +84,4 @@ def point_to_record(place: Path, record: Path) -> None:
     """Makes `place` a symbolic link to a record, durably, unless it leads there already."""
     if place.resolve() != record:
         place.symlink_to(record)
-        _sync_folder(place)
-
-
-def _sync_folder(path: Path) -> None:
-    directory = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        sync_directory(place.parent)

@@ -4,6 +4,7 @@
 from pathlib import Path
 
 from pyublk._native import Layout
+from pyublk.keeping import Ranges
 from pyublk.mapped import MappedTarget
 
 
@@ -51,3 +52,7 @@ class Stripe(MappedTarget):
         if size > whole:
             raise ValueError(f"size {size} is more than the files give, {whole} bytes")
         return Layout.stripe(files, size, self.chunk)
+
+    def ranges(self, file: int) -> Ranges:
+        rows = -(-self.layout.size // (self.chunk * len(self.backing)))
+        return [(0, rows * self.chunk)]

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: MIT
+"""Ranges of regular files that one disk has, and no other: in this process, and in others.
+
+Other processes see a lock (F_OFD_SETLK, fcntl(2)) of the bytes served: for writing, or for reading
+when the disk is read-only. Every program that locks files sees it, QEMU among them. The lock ends
+with the last descriptor of the opened file, and with `let_go`.
+"""
+
+import errno
+import fcntl
+import logging
+import os
+import struct
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyublk.files import Identity, about
+from pyublk.openers import openers, served_by
+
+log = logging.getLogger("pyublk.backing")
+
+#: First byte and end of each.
+Ranges = Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    path: Path
+    identity: Identity
+    ranges: Ranges
+    read_only: bool
+
+    def in_the_way(self, other: "_Kept") -> bool:
+        return (
+            self.identity == other.identity
+            and not (self.read_only and other.read_only)
+            and any(
+                start < stop and first < end
+                for first, stop in self.ranges
+                for start, end in other.ranges
+            )
+        )
+
+
+_kept: dict[int, _Kept] = {}  # by descriptor
+_lock = threading.Lock()
+
+
+def keep(fd: int, path: Path, ranges: Ranges, *, read_only: bool) -> None:
+    """Keeps ranges of the file for the disk that has it open by `fd`.
+
+    Raises OSError EBUSY, naming who has one of them, when another disk or process does.
+    """
+    wanted = _Kept(path, about(fd).identity, ranges, read_only)
+    with _lock:
+        for other in _kept.values():
+            if wanted.in_the_way(other):
+                raise _in_use(path, other.path, "this process serves it already")
+        try:
+            for first, end in ranges:
+                _set_lock(fd, fcntl.F_RDLCK if read_only else fcntl.F_WRLCK, first, end - first)
+        except OSError as error:
+            _unlock(fd)
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise _in_use(path, path, _who(wanted)) from None
+            log.warning(
+                "%s cannot be locked (%s): no other process is kept from using it as well",
+                path,
+                error.strerror,
+            )
+        _kept[fd] = wanted
+
+
+def let_go(fd: int, *, written_late: bool = False) -> None:
+    """Ends what `keep` began; also for those who have the descriptor by dup or fork.
+
+    `written_late`: a request is still under way, which has the file open; until it has ended, the
+    lock stays.
+    """
+    with _lock:
+        if _kept.pop(fd, None) is not None and not written_late:
+            _unlock(fd)
+
+
+def move(fd: int, to: int) -> None:
+    """The same file is open by another descriptor now."""
+    with _lock:
+        if (kept := _kept.pop(fd, None)) is not None:
+            _kept[to] = kept
+
+
+def _unlock(fd: int) -> None:
+    with suppress(OSError):  # it could not be locked either
+        _set_lock(fd, fcntl.F_UNLCK, 0, 0)
+
+
+def _set_lock(fd: int, kind: int, first: int, length: int) -> None:
+    """`length` 0: to the end, wherever that will be."""
+    # struct flock: kind, from where `first` is counted, first, length, process.
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, first, length, 0))
+
+
+def _who(wanted: _Kept) -> str:
+    """The kernel does not name the owner of such a lock; who has the file open is seen."""
+    found = [one for one in openers(lambda file: file.identity == wanted.identity) if one.locks]
+    if not found:
+        return "it is locked, by whom could not be found"
+    if any(one.pid == os.getpid() for one in found):
+        return "a request to it that was given up is not over yet"
+    disks = " and ".join(f"/dev/{disk}" for disk in served_by(found[0].pid))
+    return f"{found[0]} has locked it" + (f", which serves {disks}" if disks else "")
+
+
+def _in_use(path: Path, other: Path, who: str) -> OSError:
+    name = f"{path}" if path == other else f"{path}, the same file as {other},"
+    return OSError(errno.EBUSY, f"{name} is in use: {who}")
