@@ -539,6 +539,11 @@ class Layout:
         """Whether no file's I/O ever waits."""
     def map_memory(self) -> None:
         """Maps the files in memory, for user copy straight between them and requests."""
+    @property
+    def in_use(self) -> bool:
+        """Whether a queue may come to use the files: one that was cut off, and has not ended."""
+    def give_up(self, fd: int) -> None:
+        """Lets go of a file, and keeps its number from others as long as queues may use it."""
     def unmap_memory(self) -> None:
         """Lets go of them: a mapped file keeps its file system from being unmounted."""
     def leg_state(self, leg: int) -> int:

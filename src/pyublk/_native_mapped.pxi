@@ -10,6 +10,9 @@ cdef class Layout:
     cdef pu_layout layout
     cdef bint made
     cdef int process
+    cdef int queues     # that may come to use its files
+    cdef int *numbers   # of files that were given up, to be closed when no queue is left
+    cdef int nr_numbers
 
     def __init__(self):
         raise TypeError("use Layout.table, stripe, mirror or planned")
@@ -34,8 +37,28 @@ cdef class Layout:
             pu_layout_unmap_memory(&self.layout)
 
     def __dealloc__(self):
+        for i in range(self.nr_numbers):
+            close_number(self.numbers[i])
+        free(self.numbers)
         if self.made and self.process == pu_process():
             pu_layout_destroy(&self.layout)
+
+    @property
+    def in_use(self):
+        return self.queues > 0
+
+    def give_up(self, int fd):
+        numbers = <int *>realloc(self.numbers, (self.nr_numbers + 1) * sizeof(int))
+        if numbers == NULL:
+            raise MemoryError()
+        self.numbers = numbers
+        inert = os.eventfd(0)
+        try:
+            os.dup2(inert, fd, False)
+        finally:
+            os.close(inert)
+        self.numbers[self.nr_numbers] = fd
+        self.nr_numbers += 1
 
     cdef int set_file(self, uint32_t index, int fd, bint memory, bint device) except -1:
         self.layout.files[index].fd = fd
@@ -242,6 +265,7 @@ cdef class MappedQueue(Queue):
     cdef pu_mapped mapped
     cdef Layout layout
     cdef bint opened
+    cdef bint uses_files
 
     def __init__(self, fd, uint16_t queue_id=0, *, Layout layout not None, **options):
         cdef int error
@@ -260,7 +284,8 @@ cdef class MappedQueue(Queue):
         if error < 0:
             self.close()
             raise errors.queue_error(-error, queue_id)
-        self.opened = True
+        self.opened = self.uses_files = True
+        layout.queues += 1
 
     @classmethod
     def loopback(cls, *, layout, depth=128, buffer_size=512 * 1024):
@@ -269,6 +294,12 @@ cdef class MappedQueue(Queue):
     def __dealloc__(self):
         if self.opened:
             pu_mapped_close(&self.mapped)
+
+    cdef int let_go_of_files(self) except -1:
+        if self.uses_files:
+            self.uses_files = False
+            self.layout.queues -= 1
+        return 0
 
     def serve_mapped(self, Planner planner=None, leg_failed=None):
         cdef int there

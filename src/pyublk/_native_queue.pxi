@@ -556,6 +556,10 @@ cdef class Queue:
         else:  # its own may wait in the ring: the rest is for when nobody has the queue
             pu_queue_sever(&self.q)
 
+    cdef int let_go_of_files(self) except -1:
+        """Of a target, which no call of this queue uses any more."""
+        return 0
+
     cdef int end(self) except -1:
         cdef bint over
         if self.q.tags == NULL:
@@ -563,6 +567,7 @@ cdef class Queue:
         pu_watch_end(&self.watch)
         with nogil:
             over = pu_queue_close(&self.q)
+        self.let_go_of_files()
         self.ios = []  # breaks the cycle; IOs that somebody kept stay readable as stale
         self.forgotten = []
         if not over:

@@ -205,13 +205,18 @@ class MappedTarget(Target):
         return Backing.open(path, size=size, direct=self._direct, read_only=self.read_only)
 
     def close(self) -> None:
-        late = [self._layout is not None and self.written_late(n) for n in range(len(self.backing))]
-        if self._layout is not None:
-            self._layout.unmap_memory()
-            self._layout = None
-        self._table = None
+        layout = self._layout
+        late = [layout is not None and self.written_late(n) for n in range(len(self.backing))]
+        self._layout = self._table = None
+        if layout is not None and not layout.in_use:
+            layout.unmap_memory()
         while self.backing:
-            self.backing.pop().close(written_late=late.pop())
+            backing = self.backing.pop()
+            if layout is not None and layout.in_use:
+                backing.let_go(written_late=True)
+                layout.give_up(backing.fd)
+            else:
+                backing.close(written_late=late.pop())
 
     def dma_alignment(self) -> DmaAlign | None:
         """What zero copy to these files demands of a request's memory; None: nothing."""

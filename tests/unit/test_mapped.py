@@ -993,3 +993,19 @@ def test_a_mirror_s_record_is_written_over_nobody_s_link(tmp_path: Path) -> None
         pass
     assert victim.read_text() == "theirs"
     assert record(tmp_path) == ["synced", "synced"]
+
+
+def test_the_numbers_of_files_are_taken_while_a_queue_may_use_them(tmp_path: Path) -> None:
+    target = File(tmp_path / "image", size=1 << 20)
+    target.open()
+    fd = target.backing[0].fd
+    queue = MappedQueue.loopback(layout=target.layout, depth=1)
+    queue.fetch()
+    target.close()  # as when a disk is given up: the queue has not ended
+    assert os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]"
+    with pytest.raises(OSError, match=r"Illegal seek|Invalid argument"):
+        os.pwrite(fd, b"late", 0)
+    queue.close()
+    del queue
+    gc.collect()
+    assert not Path(f"/proc/self/fd/{fd}").exists()
