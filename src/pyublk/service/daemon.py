@@ -149,7 +149,7 @@ def _check_readable(record: Record) -> None:
 
 
 def _end(server: Server) -> None:
-    """Ends a server that is not wanted; its guardian deletes what it could not."""
+    """Ends a server that is not wanted; its helper deletes what it could not."""
     until = time.monotonic() + CLEANUP
     while time.monotonic() < until:
         server.terminate()  # again and again: see _Termination in the server

@@ -264,7 +264,7 @@ def _in_pid_namespace() -> bool:
 
 
 def orphans(controller: Controller) -> list[DeviceInfo]:
-    """Our devices that have no server and never will: both it and its guardian were killed."""
+    """Our devices that have no server and never will: both it and its helper were killed."""
     return [device for device in _settled_devices(controller) if _is_orphan(device)]
 
 

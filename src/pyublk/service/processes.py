@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from pyublk.openers import command_name as command_name
-
 
 def start_time(pid: int) -> int | None:
     """When the process began, in clock ticks since boot; None if it has ended (proc(5), stat)."""

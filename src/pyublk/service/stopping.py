@@ -20,7 +20,7 @@ from pyublk.uapi import DeviceStatus
 
 log = logging.getLogger("pyublk.service")
 
-#: Seconds that a guardian, or a server that has ended, gets to delete the device.
+#: Seconds that a helper, or a server that has ended, gets to delete the device.
 _DELETION = 10.0
 #: Seconds, from when it is first looked at, in which a device that is DEAD may just be starting.
 _STARTING = 3.0
