@@ -55,7 +55,7 @@ class Life:
     queues: int
     depth: int
     workers: int
-    end: str  # "stop", "hang" (and stop), or "kill"
+    end: str  # "stop", "hang" (and stop), or "kill"; nothing hangs in a mapped target
     requests: int  # of each client
 
 
@@ -90,8 +90,8 @@ def planned(seed: int, batch_is_there: bool) -> Iterator[Life]:
             queues=dice.randint(1, min(2, os.cpu_count() or 1)),
             depth=dice.choice([2, 4, 16]),
             workers=dice.randint(1, 3) if kind == "workers" else 0,
-            end=dice.choice(["stop", "kill"] if kind == "mapped" else ["stop", "hang", "kill"]),
-            requests=dice.randint(60, 120),
+            end=ENDS[(number + number // len(KINDS_IN_TURN)) % len(ENDS)],
+            requests=dice.randint(100, 200),
         )
 
 
@@ -131,7 +131,7 @@ class Chaos(pyublk.Target):
         with self._lock:
             what = self._dice.choices(
                 ["", "raise first", "raise last", "stall", "keep", "hang"],
-                [75, 6, 5, 4, 9, 1 if self.life.end == "hang" else 0],
+                [44, 14, 12, 8, 20, 2 if self.life.end == "hang" else 0],
             )[0]
             if self.calm.is_set() or (what == "hang" and self.hanging >= self.life.depth - 1):
                 what = ""
@@ -186,7 +186,7 @@ class Chaos(pyublk.Target):
         if what == "raise first":
             raise self.failure()
         if what == "stall":
-            time.sleep(0.02)
+            time.sleep(0.005)
         if what == "hang":
             self.hang(data if op is Op.WRITE else None)
         self.move(op, offset, data)
@@ -222,7 +222,7 @@ class Coroutines(Chaos):
         if what == "raise first":
             raise self.failure()
         if what == "stall":
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.005)
         if what == "hang":
             await asyncio.to_thread(self.hang, data if op is Op.WRITE else None)
         self.move(op, offset, data)
@@ -266,6 +266,7 @@ KINDS: dict[str, type[Chaos]] = {
     "deferred": Deferred,
 }
 KINDS_IN_TURN = [*KINDS, "mapped"]
+ENDS = ["stop", "hang", "hang", "kill"]
 
 
 # ---- clients ----
