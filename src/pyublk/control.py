@@ -292,7 +292,10 @@ class Controller:
             if id is None or error.errno != errno.EEXIST:
                 raise
             raise errors.command_error(
-                ControlCommand.ADD_DEV, errno.EEXIST, device=id, detail=self._who_has(id)
+                ControlCommand.ADD_DEV,
+                errno.EEXIST,
+                device=id,
+                detail=f"the id is in use: {self._who_has(id)}",
             ) from None
         granted = _device_info(payload)
         self._stopped.discard(granted.id)
