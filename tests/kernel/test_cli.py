@@ -258,6 +258,7 @@ def test_a_disk_from_add_to_stop(place: Path) -> None:
         "depth": 128,
         "used_by": [],
         "ours": True,
+        "failed_requests": 0,
     }
     assert log == place / "run" / f"{number}.log"
     assert f"serving ram as {path}" in log.read_text()
