@@ -211,6 +211,7 @@ cdef extern from "_core/queue.h" nogil:
         bint user_copy
         bint severed
         bint watched
+        bint copying
 
     void pu_io_flusher()
     int pu_queue_open(pu_queue *, int, const pu_queue_options *)

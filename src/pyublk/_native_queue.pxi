@@ -567,6 +567,8 @@ cdef class Queue:
         pu_watch_end(&self.watch)
         with nogil:
             over = pu_queue_close(&self.q)
+        if not self.q.copying:
+            self.device = None
         self.let_go_of_files()
         self.ios = []  # breaks the cycle; IOs that somebody kept stay readable as stale
         self.forgotten = []

@@ -266,26 +266,23 @@ static int leave_device(struct pu_queue *q)
 }
 
 /* No request is anybody's any more: what still ends meets a generation that it does not know, and
- * nobody may begin to copy a request's data. Whether somebody is still at it. */
-static bool take_tags_away(struct pu_queue *q)
+ * nobody may begin to copy a request's data. */
+static void take_tags_away(struct pu_queue *q)
 {
-	bool copying = false;
-
 	for (uint32_t tag = 0; q->tags && tag < q->depth; tag++) {
 		uint32_t next = pu_tag_generation(&q->tags[tag]) + 1;
 
 		if (__atomic_exchange_n(&q->tags[tag].life, pu_life(PU_TAG_GONE, next),
 					__ATOMIC_ACQ_REL) & PU_PINS)
-			copying = true;
+			q->copying = true;
 	}
-	return copying;
 }
 
-static void leave_number(struct pu_queue *q, bool in_use)
+static void leave_number(struct pu_queue *q)
 {
 	if (!q->own_cdev)
 		return;
-	if (in_use && q->wake_fd >= 0 && !pu_replace_file(q->cdev, q->wake_fd))
+	if (q->copying && q->wake_fd >= 0 && !pu_replace_file(q->cdev, q->wake_fd))
 		return;
 	pu_fork_drop(q->cdev);
 	close(q->cdev);
@@ -295,15 +292,16 @@ static void leave_number(struct pu_queue *q, bool in_use)
 bool pu_queue_close(struct pu_queue *q)
 {
 	bool parents = q->process != pu_process(); /* of which the fork left out the mappings */
-	bool over, copying = take_tags_away(q);
+	bool over;
 
+	take_tags_away(q);
 	over = pu_ring_end(&q->ring, &q->others, io_is_over, q);
 	pu_ring_close(&q->ring);
 	if (!parents) {
 		leave_device(q);
 		pthread_mutex_lock(&q->inbox_lock); /* in a child whoever had it is not there */
 	}
-	leave_number(q, copying);
+	leave_number(q);
 	pu_ring_close(&q->post_ring);
 	pu_batch_close(q); /* after the rings: they may read it */
 	close_fd(&q->wake_fd);

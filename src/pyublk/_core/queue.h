@@ -117,6 +117,7 @@ struct pu_queue {
 	size_t desc_bytes;
 	int cdev; /* the number is taken as long as the queue is there */
 	bool own_cdev;
+	bool copying; /* when it was closed, somebody was at a request's data, by that number */
 	int process; /* whose it is */
 	uint16_t id, depth, first_tag, tag_step;
 	bool loopback;
