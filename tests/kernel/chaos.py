@@ -144,7 +144,7 @@ class Chaos(pyublk.Target):
     def keep(self, data: memoryview) -> None:
         """Slices, which are compared a while later with what they were."""
         with self._lock:
-            self._kept.append((data[:: random.choice([1, 2])], bytes(data[:BLOCK])))
+            self._kept.append((data[:: self._dice.choice([1, 2])], bytes(data[:BLOCK])))
             old = self._kept.pop(0) if len(self._kept) > 16 else None
         if old is not None:
             self.compare(*old)
@@ -445,6 +445,8 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10, help="how long (default: 10)")
     parser.add_argument("--seed", type=int, default=None, help="repeats the lives of a run")
     options = parser.parse_args()
+    if not 0 < options.minutes < float("inf"):
+        parser.error(f"--minutes must be a positive number, not {options.minutes:g}")
     seed = random.randrange(1 << 30) if options.seed is None else options.seed
     until_then = time.monotonic() + options.minutes * 60
     report = run(seed, lambda _report: time.monotonic() > until_then, print)
