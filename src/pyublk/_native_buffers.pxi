@@ -1,5 +1,7 @@
 # The memory of requests, who sees it, and the number of a char device.
 
+# As long as it is, its memory is: the collector takes neither from the other.
+@cython.no_gc_clear
 cdef class Span:
     """Memory with an owner, which memoryviews of it keep; counts who has a buffer of it."""
 
@@ -66,6 +68,7 @@ cdef class Buffers:
             pu_buffers_free(self.buffers)
 
 
+@cython.no_gc  # which would clear `buffers` before __dealloc__ needs it; it is in no cycle
 cdef class KeptBuffer:
     """What a tag had until now, and somebody still sees: theirs as long as they do."""
 
