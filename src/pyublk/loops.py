@@ -10,8 +10,9 @@ import inspect
 import logging
 import selectors
 import traceback
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -237,6 +238,7 @@ class TargetLoop:
 
     def __init__(self, callers: asyncio.AbstractEventLoop | None = None) -> None:
         self._callers = callers
+        self._context = contextvars.copy_context()  # of `open`, the queues and `close`
         self._runner = asyncio.Runner(loop_factory=self._make)
         self._loop = callers or self._runner.get_loop()
         self._task: asyncio.Task[Any] | None = None
@@ -254,10 +256,10 @@ class TargetLoop:
     def serve(self, main: Coroutine[Any, Any, None]) -> None:
         """Runs `main` on a loop of our own, on this thread, until it ends."""
         try:
-            self._runner.run(main)
+            self._runner.run(main, context=self._context)
         finally:
             if self._given_up:
-                self._runner.close()
+                self._close_own()
 
     def call(self, step: Callable[[], object]) -> None:
         """Calls it; when that gives an awaitable, it is awaited on the loop. Not on a thread on
@@ -275,7 +277,7 @@ class TargetLoop:
             asyncio.run_coroutine_threadsafe(self._await(outcome), loop).result()
         else:
             # Not on this thread, on which another loop may run.
-            run = self._runner.run if self._callers is None else loop.run_until_complete
+            run = self._run_on_own if self._callers is None else loop.run_until_complete
             uninterrupted(partial(run, self._await(outcome)), self.cancel)
 
     async def _await(self, outcome: Awaitable[object]) -> None:
@@ -297,7 +299,47 @@ class TargetLoop:
             return
         self._given_up = self._loop.is_running()  # then it is closed once it comes to its end
         if not self._given_up:
-            uninterrupted(self._runner.close, lambda: None)
+            uninterrupted(self._close_own, lambda: None)
+
+    def _run_on_own(self, main: Coroutine[Any, Any, None]) -> None:
+        """Runs it to its end on a loop of our own: a callback that ends the loop before (asyncio
+        lets SystemExit and KeyboardInterrupt through) ends neither `main` nor its caller."""
+        done: list[asyncio.Task[None]] = []
+
+        def stop(task: asyncio.Task[None]) -> None:
+            done.append(task)
+            self._loop.stop()
+
+        self._loop.create_task(main, context=self._context).add_done_callback(stop)
+        while not done:  # whatever else stops it
+            with _logged_exits():
+                self._loop.run_forever()
+        done[0].result()
+
+    def _close_own(self) -> None:
+        self._run_on_own(_end_other_tasks())
+        with _logged_exits():
+            self._runner.close()
+
+
+@contextmanager
+def _logged_exits() -> Iterator[None]:
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt) as error:
+        log.error("a callback on a target's event loop raised", exc_info=error)
+
+
+async def _end_other_tasks() -> None:
+    """Cancels every other task of the running loop, and waits for their ends."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(outcome, BaseException) and not isinstance(outcome, asyncio.CancelledError):
+            log.error(
+                "a task on a target's event loop failed as it was cancelled", exc_info=outcome
+            )
 
 
 def serve_on_own_loop(

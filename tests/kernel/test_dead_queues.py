@@ -202,17 +202,26 @@ def test_other_dispatchers(
 
 
 class EndsItsLoop(AsyncMemory):
-    """A callback of it ends the event loop that serves."""
+    """Callbacks of it end the event loop that serves: one at once, others as it is closed."""
 
     def __init__(self, size: int) -> None:
         super().__init__(size)
         self.armed = threading.Event()
+        self.closed = False
 
     async def read(self, offset: int, buffer: memoryview) -> None:
         if self.armed.is_set():
-            asyncio.get_running_loop().call_soon(sys.exit, 3)
-            await asyncio.sleep(60)
+            for _ in range(3):
+                asyncio.get_running_loop().call_soon(sys.exit, 3)
+            try:
+                await asyncio.sleep(60)
+            finally:
+                asyncio.get_running_loop().call_soon(sys.exit, 4)
         await super().read(offset, buffer)
+
+    async def close(self) -> None:
+        await asyncio.sleep(0.01)
+        self.closed = True
 
 
 @pytest.mark.parametrize("queues", [1, 2])
@@ -221,6 +230,7 @@ def test_an_event_loop_of_ours_that_ends(queues: int) -> None:
     with pytest.raises(pyublk.DeviceLost, match="ended by SystemExit") as told:
         serve_until_dead(target.armed, target, wait, queues=queues)
     assert isinstance(told.value.__cause__, SystemExit)
+    assert target.closed
 
 
 def test_the_users_loop_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,11 +252,14 @@ def test_the_users_loop_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("pyublk.loops.Dispatcher", Dying)
 
+    def use(disk: Device) -> None:  # not on the loop: opening a disk may read from it
+        with clients(disk) as ended:
+            ended()
+
     async def main() -> None:
         async with Device(AsyncMemory(MIB), queues=2) as disk:
             armed.set()
-            with clients(disk) as ended:
-                await asyncio.to_thread(ended)
+            await asyncio.to_thread(use, disk)
 
     with pytest.raises(Dies):
         asyncio.run(main())

@@ -987,3 +987,46 @@ def test_an_open_that_hides_its_coroutine_is_refused_too() -> None:
 
     with pytest.raises(pyublk.InvalidTarget, match=r"Hides.open returned something to await"):
         Disk(Hides()).open()
+
+
+def test_callbacks_that_end_a_targets_loop_end_neither_its_close_nor_its_callers() -> None:
+    loop = loops.TargetLoop()
+    ended: list[str] = []
+    running: list[asyncio.Task[None]] = []
+
+    async def task() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append("task")
+            raise SystemExit(4)
+
+    async def begin() -> None:
+        asyncio.get_running_loop().call_soon(exits)
+        running.append(asyncio.create_task(task()))
+        await asyncio.sleep(0)
+        asyncio.get_running_loop().call_soon(exits)
+
+    async def close() -> None:
+        await asyncio.sleep(0.001)
+        ended.append("close")
+
+    def exits() -> None:
+        raise SystemExit(3)
+
+    loop.call(begin)
+    loop.call(close)
+    loop.close()
+    assert ended == ["close", "task"]
+    assert running[0].done()
+
+
+def test_what_a_targets_close_raises_itself_is_raised() -> None:
+    loop = loops.TargetLoop()
+
+    async def close() -> None:
+        raise SystemExit(3)
+
+    with pytest.raises(SystemExit):
+        loop.call(close)
+    loop.close()
