@@ -22,7 +22,7 @@ __all__ = [
     "Helper",
     "Layout",
     "MappedQueue",
-    "Planner",
+    "Mapper",
     "Queue",
     "Ram",
     "Ring",
@@ -33,7 +33,7 @@ __all__ = [
     "open_private",
     "process",
     "this_thread",
-    "write_apart",
+    "write_in_child",
 ]
 
 NULL_HANDLER: int
@@ -448,7 +448,7 @@ class Dispatcher:
     def tasks(self) -> list[Task[object]]:
         """These as tasks, made where there are none yet."""
 
-def write_apart(path: str, text: str, *, deadline: float) -> int | None:
+def write_in_child(path: str, text: str, *, deadline: float) -> int | None:
     """Writes a text to a file of sysfs, by the helper: some such files wait for a disk's requests,
     beyond the reach of signals.
 
@@ -495,7 +495,7 @@ class Helper:
         """
 
     def write(self, path: str, text: str, *, deadline: float) -> int | None:
-        """See `write_apart`."""
+        """See `write_in_child`."""
 
 def open_private(path: str, flags: int) -> int:
     """As os.open, with O_CLOEXEC, for a `CharDevice`: a forked child lets go of it at once."""
@@ -530,7 +530,7 @@ class Layout:
     ) -> Self:
         """The same bytes in every file, its legs; one that takes `leg_timeout` seconds failed."""
     @classmethod
-    def planned(cls, files: Sequence[tuple[int, bool, bool]], size: int) -> Self:
+    def per_request(cls, files: Sequence[tuple[int, bool, bool]], size: int) -> Self:
         """Said anew for each request."""
     @property
     def size(self) -> int: ...
@@ -549,10 +549,10 @@ class Layout:
     def leg_state(self, leg: int) -> int:
         """0: in step; 1: being brought in step, written but not read; 2: failed, left alone."""
     def set_leg_state(self, leg: int, state: int) -> None: ...
-    def fail_leg(self, leg: int, incarnation: int | None = None) -> bool:
+    def fail_leg(self, leg: int, file_generation: int | None = None) -> bool:
         """Leaves a leg alone from now on, and holds writes until `set_recorded`. False, and nothing
-        is done, for one that has failed, is of another incarnation now (has another file), or is
-        the last in step, which is never given up."""
+        is done, for one that has failed, whose `file_generation` is another now (it has another
+        file), or that is the last in step, which is never given up."""
     @property
     def recorded(self) -> bool:
         """Whether all legs that have failed are on record; no write is done while not."""
@@ -563,21 +563,21 @@ class Layout:
         """Operations that a leg's file, and the one before, still hold, though nobody waits for
         them any more."""
     def replace_file(
-        self, index: int, fd: int, memory: bool, device: bool, incarnation: int | None = None
+        self, index: int, fd: int, memory: bool, device: bool, file_generation: int | None = None
     ) -> None:
         """Puts a file in a place; queues see it with their next request. What the one before does
-        late is not charged to it where it has another number, its `incarnation`: a file has the
+        late is not charged to it where it has another number, its `file_generation`: a file has the
         same whenever it is in that place. None: it is the same file, opened again."""
     @property
     def region_bytes(self) -> int:
         """The unit in which a mirror's leg is brought in step."""
-    def gate(self, region: int | None = None) -> None:
+    def block_writes(self, region: int | None = None) -> None:
         """No write begins in this region of a mirror (None: any may); wake the queues then."""
-    def quiet(self, region: int) -> bool:
+    def is_drained(self, region: int) -> bool:
         """Whether no write to the region is under way."""
 
 @final
-class Planner:
+class Mapper:
     """Asks a target's `map` method where a request's bytes are."""
 
     def __init__(self, target: object, report: Callable[[object, IO], int]) -> None: ...
@@ -607,12 +607,12 @@ class MappedQueue(Queue):
     ) -> Self: ...
     def serve_mapped(
         self,
-        planner: Planner | None = None,
+        mapper: Mapper | None = None,
         leg_failed: Callable[[int, int, int], object] | None = None,
     ) -> None:
         """Serves until the device stops. `leg_failed` is told of a mirror's leg, its errno (0: a
-        failure that is known is only to be put on record) and its incarnation, before the requests
-        that noticed it are answered."""
+        failure that is known is only to be put on record) and the generation of its file, before
+        the requests that noticed it are answered."""
 
 @final
 class Ram:

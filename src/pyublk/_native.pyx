@@ -53,7 +53,7 @@ __all__ = [
     "Helper",
     "Layout",
     "MappedQueue",
-    "Planner",
+    "Mapper",
     "Queue",
     "Ram",
     "Ring",
@@ -64,7 +64,7 @@ __all__ = [
     "open_private",
     "process",
     "this_thread",
-    "write_apart",
+    "write_in_child",
 ]
 
 include "_native_core.pxi"

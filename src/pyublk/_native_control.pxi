@@ -116,7 +116,7 @@ cdef class Helper:
         return -_errno.ECANCELED if result == PU_CONTROL_KILLED else result
 
 
-def write_apart(path, text, *, double deadline):
+def write_in_child(path, text, *, double deadline):
     return Helper().write(path, text, deadline=deadline)
 
 

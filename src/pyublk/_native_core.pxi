@@ -195,7 +195,7 @@ cdef extern from "_core/queue.h" nogil:
         uint32_t nr_files
         int64_t trim_after_ns
         uint32_t faults
-        const pu_shared *shared
+        const pu_shared *client_memory
 
     struct pu_queue:
         int cdev
@@ -220,7 +220,7 @@ cdef extern from "_core/queue.h" nogil:
     int pu_queue_sever(pu_queue *)
     int pu_queue_fetch(pu_queue *)
     int pu_queue_wait(pu_queue *, int64_t)
-    void pu_queue_leave(pu_queue *, uint32_t)
+    void pu_queue_carry_over(pu_queue *, uint32_t)
     int64_t pu_queue_tick() noexcept
     int pu_queue_event_fd(pu_queue *)
     int pu_queue_watch(pu_queue *, int)
@@ -340,7 +340,7 @@ cdef extern from "_core/layout.h" nogil:
         PU_LAYOUT_TABLE
         PU_LAYOUT_STRIPE
         PU_LAYOUT_MIRROR
-        PU_LAYOUT_PLANNED
+        PU_LAYOUT_PER_REQUEST
 
     enum pu_leg_state:
         PU_LEG_SYNCED
@@ -388,13 +388,13 @@ cdef extern from "_core/layout.h" nogil:
     pu_leg_bits pu_layout_leg_bits(const pu_layout *)
     void pu_layout_recorded(pu_layout *)
     uint64_t PU_NO_REGION
-    void pu_layout_gate(pu_layout *, uint64_t)
-    bint pu_layout_quiet(const pu_layout *, uint64_t)
+    void pu_layout_block_writes(pu_layout *, uint64_t)
+    bint pu_layout_is_drained(const pu_layout *, uint64_t)
 
 cdef extern from "_core/mapped.h" nogil:
     struct pu_leg_failure:
         uint32_t leg
-        uint32_t incarnation
+        uint32_t file_generation
         int error
 
     struct pu_mapped:

@@ -15,7 +15,7 @@ cdef class Layout:
     cdef int nr_numbers
 
     def __init__(self):
-        raise TypeError("use Layout.table, stripe, mirror or planned")
+        raise TypeError("use Layout.table, stripe, mirror or per_request")
 
     @staticmethod
     cdef Layout make(pu_layout_kind kind, uint64_t size, list files, uint32_t extents):
@@ -98,8 +98,8 @@ cdef class Layout:
         return made
 
     @classmethod
-    def planned(cls, files, uint64_t size):
-        return Layout.make(PU_LAYOUT_PLANNED, size, list(files), 0)
+    def per_request(cls, files, uint64_t size):
+        return Layout.make(PU_LAYOUT_PER_REQUEST, size, list(files), 0)
 
     @property
     def size(self):
@@ -117,14 +117,14 @@ cdef class Layout:
         self.check_leg(leg)
         pu_layout_set_leg(&self.layout, leg, <pu_leg_state>state)
 
-    def fail_leg(self, uint32_t leg, incarnation=None):
+    def fail_leg(self, uint32_t leg, file_generation=None):
         """Leaves a leg alone from now on, and holds writes until `recorded`. False, and nothing is
-        done, for one that has failed, is of another incarnation now, or is the last in step, which
-        is never given up."""
+        done, for one that has failed, whose `file_generation` is another now, or that is the last
+        in step, which is never given up."""
         self.check_leg(leg)
-        if incarnation is None:
-            incarnation = pu_layout_incarnation(&self.layout, leg)
-        return pu_layout_fail_leg(&self.layout, leg, incarnation)
+        if file_generation is None:
+            file_generation = pu_layout_incarnation(&self.layout, leg)
+        return pu_layout_fail_leg(&self.layout, leg, file_generation)
 
     @property
     def recorded(self):
@@ -150,25 +150,25 @@ cdef class Layout:
             raise ValueError(f"there is no leg {leg}")
         return 0
 
-    def replace_file(self, uint32_t index, int fd, bint memory, bint device, incarnation=None):
+    def replace_file(self, uint32_t index, int fd, bint memory, bint device, file_generation=None):
         """The queues take it up with their next request."""
         self.check_leg(index)
-        if incarnation is None:
-            incarnation = pu_layout_incarnation(&self.layout, index)
-        pu_layout_replace_file(&self.layout, index, fd, memory, device, incarnation)
+        if file_generation is None:
+            file_generation = pu_layout_incarnation(&self.layout, index)
+        pu_layout_replace_file(&self.layout, index, fd, memory, device, file_generation)
 
     @property
     def region_bytes(self):
         return self.layout.region_bytes
 
-    def gate(self, region=None):
+    def block_writes(self, region=None):
         """No write of a mirror begins in this region (None: any may); `wake` the queues then."""
         cdef uint64_t number = PU_NO_REGION if region is None else self.checked_region(region)
-        pu_layout_gate(&self.layout, number)
+        pu_layout_block_writes(&self.layout, number)
 
-    def quiet(self, region):
+    def is_drained(self, region):
         """Whether no write to the region is under way."""
-        return pu_layout_quiet(&self.layout, self.checked_region(region))
+        return pu_layout_is_drained(&self.layout, self.checked_region(region))
 
     cdef uint64_t checked_region(self, object region) except? 0:
         if not 0 <= region < (self.layout.size + self.layout.region_bytes - 1) // (
@@ -186,7 +186,7 @@ cdef int check_extent(Layout layout, object file, object length) except -1:
     return 0
 
 
-cdef class Planner:
+cdef class Mapper:
     """A target's `map` method, and who is told when it raises."""
 
     cdef object map
@@ -231,7 +231,7 @@ cdef class Planner:
         self.room = room
         return 0
 
-    cdef int plan(self, Queue queue, pu_mapped *mapped, uint16_t tag) except -1:
+    cdef int map_request(self, Queue queue, pu_mapped *mapped, uint16_t tag) except -1:
         cdef pu_desc *desc = &queue.q.desc[tag]
         cdef uint64_t length = <uint64_t>desc.nr_sectors << PU_SECTOR_SHIFT
         cdef int error, count
@@ -301,11 +301,11 @@ cdef class MappedQueue(Queue):
             self.layout.queues -= 1
         return 0
 
-    def serve_mapped(self, Planner planner=None, leg_failed=None):
+    def serve_mapped(self, Mapper mapper=None, leg_failed=None):
         cdef int there
         cdef pu_leg_failure failure
         self.alive()
-        if planner is None:
+        if mapper is None:
             pu_watch_end(&self.watch)
         while True:
             with nogil:
@@ -322,9 +322,9 @@ cdef class MappedQueue(Queue):
             if there < 0:
                 raise errors.queue_error(-there, self.q.id)
             for i in range(there):
-                planner.plan(self, &self.mapped, self.q.ready[i])
+                mapper.map_request(self, &self.mapped, self.q.ready[i])
             while pu_mapped_next_failure(&self.mapped, &failure):
-                leg_failed(failure.leg, failure.error, failure.incarnation)
+                leg_failed(failure.leg, failure.error, failure.file_generation)
             pu_mapped_recorded(&self.mapped)
             if self.q.loopback and not pu_queue_held(&self.q):
                 return

@@ -492,7 +492,7 @@ cdef class Queue:
         options.extra_entries = extra_entries
         options.faults = faults
         if table is not None:
-            options.shared = table.table
+            options.client_memory = table.table
             self.table = table
         numbers = array("i", files)
         cdef const int[::1] numbers_view = numbers if numbers else array("i", [-1])
@@ -785,7 +785,7 @@ cdef class Queue:
                 continue
             if pu_queue_tick() - began > ANSWERS_DUE:
                 self.look_every = 1
-                pu_queue_leave(&self.q, i + 1)
+                pu_queue_carry_over(&self.q, i + 1)
                 return 0
             self.look_every = min(self.look_every * 2, LOOK_EVERY)
             look = i + 1 + self.look_every

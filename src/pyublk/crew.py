@@ -106,7 +106,7 @@ class Crew:
         self._severed = False  # who fails from now on was made to
         self._pool: serving.WorkerPool | None = None
         self._async_servers: list[AsyncServer] = []
-        self._servants: list[serving.Servant] = []
+        self._servants: list[serving.QueueServer] = []
         self._loop: TargetLoop | None = None
 
     # ---- the target's own beginning and end ----

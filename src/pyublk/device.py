@@ -26,9 +26,9 @@ from pyublk.crew import Crew
 from pyublk.interruptions import (
     LOOK_FOR_SIGNALS,
     Signalled,
+    run_shielded,
+    run_shielded_async,
     signals_raised,
-    to_its_end,
-    uninterrupted,
 )
 from pyublk.launch import fill_descriptors
 from pyublk.mapped import MappedTarget
@@ -98,7 +98,7 @@ class Device:
         io_scheduler: the kernel's I/O scheduler for the disk, such as "mq-deadline"; "auto": none,
             but for a zoned disk, which keeps what the kernel chose; None: what the kernel chose.
         stop_timeout: seconds without progress after which `stop` gives a hanging handler up; at
-            least the target's `longest_wait`.
+            least the target's `max_stall`.
         deadline: seconds for each control command.
 
     With `with`, the disk is usable inside the block and deleted at its end. With `async with`, an
@@ -265,12 +265,14 @@ class Device:
         self._begin_start()
         try:
             self._crew.prepare(on_this_loop=True)
-            await to_its_end(self._configure, self._crew.cancel_opening)
+            await run_shielded_async(self._configure, self._crew.cancel_opening)
             self._begin_serving(on_this_loop=self._crew.dispatch == "async")
-            await to_its_end(self._go_live)
+            await run_shielded_async(self._go_live)
         except BaseException:
             self._end_start()
-            await to_its_end(self._finish_quietly)  # to which the loop may have to contribute
+            await run_shielded_async(
+                self._finish_quietly
+            )  # to which the loop may have to contribute
             raise
         self._end_start()
 
@@ -501,8 +503,8 @@ class Device:
     ) -> SharedMemory:
         """Shares memory with clients (Linux 7.1): `size` bytes of it, or the file behind `fd`.
 
-        A client that maps the same file and does direct I/O from that mapping is copied for by
-        nobody: `IO.buffer` is the shared memory. `read_only`: the server only reads it, which
+        Data that a client reads or writes by direct I/O, in its own mapping of the same file, is
+        never copied: `IO.buffer` is the shared memory. `read_only`: the server only reads it, which
         serves clients' writes alone. The device needs `shared_memory=True`. Not from a handler
         (RuntimeError): the kernel waits for every request in flight first.
         """
@@ -562,10 +564,10 @@ class Device:
     def _stop(self, timeout: float | None) -> None:
         if self._state is DeviceState.STOPPED:
             return
-        usual = max(self._stop_timeout, self.target.longest_wait)
+        usual = max(self._stop_timeout, self.target.max_stall)
         patience = usual if timeout is None else timeout
         try:
-            hung = uninterrupted(partial(self._stop_serving, patience), self._lose_patience)
+            hung = run_shielded(partial(self._stop_serving, patience), self._lose_patience)
         finally:
             self._release()
         if hung:
@@ -727,7 +729,7 @@ class Device:
         trace: TracebackType | None,
     ) -> None:
         if not self._inherited():
-            await to_its_end(self.stop)
+            await run_shielded_async(self.stop)
 
     def __del__(self) -> None:
         if getattr(self, "_state", self._NOTHING_OPEN[0]) in self._NOTHING_OPEN:

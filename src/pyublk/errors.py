@@ -418,7 +418,7 @@ def _described(error: int) -> str:
 
 def _refusal(error: int, message: str, whose: str, remedy: str) -> OSError:
     refusal = OSError(error, message)
-    refusal.add_note(f"Whose doing: {whose}.")
+    refusal.add_note(f"Cause: {whose}.")
     refusal.add_note(f"What to do: {remedy}.")
     return refusal
 

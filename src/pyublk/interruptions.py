@@ -64,7 +64,7 @@ def signals_raised() -> Iterator[None]:
             came = True
 
 
-def uninterrupted(step: Callable[[], T], interrupted: Callable[[], None]) -> T:
+def run_shielded(step: Callable[[], T], interrupted: Callable[[], None]) -> T:
     """Runs it on a thread of its own, which no signal cuts short: what a signal's handler raises
     meanwhile, such as KeyboardInterrupt, is raised afterwards; `interrupted` is called at once.
 
@@ -91,7 +91,7 @@ def uninterrupted(step: Callable[[], T], interrupted: Callable[[], None]) -> T:
 
     def begin() -> None:
         try:
-            threading.Thread(target=run, name="uninterrupted", daemon=True).start()
+            threading.Thread(target=run, name="run_shielded", daemon=True).start()
         except RuntimeError:  # this process may have no more of them
             run()
 
@@ -115,7 +115,7 @@ def uninterrupted(step: Callable[[], T], interrupted: Callable[[], None]) -> T:
     return results[0]
 
 
-async def to_its_end(
+async def run_shielded_async(
     step: Callable[[], None], interrupted: Callable[[], None] = lambda: None
 ) -> None:
     """Runs it on a thread. A cancellation is raised after its end: nothing may go on beside it;

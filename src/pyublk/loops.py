@@ -17,8 +17,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pyublk._native import Dispatcher, Handlers, Queue, become_io_flusher
-from pyublk.interruptions import uninterrupted
-from pyublk.serving import ROUND, Servant, refuse
+from pyublk.interruptions import run_shielded
+from pyublk.serving import ROUND, QueueServer, refuse
 
 if TYPE_CHECKING:
     from _typeshed import FileDescriptorLike
@@ -191,7 +191,7 @@ async def awaited(outcome: object) -> None:
         await outcome
 
 
-class ServingLoop(Servant):
+class ServingLoop(QueueServer):
     """Queues served on the running event loop."""
 
     def __init__(
@@ -278,7 +278,7 @@ class TargetLoop:
         else:
             # Not on this thread, on which another loop may run.
             run = self._run_on_own if self._callers is None else loop.run_until_complete
-            uninterrupted(partial(run, self._await(outcome)), self.cancel)
+            run_shielded(partial(run, self._await(outcome)), self.cancel)
 
     async def _await(self, outcome: Awaitable[object]) -> None:
         self._task = asyncio.current_task()
@@ -299,7 +299,7 @@ class TargetLoop:
             return
         self._given_up = self._loop.is_running()  # then it is closed once it comes to its end
         if not self._given_up:
-            uninterrupted(self._close_own, lambda: None)
+            run_shielded(self._close_own, lambda: None)
 
     def _run_on_own(self, main: Coroutine[Any, Any, None]) -> None:
         """Runs it to its end on a loop of our own: a callback that ends the loop before (asyncio

@@ -99,7 +99,7 @@ class MappedTarget(Target):
                 size = self.backing[0].size
             if size is None:
                 raise ValueError("a target with map and several files needs a size")
-            return Layout.planned(files, size)
+            return Layout.per_request(files, size)
         extents = _cut_off(list(self.extents()), self._wanted_size)
         self._check_extents(extents)
         self._table = extents
@@ -114,11 +114,11 @@ class MappedTarget(Target):
             parts = [(min(first for first, _ in parts), max(end for _, end in parts))]
         return parts
 
-    def leg_failed(self, leg: int, error: int, incarnation: int | None = None) -> None:
+    def leg_failed(self, leg: int, error: int, file_generation: int | None = None) -> None:
         """A mirror's leg failed; called before the request that noticed it is answered.
 
-        `error` 0: that it failed is known, and only to be put on record. `incarnation`: of the leg;
-        one with another file now has not failed.
+        `error` 0: that it failed is known, and only to be put on record. `file_generation`: of the
+        leg's file; a leg with another file now has not failed.
         """
         raise NotImplementedError
 

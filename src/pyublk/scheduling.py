@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from pyublk._native import write_apart
+from pyublk._native import write_in_child
 
 log = logging.getLogger("pyublk.scheduling")
 
@@ -103,7 +103,7 @@ def choose_io_scheduler(disk: str, name: str, deadline: float) -> None:
         return
     # One that is not offered may be in a module, which the kernel loads when its name is written.
     result = (
-        write_apart(str(place), wanted, deadline=PATIENCE if name == "auto" else deadline)
+        write_in_child(str(place), wanted, deadline=PATIENCE if name == "auto" else deadline)
         if wanted.strip()
         else -errno.EINVAL
     )

@@ -19,7 +19,7 @@ from pyublk._native import (
     IO,
     Handlers,
     MappedQueue,
-    Planner,
+    Mapper,
     Queue,
     become_io_flusher,
     process,
@@ -58,15 +58,15 @@ def _end_child(error: BaseException | None) -> None:
 def serve_mapped(queue: Queue, target: MappedTarget, report: FailureLog) -> None:
     """The queue's ring does the I/O; Python is asked where the bytes are, if at all."""
     assert isinstance(queue, MappedQueue)
-    planner = None if target.map is None else Planner(target, report)
+    mapper = None if target.map is None else Mapper(target, report)
 
-    def leg_failed(leg: int, error: int, incarnation: int) -> None:
+    def leg_failed(leg: int, error: int, file_generation: int) -> None:
         try:
-            target.leg_failed(leg, error, incarnation)
+            target.leg_failed(leg, error, file_generation)
         except BaseException as raised:
             report.tell(raised, None, "leg_failed")
 
-    queue.serve_mapped(planner, leg_failed)
+    queue.serve_mapped(mapper, leg_failed)
 
 
 def refuse(queues: list[Queue]) -> list[Queue]:
@@ -88,7 +88,7 @@ def refuse(queues: list[Queue]) -> list[Queue]:
     return left
 
 
-def waker(servants: "list[Servant]") -> Callable[[], None]:
+def waker(servants: "list[QueueServer]") -> Callable[[], None]:
     """Wakes every queue of the servants that there will be."""
 
     def wake() -> None:
@@ -155,7 +155,7 @@ def serve_with_workers(queue: Queue, pool: WorkerPool) -> None:
             pool.submit(batch.pop())
 
 
-class Servant:
+class QueueServer:
     """Whoever serves some queues of a device: a thread, or an event loop that was there before.
 
     `primed` is set when every tag of these queues was fetched, or that failed, `ended` when they
@@ -210,7 +210,7 @@ class Servant:
         return "".join(_stack(self._ident).format())
 
 
-class ServingThread(Servant):
+class ServingThread(QueueServer):
     """Queues served by `serve` on a thread of their own, kept to `cpus` if given.
 
     `preempt`: whether a request that comes may take the CPU from whoever runs on it.

@@ -98,7 +98,7 @@ class Target:
     needs: Feature = Feature(0)
 
     #: Seconds that a request may take with nothing wrong but a part that the target can do without.
-    longest_wait: float = 0.0
+    max_stall: float = 0.0
 
     #: The metadata beside the data (Linux 7.0): needs Feature.INTEGRITY, user copy, and `handle`.
     integrity: Integrity | None = None

@@ -90,7 +90,7 @@ static inline void record_failures(struct bench *b)
 
 	while (pu_mapped_next_failure(&b->mapped, &failure)) {
 		if (failure.error)
-			pu_layout_fail_leg(&b->layout, failure.leg, failure.incarnation);
+			pu_layout_fail_leg(&b->layout, failure.leg, failure.file_generation);
 		if (!record_fails)
 			pu_layout_recorded(&b->layout);
 	}

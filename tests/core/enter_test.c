@@ -127,7 +127,7 @@ static void count_completion(void *context, uint64_t user_data, int32_t result)
 	CHECK_EQUAL(user_data, PU_USER_DATA(PU_KIND_OTHER, completed));
 	CHECK_EQUAL(result, 0);
 	completed++;
-	q->others--;
+	q->foreign_inflight--;
 }
 
 static void open_queue(struct pu_queue *q)
@@ -148,7 +148,7 @@ static bool add_nop(struct pu_queue *q, unsigned number)
 		return false;
 	sqe->opcode = PU_OPCODE_NOP;
 	sqe->user_data = PU_USER_DATA(PU_KIND_OTHER, number);
-	q->others++;
+	q->foreign_inflight++;
 	return true;
 }
 

@@ -81,7 +81,7 @@ static void a_plan_with_more_parts_than_slots(void)
 	struct bench b = { 0 };
 
 	make_files();
-	CHECK_EQUAL(pu_layout_init(&b.layout, PU_LAYOUT_PLANNED, BUFFER, FILES, 0), 0);
+	CHECK_EQUAL(pu_layout_init(&b.layout, PU_LAYOUT_PER_REQUEST, BUFFER, FILES, 0), 0);
 	open_bench(&b, false);
 	for (uint32_t i = 0; i < 512; i++)
 		parts[i] = (struct pu_extent){

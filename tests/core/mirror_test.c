@@ -333,14 +333,14 @@ static void a_gated_write_waits(void)
 	make_files();
 	CHECK_EQUAL(pu_layout_init(&b.layout, PU_LAYOUT_MIRROR, FILE_BYTES, FILES, 0), 0);
 	open_bench(&b, false);
-	pu_layout_gate(&b.layout, 0);
-	CHECK(pu_layout_quiet(&b.layout, 0));
+	pu_layout_block_writes(&b.layout, 0);
+	CHECK(pu_layout_is_drained(&b.layout, 0));
 	CHECK_EQUAL(pu_queue_inject(&b.queue, 0, PU_OP_WRITE, 0, 8), 0);
 	for (int i = 0; i < 3; i++)
 		CHECK_EQUAL(pu_mapped_turn(&b.mapped, 1000000), 0);
 	CHECK_EQUAL(pu_queue_held(&b.queue), 1);
-	CHECK(pu_layout_quiet(&b.layout, 0));
-	pu_layout_gate(&b.layout, PU_NO_REGION);
+	CHECK(pu_layout_is_drained(&b.layout, 0));
+	pu_layout_block_writes(&b.layout, PU_NO_REGION);
 	while (pu_queue_held(&b.queue))
 		CHECK_EQUAL(pu_mapped_turn(&b.mapped, 1000000000), 0);
 	CHECK_EQUAL(b.queue.tags[0].result, 4096);
@@ -447,7 +447,7 @@ static void a_file_that_comes_back_is_charged_with_what_it_holds(void)
 	b.mapped.look_at_ns = 0;
 	turn(&b);
 	CHECK_EQUAL(pu_queue_held(&b.queue), 1);
-	CHECK(!pu_layout_quiet(&b.layout, 0));
+	CHECK(!pu_layout_is_drained(&b.layout, 0));
 	give_up(&b, 1);
 	while (pu_queue_held(&b.queue))
 		turn(&b);
@@ -515,7 +515,7 @@ static void *replace_file_and_open_gate(void *context)
 
 	usleep(50000);
 	pu_layout_replace_file(&b->layout, 1, fds[1], false, false, 1);
-	pu_layout_gate(&b->layout, PU_NO_REGION);
+	pu_layout_block_writes(&b->layout, PU_NO_REGION);
 	pu_queue_wake(&b->queue);
 	return NULL;
 }
@@ -528,7 +528,7 @@ static void a_write_finds_the_file_that_is_there_when_it_begins(void)
 
 	make_files();
 	open_mirror(&b);
-	pu_layout_gate(&b.layout, 0);
+	pu_layout_block_writes(&b.layout, 0);
 	memset(pu_queue_next_buffer(&b.queue, 0), 3, PAGE);
 	CHECK_EQUAL(pu_queue_inject(&b.queue, 0, PU_OP_WRITE, 0, PAGE >> 9), 0);
 	turn(&b);
@@ -569,15 +569,15 @@ static void a_gated_write_that_was_failed_is_not_done(void)
 	make_files();
 	open_mirror(&b);
 	fill(fds[0], 1);
-	pu_layout_gate(&b.layout, 0);
+	pu_layout_block_writes(&b.layout, 0);
 	for (int i = 0; i < 3 * DEPTH; i++)
 		write_and_fail_it(&b, 2);
-	CHECK_EQUAL(b.mapped.nr_gated, 1);
-	pu_layout_gate(&b.layout, PU_NO_REGION);
+	CHECK_EQUAL(b.mapped.nr_blocked, 1);
+	pu_layout_block_writes(&b.layout, PU_NO_REGION);
 	turn(&b);
 	turn(&b);
 	CHECK_EQUAL(first_byte(fds[0]), 1);
-	CHECK(pu_layout_quiet(&b.layout, 0));
+	CHECK(pu_layout_is_drained(&b.layout, 0));
 	memset(pu_queue_next_buffer(&b.queue, 0), 3, PAGE);
 	CHECK_EQUAL(request(&b, 0, PU_OP_WRITE, 0, PAGE), PAGE);
 	CHECK_EQUAL(first_byte(fds[0]), 3);
@@ -601,7 +601,7 @@ static void a_write_that_was_failed_while_it_waited_for_slots_is_not_done(void)
 	turn(&b);
 	turn(&b);
 	CHECK_EQUAL(first_byte(fds[0]), 1);
-	CHECK(!pu_layout_quiet(&b.layout, 0)); /* some legs may have it, others not */
+	CHECK(!pu_layout_is_drained(&b.layout, 0)); /* some legs may have it, others not */
 	memset(pu_queue_next_buffer(&b.queue, 0), 3, PAGE);
 	CHECK_EQUAL(request(&b, 0, PU_OP_WRITE, 0, PAGE), PAGE);
 	CHECK_EQUAL(first_byte(fds[0]), 3);
@@ -627,7 +627,7 @@ static void record_together(struct pu_mapped *m)
 	while (pu_mapped_next_failure(m, &failure)) {
 		pthread_mutex_lock(&record);
 		if (failure.error)
-			pu_layout_fail_leg(m->layout, failure.leg, failure.incarnation);
+			pu_layout_fail_leg(m->layout, failure.leg, failure.file_generation);
 		sched_yield(); /* a record takes time */
 		pu_layout_recorded(m->layout);
 		pthread_mutex_unlock(&record);
@@ -692,10 +692,10 @@ static void two_queues_agree_on_legs(bool hangs)
 		CHECK_EQUAL(pthread_create(&threads[i], NULL, serve, &servers[i]), 0);
 	/* A copier, which gates regions meanwhile. */
 	for (int i = 0; i < 100; i++) {
-		pu_layout_gate(&layout, 0);
-		for (int patience = 0; patience < 100 && !pu_layout_quiet(&layout, 0); patience++)
+		pu_layout_block_writes(&layout, 0);
+		for (int patience = 0; patience < 100 && !pu_layout_is_drained(&layout, 0); patience++)
 			sched_yield();
-		pu_layout_gate(&layout, PU_NO_REGION);
+		pu_layout_block_writes(&layout, PU_NO_REGION);
 		usleep(100);
 	}
 	for (int i = 0; i < 2; i++)
@@ -703,7 +703,7 @@ static void two_queues_agree_on_legs(bool hangs)
 	CHECK_EQUAL(servers[0].failed + servers[1].failed, 0);
 	CHECK_EQUAL(pu_layout_leg(&layout, 1), PU_LEG_FAILED);
 	CHECK_EQUAL(pu_layout_leg_bits(&layout).in_step, 1 | 4);
-	CHECK(pu_layout_quiet(&layout, 0));
+	CHECK(pu_layout_is_drained(&layout, 0));
 	pu_layout_destroy(&layout);
 	if (hangs)
 		close(end);

@@ -107,7 +107,7 @@ static void what_is_left_comes_first_and_once(void)
 	CHECK_EQUAL(pu_queue_wait(&q, 0), 4);
 	CHECK_EQUAL(pu_queue_answer(&q, 0, 0), 0);
 	CHECK_EQUAL(pu_queue_post(&q, 2, 1, -EIO), 0); /* from outside: not left */
-	pu_queue_leave(&q, 1);
+	pu_queue_carry_over(&q, 1);
 	CHECK_EQUAL(pu_queue_inject(&q, 0, PU_OP_READ, 0, 1), 0);
 	CHECK_EQUAL(pu_queue_wait(&q, PU_FOREVER), 3);
 	CHECK_EQUAL(q.ready[0], 1);
@@ -115,11 +115,11 @@ static void what_is_left_comes_first_and_once(void)
 	CHECK_EQUAL(q.ready[2], 0);
 	/* a tag that is there twice, its first request failed and its second arrived, is left once */
 	q.ready[q.nr_ready++] = 3;
-	pu_queue_leave(&q, 1);
+	pu_queue_carry_over(&q, 1);
 	CHECK_EQUAL(pu_queue_wait(&q, PU_FOREVER), 2);
 	CHECK_EQUAL(q.ready[0], 3);
 	CHECK_EQUAL(q.ready[1], 0);
-	pu_queue_leave(&q, 2);
+	pu_queue_carry_over(&q, 2);
 	CHECK_EQUAL(pu_queue_wait(&q, 0), 0);
 	pu_queue_counters(&q, &counters);
 	CHECK_EQUAL(counters.requests[PU_OP_READ], 5);

@@ -344,7 +344,7 @@ static void record(struct files *f)
 
 	while (pu_mapped_next_failure(&f->m, &failure)) {
 		if (failure.error)
-			pu_layout_fail_leg(&f->layout, failure.leg, failure.incarnation);
+			pu_layout_fail_leg(&f->layout, failure.leg, failure.file_generation);
 		pu_layout_recorded(&f->layout);
 	}
 	pu_mapped_recorded(&f->m);
@@ -390,7 +390,7 @@ static int use_files(struct files *f)
 	bool ended = error;
 
 	for (int round = 0; round < 3 && !ended; round++) {
-		uint64_t offset = f->kind == PU_LAYOUT_PLANNED ? 0 : (uint64_t)round * 4096;
+		uint64_t offset = f->kind == PU_LAYOUT_PER_REQUEST ? 0 : (uint64_t)round * 4096;
 		uint32_t fua = round == 1 ? PU_FLAG_FUA : 0;
 
 		memset(buffer, round + 1, BUFFER);
@@ -531,7 +531,7 @@ FILES_SCENARIO(stripes, PU_LAYOUT_STRIPE, false)
 FILES_SCENARIO(stripes_in_memory, PU_LAYOUT_STRIPE, true)
 FILES_SCENARIO(mirrors, PU_LAYOUT_MIRROR, false)
 FILES_SCENARIO(mirrors_in_memory, PU_LAYOUT_MIRROR, true)
-FILES_SCENARIO(plans, PU_LAYOUT_PLANNED, false)
+FILES_SCENARIO(plans, PU_LAYOUT_PER_REQUEST, false)
 
 /* ---- memory ---- */
 

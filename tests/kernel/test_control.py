@@ -61,7 +61,7 @@ def refused(number: int, command: str, cause: str, whose: str, remedy: str) -> I
     assert caught.value.errno == number
     assert f"({errno.errorcode[number]}): " in str(caught.value)
     assert cause in str(caught.value)
-    assert caught.value.__notes__[0] == f"Whose doing: {whose}."
+    assert caught.value.__notes__[0] == f"Cause: {whose}."
     assert remedy in caught.value.__notes__[1]
 
 
@@ -144,7 +144,7 @@ def test_a_flag_that_was_dropped_is_told(controller: Controller) -> None:
         controller.add(id=6, flags=Feature.UNPRIVILEGED_DEV)
     assert dropped.value.errno == errno.EOPNOTSUPP
     assert "the kernel granted none of them without saying so" in str(dropped.value)
-    assert dropped.value.__notes__[0] == "Whose doing: the driver."
+    assert dropped.value.__notes__[0] == "Cause: the driver."
     with pytest.raises(OSError, match="NEED_GET_DATA, the kernel granted only the others"):
         controller.add(id=6, flags=Feature.NEED_GET_DATA | Feature.USER_COPY)
     assert controller.devices() == []
@@ -209,7 +209,7 @@ def test_a_device_that_is_not_there(controller: Controller, command: str) -> Non
         ON_A_DEVICE[command](controller, 77)
     assert missing.value.errno == errno.ENODEV
     assert "there is no such device" in str(missing.value)
-    assert missing.value.__notes__[0] == "Whose doing: the caller."
+    assert missing.value.__notes__[0] == "Cause: the caller."
     assert "pyublk list" in missing.value.__notes__[1]
     with pytest.raises(ValueError, match="device id must be 0 to 1048575, not 1048576"):
         ON_A_DEVICE[command](controller, 1 << 20)
@@ -339,7 +339,7 @@ def test_start_without_fetches_ends_at_its_deadline(
         late.value
     )
     assert late.value.__notes__ == [
-        "Whose doing: the device's server.",
+        "Cause: the device's server.",
         "What to do: start all the queues that the kernel granted, and serve them during the "
         "start.",
     ]
@@ -906,7 +906,7 @@ def test_a_control_node_that_is_closed_to_us() -> None:
     assert said.split("|") == [
         "PermissionError",
         f"[Errno 13] {CONTROL_NODE} is closed to user {NOBODY}",
-        "Whose doing: the caller.",
+        "Cause: the caller.",
         "What to do: run as root, or have the node's rights changed.\n",
     ]
 
@@ -934,7 +934,7 @@ with pyublk.Controller() as controller:
         assert kind == "PermissionError"
         assert message.startswith(f"[Errno 1] {subject}: Operation not permitted (EPERM): ")
         assert "it needs CAP_SYS_ADMIN, unless" in message
-        assert whose == "Whose doing: the caller."
+        assert whose == "Cause: the caller."
         assert remedy.startswith("What to do: run as root")
     assert controller.info(added.id) == added
 
@@ -999,7 +999,7 @@ refusal(lambda: pyublk.Controller().features())
         switch.write_text(before)
     expected = (
         "PermissionError|[Errno 1] io_uring is forbidden: the sysctl kernel.io_uring_disabled is 1"
-        "|Whose doing: this machine's set-up.|What to do: set it to 0, or run with CAP_SYS_ADMIN "
+        "|Cause: this machine's set-up.|What to do: set it to 0, or run with CAP_SYS_ADMIN "
         "or in the group kernel.io_uring_group."
     )
     assert said == [expected, expected]

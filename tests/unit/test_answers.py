@@ -416,8 +416,8 @@ def test_leg_failed_that_raises(tmp_path: Path, caplog: pytest.LogCaptureFixture
     """Only the log can be told; the disk goes on."""
 
     class Raising(Mirror):
-        def leg_failed(self, leg: int, error: int, incarnation: int | None = None) -> None:
-            super().leg_failed(leg, error, incarnation)
+        def leg_failed(self, leg: int, error: int, file_generation: int | None = None) -> None:
+            super().leg_failed(leg, error, file_generation)
             raise SystemExit(1)
 
     legs = [tmp_path / "a", tmp_path / "b"]

@@ -100,7 +100,10 @@ def test_python_m_pyublk_is_the_command() -> None:
         (["frobnicate"], "No such command 'frobnicate'."),
         (["list", "--jsn"], "--json"),
         (["add"], "Missing argument 'TARGET'"),
-        (["add", "null", "--size", "1X"], "'1X' is no size: write bytes, or a number with a unit"),
+        (
+            ["add", "null", "--size", "1X"],
+            "'1X' is not a size: write bytes, or a number with a unit",
+        ),
         (["add", "null", "--depth", "0"], "0 is not in the range 1<=x<=4096"),
         (["add", "null", "--queues", "none"], "'none' is not a valid integer"),
         (["add", "null", "-o", "size"], "'size' is no KEY=VALUE"),
@@ -129,7 +132,7 @@ def test_python_m_pyublk_is_the_command() -> None:
             ["vm", "--memory", "1000000G", "--", "true"],
             "at most this machine's own, ",
         ),
-        (["vm", "--memory", "-1G", "--", "true"], "'-1G' is no size of memory"),
+        (["vm", "--memory", "-1G", "--", "true"], "'-1G' is not a size of memory"),
         (["vm", "--kernel", "newest", "--", "true"], "no kernel is called 'newest': give latest"),
         (["vm", "--env", "=", "--", "true"], "the variable '=' cannot be passed on"),
         (["vm", "--count-instructions", "--cpus", "2", "--", "true"], "takes one processor, not 2"),
@@ -331,7 +334,7 @@ def test_a_failure_is_a_sentence_and_its_notes(capsys: pytest.CaptureFixture[str
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines()[0].startswith("pyublk: STOP_DEV on device 1: ")
-    assert err.splitlines()[1].startswith("  Whose doing: ")
+    assert err.splitlines()[1].startswith("  Cause: ")
     assert err.splitlines()[2].startswith("  What to do: ")
     assert "Errno" not in err
 

@@ -10,10 +10,10 @@ import pytest
 
 from pyublk import errors
 from pyublk.service import daemon, logs
-from pyublk.service.plan import Plan
 from pyublk.service.processes import ProcessId, start_time
 from pyublk.service.records import remove_log
 from pyublk.service.reports import TargetFailed
+from pyublk.service.spec import DiskSpec
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_wrong_target_is_told_as_if_it_had_been_served_here(run_dir: Path) -> None:
     with pytest.raises(ValueError, match=r"there is no target 'nul'.*did you mean 'null'"):
-        daemon.start(Plan(target="nul"))
+        daemon.start(DiskSpec(target="nul"))
     assert list(run_dir.iterdir()) == []
 
 
@@ -35,7 +35,7 @@ def test_a_class_whose_code_fails(tmp_path: Path, run_dir: Path) -> None:
         "import pyublk\nclass Broken(pyublk.Target):\n    def __init__(self):\n        {}['key']\n"
     )
     with pytest.raises(TargetFailed, match=r"KeyError: 'key' \(broken.py, line 4\)"):
-        daemon.start(Plan(target="broken.py:Broken"))
+        daemon.start(DiskSpec(target="broken.py:Broken"))
     assert list(run_dir.iterdir()) == []
 
 
@@ -46,7 +46,7 @@ def test_a_server_that_dies_without_a_word(tmp_path: Path, run_dir: Path) -> Non
         "os.kill(os.getpid(), 9)\n"
     )
     with pytest.raises(errors.DeviceLost, match="ended by signal 9 before the disk") as caught:
-        daemon.start(Plan(target="dying.py:Any"))
+        daemon.start(DiskSpec(target="dying.py:Any"))
     assert caught.value.__notes__ == ["last words"]
     assert list(run_dir.iterdir()) == []
 
@@ -62,7 +62,7 @@ def test_relative_paths_and_modules_mean_the_callers_directory(tmp_path: Path) -
     )
     (tmp_path / "note").write_text("found it")
     with pytest.raises(ValueError, match=r"^found it$"):
-        daemon.start(Plan(target="beside:Beside", options={"place": "note"}))
+        daemon.start(DiskSpec(target="beside:Beside", options={"place": "note"}))
 
 
 def test_an_interrupt_while_waiting_leaves_nothing(tmp_path: Path, run_dir: Path) -> None:
@@ -74,7 +74,8 @@ def test_an_interrupt_while_waiting_leaves_nothing(tmp_path: Path, run_dir: Path
         "threading.Event().wait(100)\n"
     )
     program = (
-        "from pyublk.service import daemon, plan\ndaemon.start(plan.Plan(target='slow.py:Slow'))"
+        "from pyublk.service import daemon, spec\n"
+        "daemon.start(spec.DiskSpec(target='slow.py:Slow'))"
     )
     with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE) as caller:
         pid = int(told.read_text())

@@ -269,7 +269,7 @@ def check_no_driver(error: OSError) -> None:
     assert str(error).startswith(f"[Errno {errno.ENOENT}] /dev/ublk-control does not exist: ")
     assert os.uname().release in str(error) or "driver is" in str(error)
     whose, what = error.__notes__
-    assert whose == "Whose doing: this machine's set-up."
+    assert whose == "Cause: this machine's set-up."
     assert what.startswith("What to do: ")
 
 

@@ -24,8 +24,8 @@ from pyublk.service.doctor import (
     repair,
     stale_records,
 )
-from pyublk.service.plan import Plan
 from pyublk.service.processes import ProcessId
+from pyublk.service.spec import DiskSpec
 from pyublk.uapi import DeviceStatus, Feature
 
 RELEASE = "6.12.9-amd64"
@@ -158,7 +158,7 @@ def test_records_of_dead_servers_are_found_and_removed(
         log = records.log_place(number)
         log.write_text("")
         records.Record(
-            id=number, cookie=number, server=server, plan=Plan(target="null"), log=log
+            id=number, cookie=number, server=server, spec=DiskSpec(target="null"), log=log
         ).write()
     records.place(9).write_text("not understood")
     left = [records.place(1), records.log_place(1), records.place(9)]
@@ -175,7 +175,7 @@ def test_what_is_no_record_of_ours_is_told_and_left(
     monkeypatch.setenv("PYUBLK_RUN_DIR", str(tmp_path))
     monkeypatch.setattr("pyublk.service.doctor.CONTROL_NODE", str(tmp_path / "none"))
     alive = ProcessId.own()
-    records.Record(id=0, cookie=1, server=alive, plan=Plan(target="null"), log=None).write()
+    records.Record(id=0, cookie=1, server=alive, spec=DiskSpec(target="null"), log=None).write()
     content = records.place(0).read_text()
     file(records.place(1), content.replace('"id": 0', '"id": 1').replace('"pid"', '"process"'))
     records.place(2).symlink_to(records.place(0))
@@ -370,7 +370,7 @@ def test_an_orphan_is_told_and_one_that_may_still_start_is_not(
 
 def test_a_driver_that_does_not_answer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     silent = TimeoutError(110, "GET_DEV_INFO on device 0: not answered within 10 s")
-    silent.add_note("Whose doing: the driver.")
+    silent.add_note("Cause: the driver.")
     silent.add_note("What to do: look at dmesg.")
     driver_with(monkeypatch, silent)
     assert list(check_devices()) == [

@@ -110,9 +110,9 @@ CLASSES = {
 
 def assert_says(error: OSError, cause: str, whose: str, remedy: str) -> None:
     assert cause in str(error)
-    whose_doing, what_to_do = error.__notes__
-    assert re.fullmatch(r"Whose doing: [^.]+\.", whose_doing)
-    assert whose in whose_doing
+    cause, what_to_do = error.__notes__
+    assert re.fullmatch(r"Cause: [^.]+\.", cause)
+    assert whose in cause
     assert re.fullmatch(r"What to do: .+[^.]\.", what_to_do)
     assert remedy in what_to_do
 
@@ -155,7 +155,7 @@ def test_the_whole_of_one_refusal() -> None:
         "set, or the pid is not that of the process that opened the char device"
     )
     assert error.__notes__ == [
-        "Whose doing: the caller.",
+        "Cause: the caller.",
         "What to do: set the parameters first, and open the char device in the process that "
         "serves.",
     ]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pyublk.interruptions import Signalled, signals_raised, to_its_end, uninterrupted
+from pyublk.interruptions import Signalled, run_shielded, run_shielded_async, signals_raised
 
 
 def test_a_cancellation_waits_for_what_is_under_way() -> None:
@@ -23,7 +23,7 @@ def test_a_cancellation_waits_for_what_is_under_way() -> None:
         ended.append("step")
 
     async def main() -> None:
-        task = asyncio.ensure_future(to_its_end(step))
+        task = asyncio.ensure_future(run_shielded_async(step))
         await asyncio.to_thread(begun.wait, 30)
         for _ in range(2):
             task.cancel()
@@ -42,7 +42,7 @@ def test_a_step_that_fails_on_a_loop() -> None:
         raise OSError(errno.EIO, "no")
 
     with pytest.raises(OSError, match="no"):
-        asyncio.run(to_its_end(step))
+        asyncio.run(run_shielded_async(step))
 
 
 def test_a_signal_that_comes_while_wait_prepares_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,14 +77,14 @@ def test_signals_wait_for_the_end_of_a_step(signals: int) -> None:
         ended.append(True)
 
     with pytest.raises(KeyboardInterrupt):
-        uninterrupted(step, told.set)
+        run_shielded(step, told.set)
     assert ended == [True]
 
 
 def test_a_step_s_result_and_its_failure() -> None:
-    assert uninterrupted(lambda: 7, pytest.fail) == 7
+    assert run_shielded(lambda: 7, pytest.fail) == 7
     with pytest.raises(ZeroDivisionError):
-        uninterrupted(lambda: 1 // 0, pytest.fail)
+        run_shielded(lambda: 1 // 0, pytest.fail)
 
 
 def test_a_step_without_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,4 +92,4 @@ def test_a_step_without_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", start)
-    assert uninterrupted(threading.get_ident, pytest.fail) == threading.get_ident()
+    assert run_shielded(threading.get_ident, pytest.fail) == threading.get_ident()

@@ -876,9 +876,9 @@ def test_mapped_targets_announce_what_files_can_do(tmp_path: Path) -> None:
 
 
 def test_a_mirror_tells_how_long_a_leg_may_hold_a_request(tmp_path: Path) -> None:
-    assert mirror_of(tmp_path, leg_timeout=8).longest_wait == 11
-    assert mirror_of(tmp_path, leg_timeout=0).longest_wait == 0
-    assert File(tmp_path / "a").longest_wait == 0
+    assert mirror_of(tmp_path, leg_timeout=8).max_stall == 11
+    assert mirror_of(tmp_path, leg_timeout=0).max_stall == 0
+    assert File(tmp_path / "a").max_stall == 0
 
 
 def test_a_mirror_with_a_timeout_takes_one_thread(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Plans and records: what is written can be read, and is believed only of the same device."""
+"""Specs and records: what is written can be read, and is believed only of the same device."""
 
 import errno
 import json
@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from pyublk.control import DeviceInfo
-from pyublk.service.plan import Plan
 from pyublk.service.processes import ProcessId
 from pyublk.service.records import (
     Record,
@@ -22,10 +21,11 @@ from pyublk.service.records import (
     run_directory,
 )
 from pyublk.service.server import _keep_status
+from pyublk.service.spec import DiskSpec
 from pyublk.targets import Null, Ram
 from pyublk.uapi import DeviceStatus, Feature
 
-PLAN = Plan(
+SPEC = DiskSpec(
     target="file",
     arguments=("disk.img",),
     options={"direct": "yes"},
@@ -43,7 +43,7 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def record(number: int = 3, cookie: int = 77) -> Record:
     return Record(
-        id=number, cookie=cookie, server=ProcessId.own(), plan=PLAN, log=log_place(number)
+        id=number, cookie=cookie, server=ProcessId.own(), spec=SPEC, log=log_place(number)
     )
 
 
@@ -63,7 +63,7 @@ def device(number: int = 3, cookie: int = 77) -> DeviceInfo:
 
 
 def test_a_plan_survives_being_written_down() -> None:
-    assert Plan.from_json(PLAN.to_json()) == PLAN
+    assert DiskSpec.from_json(SPEC.to_json()) == SPEC
 
 
 def test_a_record_survives_being_written_down() -> None:
@@ -94,7 +94,7 @@ def test_removing_leaves_the_record_of_a_later_device_alone() -> None:
     assert recorded_ids() == []
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"id": 3, "more": 1}', '{"plan": 4}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"id": 3, "more": 1}', '{"spec": 4}'])
 def test_what_cannot_be_understood_is_no_record(text: str) -> None:
     place(3).write_text(text)
     assert Record.read(3) is None
@@ -109,7 +109,7 @@ def newer(**more: object) -> dict[str, Any]:
 
 def test_what_a_newer_version_says_besides_is_left_out() -> None:
     fields = newer(channel="/run/pyublk/3.sock")
-    fields["plan"]["restart"] = {"limit": 3}
+    fields["spec"]["restart"] = {"limit": 3}
     fields["server"]["namespace"] = 4026531836
     place(3).write_text(json.dumps(fields))
     assert Record.read(3) == record()
@@ -130,9 +130,9 @@ def test_what_a_newer_version_says_besides_is_left_out() -> None:
         {"server": {"pid": 1.5, "started": 0}},
         {"server": "123"},
         {"server": {"pid": 1}},
-        {"plan": {"target": 4}},
-        {"plan": {"target": "ram", "arguments": "ab", "options": []}},
-        {"plan": []},
+        {"spec": {"target": 4}},
+        {"spec": {"target": "ram", "arguments": "ab", "options": []}},
+        {"spec": []},
         {"log": 5},
         {"data_path": ["copy"]},
     ],
@@ -217,22 +217,22 @@ def test_a_directory_that_cannot_be_made_says_what_to_do(
 
 
 def test_a_plan_becomes_a_device() -> None:
-    made = Plan(target="ram", size=1 << 20, block_size=4096).device()
+    made = DiskSpec(target="ram", size=1 << 20, block_size=4096).device()
     assert isinstance(made.target, Ram)
     assert (made.target.size, made.target.block_size) == (1 << 20, 4096)
 
 
 def test_a_class_need_not_know_of_read_only() -> None:
-    made = Plan(target="null", read_only=True).device()
+    made = DiskSpec(target="null", read_only=True).device()
     assert isinstance(made.target, Null)
     assert made.target.read_only
 
 
 def test_a_wrong_plan_says_what_is_allowed() -> None:
     with pytest.raises(ValueError, match=r"there is no target 'rma'.*did you mean 'ram'"):
-        Plan(target="rma").device()
+        DiskSpec(target="rma").device()
     with pytest.raises(ValueError, match="workers=2 needs a target"):
-        Plan(target="null", workers=2).device()
+        DiskSpec(target="null", workers=2).device()
 
 
 def test_what_a_target_says_goes_with_its_record(run_dir: Path) -> None:

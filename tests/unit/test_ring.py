@@ -104,7 +104,7 @@ def test_a_required_flag_that_is_refused_is_an_error() -> None:
         Ring(8, required=1 << 31)
     assert refused.value.errno == errno.EINVAL
     assert refused.value.__notes__ == [
-        "Whose doing: the caller.",
+        "Cause: the caller.",
         "What to do: pass the flag as `wanted` instead of `required`.",
     ]
 
@@ -183,7 +183,7 @@ except PermissionError as error:
     assert done.stderr == ""
     assert done.stdout.splitlines() == [
         "[Errno 1] io_uring is forbidden, most likely by the seccomp filter of a container",
-        "Whose doing: this machine's set-up.",
+        "Cause: this machine's set-up.",
         "What to do: run outside the container, or with a profile that allows io_uring_setup.",
     ]
 

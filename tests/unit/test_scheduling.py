@@ -16,7 +16,7 @@ from typing import TypeVar
 import pytest
 
 from pyublk import scheduling
-from pyublk._native import Helper, write_apart
+from pyublk._native import Helper, write_in_child
 from pyublk.scheduling import choose_io_scheduler, io_scheduler, keep_to, never_interrupt
 
 T = TypeVar("T")
@@ -82,7 +82,7 @@ def test_nothing_is_written_where_it_is_so_already(place: Path) -> None:
 def test_a_scheduler_that_there_is_not(
     place: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(scheduling, "write_apart", lambda *_, **__: -errno.EINVAL)
+    monkeypatch.setattr(scheduling, "write_in_child", lambda *_, **__: -errno.EINVAL)
     words = f"io_scheduler must be one of none, mq-deadline, kyber, not {name!r}"
     with pytest.raises(ValueError, match=re.escape(words)):
         choose_io_scheduler("/dev/ublkb0", name, 5.0)
@@ -96,7 +96,7 @@ def test_a_scheduler_in_a_module(place: Path) -> None:
 def test_a_scheduler_that_is_refused(
     place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(scheduling, "write_apart", lambda *_, **__: -errno.EROFS)
+    monkeypatch.setattr(scheduling, "write_in_child", lambda *_, **__: -errno.EROFS)
     words = "/dev/ublkb0 cannot have the I/O scheduler kyber: Read-only file system"
     with pytest.raises(OSError, match=words) as caught:
         choose_io_scheduler("/dev/ublkb0", "kyber", 5.0)
@@ -114,7 +114,7 @@ def test_a_switch_that_waits_too_long(
     def write(_place: str, _text: str, *, deadline: float) -> None:
         given.append(deadline)
 
-    monkeypatch.setattr(scheduling, "write_apart", write)
+    monkeypatch.setattr(scheduling, "write_in_child", write)
     with pytest.raises(TimeoutError, match="scheduler kyber: requests are in flight"):
         choose_io_scheduler("/dev/ublkb0", "kyber", 5.0)
     with caplog.at_level(logging.INFO):
@@ -125,9 +125,9 @@ def test_a_switch_that_waits_too_long(
 
 def test_writing_apart(tmp_path: Path) -> None:
     file = tmp_path / "file"
-    assert write_apart(str(file), "none", deadline=5.0) == -errno.ENOENT
+    assert write_in_child(str(file), "none", deadline=5.0) == -errno.ENOENT
     file.write_text("")
-    assert write_apart(str(file), "none", deadline=5.0) == 0
+    assert write_in_child(str(file), "none", deadline=5.0) == 0
     assert file.read_text() == "none"
 
 
@@ -142,13 +142,13 @@ def test_writing_apart_by_a_helper_that_is_killed(tmp_path: Path) -> None:
 
     killer = threading.Thread(target=kill)
     killer.start()
-    assert write_apart(str(pipe), "none", deadline=30.0) == -errno.ECANCELED
+    assert write_in_child(str(pipe), "none", deadline=30.0) == -errno.ECANCELED
     killer.join()
 
 
 def test_writing_apart_to_what_never_answers(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    assert write_apart(str(pipe), "none", deadline=0.2) is None  # nobody reads from it
+    assert write_in_child(str(pipe), "none", deadline=0.2) is None  # nobody reads from it
     children = Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text()
     assert children == "", "the helper is nobody's child"

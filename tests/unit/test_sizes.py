@@ -25,7 +25,7 @@ def test_sizes_are_read(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "G", "-1", "1X", "1GG", "1e3", "one"])
 def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"is no size: write bytes, or a number with a unit"):
+    with pytest.raises(ValueError, match=r"is not a size: write bytes, or a number with a unit"):
         parse_size(text)
 
 

@@ -22,7 +22,7 @@ int pu_layout_init(struct pu_layout *layout, enum pu_layout_kind kind, uint64_t 
 	layout->size = size;
 	layout->nr_files = nr_files;
 	layout->nr_extents = nr_extents;
-	layout->gate = PU_NO_REGION;
+	layout->blocked_region = PU_NO_REGION;
 	if (kind == PU_LAYOUT_MIRROR) {
 		layout->region_bytes = SMALLEST_REGION;
 		while ((size - 1) / layout->region_bytes >= MOST_REGIONS)
@@ -216,7 +216,7 @@ void pu_layout_set_leg(struct pu_layout *layout, uint32_t leg, enum pu_leg_state
 
 uint32_t pu_layout_incarnation(const struct pu_layout *layout, uint32_t leg)
 {
-	return __atomic_load_n(&layout->legs[leg].incarnation, __ATOMIC_ACQUIRE);
+	return __atomic_load_n(&layout->legs[leg].file_generation, __ATOMIC_ACQUIRE);
 }
 
 uint32_t pu_layout_replaced(const struct pu_layout *layout, uint32_t leg)
@@ -231,12 +231,12 @@ uint32_t pu_layout_orphans(const struct pu_layout *layout, uint32_t leg, bool be
 	return __atomic_load_n(&layout->legs[leg].orphans[which], __ATOMIC_ACQUIRE);
 }
 
-bool pu_layout_fail_leg(struct pu_layout *layout, uint32_t leg, uint32_t incarnation)
+bool pu_layout_fail_leg(struct pu_layout *layout, uint32_t leg, uint32_t file_generation)
 {
 	struct pu_leg_bits bits = pu_layout_leg_bits(layout);
 
 	if (pu_layout_leg(layout, leg) == PU_LEG_FAILED || bits.in_step == 1u << leg ||
-	    incarnation != pu_layout_incarnation(layout, leg))
+	    file_generation != pu_layout_incarnation(layout, leg))
 		return false;
 	bits.in_step = with(bits.in_step, leg, false);
 	bits.resync = with(bits.resync, leg, false);
@@ -254,14 +254,14 @@ void pu_layout_recorded(struct pu_layout *layout)
 }
 
 void pu_layout_replace_file(struct pu_layout *layout, uint32_t index, int fd, bool memory,
-			    bool device, uint32_t incarnation)
+			    bool device, uint32_t file_generation)
 {
 	layout->files[index].fd = fd;
 	layout->files[index].memory = memory;
 	layout->files[index].device = device;
-	if (incarnation != pu_layout_incarnation(layout, index))
+	if (file_generation != pu_layout_incarnation(layout, index))
 		__atomic_fetch_add(&layout->legs[index].replaced, 1, __ATOMIC_RELEASE);
-	__atomic_store_n(&layout->legs[index].incarnation, incarnation, __ATOMIC_RELEASE);
+	__atomic_store_n(&layout->legs[index].file_generation, file_generation, __ATOMIC_RELEASE);
 	__atomic_fetch_add(&layout->version, 1, __ATOMIC_RELEASE); /* who sees it sees the file */
 }
 
@@ -287,13 +287,13 @@ static uint64_t last_region(const struct pu_layout *layout, uint64_t offset, uin
 bool pu_layout_write_begins(struct pu_layout *layout, uint64_t offset, uint64_t length)
 {
 	uint64_t first = offset / layout->region_bytes, last = last_region(layout, offset, length);
-	uint64_t gate;
+	uint64_t blocked;
 
 	for (uint64_t region = first; region <= last; region++)
 		__atomic_fetch_add(&layout->regions[region].begun, 1, __ATOMIC_SEQ_CST);
-	/* After it is counted: who gates the region now will see it, or it sees the gate. */
-	gate = __atomic_load_n(&layout->gate, __ATOMIC_SEQ_CST);
-	if (gate < first || gate > last)
+	/* After it is counted: who blocks the region now will see it, or it sees that. */
+	blocked = __atomic_load_n(&layout->blocked_region, __ATOMIC_SEQ_CST);
+	if (blocked < first || blocked > last)
 		return true;
 	pu_layout_write_ends(layout, offset, length);
 	return false;
@@ -307,12 +307,12 @@ void pu_layout_write_ends(struct pu_layout *layout, uint64_t offset, uint64_t le
 		__atomic_fetch_add(&layout->regions[region].ended, 1, __ATOMIC_SEQ_CST);
 }
 
-void pu_layout_gate(struct pu_layout *layout, uint64_t region)
+void pu_layout_block_writes(struct pu_layout *layout, uint64_t region)
 {
-	__atomic_store_n(&layout->gate, region, __ATOMIC_SEQ_CST);
+	__atomic_store_n(&layout->blocked_region, region, __ATOMIC_SEQ_CST);
 }
 
-bool pu_layout_quiet(const struct pu_layout *layout, uint64_t region)
+bool pu_layout_is_drained(const struct pu_layout *layout, uint64_t region)
 {
 	const struct pu_region *r = &layout->regions[region];
 	uint32_t ended = __atomic_load_n(&r->ended, __ATOMIC_SEQ_CST);

@@ -12,7 +12,7 @@ enum pu_layout_kind {
 	PU_LAYOUT_TABLE,   /* extents, one after the other */
 	PU_LAYOUT_STRIPE,  /* chunks, in turn from every file */
 	PU_LAYOUT_MIRROR,  /* the same in every file */
-	PU_LAYOUT_PLANNED, /* somebody says it for each request (pu_mapped_plan) */
+	PU_LAYOUT_PER_REQUEST, /* somebody says it for each request (pu_mapped_plan) */
 };
 
 struct pu_file {
@@ -42,7 +42,7 @@ enum pu_leg_state {
 #define PU_FILES_PER_LEG 2u
 
 struct pu_leg {
-	uint32_t incarnation; /* a number for its file: what one does is not charged to the next */
+	uint32_t file_generation; /* a number for its file: what one does is not charged to the next */
 	uint32_t errors;      /* requests that failed on it */
 	uint32_t replaced;    /* how often it has had another file */
 	/* Operations that are still held, though nobody waits for them, by files that came when that
@@ -78,7 +78,7 @@ struct pu_layout {
 	struct pu_leg_bits leg_bits; /* changed by one thread at a time, read by every queue */
 	struct pu_region *regions;
 	uint64_t region_bytes;
-	uint64_t gate; /* the region that is copied to another leg now: no write begins in it */
+	uint64_t blocked_region; /* the one that is copied to another leg now: no write begins in it */
 	int64_t leg_timeout_ns; /* 0: a leg may take as long as it likes */
 };
 
@@ -116,9 +116,9 @@ uint64_t pu_part_data(const struct pu_part *part, uint64_t done, uint64_t *conti
 struct pu_leg_bits pu_layout_leg_bits(const struct pu_layout *layout);
 enum pu_leg_state pu_layout_leg(const struct pu_layout *layout, uint32_t leg);
 void pu_layout_set_leg(struct pu_layout *layout, uint32_t leg, enum pu_leg_state state);
-/* Leaves a leg alone from now on. False when it had failed before, is of another incarnation now, or
+/* Leaves a leg alone from now on. False when it had failed before, is of another file_generation now, or
  * is the last in step, which is never given up. */
-bool pu_layout_fail_leg(struct pu_layout *layout, uint32_t leg, uint32_t incarnation);
+bool pu_layout_fail_leg(struct pu_layout *layout, uint32_t leg, uint32_t file_generation);
 uint32_t pu_layout_incarnation(const struct pu_layout *layout, uint32_t leg);
 /* How often a leg has had another file. */
 uint32_t pu_layout_replaced(const struct pu_layout *layout, uint32_t leg);
@@ -126,10 +126,10 @@ uint32_t pu_layout_replaced(const struct pu_layout *layout, uint32_t leg);
 uint32_t pu_layout_orphans(const struct pu_layout *layout, uint32_t leg, bool before);
 /* Every leg that has failed is on record. */
 void pu_layout_recorded(struct pu_layout *layout);
-/* The queues take it up with their next request. `incarnation`: of the leg; a file that was in its
+/* The queues take it up with their next request. `file_generation`: of the leg; a file that was in its
  * place before, whenever, has the number that it had. */
 void pu_layout_replace_file(struct pu_layout *layout, uint32_t index, int fd, bool memory,
-			    bool device, uint32_t incarnation);
+			    bool device, uint32_t file_generation);
 
 static inline uint32_t pu_layout_version(const struct pu_layout *layout)
 {
@@ -139,11 +139,11 @@ static inline uint32_t pu_layout_version(const struct pu_layout *layout)
 /* A leg to read `offset` from, not one of `without` (bits), or -1. */
 int pu_layout_readable(const struct pu_layout *layout, uint64_t offset, uint32_t without);
 
-/* A write (or discard) of a mirror begins, unless it touches the gated region (false). */
+/* A write (or discard) of a mirror begins, unless it touches the blocked region (false). */
 bool pu_layout_write_begins(struct pu_layout *layout, uint64_t offset, uint64_t length);
 void pu_layout_write_ends(struct pu_layout *layout, uint64_t offset, uint64_t length);
-/* Gates a region, or none; a gated one may be copied once it is quiet. */
-void pu_layout_gate(struct pu_layout *layout, uint64_t region);
-bool pu_layout_quiet(const struct pu_layout *layout, uint64_t region);
+/* Keeps new writes out of a region, or of none; it may be copied once it is drained. */
+void pu_layout_block_writes(struct pu_layout *layout, uint64_t region);
+bool pu_layout_is_drained(const struct pu_layout *layout, uint64_t region);
 
 #endif

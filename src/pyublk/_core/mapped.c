@@ -59,13 +59,13 @@ int pu_mapped_open(struct pu_mapped *m, struct pu_queue *q, struct pu_layout *la
 	m->slots = calloc(m->nr_slots, sizeof(*m->slots));
 	m->vectors = calloc((size_t)m->nr_slots * VECTOR, sizeof(*m->vectors));
 	m->waiting = calloc(q->depth, sizeof(*m->waiting));
-	m->gated = calloc(q->depth, sizeof(*m->gated));
+	m->blocked = calloc(q->depth, sizeof(*m->blocked));
 	m->zeroes_bytes = ZEROES_BYTES;
 	m->zeroes = mmap(NULL, m->zeroes_bytes, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
 			 -1, 0);
 	if (m->zeroes == MAP_FAILED)
 		m->zeroes = NULL;
-	if (!m->works || !m->slots || !m->vectors || !m->waiting || !m->gated ||
+	if (!m->works || !m->slots || !m->vectors || !m->waiting || !m->blocked ||
 	    !m->zeroes) {
 		pu_mapped_close(m);
 		return -ENOMEM;
@@ -83,17 +83,17 @@ void pu_mapped_close(struct pu_mapped *m)
 	if (m->zeroes)
 		munmap(m->zeroes, m->zeroes_bytes);
 	for (uint32_t tag = 0; m->works && tag < m->q->depth; tag++)
-		free(m->works[tag].plan);
+		free(m->works[tag].mapped_parts);
 	free(m->works);
 	free(m->slots);
 	free(m->vectors);
 	free(m->waiting);
-	free(m->gated);
+	free(m->blocked);
 	m->works = NULL;
 	m->slots = NULL;
 	m->vectors = NULL;
 	m->waiting = NULL;
-	m->gated = NULL;
+	m->blocked = NULL;
 	m->zeroes = NULL;
 }
 
@@ -257,7 +257,7 @@ static int submit(struct pu_mapped *m, struct pu_slot *slot)
 	}
 	if (m->layout->leg_timeout_ns)
 		slot->begun_ns = pu_now_ns();
-	m->q->others++;
+	m->q->foreign_inflight++;
 	return 0;
 }
 
@@ -304,7 +304,7 @@ struct pu_slot *pu_slot_take(struct pu_mapped *m, uint16_t tag, const struct pu_
 							 pu_queue_buffer(m->q, tag);
 	slot->generation = m->works[tag].generation;
 	if (mirrored(m)) {
-		slot->incarnation = pu_layout_incarnation(m->layout, part->file);
+		slot->file_generation = pu_layout_incarnation(m->layout, part->file);
 		slot->replaced = pu_layout_replaced(m->layout, part->file);
 	}
 	m->works[tag].open++;
@@ -332,13 +332,13 @@ static bool next_part(struct pu_mapped *m, struct pu_work *w, struct pu_part *pa
 		w->cut = nth + 1;
 		return more;
 	}
-	if (layout->kind == PU_LAYOUT_PLANNED) {
-		if (nth >= w->nr_plan)
+	if (layout->kind == PU_LAYOUT_PER_REQUEST) {
+		if (nth >= w->nr_mapped_parts)
 			return false;
-		part->file = w->plan[nth].file;
-		part->offset = w->plan[nth].offset;
-		part->length = part->first = w->plan[nth].length;
-		part->data = w->plan[nth].start;
+		part->file = w->mapped_parts[nth].file;
+		part->offset = w->mapped_parts[nth].offset;
+		part->length = part->first = w->mapped_parts[nth].length;
+		part->data = w->mapped_parts[nth].start;
 		w->cut = nth + 1;
 		return true;
 	}
@@ -396,7 +396,7 @@ static int register_buffer(struct pu_mapped *m, uint16_t tag)
 	sqe->cmd[0] = q->id | (uint64_t)tag << 16;
 	sqe->cmd[1] = q->faults & PU_FAULT_REGISTER ? UINT16_MAX : tag;
 	sqe->user_data = PU_USER_DATA(KIND_REGISTER, tag);
-	q->others++;
+	q->foreign_inflight++;
 	m->works[tag].open++;
 	m->works[tag].by_hand = true;
 	return 0;
@@ -415,7 +415,7 @@ static void unregister_buffer(struct pu_mapped *m, uint16_t tag)
 	sqe->cmd[0] = q->id | (uint64_t)tag << 16;
 	sqe->cmd[1] = tag;
 	sqe->user_data = PU_USER_DATA(KIND_UNREGISTER, tag);
-	q->others++;
+	q->foreign_inflight++;
 }
 
 static enum place choose_place(const struct pu_mapped *m, const struct pu_work *w)
@@ -507,8 +507,8 @@ static void forget(struct pu_mapped *m, uint16_t tag)
 
 	if (w->queued)
 		take_out(m->waiting, &m->nr_waiting, tag);
-	if (w->gated)
-		take_out(m->gated, &m->nr_gated, tag);
+	if (w->blocked)
+		take_out(m->blocked, &m->nr_blocked, tag);
 	if (w->told)
 		m->held--;
 }
@@ -522,8 +522,8 @@ static void start(struct pu_mapped *m, uint16_t tag)
 {
 	const struct pu_desc *desc = &m->q->desc[tag];
 	struct pu_work *w = &m->works[tag];
-	struct pu_extent *plan = w->plan;
-	uint32_t nr_plan = w->nr_plan, plan_room = w->plan_room;
+	struct pu_extent *mapped_parts = w->mapped_parts;
+	uint32_t nr_mapped_parts = w->nr_mapped_parts, mapped_room = w->mapped_room;
 	uint32_t op = desc->op_flags & 0xff;
 	int error;
 
@@ -534,9 +534,9 @@ static void start(struct pu_mapped *m, uint16_t tag)
 		.length = (uint64_t)desc->nr_sectors << PU_SECTOR_SHIFT,
 		.op = op,
 		.flags = desc->op_flags & ~0xffu,
-		.plan = plan,
-		.nr_plan = nr_plan,
-		.plan_room = plan_room,
+		.mapped_parts = mapped_parts,
+		.nr_mapped_parts = nr_mapped_parts,
+		.mapped_room = mapped_room,
 	};
 	w->by_writing = op == PU_OP_WRITE_ZEROES && *must_write_zeroes(m, w->flags);
 	if (op > PU_OP_DISCARD && op != PU_OP_WRITE_ZEROES) {
@@ -550,8 +550,8 @@ static void start(struct pu_mapped *m, uint16_t tag)
 	}
 	if (mirrored(m) && op != PU_OP_READ && op != PU_OP_FLUSH) {
 		if (!pu_layout_write_begins(m->layout, w->offset, w->length)) {
-			w->gated = true;
-			m->gated[m->nr_gated++] = tag;
+			w->blocked = true;
+			m->blocked[m->nr_blocked++] = tag;
 			return;
 		}
 		w->writes_mirror = true;
@@ -566,13 +566,13 @@ static void start(struct pu_mapped *m, uint16_t tag)
 
 static void try_gated(struct pu_mapped *m)
 {
-	uint32_t count = m->nr_gated;
+	uint32_t count = m->nr_blocked;
 
-	m->nr_gated = 0; /* those that are still refused enter again, at a place already read */
+	m->nr_blocked = 0; /* those that are still refused enter again, at a place already read */
 	for (uint32_t i = 0; i < count; i++) {
-		uint16_t tag = m->gated[i];
+		uint16_t tag = m->blocked[i];
 
-		m->works[tag].gated = false;
+		m->works[tag].blocked = false;
 		if (!failed_from_outside(m, tag))
 			start(m, tag);
 	}
@@ -635,7 +635,7 @@ static void resume_waiting(struct pu_mapped *m)
 
 		m->nr_waiting--;
 		memmove(m->waiting, m->waiting + 1, m->nr_waiting * sizeof(*m->waiting));
-		/* It stays half done, and its region of a mirror is never quiet again: legs may differ. */
+		/* It stays half done, and its region of a mirror is never drained again: legs may differ. */
 		if (failed_from_outside(m, tag))
 			continue;
 		m->works[tag].queued = false;
@@ -645,13 +645,13 @@ static void resume_waiting(struct pu_mapped *m)
 	}
 }
 
-void pu_work_part_ends(struct pu_mapped *m, uint16_t tag, uint32_t file, uint32_t incarnation,
+void pu_work_part_ends(struct pu_mapped *m, uint16_t tag, uint32_t file, uint32_t file_generation,
 		       int64_t result)
 {
 	struct pu_work *w = &m->works[tag];
 
 	if (mirrored(m))
-		pu_mirror_leg_ends(m, tag, file, incarnation, result);
+		pu_mirror_leg_ends(m, tag, file, file_generation, result);
 	else if (result < 0 && !w->error)
 		w->error = (int)result;
 	pu_work_release(m, tag);
@@ -689,7 +689,7 @@ static void advance(struct pu_mapped *m, struct pu_slot *slot, int64_t result)
 		}
 	}
 	pu_slot_free(m, slot);
-	pu_work_part_ends(m, tag, file, slot->incarnation, result < 0 ? result : 0);
+	pu_work_part_ends(m, tag, file, slot->file_generation, result < 0 ? result : 0);
 }
 
 static void complete(void *context, uint64_t user_data, int32_t result)
@@ -704,7 +704,7 @@ static void complete(void *context, uint64_t user_data, int32_t result)
 			pu_mirror_orphan_ends(m, slot);
 			return;
 		}
-		m->q->others--;
+		m->q->foreign_inflight--;
 		if (slot->generation != pu_tag_generation(&m->q->tags[slot->tag])) {
 			pu_slot_free(m, slot);
 			return;
@@ -713,7 +713,7 @@ static void complete(void *context, uint64_t user_data, int32_t result)
 		advance(m, slot, result == -EAGAIN ? -EINTR : result);
 		return;
 	}
-	m->q->others--;
+	m->q->foreign_inflight--;
 	if (user_data >> PU_KIND_SHIFT == KIND_UNREGISTER ||
 	    pu_tag_state(&m->q->tags[number]) == PU_TAG_GONE)
 		return;
@@ -737,20 +737,20 @@ int pu_mapped_plan(struct pu_mapped *m, uint16_t tag, const struct pu_extent *pa
 	}
 	if (left)
 		return -EINVAL;
-	if (count > w->plan_room) {
-		struct pu_extent *more = realloc(w->plan, count * sizeof(*more));
+	if (count > w->mapped_room) {
+		struct pu_extent *more = realloc(w->mapped_parts, count * sizeof(*more));
 
 		if (!more)
 			return -ENOMEM;
-		w->plan = more;
-		w->plan_room = count;
+		w->mapped_parts = more;
+		w->mapped_room = count;
 	}
 	for (uint32_t i = 0; i < count; i++) {
-		w->plan[i] = parts[i];
-		w->plan[i].start = sum; /* in the request's data */
+		w->mapped_parts[i] = parts[i];
+		w->mapped_parts[i].start = sum; /* in the request's data */
 		sum += parts[i].length;
 	}
-	w->nr_plan = count;
+	w->nr_mapped_parts = count;
 	start(m, tag);
 	return 0;
 }
@@ -777,7 +777,7 @@ int pu_mapped_turn(struct pu_mapped *m, int64_t timeout_ns)
 	for (uint32_t i = 0; i < q->nr_ready; i++) {
 		uint16_t tag = q->ready[i];
 
-		if (m->layout->kind == PU_LAYOUT_PLANNED &&
+		if (m->layout->kind == PU_LAYOUT_PER_REQUEST &&
 		    (q->desc[tag].op_flags & 0xff) != PU_OP_FLUSH)
 			q->ready[need_plan++] = tag;
 		else

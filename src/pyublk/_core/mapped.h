@@ -22,7 +22,7 @@ struct iovec;
 
 struct pu_leg_failure {
 	uint32_t leg;
-	uint32_t incarnation; /* of the leg, when it failed */
+	uint32_t file_generation; /* of the leg, when it failed */
 	int error; /* errno, positive; 0: a failure that is known is only to be put on record */
 };
 
@@ -36,8 +36,8 @@ struct pu_mapped {
 	uint32_t free_slot; /* head of the list of free ones */
 	uint16_t *waiting;  /* tags with parts left but no slot, first come first */
 	uint32_t nr_waiting;
-	uint16_t *gated; /* tags whose write must wait until a region is copied */
-	uint32_t nr_gated;
+	uint16_t *blocked; /* tags whose write must wait until a region is copied */
+	uint32_t nr_blocked;
 	uint32_t version;	  /* of the layout's files, as registered */
 	bool every_file_mapped;
 	uint32_t held;		  /* requests that wait until legs' failures are on record */
@@ -63,7 +63,7 @@ void pu_mapped_close(struct pu_mapped *m);
  * other layout always 0), or as pu_queue_wait. Comes back at once with 0 when a leg failed. */
 int pu_mapped_turn(struct pu_mapped *m, int64_t timeout_ns);
 
-/* A planned layout: the parts of a request (start is not looked at), from the first byte on, then
+/* A layout by request: the parts of a request (start is not looked at), from the first byte on, then
  * begin. 0 or -errno: -EINVAL when they are not as long as the request, or name no file. */
 int pu_mapped_plan(struct pu_mapped *m, uint16_t tag, const struct pu_extent *parts, uint32_t count);
 

@@ -33,24 +33,24 @@ void pu_mirror_read(struct pu_mapped *m, uint16_t tag)
 		pu_work_wait_for_slots(m, tag);
 }
 
-static void blame(struct pu_mapped *m, uint32_t leg, int error)
+static void note_failure(struct pu_mapped *m, uint32_t leg, int error)
 {
 	m->failures[leg].error = error;
-	m->failures[leg].incarnation = pu_layout_incarnation(m->layout, leg);
+	m->failures[leg].file_generation = pu_layout_incarnation(m->layout, leg);
 }
 
 /* Another file may be in the leg's place now. It has not failed, and what was written to the file
  * before does not count for it. */
-static bool was_replaced(const struct pu_mapped *m, uint32_t leg, uint32_t incarnation)
+static bool was_replaced(const struct pu_mapped *m, uint32_t leg, uint32_t file_generation)
 {
-	return incarnation != pu_layout_incarnation(m->layout, leg);
+	return file_generation != pu_layout_incarnation(m->layout, leg);
 }
 
-void pu_mirror_leg_ends(struct pu_mapped *m, uint16_t tag, uint32_t leg, uint32_t incarnation,
+void pu_mirror_leg_ends(struct pu_mapped *m, uint16_t tag, uint32_t leg, uint32_t file_generation,
 			int64_t result)
 {
 	struct pu_work *w = &m->works[tag];
-	bool replaced = was_replaced(m, leg, incarnation);
+	bool replaced = was_replaced(m, leg, file_generation);
 
 	if (result >= 0) {
 		if (!replaced || w->op == PU_OP_READ)
@@ -63,7 +63,7 @@ void pu_mirror_leg_ends(struct pu_mapped *m, uint16_t tag, uint32_t leg, uint32_
 	if (result == -EOPNOTSUPP && w->op == PU_OP_WRITE_ZEROES && !w->by_writing)
 		return;
 	if (!replaced) {
-		blame(m, leg, (int)-result);
+		note_failure(m, leg, (int)-result);
 		__atomic_fetch_add(&m->layout->legs[leg].errors, 1, __ATOMIC_RELAXED);
 	}
 	if (!replaced || w->op != PU_OP_READ)
@@ -147,7 +147,7 @@ void pu_mirror_look_for_hanging(struct pu_mapped *m)
 		struct pu_work *w = &m->works[slot->tag];
 		uint32_t leg = slot->part.file;
 		bool failed = pu_layout_leg(m->layout, leg) == PU_LEG_FAILED ||
-			      was_replaced(m, leg, slot->incarnation);
+			      was_replaced(m, leg, slot->file_generation);
 
 		if (!slot->busy || slot->orphan || (!failed && now - slot->begun_ns < limit) ||
 		    !pu_queue_holds(m->q, slot->tag, slot->generation) ||
@@ -155,7 +155,7 @@ void pu_mirror_look_for_hanging(struct pu_mapped *m)
 			continue;
 		/* The leg is given up first: one that stays must not write late what was answered. */
 		if (!failed) {
-			blame(m, leg, ETIMEDOUT);
+			note_failure(m, leg, ETIMEDOUT);
 			m->failed_legs |= 1u << leg;
 			m->look_at_ns = 0;
 			continue;
@@ -167,7 +167,7 @@ void pu_mirror_look_for_hanging(struct pu_mapped *m)
 		slot->orphan = true;
 		__atomic_fetch_add(orphans(m, slot), 1, __ATOMIC_RELAXED);
 		m->q->orphans++;
-		pu_work_part_ends(m, slot->tag, leg, slot->incarnation, -ETIMEDOUT);
+		pu_work_part_ends(m, slot->tag, leg, slot->file_generation, -ETIMEDOUT);
 	}
 }
 
@@ -175,7 +175,7 @@ void pu_mirror_orphan_ends(struct pu_mapped *m, struct pu_slot *slot)
 {
 	__atomic_fetch_sub(orphans(m, slot), 1, __ATOMIC_RELEASE);
 	m->q->orphans--;
-	m->q->others--;
+	m->q->foreign_inflight--;
 	pu_slot_free(m, slot);
 	/* What the tag does not use any more goes back, unless another part still does. */
 	if (slot->memory == pu_queue_buffer(m->q, slot->tag) ||

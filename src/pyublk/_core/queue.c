@@ -211,7 +211,7 @@ int pu_queue_open(struct pu_queue *q, int cdev, const struct pu_queue_options *o
 	q->faults = options->faults;
 	q->idle_time[0] = options->trim_after_ns / 1000000000;
 	q->idle_time[1] = options->trim_after_ns % 1000000000;
-	q->shared = options->shared;
+	q->client_memory = options->client_memory;
 	q->loopback = cdev < 0;
 	q->copies = !(flags & (PU_F_USER_COPY | PU_F_ZERO_COPY | PU_F_AUTO_BUF_REG));
 	q->user_copy = !q->loopback && flags & PU_F_USER_COPY;
@@ -295,7 +295,7 @@ bool pu_queue_close(struct pu_queue *q)
 	bool over;
 
 	take_tags_away(q);
-	over = pu_ring_end(&q->ring, &q->others, io_is_over, q);
+	over = pu_ring_end(&q->ring, &q->foreign_inflight, io_is_over, q);
 	pu_ring_close(&q->ring);
 	if (!parents) {
 		leave_device(q);
@@ -913,7 +913,7 @@ static void trim(struct pu_queue *q)
 	bool sent = !pu_ring_unsubmitted(&q->ring) && (!q->batch || pu_batch_sent(q->batch));
 
 	q->elapsed = false;
-	if (q->used || pu_queue_held(q) || q->others || !sent)
+	if (q->used || pu_queue_held(q) || q->foreign_inflight || !sent)
 		set_idle_timer(q);
 	else
 		pu_buffers_trim(q->buffers);
@@ -921,32 +921,32 @@ static void trim(struct pu_queue *q)
 
 /* One that was failed from outside meanwhile is not left, and none twice: the tag may have brought
  * its next request already. */
-void pu_queue_leave(struct pu_queue *q, uint32_t served)
+void pu_queue_carry_over(struct pu_queue *q, uint32_t served)
 {
-	q->nr_left = 0;
+	q->nr_carried_over = 0;
 	for (uint32_t i = served; i < q->nr_ready; i++) {
 		struct pu_tag *tag = &q->tags[q->ready[i]];
 
-		if (pu_tag_state(tag) == PU_TAG_OWNED && !tag->left) {
-			tag->left = true;
-			q->ready[q->nr_left++] = q->ready[i];
+		if (pu_tag_state(tag) == PU_TAG_OWNED && !tag->carried_over) {
+			tag->carried_over = true;
+			q->ready[q->nr_carried_over++] = q->ready[i];
 		}
 	}
-	for (uint32_t i = 0; i < q->nr_left; i++)
-		q->tags[q->ready[i]].left = false;
+	for (uint32_t i = 0; i < q->nr_carried_over; i++)
+		q->tags[q->ready[i]].carried_over = false;
 	if (q->loopback) {
-		q->nr_injected = q->nr_left;
-		q->nr_left = 0;
+		q->nr_injected = q->nr_carried_over;
+		q->nr_carried_over = 0;
 	}
 }
 
 int pu_queue_wait(struct pu_queue *q, int64_t timeout_ns)
 {
-	uint32_t left = q->nr_left;
+	uint32_t left = q->nr_carried_over;
 	int error = read_inbox(q);
 
 	q->nr_ready = left;
-	q->nr_left = 0;
+	q->nr_carried_over = 0;
 	if (left)
 		timeout_ns = 0;
 	if (!error && drained(q))
@@ -975,9 +975,9 @@ void *pu_queue_shared(const struct pu_queue *q, uint16_t tag)
 {
 	const struct pu_desc *desc = &q->desc[tag];
 
-	if (!q->shared)
+	if (!q->client_memory)
 		return NULL;
-	return pu_shared_find(q->shared, desc->addr,
+	return pu_shared_find(q->client_memory, desc->addr,
 			      (uint64_t)desc->nr_sectors << PU_SECTOR_SHIFT);
 }
 

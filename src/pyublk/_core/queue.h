@@ -47,7 +47,7 @@ struct pu_tag {
 	 * somebody copies the request's data. */
 	uint64_t life;
 	bool fetched; /* user copy: a write's data is in the buffer already */
-	bool left;    /* within pu_queue_leave: seen */
+	bool carried_over; /* within pu_queue_carry_over: seen */
 	int32_t result; /* loopback: the last answer */
 	uint8_t *buffer; /* of its request, whatever the next one is offered */
 	uint64_t zone_lba; /* zone append: where it was written, in 512-byte sectors */
@@ -86,7 +86,7 @@ struct pu_queue_options {
 	uint32_t nr_files;
 	int64_t trim_after_ns;	/* idle for so long, buffers are given back; 0: never */
 	uint32_t faults;	/* enum pu_fault */
-	const struct pu_shared *shared; /* with clients; NULL: no memory */
+	const struct pu_shared *client_memory; /* with clients; NULL: no memory */
 };
 
 /* A native target: served on the spot, as its requests arrive. */
@@ -105,12 +105,12 @@ struct pu_queue {
 	struct pu_tag *tags;
 	uint16_t *ready; /* tags that the last wait brought, unless they were served natively */
 	uint32_t nr_ready; /* how many it brought */
-	uint32_t nr_left;  /* of these, left for the next wait to bring again */
+	uint32_t nr_carried_over; /* of these, left for the next wait to bring again */
 	uint32_t nr_injected; /* loopback: of these, not yet waited for */
 	uint32_t in_kernel; /* commands that the kernel holds */
 	uint32_t owned;	    /* requests that this took and did not answer itself */
 	uint32_t posted;    /* of these, answered by other threads straight to the kernel */
-	uint32_t others;    /* other I/O under way on the ring */
+	uint32_t foreign_inflight; /* other I/O under way on the ring */
 	uint32_t orphans;   /* of that, what nobody waits for */
 	struct pu_buffers *buffers;
 	bool own_buffers;
@@ -147,7 +147,7 @@ struct pu_queue {
 	struct pu_ring post_ring; /* batch: other threads commit here; fd -1 until one does */
 
 	struct pu_batch *batch; /* NULL: a command for each tag */
-	const struct pu_shared *shared; /* NULL: no memory is shared with clients */
+	const struct pu_shared *client_memory; /* NULL: no memory is shared with clients */
 	const struct pu_native *native; /* NULL: requests are gathered in `ready` */
 	pu_completer complete;
 	void *completer;
@@ -199,7 +199,7 @@ int pu_queue_wait(struct pu_queue *q, int64_t timeout_ns);
 
 /* Leaves what the last wait brought, from ready[served] on, to the next one: it brings that first,
  * and waits for nothing. So the answers that there are go out before. */
-void pu_queue_leave(struct pu_queue *q, uint32_t served);
+void pu_queue_carry_over(struct pu_queue *q, uint32_t served);
 
 /* A descriptor that becomes readable when there is something to wait for, or -errno. Not the ring's
  * own: a ring that defers its work does not wake those who poll it. Owner thread only. */
@@ -243,7 +243,7 @@ int pu_queue_fill_buffer(struct pu_queue *q, uint16_t tag, uint32_t generation);
 int pu_queue_serve(struct pu_queue *q, pu_handler handler, void *context, bool blind);
 
 /* For others' I/O on the ring: an entry, zeroed, or NULL; its user_data must be of PU_KIND_OTHER.
- * They count it in q->others, and out again when q->complete tells. */
+ * They count it in q->foreign_inflight, and out again when q->complete tells. */
 struct pu_sqe *pu_queue_sqe(struct pu_queue *q);
 
 /* Loopback: makes a request appear; `tag` must be FETCHING. */
@@ -303,7 +303,7 @@ static inline uint16_t pu_queue_buffer_index(const struct pu_queue *q, uint16_t 
 /* Whether somebody waits for others' I/O. */
 static inline bool pu_queue_awaits(const struct pu_queue *q)
 {
-	return q->others != q->orphans;
+	return q->foreign_inflight != q->orphans;
 }
 
 static inline bool pu_queue_holds(const struct pu_queue *q, uint16_t tag, uint32_t generation)

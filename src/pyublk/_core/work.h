@@ -28,13 +28,13 @@ struct pu_work {
 	bool unregistered; /* its memory could not be registered */
 	bool by_writing;  /* zeroes are written */
 	bool queued;	  /* it is in `waiting`, or was failed from outside while it was */
-	bool gated;	  /* it is in `gated` */
+	bool blocked;	  /* it is in `blocked` */
 	bool writes_mirror; /* counted in the layout's regions */
 	int error;
 	uint32_t good_legs, bad_legs; /* bits */
 	uint32_t told; /* bits: it is held until these legs' failures are on record */
-	struct pu_extent *plan;
-	uint32_t nr_plan, plan_room;
+	struct pu_extent *mapped_parts;
+	uint32_t nr_mapped_parts, mapped_room;
 };
 
 struct pu_slot {
@@ -45,7 +45,7 @@ struct pu_slot {
 	int64_t begun_ns;
 	uint32_t next_free;
 	uint32_t generation;
-	uint32_t incarnation, replaced; /* of the leg */
+	uint32_t file_generation, replaced; /* of the leg */
 	uint16_t tag;
 	bool busy;
 	bool orphan; /* nobody waits for it any more */
@@ -73,8 +73,8 @@ void pu_work_wait_for_slots(struct pu_mapped *m, uint16_t tag);
 
 /* Begins, or continues, the operation of a slot. */
 void pu_slot_operate(struct pu_mapped *m, struct pu_slot *slot);
-/* A part of the tag's request in that file has ended: 0 or -errno. `incarnation`: of a leg. */
-void pu_work_part_ends(struct pu_mapped *m, uint16_t tag, uint32_t file, uint32_t incarnation,
+/* A part of the tag's request in that file has ended: 0 or -errno. `file_generation`: of a leg. */
+void pu_work_part_ends(struct pu_mapped *m, uint16_t tag, uint32_t file, uint32_t file_generation,
 		       int64_t result);
 /* One operation less is under way: answers when it was the last. */
 void pu_work_release(struct pu_mapped *m, uint16_t tag);
@@ -89,7 +89,7 @@ void pu_work_finish(struct pu_mapped *m, uint16_t tag, int64_t result);
 bool pu_mirror_next_leg(const struct pu_layout *layout, uint64_t *nth);
 /* Reads from a leg, another one than those that have failed the request. */
 void pu_mirror_read(struct pu_mapped *m, uint16_t tag);
-void pu_mirror_leg_ends(struct pu_mapped *m, uint16_t tag, uint32_t leg, uint32_t incarnation,
+void pu_mirror_leg_ends(struct pu_mapped *m, uint16_t tag, uint32_t leg, uint32_t file_generation,
 			int64_t result);
 /* Every leg has ended: the client is told, or waits until failures are on record. */
 void pu_mirror_answer(struct pu_mapped *m, uint16_t tag);

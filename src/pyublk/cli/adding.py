@@ -15,9 +15,9 @@ from pyublk.cli.parameters import Cpus, Size, json_option
 from pyublk.interruptions import handled
 from pyublk.paths import DataPath
 from pyublk.service import daemon
-from pyublk.service.plan import Plan
 from pyublk.service.records import Record
-from pyublk.service.server import Served, serve
+from pyublk.service.server import ServeResult, serve
+from pyublk.service.spec import DiskSpec
 
 
 class _TargetName(click.ParamType[str]):
@@ -150,7 +150,7 @@ def add(
     """
     if cpus and any_cpu:
         raise click.UsageError("--cpus and --any-cpu exclude each other")
-    plan = Plan(
+    spec = DiskSpec(
         target=target,
         arguments=arguments,
         options=options,
@@ -174,9 +174,9 @@ def add(
     show = partial(_show, as_json=as_json)
     if not foreground:
         with _ended_as_by_ctrl_c():
-            daemon.start(plan, ready=show)
+            daemon.start(spec, ready=show)
         return
-    served = serve(plan, log_file=None, ready=show)
+    served = serve(spec, log_file=None, ready=show)
     if served is None:
         click.get_current_context().exit(ExitCode.INTERRUPTED)
     if as_json:
@@ -200,7 +200,7 @@ def _show(record: Record, *, as_json: bool) -> None:
     fields = {
         "id": record.id,
         "path": record.path,
-        "target": record.plan.target,
+        "target": record.spec.target,
         "server_pid": record.server.pid,
         "log": str(record.log) if record.log else None,
     }
@@ -216,7 +216,7 @@ def _show(record: Record, *, as_json: bool) -> None:
         ) from error
 
 
-def _summary(served: Served) -> str:
+def _summary(served: ServeResult) -> str:
     total = served.total
     rate = total.requests / served.seconds if served.seconds else 0.0
     return (

@@ -11,7 +11,7 @@ from pyublk.cli.failures import NoDevice, message, open_controller
 from pyublk.cli.output import print_json, print_table
 from pyublk.cli.parameters import DeviceId, json_option
 from pyublk.control import Controller, DeviceInfo
-from pyublk.service.inventory import Disk, disk
+from pyublk.service.inventory import DiskEntry, disk
 from pyublk.service.stopping import unless_gone
 from pyublk.service.sysfs import Sysfs, whom_to_ask
 from pyublk.targets.sizes import format_size
@@ -67,12 +67,12 @@ def list_(as_json: bool) -> None:
         message("there are no disks")
 
 
-def _row(one: Disk) -> list[str]:
+def _row(one: DiskEntry) -> list[str]:
     device = one.device
     return [
         str(device.id),
         device.path,
-        one.record.plan.target if one.record else "?" if one.record_trouble else "-",
+        one.record.spec.target if one.record else "?" if one.record_trouble else "-",
         format_size(one.size) if one.size else "-",
         device.status.name.lower(),
         f"{device.queues} x {device.depth}",
@@ -81,12 +81,12 @@ def _row(one: Disk) -> list[str]:
     ]
 
 
-def _summary(one: Disk) -> dict[str, Any]:
+def _summary(one: DiskEntry) -> dict[str, Any]:
     device, record = one.device, one.record
     return {
         "id": device.id,
         "path": device.path,
-        "target": record.plan.target if record else None,
+        "target": record.spec.target if record else None,
         "size": one.size,
         "state": device.status.name.lower(),
         "queues": device.queues,
@@ -119,7 +119,7 @@ def info(ids: tuple[int, ...], as_json: bool) -> None:
         print_table(["DISK", one.device.path], _lines(one))
 
 
-def _details(one: Disk) -> dict[str, Any]:
+def _details(one: DiskEntry) -> dict[str, Any]:
     device, record = one.device, one.record
     return _summary(one) | {
         "char_path": device.char_path,
@@ -128,7 +128,7 @@ def _details(one: Disk) -> dict[str, Any]:
         "server_name": one.server_name,
         "cookie": device.cookie,
         "owner": {"uid": device.owner_uid, "gid": device.owner_gid},
-        "plan": asdict(record.plan) if record else None,
+        "spec": asdict(record.spec) if record else None,
         "data_path": record.data_path if record else None,
         "record_trouble": one.record_trouble,
         "status": one.status,
@@ -154,7 +154,7 @@ def _flags(device: DeviceInfo) -> list[str]:
     return [flag.name or hex(flag) for flag in Feature(device.flags)]
 
 
-def _lines(one: Disk) -> list[tuple[str, str]]:
+def _lines(one: DiskEntry) -> list[tuple[str, str]]:
     device, record = one.device, one.record
     lines = [
         ("server node", device.char_path),
@@ -168,8 +168,8 @@ def _lines(one: Disk) -> list[tuple[str, str]]:
         ("owner", f"uid {device.owner_uid}, gid {device.owner_gid}"),
     ]
     if record:
-        words = [record.plan.target, *record.plan.arguments]
-        words += [f"{key}={value}" for key, value in record.plan.options.items()]
+        words = [record.spec.target, *record.spec.arguments]
+        words += [f"{key}={value}" for key, value in record.spec.options.items()]
         lines.append(("target", " ".join(words)))
         lines.append(("data path", record.data_path or "unknown"))
         lines += _status_lines(one.status)

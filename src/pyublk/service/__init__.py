@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""What the command does, as a library: disks that are planned, served by daemons, stopped, listed.
+"""What the command does, as a library: disks served by daemons, found, told of, stopped.
 
 From the bottom up:
 
     processes, usage   processes beyond pid reuse; who uses a block device
-    plan, records      what to serve; what is kept of it while it is served
+    spec, records      what to serve; what is kept of it while it is served
     logs               what servers print, kept small, removed with their disks
-    reports, server    failures that cross processes; serving a plan until told to stop
+    reports, server    failures that cross processes; serving a spec until told to stop
     daemon             a server process of its own
     stopping           flushing, stopping, deleting, with users asked first
     inventory          all about a disk

@@ -15,13 +15,13 @@ from typing import TextIO
 from pyublk import errors
 from pyublk.launch import fill_descriptors
 from pyublk.service import logs, reports
-from pyublk.service.plan import Plan
 from pyublk.service.records import (
     Record,
     recorded_ids,
     remove_log,
     run_directory,
 )
+from pyublk.service.spec import DiskSpec
 
 Server = subprocess.Popen[bytes]
 
@@ -31,7 +31,7 @@ CLEANUP = 30.0
 FIRST_READ = 30.0
 
 
-def start(plan: Plan, ready: Callable[[Record], None] = lambda _: None) -> Record:
+def start(spec: DiskSpec, ready: Callable[[Record], None] = lambda _: None) -> Record:
     """Starts a server in a new session and returns when its disk can be read and `ready`, which is
     called with its record, has returned.
 
@@ -48,7 +48,7 @@ def start(plan: Plan, ready: Callable[[Record], None] = lambda _: None) -> Recor
         server, report = _spawn(log, name)
         try:
             with report:
-                record = _await_report(server, plan, report, name)
+                record = _await_report(server, spec, report, name)
             _check_readable(record)
             ready(record)
         except BaseException:
@@ -65,7 +65,7 @@ def start(plan: Plan, ready: Callable[[Record], None] = lambda _: None) -> Recor
 
 
 def _spawn(log: int, name: str) -> tuple[Server, TextIO]:
-    """Starts the server. Its standard input takes the plan, the file gives its report."""
+    """Starts the server. Its standard input takes the spec, the file gives its report."""
     report, report_end = os.pipe()
     try:
         server = subprocess.Popen(
@@ -86,10 +86,10 @@ def _spawn(log: int, name: str) -> tuple[Server, TextIO]:
     return server, open(report)
 
 
-def _await_report(server: Server, plan: Plan, report: TextIO, name: str) -> Record:
+def _await_report(server: Server, spec: DiskSpec, report: TextIO, name: str) -> Record:
     assert server.stdin is not None
     with suppress(BrokenPipeError):  # it has died; what follows tells of it
-        server.stdin.write(plan.to_json().encode())
+        server.stdin.write(spec.to_json().encode())
         server.stdin.close()
     text = report.read()
     if not text:
@@ -135,7 +135,7 @@ def _check_readable(record: Record) -> None:
     reader.join(FIRST_READ)
     if reader.is_alive():
         raise TimeoutError(
-            f"{record.plan.target} did not answer the first read of {record.path} "
+            f"{record.spec.target} did not answer the first read of {record.path} "
             f"within {FIRST_READ:g} s"
         )
     if failures:

@@ -16,7 +16,7 @@ from pyublk.uapi import DeviceStatus
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class DiskCounters:
     """What a disk's clients did since it was started, by the kernel's own counters."""
 
     reads: int
@@ -29,7 +29,7 @@ class Served:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Disk:
+class DiskEntry:
     """One ublk device.
 
     `record` is there when `pyublk add` made it, and `record_trouble` says why what lies in its
@@ -46,14 +46,14 @@ class Disk:
     record_trouble: str | None
     size: int
     uses: tuple[Use, ...]
-    served: Served | None
+    served: DiskCounters | None
     io_scheduler: str | None
     server_name: str | None
     status: dict[str, Any] | None
     failed: int | None
 
 
-def disk(controller: Controller | Sysfs, device: DeviceInfo) -> Disk:
+def disk(controller: Controller | Sysfs, device: DeviceInfo) -> DiskEntry:
     """All about one device. Raises OSError ENODEV when it was deleted meanwhile."""
     try:
         params = controller.get_params(device.id)
@@ -64,7 +64,7 @@ def disk(controller: Controller | Sysfs, device: DeviceInfo) -> Disk:
     told = (record and record.read_status()) or {}
     failed = told.pop(FAILED, 0)
     live = device.status is not DeviceStatus.DEAD
-    return Disk(
+    return DiskEntry(
         device=device,
         params=params,
         record=record,
@@ -86,13 +86,13 @@ def _size(name: str, sys: Path = Path("/sys")) -> int:
         return 0
 
 
-def _served(name: str, sys: Path = Path("/sys")) -> Served | None:
+def _served(name: str, sys: Path = Path("/sys")) -> DiskCounters | None:
     """Documentation/block/stat.rst: counts of requests and of 512-byte sectors."""
     try:
         fields = [int(field) for field in (sys / "class/block" / name / "stat").read_text().split()]
     except FileNotFoundError:
         return None
-    return Served(
+    return DiskCounters(
         reads=fields[0],
         writes=fields[4],
         discards=fields[11],

@@ -16,8 +16,8 @@ from typing import Any, Self
 
 from pyublk.control import DeviceInfo
 from pyublk.files import StrangeFile, read_record, write_record
-from pyublk.service.plan import Plan
 from pyublk.service.processes import ProcessId
+from pyublk.service.spec import DiskSpec
 
 #: In a status, beside what the target says: how many requests have failed, if any has.
 FAILED = "failed_requests"
@@ -54,7 +54,7 @@ class Record:
     id: int
     cookie: int
     server: ProcessId
-    plan: Plan
+    spec: DiskSpec
     log: Path | None
     data_path: str | None = None
 
@@ -132,19 +132,19 @@ def _understood(kind: type[Any], found: dict[str, Any], device: int) -> dict[str
     TypeError or KeyError when it is not what this version writes."""
     known = _known(kind, found)
     server = ProcessId(**_known(ProcessId, found["server"]))
-    plan = Plan.from_json(json.dumps(_known(Plan, found["plan"])))
+    spec = DiskSpec.from_json(json.dumps(_known(DiskSpec, found["spec"])))
     numbers = (known["id"], known["cookie"], server.pid, server.started)
-    texts = (plan.target, *plan.arguments, known["log"] or "", known.get("data_path") or "")
+    texts = (spec.target, *spec.arguments, known["log"] or "", known.get("data_path") or "")
     if (
         not all(type(number) is int for number in numbers)
         or not all(isinstance(text, str) for text in texts)
-        or not isinstance(plan.options, dict)
+        or not isinstance(spec.options, dict)
         or known["id"] != device
         or server.pid <= 0
     ):
         raise ValueError("not what this version writes")
     log = None if known["log"] is None else Path(known["log"])
-    return known | {"plan": plan, "server": server, "log": log}
+    return known | {"spec": spec, "server": server, "log": log}
 
 
 def _known(kind: type[Any], found: object) -> dict[str, Any]:

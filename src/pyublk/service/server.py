@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Serving a plan until a signal comes or the disk ends; also the program that a daemon runs."""
+"""Serving a spec until a signal comes or the disk ends; also the program that a daemon runs."""
 
 import json
 import logging
@@ -17,9 +17,9 @@ from types import FrameType
 from pyublk.device import Device
 from pyublk.interruptions import handled
 from pyublk.service import logs, reports
-from pyublk.service.plan import Plan
 from pyublk.service.processes import ProcessId
 from pyublk.service.records import FAILED, Record, log_place, make_run_directory, remove_log
+from pyublk.service.spec import DiskSpec
 from pyublk.stats import QueueStats
 from pyublk.target import Target
 
@@ -69,19 +69,21 @@ class _Termination:
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class ServeResult:
     """What a server did: counters summed over its queues, and for how many `seconds`."""
 
     total: QueueStats
     seconds: float
 
 
-def serve(plan: Plan, *, log_file: Path | None, ready: Callable[[Record], None]) -> Served | None:
+def serve(
+    spec: DiskSpec, *, log_file: Path | None, ready: Callable[[Record], None]
+) -> ServeResult | None:
     """Serves until one of _SIGNALS, or the end of the disk by another hand. Main thread only.
 
     `ready` is called, once the disk is there, with its record, which is in the run directory while
     the disk is. `log_file` is moved to its place beside the record. Returns None when a signal came
-    before the disk was there. Raises what `Plan.device` and `Device` raise.
+    before the disk was there. Raises what `DiskSpec.device` and `Device` raise.
     """
     make_run_directory()
     termination = _Termination()
@@ -91,10 +93,10 @@ def serve(plan: Plan, *, log_file: Path | None, ready: Callable[[Record], None])
     with termination.handled():
         try:
             with termination.raising():
-                device = plan.device()
+                device = spec.device()
                 device.start()
             began = time.monotonic()
-            record = _record(plan, device, log_file)
+            record = _record(spec, device, log_file)
             record.write()
             keep = _keep_status(record, device.target, _failed(device))
             ready(record)
@@ -114,15 +116,15 @@ def serve(plan: Plan, *, log_file: Path | None, ready: Callable[[Record], None])
                     record.remove()
     if device is None or began is None:
         return None
-    return Served(device.stats().total, time.monotonic() - began)
+    return ServeResult(device.stats().total, time.monotonic() - began)
 
 
-def _record(plan: Plan, device: Device, log_file: Path | None) -> Record:
+def _record(spec: DiskSpec, device: Device, log_file: Path | None) -> Record:
     return Record(
         id=device.id,
         cookie=device.info().cookie,
         server=ProcessId.own(),
-        plan=plan,
+        spec=spec,
         log=log_file and log_file.replace(log_place(device.id)),
         data_path=str(device.data_path),
     )
@@ -163,9 +165,9 @@ def _keep_status(
 
 
 def _run_daemon(report_fd: int, log_file: Path) -> int:
-    """Reads a plan from the standard input, serves it, and reports to a pipe how its start went."""
+    """Reads a spec from the standard input, serves it, and reports to a pipe how its start went."""
     os.set_inheritable(report_fd, False)
-    plan = Plan.from_json(sys.stdin.read())
+    spec = DiskSpec.from_json(sys.stdin.read())
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
@@ -177,7 +179,7 @@ def _run_daemon(report_fd: int, log_file: Path) -> int:
 
     def ready(record: Record) -> None:
         nonlocal live
-        log.info("serving %s as %s by %s", plan.target, record.path, record.data_path)
+        log.info("serving %s as %s by %s", spec.target, record.path, record.data_path)
         # The target has opened its files by now; no directory is to be kept busy for ever.
         os.chdir("/")
         with report:
@@ -185,7 +187,7 @@ def _run_daemon(report_fd: int, log_file: Path) -> int:
         live = record
 
     try:
-        served = serve(plan, log_file=log_file, ready=ready)
+        served = serve(spec, log_file=log_file, ready=ready)
     except BaseException as error:
         log.error("the server ends with an error", exc_info=error)
         if live is None and not report.closed:

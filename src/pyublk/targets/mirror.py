@@ -21,7 +21,7 @@ from pyublk.keeping import Ranges, move
 from pyublk.mapped import MappedTarget
 from pyublk.paths import DataPath
 from pyublk.targets.copying import PIECE, Job, Step, copy_steps, sync_steps
-from pyublk.targets.record import LegRecord, LegState, Record, find_record, point_to_record
+from pyublk.targets.record import LegRecord, LegState, MirrorState, find_record, point_to_record
 
 log = logging.getLogger("pyublk.targets.mirror")
 
@@ -83,7 +83,7 @@ class Mirror(MappedTarget):
         self._beside_first = state is None
         self._leg_timeout = leg_timeout
         if leg_timeout:  # they are looked for four times in that time
-            self.longest_wait = 1.25 * leg_timeout + 1
+            self.max_stall = 1.25 * leg_timeout + 1
         self._rebuild = rebuild
         self._lock = threading.Lock()  # the record, and changes of legs
         self._since: list[float | None] = [None] * len(files)
@@ -208,7 +208,7 @@ class Mirror(MappedTarget):
     def _legs_are_alike(self) -> bool:
         """Whether all legs in step have the same, durably; else a start has to copy, as after a
         crash. One that cannot be synced has failed."""
-        if not all(self.layout.quiet(region) for region in range(self._regions)):
+        if not all(self.layout.is_drained(region) for region in range(self._regions)):
             log.warning("the disk was stopped while it was written: its legs may differ")
             return False
         try:
@@ -226,9 +226,9 @@ class Mirror(MappedTarget):
         log.warning("the disk was stopped, but its legs could not be synced: %s", reason)
         return False
 
-    def leg_failed(self, leg: int, error: int, incarnation: int | None = None) -> None:
+    def leg_failed(self, leg: int, error: int, file_generation: int | None = None) -> None:
         with self._lock:
-            fails_now = error != 0 and self.layout.fail_leg(leg, incarnation)
+            fails_now = error != 0 and self.layout.fail_leg(leg, file_generation)
             if fails_now:
                 self._since[leg] = time.time()
             if not self.layout.recorded:
@@ -257,7 +257,7 @@ class Mirror(MappedTarget):
     def _take_up_record(self) -> bool:
         """Puts legs into the state on record; whether one is to be brought in step."""
         assert self._state_path is not None
-        record = Record.read(self._state_path)
+        record = MirrorState.read(self._state_path)
         states = [LegState.SYNCED] * len(self.files)
         known = {leg.path: leg for leg in record.legs}
         if not known:
@@ -300,7 +300,7 @@ class Mirror(MappedTarget):
                 LegRecord(str(path), self._state(leg), self._since[leg])
                 for leg, path in enumerate(self.files)
             ]
-            Record(active, legs).write(self._state_path)
+            MirrorState(active, legs).write(self._state_path)
         self.layout.set_recorded()
 
     def _try_to_record(self, *, active: bool = True) -> None:
@@ -391,9 +391,9 @@ class Mirror(MappedTarget):
         self.backing[leg] = replace(backing, fd=old.fd)
         self.files[leg] = path
         known = self._incarnations[leg]
-        incarnation = known.setdefault(identity, len(known))
+        file_generation = known.setdefault(identity, len(known))
         self.layout.replace_file(
-            leg, old.fd, backing.in_memory, backing.is_device, incarnation=incarnation
+            leg, old.fd, backing.in_memory, backing.is_device, file_generation=file_generation
         )
 
     def _check_replacement(self, backing: Backing) -> None:
@@ -503,9 +503,9 @@ class Mirror(MappedTarget):
         offset = region * layout.region_bytes
         length = min(layout.region_bytes, layout.size - offset)
         memory = memoryview(mmap.mmap(-1, min(length, PIECE)))  # page-aligned, for direct I/O
-        layout.gate(region)
+        layout.block_writes(region)
         try:
-            while not layout.quiet(region):
+            while not layout.is_drained(region):
                 self._pause(0.001)
             source = self._legs(LegState.SYNCED)[0]
             fds = self._duplicates([source, *legs])
@@ -514,7 +514,7 @@ class Mirror(MappedTarget):
             steps = copy_steps(fds, source, legs, alike, memory, offset, length)
             return self._run(steps, fds)
         finally:
-            layout.gate(None)
+            layout.block_writes(None)
             self.wake_queues()
 
     def _sync(self, legs: list[int]) -> tuple[int, int]:

@@ -31,14 +31,14 @@ class LegRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class MirrorState:
     """`active`: the mirror was not stopped when this was written."""
 
     active: bool = False
     legs: list[LegRecord] = field(default_factory=list)
 
     @classmethod
-    def read(cls, path: Path) -> "Record":
+    def read(cls, path: Path) -> "MirrorState":
         """An empty one when there is no such file. Raises ValueError for a file that is none."""
         try:
             found = json.loads(read_record(path))

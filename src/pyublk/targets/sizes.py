@@ -11,7 +11,7 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(rf"\s*(\d+(?:\.\d+)?)\s*(?:([{UNITS}])(?:iB|B)?|B)?\s*", text, re.I)
     if not match:
         raise ValueError(
-            f"{text!r} is no size: write bytes, or a number with a unit as in 1G or 512MiB"
+            f"{text!r} is not a size: write bytes, or a number with a unit as in 1G or 512MiB"
         )
     number, unit = match[1], match[2]
     scale = 1024 ** (UNITS.index(unit.upper()) + 1) if unit else 1

@@ -34,7 +34,7 @@ def memory_size(text: str) -> int:
     """
     match = re.fullmatch(r"(\d+)([KMG]?)(?:i?B)?", text, re.IGNORECASE)
     if match is None:
-        raise WrongUsage(f"{text!r} is no size of memory: write 512M or 4GiB, for example")
+        raise WrongUsage(f"{text!r} is not a size of memory: write 512M or 4GiB, for example")
     return int(match[1]) * _UNITS[match[2].upper()]
 
 

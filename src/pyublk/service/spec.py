@@ -12,7 +12,7 @@ from pyublk.target import Target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class DiskSpec:
     """A disk that is yet to be made.
 
     `target` is a name that `pyublk.targets.resolve` knows; `arguments` and `options` are the texts
