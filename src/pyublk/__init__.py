@@ -6,6 +6,7 @@ General layout, from the bottom up; a module imports only from the lines above i
     arguments, launch        numbers that callers pass; how the command and a disk's server begin
     uapi, uring              the kernel's numbers and layouts
     files, openers           what the kernel says of a file; who has it open
+    causes                   why the kernel refuses a command
     keeping                  a file's bytes for one disk only
     errors                   what is raised, and the sentences for it
     _native (over _core/)    Ring, Queue, IO; control commands; native targets

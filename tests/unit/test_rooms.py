@@ -15,7 +15,7 @@ PACKAGE = Path(pyublk.__file__).parent
 #: From the bottom up. A room imports from its own row or rows above it in this list only.
 ROOMS = [
     ["arguments", "launch", "uapi", "uring", "interruptions", "files"],
-    ["openers"],
+    ["openers", "causes"],
     ["keeping"],
     ["errors"],
     ["_native"],
