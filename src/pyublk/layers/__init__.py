@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: MIT
+"""Targets over targets: a layer passes requests on, and changes some of them."""
+
+from pyublk.layers.base import Below, Layer
+from pyublk.layers.faults import Faulty
+
+__all__ = ["Below", "Faulty", "Layer"]
