@@ -22,6 +22,8 @@ _Handler = ctypes.CFUNCTYPE(
     ctypes.c_void_p,
 )
 NO_FLAGS = IOFlag(0)
+#: What a function is given as the bytes of a request that has none.
+_NOTHING = bytearray(8)
 
 
 class NativeEngine(Engine):
@@ -53,27 +55,29 @@ class FunctionMethods:
         self._target = target
 
     def read(self, offset: int, buffer: memoryview) -> None:
-        self._call(Op.READ, NO_FLAGS, offset, len(buffer), address(buffer))
+        self._call(Op.READ, NO_FLAGS, offset, len(buffer), buffer)
 
     def write(self, offset: int, data: memoryview) -> None:
-        self._call(Op.WRITE, NO_FLAGS, offset, len(data), address(data))
+        self._call(Op.WRITE, NO_FLAGS, offset, len(data), data)
 
     def write_fua(self, offset: int, data: memoryview) -> None:
-        self._call(Op.WRITE, IOFlag.FUA, offset, len(data), address(data))
+        self._call(Op.WRITE, IOFlag.FUA, offset, len(data), data)
 
     def flush(self) -> None:
-        self._call(Op.FLUSH, NO_FLAGS, 0, 0, None)
+        self._call(Op.FLUSH, NO_FLAGS, 0, 0, _NOTHING)
 
     def discard(self, offset: int, length: int) -> None:
-        self._call(Op.DISCARD, NO_FLAGS, offset, length, None)
+        self._call(Op.DISCARD, NO_FLAGS, offset, length, _NOTHING)
 
     def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         flags = NO_FLAGS if unmap else IOFlag.NOUNMAP
-        self._call(Op.WRITE_ZEROES, flags, offset, length, None)
+        self._call(Op.WRITE_ZEROES, flags, offset, length, _NOTHING)
 
-    def _call(self, op: Op, flags: IOFlag, offset: int, length: int, memory: int | None) -> None:
+    def _call(
+        self, op: Op, flags: IOFlag, offset: int, length: int, memory: memoryview | bytearray
+    ) -> None:
         function = _Handler(self._target.handler)
-        result = function(self._target.context, op, flags, offset, length, memory)
+        result = function(self._target.context, op, flags, offset, length, address(memory))
         if result < 0:
             raise OSError(-result, os.strerror(-result))
 
