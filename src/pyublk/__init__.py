@@ -30,7 +30,7 @@ in a directory also from its own line; `tests/unit/test_rooms.py` reads the map 
     layers/                  targets over targets
     targets/, testing/, vm/  the targets that ship; disks without a kernel; a kernel with ublk
     service/                 daemons that serve a disk: started, recorded, found, stopped
-    demo                     what `pyublk demo` shows
+    demo                     what `./run demo` shows
     cli/                     the command
 """
 
