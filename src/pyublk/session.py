@@ -272,7 +272,7 @@ class Session:
     def dismiss(self) -> None:
         """Lets go of all that ended, and of the workers."""
         self._engine.end()
-        self._servers = []
+        self._servers.clear()  # also for the target, which wakes them
 
 
 def _make_queues(

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import errno
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -320,3 +321,15 @@ def test_params_is_no_longer_asked() -> None:
 
     with pytest.raises(pyublk.InvalidTarget, match=r"Old defines params, .* define profile\(self"):
         Disk(Old())
+
+
+@pytest.mark.parametrize("kind", ["plain", "ram", "file"])
+def test_a_layer_that_nobody_has_goes_at_once_with_what_is_below(kind: str, tmp_path: Path) -> None:
+    target = TARGETS[kind](tmp_path)
+    below = weakref.ref(target)
+    layer = pyublk.Layer(target)
+    layer.open()
+    layer.below.write(0, memoryview(b"x" * 512))
+    layer.close()
+    del layer, target
+    assert below() is None

@@ -9,6 +9,7 @@ from weakref import WeakSet
 
 from pyublk._native import CharDevice, MappedQueue, Mapper, Queue
 from pyublk.engines.base import Engine, Setup
+from pyublk.engines.failures import FailureLog
 from pyublk.engines.native import NO_FLAGS, announced
 from pyublk.mapped import MappedTarget
 from pyublk.uapi import IOFlag, Op
@@ -40,26 +41,29 @@ class MappedEngine(Engine):
         self.target.wake_queues = setup.wake
 
     def serve(self, queues: list[Queue]) -> None:
-        queue, target, report = queues[0], self.target, self.report
+        queue = queues[0]
         assert isinstance(queue, MappedQueue)
-        mapper = None if target.map is None else Mapper(target, report)
-
-        def leg_failed(leg: int, error: int, file_generation: int) -> None:
-            try:
-                target.leg_failed(leg, error, file_generation)
-            except BaseException as raised:
-                report.tell(raised, None, "leg_failed")
-
-        queue.serve_mapped(mapper, leg_failed)
+        serve_mapped(queue, self.target, self.report)
 
     def methods(self) -> Mapping[str, Callable[..., Any]]:
-        self._files = FileMethods(self)
-        self.target.wake_queues = self._files.wake
+        self._files = FileMethods(self.target, self.report)
         return announced(self.target, self._files)
 
     def end_calls(self) -> None:
         if self._files is not None:
             self._files.close()
+
+
+def serve_mapped(queue: MappedQueue, target: MappedTarget, report: FailureLog) -> None:
+    mapper = None if target.map is None else Mapper(target, report)
+
+    def leg_failed(leg: int, error: int, file_generation: int) -> None:
+        try:
+            target.leg_failed(leg, error, file_generation)
+        except BaseException as raised:
+            report.tell(raised, None, "leg_failed")
+
+    queue.serve_mapped(mapper, leg_failed)
 
 
 class _Calling:
@@ -73,8 +77,9 @@ class FileMethods:
     """Does to the files what a target's methods do: each call is a request of a queue that has no
     kernel, so that splitting, mirrors and maps are those of a disk of its own."""
 
-    def __init__(self, engine: MappedEngine) -> None:
-        self._engine = engine
+    def __init__(self, target: MappedTarget, report: FailureLog) -> None:
+        self._target = target
+        self._report = report
         self._of_thread = threading.local()
         self._all: WeakSet[_Calling] = WeakSet()
         self._lock = threading.Lock()
@@ -110,7 +115,7 @@ class FileMethods:
         queue = self._queue()
         queue.inject(0, op | flags, offset, length)
         while (result := queue.answered(0)) is None:
-            self._engine.serve([queue])
+            serve_mapped(queue, self._target, self._report)
         if result < 0:
             raise OSError(-result, os.strerror(-result))
         return queue.memory(0, length if op is Op.READ else 0)
@@ -119,7 +124,9 @@ class FileMethods:
         """The calling thread's own: a ring is its maker's."""
         calling: _Calling | None = getattr(self._of_thread, "calling", None)
         if calling is None:
-            calling = _Calling(self._engine.loopback(depth=1, buffer_size=PIECE))
+            self._target.wake_queues = self.wake
+            layout = self._target.layout
+            calling = _Calling(MappedQueue.loopback(layout=layout, depth=1, buffer_size=PIECE))
             calling.queue.fetch()
             self._of_thread.calling = calling
             with self._lock:
@@ -134,6 +141,7 @@ class FileMethods:
 
     def close(self) -> None:
         """Ends every thread's queue; the next call is of a target that was opened again."""
+        self._target.wake_queues = lambda: None
         with self._lock:
             for calling in self._all:
                 calling.queue.close()
