@@ -128,6 +128,15 @@ def test_a_layer_says_what_is_said_below(target: pyublk.Target) -> None:
         assert same == below
 
 
+def test_whatever_a_target_may_say_passes_through(target: pyublk.Target) -> None:
+    layer = pyublk.Layer(target)
+    own = {"announces", "close", "dispatch", "profile"}
+    with Disk(layer):
+        for name in {*vars(pyublk.Target), *vars(target)} - own:
+            if not name.startswith("_") and name != "status_changed":
+                assert getattr(layer, name) == getattr(target, name), name
+
+
 class Counting(pyublk.Layer):
     """Counts, and takes discards whether or not they are taken below."""
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from pyublk.engines import engine_for
-from pyublk.profile import Concurrency, Profile
+from pyublk.profile import Profile
 from pyublk.target import METHODS, Target, kind_of
 
 
@@ -59,6 +59,8 @@ class Layer(Target):
         below: the target to lie over, which is opened and closed with the layer.
     """
 
+    dispatch = None
+
     def __init__(self, below: Target) -> None:
         # Not that of Target: whatever attribute is missing here is the one below.
         self.below = Below(below)
@@ -80,20 +82,9 @@ class Layer(Target):
             return self.below.methods[name]
         raise AttributeError(name)
 
-    @property
-    def concurrency(self) -> Concurrency:  # type: ignore[override]
-        """That of the target below."""
-        return self.below.target.concurrency
-
-    def open(self) -> Awaitable[None] | None:
-        return self.below.target.open()
-
     def close(self) -> Awaitable[None] | None:
         self.below.end_calls()
         return self.below.target.close()
-
-    def status(self) -> dict[str, Any] | None:
-        return self.below.target.status()
 
     def announces(self, method: str) -> bool:
         if callable(getattr(self, "handle", None)):
@@ -111,3 +102,18 @@ class Layer(Target):
             paths=tuple(path for path in below.paths if path in Target.paths) or Target.paths,
             dma_alignment=None,
         )
+
+
+class _Passed:
+    """What a layer does not define, of all that a target may: that of the target below."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, layer: Layer | None, owner: type) -> Any:
+        return getattr(Target if layer is None else layer.below.target, self._name)
+
+
+for _name in vars(Target).keys() - vars(Layer).keys():
+    if not _name.startswith("_"):
+        setattr(Layer, _name, _Passed(_name))
