@@ -2,6 +2,5 @@
 """Targets over targets: a layer passes requests on, and changes some of them."""
 
 from pyublk.layers.base import Below, Layer
-from pyublk.layers.faults import Faulty
 
-__all__ = ["Below", "Faulty", "Layer"]
+__all__ = ["Below", "Layer"]
