@@ -3,7 +3,8 @@
 
 General layout, from the bottom up; a module imports only from the lines above its own:
 
-    arguments, launch        numbers that callers pass; how the command and a disk's server begin
+    arguments, sizes         numbers that callers pass, and their defaults; sizes as text
+    launch                   how the command and a disk's server begin
     uapi, uring              the kernel's numbers and layouts
     files, openers           what the kernel says of a file; who has it open
     keeping                  a file's bytes for one disk only
@@ -14,9 +15,10 @@ General layout, from the bottom up; a module imports only from the lines above i
     methods                  whether a target's methods can be called as they will be
     zones                    the zones of a zoned disk, and the rules for writing to them
     paths                    the ways a request's data takes, and the choice among them
-    control                  Controller: one method per control command
     backing                  the files that hold a disk's bytes
     scheduling               when a disk's requests and the threads that serve them run
+    options                  what a disk can be asked for; whoever takes it, takes it from here
+    control                  Controller: one method per control command
     target, mapped, serving  what a target implements; the ways requests reach it
     zoned, sharing           the base of zoned targets; memory shared with clients
     loops                    queues served on an event loop

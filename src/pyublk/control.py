@@ -21,9 +21,10 @@ from typing import Self
 
 from pyublk import errors, uapi
 from pyublk._native import Helper
-from pyublk.arguments import whole
+from pyublk.arguments import DEFAULT_DEPTH, DEFAULT_MAX_IO_SIZE, whole
 from pyublk.features import Features
 from pyublk.occupants import who_has
+from pyublk.options import DEVICE
 from pyublk.params import Params
 from pyublk.uapi import ControlCommand, DeviceStatus, Feature
 
@@ -78,17 +79,6 @@ class DeviceInfo:
 def _check_id(device: int | None) -> None:
     if device is not None and not 0 <= whole("device id", device) < uapi.MAX_DEVICES:
         raise ValueError(f"device id must be 0 to {uapi.MAX_DEVICES - 1}, not {device}")
-
-
-def check_wish(*, queues: int, depth: int, id: int | None) -> None:
-    """Raises ValueError for what no kernel would add."""
-    _check_id(id)
-    whole("queues", queues)
-    whole("depth", depth)
-    if not 1 <= queues <= uapi.MAX_QUEUES:
-        raise ValueError(f"queues must be 1 to {uapi.MAX_QUEUES}, not {queues}")
-    if not 1 <= depth <= uapi.MAX_QUEUE_DEPTH:
-        raise ValueError(f"depth must be 1 to {uapi.MAX_QUEUE_DEPTH}, not {depth}")
 
 
 def _check_granted(info: DeviceInfo, *, queues: int, flags: Feature) -> None:
@@ -257,8 +247,8 @@ class Controller:
         self,
         *,
         queues: int = 1,
-        depth: int = 128,
-        max_io_size: int = 512 * 1024,
+        depth: int = DEFAULT_DEPTH,
+        max_io_size: int = DEFAULT_MAX_IO_SIZE,
         flags: Feature = NO_FLAGS,
         id: int | None = None,
         cookie: int = 0,
@@ -273,7 +263,8 @@ class Controller:
         descriptors are asked for as large as `Queue` reads them: 24 bytes, all that has a meaning.
         A `guarded` device is deleted when this process ends, however it ends.
         """
-        check_wish(queues=queues, depth=depth, id=id)
+        for name, value in {"queues": queues, "depth": depth, "id": id}.items():
+            DEVICE[name].check(value)
         wish = uapi.ublksrv_ctrl_dev_info(
             nr_hw_queues=queues,
             queue_depth=depth,

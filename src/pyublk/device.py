@@ -16,12 +16,12 @@ from dataclasses import replace
 from enum import StrEnum
 from functools import partial
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Self, Unpack
 
 from pyublk import errors
 from pyublk._native import CharDevice, Helper, open_private, process, this_thread
-from pyublk.arguments import seconds, whole
-from pyublk.control import Controller, DeviceInfo, check_wish, new_cookie
+from pyublk.arguments import whole
+from pyublk.control import Controller, DeviceInfo, new_cookie
 from pyublk.crew import Crew
 from pyublk.interruptions import (
     LOOK_FOR_SIGNALS,
@@ -32,9 +32,10 @@ from pyublk.interruptions import (
 )
 from pyublk.launch import fill_descriptors
 from pyublk.mapped import MappedTarget
+from pyublk.options import DEVICE, DeviceOptions, complete, documented, number_of_queues
 from pyublk.params import Params
-from pyublk.paths import DataPath, PathChoice, choose_path, named_path
-from pyublk.scheduling import Affinity, checked_affinity, choose_io_scheduler
+from pyublk.paths import PathChoice, choose_path
+from pyublk.scheduling import checked_affinity, choose_io_scheduler
 from pyublk.sharing import SharedMemory, Sharing, check_share
 from pyublk.stats import DeviceStats
 from pyublk.target import Target
@@ -59,6 +60,7 @@ class DeviceState(StrEnum):
     STOPPED = "stopped"
 
 
+@documented(DEVICE)
 class Device:
     """A target served as `/dev/ublkbN`.
 
@@ -70,36 +72,7 @@ class Device:
 
     Args:
         target: what to serve; its methods decide how (see `Target`).
-        queues: hardware queues, each with its own thread. More than CPUs are refused.
-        depth: requests in flight per queue, 1 to 4096.
-        id: the N in `/dev/ublkbN`; None takes the lowest free.
-        max_io_size: bytes of the largest request and of each tag's buffer; a multiple of 4096 up
-            to 32 MiB. Kernels before 6.18 split at 1280 KiB whatever is asked, later ones at 4 MiB.
-        workers: threads that run the handlers of a sync `parallel` target, beside the queues'
-            own threads; for handlers that block. 0: the queues' threads run them.
-        path: how the data travels (`pyublk.DataPath`); "auto" takes the best that target and kernel
-            can; another one that the kernel lacks is refused (FeatureMissing).
-        batch: whether commands carry many tags (Linux 7.0); None where the kernel can.
-        threads: threads that serve each queue together (Linux 6.16), for targets whose calls may
-            run at once; the handlers of a `serial` or `per_queue` target still take turns.
-        partition_scan: whether the kernel looks for partitions when the disk starts. False (Linux
-            7.0) keeps it from reading what an image says of itself; BLKRRPART, which
-            `blockdev --rereadpt` calls, looks for them later.
-        shared_memory: whether memory can be shared with clients (`share`; Linux 7.1).
-        trim_after: seconds without a request after which a queue gives the memory of its buffers
-            back to the kernel, until it needs it again (at most twice as many, since it looks once
-            in that time); None: never. Not with several `threads`.
-        affinity: "auto" keeps each queue's thread to the CPUs whose requests it gets (the kernel
-            allocates its buffers on their NUMA node, on first use); a sequence of CPU sets, one
-            for each queue; or None, the scheduler's choice.
-        preempt: whether a request that arrives may take the CPU from a client that runs on it. Not
-            doing so (SCHED_BATCH, where the process has no policy of its own) lets requests gather
-            while clients send more, and be served together.
-        io_scheduler: the kernel's I/O scheduler for the disk, such as "mq-deadline"; "auto": none,
-            but for a zoned disk, which keeps what the kernel chose; None: what the kernel chose.
-        stop_timeout: seconds without progress after which `stop` gives a hanging handler up; at
-            least the target's `max_stall`.
-        deadline: seconds for each control command.
+        **options: see `pyublk.options.DeviceOptions`.
 
     With `with`, the disk is usable inside the block and deleted at its end. With `async with`, an
     async target is served on the running event loop, which several devices may share.
@@ -108,57 +81,40 @@ class Device:
     # Where __del__ finds them when an interpreter that ends has taken this module apart already.
     _NOTHING_OPEN = (DeviceState.CREATED, DeviceState.STOPPED)
 
-    def __init__(
-        self,
-        target: Target,
-        *,
-        queues: int = 1,
-        depth: int = 128,
-        id: int | None = None,
-        max_io_size: int = 512 * 1024,
-        workers: int = 0,
-        path: DataPath | str = "auto",
-        batch: bool | None = None,
-        threads: int = 1,
-        trim_after: float | None = 60.0,
-        partition_scan: bool = True,
-        shared_memory: bool = False,
-        affinity: Affinity = "auto",
-        preempt: bool = False,
-        io_scheduler: str | None = "auto",
-        stop_timeout: float = 10.0,
-        deadline: float = 30.0,
-    ) -> None:
+    def __init__(self, target: Target, **options: Unpack[DeviceOptions]) -> None:
         self._state = DeviceState.CREATED
-        check_wish(queues=queues, depth=depth, id=id)
-        whole("max_io_size", max_io_size)
-        whole("threads", threads)
-        if max_io_size % 4096 or not 4096 <= max_io_size <= 32 << 20:
-            raise ValueError(
-                f"max_io_size must be a multiple of 4096 from 4096 to {32 << 20}, not {max_io_size}"
-            )
-        if not 1 <= threads <= depth:
+        asked = complete(options)
+        depth, threads = asked["depth"], asked["threads"]
+        if threads > depth:
             raise ValueError(f"threads must be 1 to the depth, {depth}, not {threads}")
         self.target = target
         self._crew = Crew(
-            target, threads=threads, workers=workers, preempt=preempt, trim_after=trim_after
+            target,
+            threads=threads,
+            workers=asked["workers"],
+            preempt=asked["preempt"],
+            trim_after=asked["trim_after"],
         )
-        if path != "auto":
-            named_path(path, tuple(DataPath))  # which of them it takes, it says when it is open
-        self._path_wish = path
-        self._batch_wish = batch
-        self._needed = Feature(0) if partition_scan else Feature.NO_AUTO_PART_SCAN
-        if shared_memory:
+        self._path_wish = asked["path"]  # which of them it takes, it says when it is open
+        self._batch_wish = asked["batch"]
+        self._needed = Feature(0) if asked["partition_scan"] else Feature.NO_AUTO_PART_SCAN
+        if asked["shared_memory"]:
             if isinstance(target, MappedTarget):
                 target.check_shared_memory()
             self._needed |= Feature.SHMEM_ZC
         self._sharing: Sharing | None = None
         self._choice: PathChoice | None = None
-        self._wish = {"queues": queues, "depth": depth, "max_io_size": max_io_size, "id": id}
-        self._affinity = checked_affinity(affinity, queues)
-        self._io_scheduler = io_scheduler
-        self._stop_timeout = seconds("stop_timeout", stop_timeout, zero=True)
-        self._deadline = seconds("deadline", deadline)
+        queues = number_of_queues(asked)
+        self._wish = {
+            "queues": queues,
+            "depth": depth,
+            "max_io_size": asked["max_io_size"],
+            "id": asked["id"],
+        }
+        self._affinity = checked_affinity(asked["affinity"], queues)
+        self._io_scheduler = asked["io_scheduler"]
+        self._stop_timeout = asked["stop_timeout"]
+        self._deadline = asked["deadline"]
         self._params: Params | None = None
         self._info: DeviceInfo | None = None
         self._controller: Controller | None = None

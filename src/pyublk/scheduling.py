@@ -14,11 +14,13 @@ small request a quarter more (docs/tuning.md has the figures); to undo one alone
 import errno
 import logging
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
 from pyublk._native import write_in_child
+from pyublk.arguments import whole
 
 log = logging.getLogger("pyublk.scheduling")
 
@@ -30,20 +32,44 @@ PATIENCE = 1.0
 
 
 def checked_affinity(
-    affinity: Affinity, queues: int
+    affinity: Affinity, queues: int | None
 ) -> Literal["auto"] | list[frozenset[int]] | None:
-    """A set of CPUs for each queue. Raises ValueError when it is none of what `Device` takes."""
+    """A set of CPUs for each queue (None: however many there are). Raises ValueError when it is
+    none of what `Device` takes."""
     if affinity is None or affinity == "auto":
         return affinity
-    if isinstance(affinity, str) or not hasattr(affinity, "__len__") or len(affinity) != queues:
+    sized = not isinstance(affinity, str) and hasattr(affinity, "__len__")
+    if not sized or queues not in (None, len(affinity)):
+        each = "each queue" if queues is None else f"each of the {queues} queues"
+        raise ValueError(f"affinity must be 'auto', None, or a set of CPUs for {each}")
+    try:
+        sets = [frozenset(whole("a CPU", cpu, least=0) for cpu in cpus) for cpus in affinity]
+    except TypeError:
         raise ValueError(
-            f"affinity must be 'auto', None, or a set of CPUs for each of the {queues} queues"
-        )
-    sets = [frozenset(cpus) for cpus in affinity]
+            f"affinity must have a set of CPUs for each queue, not {affinity!r}"
+        ) from None
     if frozenset() in sets:
         queue = sets.index(frozenset())
         raise ValueError(f"affinity must name at least one CPU for queue {queue}")
     return sets
+
+
+def parse_affinity(text: str) -> list[list[int]]:
+    """The CPUs of each queue, as the kernel writes CPUs, with colons between the queues: 0-3,8:4-7.
+
+    Raises ValueError.
+    """
+    return [_parse_cpus(part) for part in text.split(":")]
+
+
+def _parse_cpus(text: str) -> list[int]:
+    cpus: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part)
+        if match is None or (match[2] and int(match[2]) < int(match[1])):
+            raise ValueError(f"{text!r} names no CPUs: give such as 0-3,8")
+        cpus.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return sorted(cpus)
 
 
 def keep_to(cpus: frozenset[int]) -> None:

@@ -14,13 +14,14 @@ PACKAGE = Path(pyublk.__file__).parent
 
 #: From the bottom up. A room imports from its own row or rows above it in this list only.
 ROOMS = [
-    ["arguments", "launch", "uapi", "uring", "interruptions", "files"],
+    ["arguments", "launch", "uapi", "uring", "interruptions", "files", "sizes"],
     ["openers"],
     ["keeping"],
     ["errors"],
     ["_native"],
     ["features", "methods", "occupants", "params", "stats", "zones"],
     ["paths", "backing", "scheduling"],
+    ["options"],
     ["control"],
     ["target", "sharing"],
     ["mapped"],

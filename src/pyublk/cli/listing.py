@@ -14,7 +14,7 @@ from pyublk.control import Controller, DeviceInfo
 from pyublk.service.inventory import DiskEntry, disk
 from pyublk.service.stopping import unless_gone
 from pyublk.service.sysfs import Sysfs, whom_to_ask
-from pyublk.targets.sizes import format_size
+from pyublk.sizes import format_size
 from pyublk.uapi import Feature
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyublk.errors import InvalidTarget
+from pyublk.sizes import format_size, parse_size
 from pyublk.target import Target
 from pyublk.targets.file import File
 from pyublk.targets.linear import Linear
 from pyublk.targets.mirror import Mirror
 from pyublk.targets.null import Null
 from pyublk.targets.ram import Ram
-from pyublk.targets.sizes import format_size, parse_size
 from pyublk.targets.slice import Slice
 from pyublk.targets.stripe import Stripe
 from pyublk.targets.texts import convert, hints_of

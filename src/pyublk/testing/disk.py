@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self, TypeVar
 
 from pyublk import loops, serving
 from pyublk._native import Handlers, MappedQueue, Queue
-from pyublk.arguments import whole
+from pyublk.arguments import DEFAULT_MAX_IO_SIZE, whole
 from pyublk.crew import check_workers
 from pyublk.mapped import MappedTarget
 from pyublk.methods import call_plain
@@ -71,7 +71,7 @@ class Disk:
         self,
         target: Target,
         *,
-        max_io_size: int = 512 * 1024,
+        max_io_size: int = DEFAULT_MAX_IO_SIZE,
         depth: int = 16,
         workers: int = 0,
     ) -> None:
