@@ -226,6 +226,10 @@ class Controller:
         try:
             return run(payload=payload)
         except OSError as error:
+            if error.errno == errno.ENODEV and not self._exists(device):
+                raise errors.command_error(
+                    command, errno.ENODEV, device=device, missing=True
+                ) from None
             if error.errno != errno.EINVAL or not self._wants_its_name(device):
                 raise
         path = _named(device)
@@ -234,6 +238,16 @@ class Controller:
         if payload is not None:
             payload[:] = whole[len(path) :]
         return result
+
+    def _exists(self, device: int) -> bool:
+        """Some commands answer ENODEV also for a device that is not started."""
+        try:
+            self._run(ControlCommand.GET_DEV_INFO, device, payload=bytearray(64))
+        except errors.DeviceNotFound:
+            return False
+        except OSError:
+            pass
+        return True
 
     def _wants_its_name(self, device: int) -> bool:
         try:

@@ -315,7 +315,7 @@ class DeviceOptions(TypedDict, total=False):
             help="CPUs of the queues' threads: 0-3 for one queue, 0-3:4-7 for two; any: no choice.",
             more='"auto" keeps each thread to the CPUs whose requests it gets: the kernel '
             "allocates its buffers on their NUMA node, on first use. In Python a sequence of sets "
-            "of CPUs, one for each queue, or None, which leaves the choice to the kernel's scheduler.",
+            "of CPUs, one for each queue, or None, which leaves the choice to the scheduler.",
             default="auto",
             default_text="auto, those whose requests it gets",
             words={"auto": "auto", "any": None},

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 
 from pyublk import errors
 from pyublk.cli import _COMMANDS, main
-from pyublk.cli.failures import ExitCode, Failure, NoDevice, NoDriver, exit_code
+from pyublk.cli.failures import ExitCode, Failure, NoDriver, exit_code
 from pyublk.service.reports import TargetFailed
 from pyublk.uapi import ControlCommand
 
@@ -303,7 +303,7 @@ def timed_out() -> OSError:
         (NoDriver("no driver"), ExitCode.NO_DRIVER),
         (errors.control_missing_error(errno.EACCES), ExitCode.PERMISSION),
         (errors.io_uring_error(errno.EPERM), ExitCode.PERMISSION),
-        (NoDevice("no device 7"), ExitCode.NO_DEVICE),
+        (errors.device_not_found(7), ExitCode.NO_DEVICE),
         (
             errors.command_error(ControlCommand.STOP_DEV, errno.ENODEV, device=1),
             ExitCode.NO_DEVICE,

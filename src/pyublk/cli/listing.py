@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from pyublk.cli.failures import NoDevice, message, open_controller
+from pyublk import errors
+from pyublk.cli.failures import message, open_controller
 from pyublk.cli.output import print_json, print_table
 from pyublk.cli.parameters import DeviceId, json_option
 from pyublk.control import Controller, DeviceInfo
@@ -26,10 +27,8 @@ def find(controller: Controller | Sysfs, number: int) -> DeviceInfo:
         if error.errno != errno.ENODEV:
             raise
         others = ", ".join(str(device.id) for device in controller.devices())
-        raise NoDevice(
-            f"there is no device {number}"
-            + (f"; there are: {others}" if others else ", nor any other")
-        ) from error
+        others = f"; there are: {others}" if others else ", nor any other"
+        raise errors.device_not_found(number, others) from error
 
 
 def _source(controller: Controller) -> Controller | Sysfs:
