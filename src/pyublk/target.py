@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal
 from pyublk._native import IO
 from pyublk.arguments import whole
 from pyublk.errors import InvalidTarget, StaleIO
+from pyublk.features import why_not_needed
 from pyublk.methods import ARGUMENTS, check_handlers, check_plain
 from pyublk.params import Basic, Discard, Integrity, Params
 from pyublk.paths import DataPath
@@ -94,7 +95,8 @@ class Target:
     paths: tuple[DataPath, ...] = (DataPath.COPY, DataPath.USER_COPY, DataPath.GET_DATA)
 
     #: Device features that it cannot do without, beside those of its path. A kernel that lacks one
-    #: refuses the disk, by the feature's name.
+    #: refuses the disk, by the feature's name. What is not the target's choice (recovery, data
+    #: paths, who owns the device) is refused by a sentence (InvalidTarget).
     needs: Feature = Feature(0)
 
     #: Seconds that a request may take with nothing wrong but a part that the target can do without.
@@ -247,6 +249,8 @@ def dispatch_of(target: Target) -> Dispatch:
         raise InvalidTarget(
             f"{name} lacks {', '.join(missing)}: its __init__ must call super().__init__(size=...)"
         )
+    if why := why_not_needed(target.needs):
+        raise InvalidTarget(f"{name}.needs has {why}")
     check_plain(target, _SAID, "it is asked for outside of any event loop")
     if target.concurrency not in ("serial", "per_queue", "parallel"):
         raise InvalidTarget(
