@@ -18,6 +18,7 @@ from pyublk.arguments import whole
 from pyublk.control import DeviceInfo
 from pyublk.mapped import MappedTarget
 from pyublk.methods import call_plain
+from pyublk.scheduling import queue_thread_name
 from pyublk.stats import DeviceStats, QueueStats
 from pyublk.target import FailureLog, NativeTarget, Target, dispatch_of
 
@@ -194,7 +195,7 @@ class Crew:
                     self._servant_failed,
                     self.attention.set,
                     serve,
-                    name=f"ublk{info.id}-q{group[0].queue}",
+                    name=queue_thread_name(info.id, [share.queue for share in group]),
                     cpus=cpus_of([share.queue for share in group]),
                     preempt=self._preempt,
                 )

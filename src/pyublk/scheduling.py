@@ -15,20 +15,61 @@ import errno
 import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from pyublk._native import write_in_child
+from pyublk._native import name_thread, write_in_child
 from pyublk.arguments import whole
 
 log = logging.getLogger("pyublk.scheduling")
+
+#: What the kernel keeps of a thread's name (TASK_COMM_LEN, without the 0 at its end).
+_NAME_BYTES = 15
 
 Affinity = Literal["auto"] | Sequence[Iterable[int]] | None
 
 #: Seconds that a disk's start waits for a switch that nobody asked for by name: the kernel waits
 #: for all requests in flight first, of which the partition scan may have some.
 PATIENCE = 1.0
+
+
+class NamedThread(threading.Thread):
+    """A thread whose name the kernel knows, too, for `ps -L`, tracing and `pyublk info`."""
+
+    def run(self) -> None:
+        name_thread(self.name)
+        super().run()
+
+
+def queue_thread_name(device: int, queues: Collection[int]) -> str:
+    """What a thread that serves these queues of a device is called: ublk3-q0, or ublk3-q0-2.
+
+    The kernel keeps 15 bytes of a name: one that would be cut into another's names no queue.
+    """
+    first, last = min(queues), max(queues)
+    name = f"ublk{device}-q{first}" if first == last else f"ublk{device}-q{first}-{last}"
+    return name if len(name) <= _NAME_BYTES else f"ublk{device}-serve"
+
+
+def queue_threads(pid: int, device: int, proc: Path = Path("/proc")) -> dict[int, list[int]]:
+    """The threads of a process that serve each queue of a device, by their names.
+
+    A thread that was started by one of them and has no name of its own has theirs.
+    """
+    found: dict[int, list[int]] = {}
+    for task in sorted((proc / f"{pid}/task").glob("[0-9]*"), key=lambda task: int(task.name)):
+        try:
+            match = re.fullmatch(
+                rf"ublk{device}-q(\d+)(?:-(\d+))?", (task / "comm").read_text().strip()
+            )
+        except OSError:  # it has ended, or is not ours to look at
+            continue
+        if match is not None:
+            for queue in range(int(match[1]), int(match[2] or match[1]) + 1):
+                found.setdefault(queue, []).append(int(task.name))
+    return found
 
 
 def checked_affinity(

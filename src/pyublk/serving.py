@@ -27,7 +27,7 @@ from pyublk._native import (
 )
 from pyublk.errors import InternalError
 from pyublk.mapped import MappedTarget
-from pyublk.scheduling import keep_to, never_interrupt
+from pyublk.scheduling import NamedThread, keep_to, never_interrupt
 from pyublk.target import FailureLog
 
 log = logging.getLogger("pyublk.serving")
@@ -105,9 +105,7 @@ class WorkerPool:
     def __init__(self, handlers: Handlers, count: int, name: str) -> None:
         self._inbox: queues.SimpleQueue[IO | None] = queues.SimpleQueue()
         self._threads = [
-            threading.Thread(
-                target=self._work, args=(handlers,), name=f"{name}-worker-{n}", daemon=True
-            )
+            NamedThread(target=self._work, args=(handlers,), name=f"{name}-w{n}", daemon=True)
             for n in range(count)
         ]
         for thread in self._threads:
@@ -229,9 +227,7 @@ class ServingThread(QueueServer):
     ) -> None:
         super().__init__(make_queues, failed, over)
         # A daemon: a handler that hangs must not keep the process from ending.
-        threading.Thread(
-            target=self._run, args=(serve, cpus, preempt), name=name, daemon=True
-        ).start()
+        NamedThread(target=self._run, args=(serve, cpus, preempt), name=name, daemon=True).start()
 
     def _run(
         self, serve: Callable[[list[Queue]], None], cpus: frozenset[int] | None, preempt: bool

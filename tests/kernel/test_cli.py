@@ -308,6 +308,11 @@ def test_all_about_a_disk() -> None:
     assert told["spec"]["target"] == "null"
     assert told["served"]["reads"] >= 1, "add reads the disk before it returns"
     assert "CMD_IOCTL_ENCODE" in told["flags"]
+    [queue] = told["hardware_queues"]
+    assert queue["cpus"] == sorted(os.sched_getaffinity(0))
+    [thread] = queue["threads"]
+    place = Path(f"/proc/{told['server_pid']}/task/{thread}/comm")
+    assert place.read_text() == "ublk7-q0\n"
     assert made["log"] in run_here("info", "7").stdout
     assert run_here("stop", "7").exit_code == 0
 

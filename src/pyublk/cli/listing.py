@@ -12,7 +12,7 @@ from pyublk.cli.failures import message, open_controller
 from pyublk.cli.output import print_json, print_table
 from pyublk.cli.parameters import DeviceId, json_option
 from pyublk.control import Controller, DeviceInfo
-from pyublk.service.inventory import DiskEntry, disk
+from pyublk.service.inventory import DiskEntry, QueueEntry, disk
 from pyublk.service.stopping import unless_gone
 from pyublk.service.sysfs import Sysfs, whom_to_ask
 from pyublk.sizes import format_size
@@ -133,6 +133,7 @@ def _details(one: DiskEntry) -> dict[str, Any]:
         "status": one.status,
         "params": asdict(one.params) if one.params else None,
         "io_scheduler": one.io_scheduler,
+        "hardware_queues": [asdict(queue) for queue in one.queues],
         "served": asdict(one.served) if one.served else None,
     }
 
@@ -147,6 +148,12 @@ def _status_lines(status: dict[str, Any] | None) -> list[tuple[str, str]]:
                 words = ", ".join(f"{key} {what}" for key, what in one.items() if what is not None)
             lines.append((name, str(words)))
     return lines
+
+
+def _queue_words(queue: QueueEntry) -> str:
+    cpus = ", ".join(map(str, queue.cpus))
+    threads = ", ".join(map(str, queue.threads))
+    return f"requests of CPU {cpus or '-'}, served by thread {threads or '?'}"
 
 
 def _flags(device: DeviceInfo) -> list[str]:
@@ -164,6 +171,7 @@ def _lines(one: DiskEntry) -> list[tuple[str, str]]:
         ("flags", ", ".join(_flags(device)) or "-"),
         ("I/O scheduler", one.io_scheduler or "-"),
         ("server", f"{one.server_name or '?'}, process {device.server_pid or '-'}"),
+        *((f"queue {queue.id}", _queue_words(queue)) for queue in one.queues),
         ("owner", f"uid {device.owner_uid}, gid {device.owner_gid}"),
     ]
     if record:
