@@ -31,7 +31,7 @@ General layout, from the bottom up; a module imports only from the lines above i
 """
 
 from pyublk import launch as launch  # first: Ctrl-C, from here on
-from pyublk._native import IO, Queue, Ring, ShardedLock
+from pyublk._native import IO, Layout, MappedQueue, Mapper, Queue, Ring, ShardedLock
 from pyublk.control import Controller, DeviceInfo
 from pyublk.device import Device, DeviceState
 from pyublk.errors import (
@@ -72,7 +72,10 @@ __all__ = [
     "HandlerTimeout",
     "InternalError",
     "InvalidTarget",
+    "Layout",
+    "MappedQueue",
     "MappedTarget",
+    "Mapper",
     "NativeTarget",
     "Params",
     "PathChoice",

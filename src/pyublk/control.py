@@ -267,6 +267,7 @@ class Controller:
         id: int | None = None,
         cookie: int = 0,
         guarded: bool = False,
+        clamp_queues: bool = False,
         deadline: float | None = None,
     ) -> DeviceInfo:
         """ADD_DEV: makes the char device; the answer is what the kernel granted.
@@ -275,7 +276,8 @@ class Controller:
         the number of CPUs and clears flags that it does not know, both without a word: then the
         device is deleted again, and OSError (EOPNOTSUPP) says what was dropped. With IO_DESC_SIZE
         descriptors are asked for as large as `Queue` reads them: 24 bytes, all that has a meaning.
-        A `guarded` device is deleted when this process ends, however it ends.
+        A `guarded` device is deleted when this process ends, however it ends (see `guard`).
+        `clamp_queues`: fewer queues than were asked for, one for each CPU, are taken as granted.
         """
         for name, value in {"queues": queues, "depth": depth, "id": id}.items():
             DEVICE[name].check(value)
@@ -305,11 +307,33 @@ class Controller:
         granted = _device_info(payload)
         self._stopped.discard(granted.id)
         try:
-            _check_granted(granted, queues=queues, flags=flags)
+            least = min(queues, granted.queues) if clamp_queues else queues
+            _check_granted(granted, queues=least, flags=flags)
         except OSError:
             self.delete(granted.id, deadline=deadline)
             raise
         return granted
+
+    def guard(self, device: int, *, deadline: float | None = None) -> None:
+        """From now on the helper process deletes the device when this process ends, however it
+        ends; its server may be another process."""
+        self._guard(device, True, deadline)
+
+    def unguard(self, device: int, *, deadline: float | None = None) -> None:
+        """From now on the helper process leaves the device alone when this process ends; also one
+        that `Device` made."""
+        self._guard(device, False, deadline)
+
+    def _guard(self, device: int, guarded: bool, deadline: float | None) -> None:
+        info = self.info(device, deadline=deadline)
+        limit = self.deadline if deadline is None else deadline
+        result = self.helper.guard(device, info.cookie, guarded, deadline=limit)
+        if result < 0:
+            raise OSError(
+                -result,
+                f"the helper process did not take up what was said of device {device}: "
+                f"{os.strerror(-result)}; say it again",
+            )
 
     def _who_has(self, id: int) -> str:
         with suppress(OSError):
