@@ -390,6 +390,19 @@ class TargetOptions(TypedDict, total=False):
 class DiskOptions(TargetOptions, DeviceOptions, total=False):
     """What a disk can be asked for beside its target's class and that class's own parameters."""
 
+    shared_memory_size: Annotated[
+        int,
+        Option(
+            help="With --shared-memory: how much; `pyublk info` tells where clients find it.",
+            default=16 << 20,
+            unit="bytes",
+            least=4096,
+            most=4 << 30,
+            step=4096,
+            metavar="SIZE",
+        ),
+    ]
+
 
 def options_of(definition: type) -> dict[str, Option]:
     """The options that a TypedDict defines, by name."""

@@ -104,6 +104,7 @@ def test_python_m_pyublk_is_the_command() -> None:
         ),
         (["add", "null", "--depth", "0"], "depth must be 1 to 4096, not 0"),
         (["add", "null", "--queues", "none"], "queues must be 1 to 4096 or max, not 'none'"),
+        (["add", "null", "--id", "9999999"], "id must be 0 to 1048575, not 9999999"),
         (["add", "null", "-o", "size"], "'size' is no KEY=VALUE"),
         (
             ["add", "null", "-o", "a=1", "-o", "a=2"],
@@ -117,6 +118,7 @@ def test_python_m_pyublk_is_the_command() -> None:
         (["stop"], "Missing argument 'ID...'"),
         (["stop", "sda"], "'sda' is no device: give an id, /dev/ublkbN or `all`"),
         (["info", "all"], "'all' is no device: give an id, /dev/ublkbN\n"),
+        (["stop", "0", "--safe", "--force"], "--safe and --force exclude each other"),
         (["stop", "0", "--timeout", "0"], "0.0 is not in the range x>=0.1"),
         (["stop", "0", "--timeout", "nan"], "nan is no number of seconds that can be waited for"),
         (["stop", "0", "--timeout", "1e300"], "1e300 is no number of seconds"),

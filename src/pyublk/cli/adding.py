@@ -16,7 +16,7 @@ from pyublk.cli.output import print_json
 from pyublk.cli.parameters import disk_options, disk_options_given, json_option
 from pyublk.interruptions import handled
 from pyublk.service import daemon
-from pyublk.service.records import Record
+from pyublk.service.records import Record, memory_place
 from pyublk.service.server import ServeResult, serve
 from pyublk.service.spec import DiskSpec
 
@@ -165,6 +165,9 @@ def _show(record: Record, *, as_json: bool) -> None:
         "server_pid": record.server.pid,
         "log": str(record.log) if record.log else None,
     }
+    if (memory := memory_place(record.id)).exists():
+        fields["shared_memory"] = str(memory)
+        message(f"clients find the memory that they share with {record.path} at {memory}")
     try:
         if as_json:
             print_json(fields)

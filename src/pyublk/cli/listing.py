@@ -133,6 +133,7 @@ def _details(one: DiskEntry) -> dict[str, Any]:
         "status": one.status,
         "params": asdict(one.params) if one.params else None,
         "io_scheduler": one.io_scheduler,
+        "shared_memory": one.shared_memory,
         "hardware_queues": [asdict(queue) for queue in one.queues],
         "served": asdict(one.served) if one.served else None,
     }
@@ -180,6 +181,8 @@ def _lines(one: DiskEntry) -> list[tuple[str, str]]:
         lines.append(("target", " ".join(words)))
         lines.append(("data path", record.data_path or "unknown"))
         lines += _status_lines(one.status)
+        if one.shared_memory:
+            lines.append(("shared memory", one.shared_memory))
         lines.append(("log", str(record.log) if record.log else "on the server's terminal"))
     else:
         why = one.record_trouble or "not made by `pyublk add`"

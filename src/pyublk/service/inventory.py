@@ -10,7 +10,7 @@ from pyublk.control import Controller, DeviceInfo
 from pyublk.openers import command_name
 from pyublk.params import Params
 from pyublk.scheduling import io_scheduler, queue_threads
-from pyublk.service.records import FAILED, Record, record_trouble
+from pyublk.service.records import FAILED, Record, memory_place, record_trouble
 from pyublk.service.sysfs import Sysfs
 from pyublk.service.usage import Use, uses
 from pyublk.uapi import DeviceStatus
@@ -49,7 +49,7 @@ class DiskEntry:
     `queues` are those of a disk that is live;
     `server_name` None when there is no server; `status` is what the target says of itself, and
     `failed` how many requests its server has failed, up to a second ago: both None where no server
-    of `pyublk add` tells.
+    of `pyublk add` tells. `shared_memory` is where clients find theirs.
     """
 
     device: DeviceInfo
@@ -64,6 +64,7 @@ class DiskEntry:
     server_name: str | None
     status: dict[str, Any] | None
     failed: int | None
+    shared_memory: str | None
 
 
 def disk(controller: Controller | Sysfs, device: DeviceInfo) -> DiskEntry:
@@ -90,7 +91,13 @@ def disk(controller: Controller | Sysfs, device: DeviceInfo) -> DiskEntry:
         server_name=command_name(device.server_pid) if device.server_pid is not None else None,
         status=told or None,
         failed=failed if record is not None else None,
+        shared_memory=_shared_memory(device.id) if record is not None else None,
     )
+
+
+def _shared_memory(device: int) -> str | None:
+    place = memory_place(device)
+    return str(place) if place.exists() else None
 
 
 def _queues(name: str, device: DeviceInfo, sys: Path = Path("/sys")) -> Iterator[QueueEntry]:

@@ -21,8 +21,8 @@ class DiskSpec:
 
     `target` is a name that `pyublk.targets.resolve` knows; `arguments` and `options` are the texts
     for its class's parameters. `disk` is what else is asked for (`pyublk.options.DiskOptions`):
-    `size`, `block_size` and `read_only` go to the class as well, the rest to `Device`. What it does
-    not have is left to them.
+    `size`, `block_size` and `read_only` go to the class as well, `shared_memory_size` is for the
+    server, the rest goes to `Device`. What it does not have is left to them.
     """
 
     target: str
