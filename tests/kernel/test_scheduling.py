@@ -129,3 +129,11 @@ def test_which_thread_serves_a_queue_can_be_told_from_outside(serve: Serve) -> N
     assert queue_threads(os.getpid(), disk.id) == {
         queue: [thread] for queue, thread in enumerate(threads(disk))
     }
+
+
+def test_a_queue_for_each_of_the_cpus(serve: Serve) -> None:
+    cpus = os.cpu_count() or 1
+    assert serve(Null(size=1 << 30), queues="max").info().queues == cpus
+    assert serve(Null(size=1 << 30), queues=cpus + 3, clamp_queues=True).info().queues == cpus
+    with pytest.raises(OSError, match=f"asked for 4096, the kernel granted .*at most {cpus}"):
+        serve(Null(size=1 << 30), queues=4096, depth=1)

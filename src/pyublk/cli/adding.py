@@ -99,9 +99,9 @@ def add(
 ) -> None:
     """Serve TARGET as a disk, and print the disk's path once it can be used.
 
-    TARGET is `null`, `ram`, `file`, `linear`, `stripe`, `mirror`, `slice`, `zoned`, another
-    installed target, `package.module:Class`, or
-    `file.py:Class`. ARGUMENTs are the class's first parameters, --option names any of them.
+    TARGET is `null`, `ram`, `file`, `linear`, `stripe`, `mirror`, `slice`, `integrity`, `zoned`,
+    another installed target, `package.module:Class`, or `file.py:Class`. ARGUMENTs are the class's
+    first parameters, --option names any of them.
 
     \b
     pyublk add ram --size 4G

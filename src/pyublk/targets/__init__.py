@@ -15,6 +15,7 @@ from pyublk.errors import InvalidTarget
 from pyublk.sizes import format_size, parse_size
 from pyublk.target import Target
 from pyublk.targets.file import File
+from pyublk.targets.integrity import IntegrityFile
 from pyublk.targets.linear import Linear
 from pyublk.targets.mirror import Mirror
 from pyublk.targets.null import Null
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "File",
+    "IntegrityFile",
     "Linear",
     "Mirror",
     "Null",
@@ -45,6 +47,7 @@ __all__ = [
 
 BUILT_IN: dict[str, type[Target]] = {
     "file": File,
+    "integrity": IntegrityFile,
     "linear": Linear,
     "mirror": Mirror,
     "null": Null,
