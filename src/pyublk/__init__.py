@@ -4,7 +4,8 @@
 General layout, from the bottom up. A module imports only from the lines above its own, and what is
 in a directory also from its own line; `tests/unit/test_rooms.py` reads the map here and holds it.
 
-    arguments, launch        numbers that callers pass; how the command and a disk's server begin
+    arguments, sizes         numbers that callers pass, and their defaults; sizes as text
+    launch                   how the command and a disk's server begin
     uapi, files              the kernel's numbers and layouts; what it says of a file
     uring, causes            an io_uring's numbers; why the kernel refuses a command
     openers                  who has a file open
@@ -16,9 +17,10 @@ in a directory also from its own line; `tests/unit/test_rooms.py` reads the map 
     interruptions            what signals and cancellations may interrupt
     zones                    the zones of a zoned disk, and the rules for writing to them
     paths                    the ways a request's data takes, and the choice among them
-    control                  Controller: one method per control command
     backing                  the files that hold a disk's bytes
     scheduling               when a disk's requests and the threads that serve them run
+    options                  what a disk can be asked for; whoever takes it, takes it from here
+    control                  Controller: one method per control command
     profile                  what a target says of itself, as one value
     target                   what a target implements
     mapped, zoned, sharing   the bases of mapped and zoned targets; memory shared with clients
@@ -35,13 +37,14 @@ in a directory also from its own line; `tests/unit/test_rooms.py` reads the map 
 """
 
 from pyublk import launch as launch  # first: Ctrl-C, from here on
-from pyublk._native import IO, Queue, Ring, ShardedLock
+from pyublk._native import IO, Layout, MappedQueue, Mapper, Queue, Ring, ShardedLock
 from pyublk.control import Controller, DeviceInfo
 from pyublk.device import Device, DeviceState
 from pyublk.errors import (
     DeviceBusy,
     DeviceClosed,
     DeviceLost,
+    DeviceNotFound,
     FeatureMissing,
     HandlerTimeout,
     InternalError,
@@ -69,6 +72,7 @@ __all__ = [
     "DeviceClosed",
     "DeviceInfo",
     "DeviceLost",
+    "DeviceNotFound",
     "DeviceState",
     "DeviceStats",
     "FeatureMissing",
@@ -77,7 +81,10 @@ __all__ = [
     "InternalError",
     "InvalidTarget",
     "Layer",
+    "Layout",
+    "MappedQueue",
     "MappedTarget",
+    "Mapper",
     "NativeTarget",
     "Params",
     "PathChoice",

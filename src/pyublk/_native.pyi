@@ -30,6 +30,7 @@ __all__ = [
     "SharedTable",
     "address",
     "become_io_flusher",
+    "name_thread",
     "open_private",
     "process",
     "this_thread",
@@ -294,6 +295,10 @@ def become_io_flusher() -> None:
     allocates does not wait for dirty pages that only it can write (prctl(2), PR_SET_IO_FLUSHER).
     Without CAP_SYS_RESOURCE nothing happens."""
 
+def name_thread(name: str) -> None:
+    """Gives the calling thread a name in the kernel, of which it keeps 15 bytes: what
+    /proc/PID/task/*/comm and `ps -L` show."""
+
 def address(memory: Buffer) -> int:
     """Where the bytes of a buffer are."""
 
@@ -494,6 +499,8 @@ class Helper:
         meanwhile.
         """
 
+    def guard(self, device: int, cookie: int, guarded: bool, *, deadline: float) -> int:
+        """Whether it deletes the device of that cookie when this process ends. 0 or -errno."""
     def write(self, path: str, text: str, *, deadline: float) -> int | None:
         """See `write_in_child`."""
 
@@ -506,7 +513,7 @@ def process() -> int:
 
 @final
 class Layout:
-    """Where a disk's bytes live, for `MappedQueue`s; `MappedTarget` makes it.
+    """Where a disk's bytes live, for all `MappedQueue`s of the disk; `MappedTarget` makes its own.
 
     Files are given as (descriptor, whether its bytes are in memory, whether it is a block device);
     extents as (file's index, offset, length). All sizes are bytes.
@@ -578,13 +585,21 @@ class Layout:
 
 @final
 class Mapper:
-    """Asks a target's `map` method where a request's bytes are."""
+    """Asks `target.map(op, offset, length)` where a request's bytes are: for a `MappedQueue` of a
+    `Layout.per_request`. What it answers is what `MappedTarget.map` may.
+
+    `report` is called with what it raised, and returns the errno that the request fails with.
+    """
 
     def __init__(self, target: object, report: Callable[[object, IO], int]) -> None: ...
 
 @disjoint_base
 class MappedQueue(Queue):
-    """A queue that serves its requests from a layout's files, by its own ring."""
+    """A queue that serves its requests from a layout's files, by its own ring.
+
+    As `Queue`, but nobody takes its requests: `serve_mapped` or `step` serve them. The files of the
+    layout must stay open until it is closed.
+    """
 
     def __init__(
         self,
@@ -613,6 +628,16 @@ class MappedQueue(Queue):
         """Serves until the device stops. `leg_failed` is told of a mirror's leg, its errno (0: a
         failure that is known is only to be put on record) and the generation of its file, before
         the requests that noticed it are answered."""
+    def step(
+        self,
+        mapper: Mapper | None = None,
+        leg_failed: Callable[[int, int, int], object] | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> bool:
+        """Serves what has come, having waited for it for `timeout` seconds at most (None: for
+        ever); False when the device has been stopped. With `fileno` in a poller, one thread serves
+        several queues so; it must be the one that made them."""
 
 @final
 class Ram:

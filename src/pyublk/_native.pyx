@@ -40,6 +40,7 @@ from array import array
 from time import monotonic
 
 from pyublk import errors, uapi
+from pyublk.arguments import DEFAULT_DEPTH, DEFAULT_MAX_IO_SIZE
 from pyublk.uring import Completion
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "SharedTable",
     "address",
     "become_io_flusher",
+    "name_thread",
     "open_private",
     "process",
     "this_thread",

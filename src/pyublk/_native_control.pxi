@@ -104,6 +104,18 @@ cdef class Helper:
             return ("ring", result)
         return ("enter" if stage == PU_CONTROL_SUBMIT else "command", result)
 
+    def guard(self, uint32_t device, uint64_t cookie, bint guarded, *, double deadline):
+        cdef pu_ask ask
+        memset(&ask, 0, sizeof(ask))
+        ask.kind = PU_ASK_GUARD if guarded else PU_ASK_UNGUARD
+        ask.cmd.dev_id = device
+        ask.cookie = cookie
+        outcome = self.ask(&ask, bytearray(), -1, deadline)
+        if not outcome:
+            return -_errno.ETIMEDOUT
+        _, result = outcome
+        return -_errno.ECHILD if result == PU_CONTROL_KILLED else result
+
     def write(self, path, text, *, double deadline):
         cdef pu_ask ask
         memset(&ask, 0, sizeof(ask))

@@ -202,6 +202,7 @@ cdef extern from "_core/queue.h" nogil:
         bint severed
         bint watched
         bint copying
+        void *batch
 
     int pu_queue_fetch(pu_queue *)
     int pu_queue_wait(pu_queue *, int64_t)
@@ -255,6 +256,13 @@ cdef extern from "_core/loopback.h" nogil:
     int pu_loopback_inject(pu_queue *, uint16_t, uint32_t, uint64_t, uint32_t)
     int32_t pu_loopback_result(const pu_queue *, uint16_t)
 
+cdef extern from "_core/batch.h" nogil:
+    int pu_batch_submit(pu_queue *)
+
+cdef extern from "sys/prctl.h" nogil:
+    int PR_SET_NAME
+    int prctl(int, ...)
+
 cdef extern from "fcntl.h" nogil:
     int F_DUPFD_CLOEXEC
     int O_CLOEXEC
@@ -271,6 +279,8 @@ cdef extern from "_core/forked.h" nogil:
 cdef extern from "_core/control.h" nogil:
     int PU_ASK_COMMAND
     int PU_ASK_WRITE
+    int PU_ASK_GUARD
+    int PU_ASK_UNGUARD
     int PU_ASK_GUARDED
     int PU_ASK_MEMORY
     int PU_ASK_READ_ONLY
@@ -282,6 +292,7 @@ cdef extern from "_core/control.h" nogil:
         uint32_t kind
         uint32_t flags
         uint32_t cmd_op
+        uint64_t cookie
         uint64_t file_offset
         uint64_t file_bytes
         pu_ctrl_cmd cmd

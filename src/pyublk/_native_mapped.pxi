@@ -271,7 +271,7 @@ cdef class MappedQueue(Queue):
         cdef int error
         cdef uint32_t count = layout.layout.nr_files
         cdef uint32_t version = pu_layout_version(&layout.layout)
-        depth = options.get("depth", 128)
+        depth = options.get("depth", DEFAULT_DEPTH)
         super().__init__(
             fd,
             queue_id,
@@ -288,7 +288,7 @@ cdef class MappedQueue(Queue):
         layout.queues += 1
 
     @classmethod
-    def loopback(cls, *, layout, depth=128, buffer_size=512 * 1024):
+    def loopback(cls, *, layout, depth=DEFAULT_DEPTH, buffer_size=DEFAULT_MAX_IO_SIZE):
         return cls(-1, layout=layout, depth=depth, buffer_size=buffer_size)
 
     def __dealloc__(self):
@@ -303,7 +303,6 @@ cdef class MappedQueue(Queue):
 
     def serve_mapped(self, Mapper mapper=None, leg_failed=None):
         cdef int there
-        cdef pu_leg_failure failure
         self.alive()
         if mapper is None:
             pu_watch_end(&self.watch)
@@ -312,19 +311,46 @@ cdef class MappedQueue(Queue):
                 there = pu_mapped_turn(&self.mapped, -1)
                 while there == 0 and self.mapped.failed_legs == 0 and not self.q.loopback:
                     there = pu_mapped_turn(&self.mapped, -1)
-            if there == -ENODEV:
+            if not self.finish_turn(there, mapper, leg_failed):
                 return
-            if there == -ESHUTDOWN:
-                self.alive()
-                raise errors.DeviceLost(
-                    f"queue {self.q.id} was cut off while its files' I/O did not end"
-                )
-            if there < 0:
-                raise errors.queue_error(-there, self.q.id)
-            for i in range(there):
-                mapper.map_request(self, &self.mapped, self.q.ready[i])
-            while pu_mapped_next_failure(&self.mapped, &failure):
-                leg_failed(failure.leg, failure.error, failure.file_generation)
-            pu_mapped_recorded(&self.mapped)
             if self.q.loopback and not pu_queue_held(&self.q):
                 return
+
+    def step(self, Mapper mapper=None, leg_failed=None, *, timeout=None):
+        cdef int there
+        cdef int64_t timeout_ns = nanoseconds(timeout)
+        self.alive()
+        with nogil:
+            there = pu_mapped_turn(&self.mapped, timeout_ns)
+        if there == 0:
+            PyErr_CheckSignals()
+        if not self.finish_turn(there, mapper, leg_failed):
+            return False
+        # Whoever waits for `fileno` now must not wait for what has not been handed over.
+        with nogil:
+            if self.q.batch != NULL:
+                pu_batch_submit(&self.q)
+            pu_ring_submit(&self.q.ring, 0, 0, 0)
+        return True
+
+    cdef bint finish_turn(self, int there, Mapper mapper, leg_failed) except -1:
+        """What Python does after a turn that found `there` requests to map. False: the device has
+        been stopped."""
+        cdef pu_leg_failure failure
+        if there == -ENODEV:
+            return False
+        if there == -ESHUTDOWN:
+            self.alive()
+            raise errors.DeviceLost(
+                f"queue {self.q.id} was cut off while its files' I/O did not end"
+            )
+        if there < 0:
+            raise errors.queue_error(-there, self.q.id)
+        if there and mapper is None:
+            raise ValueError("the layout is asked for each request: pass a Mapper")
+        for i in range(there):
+            mapper.map_request(self, &self.mapped, self.q.ready[i])
+        while pu_mapped_next_failure(&self.mapped, &failure):
+            leg_failed(failure.leg, failure.error, failure.file_generation)
+        pu_mapped_recorded(&self.mapped)
+        return True

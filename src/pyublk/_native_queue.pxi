@@ -11,6 +11,12 @@ def become_io_flusher():
     pu_io_flusher()
 
 
+def name_thread(name):
+    cdef bytes text = os.fsencode(name)
+    cdef const char *chars = text
+    prctl(PR_SET_NAME, chars)
+
+
 cdef void take_gil() noexcept with gil:
     """Called by a thread of the core's own, to see whether it can be had."""
 
@@ -35,8 +41,8 @@ cdef class Queue:
     cdef SharedTable table
     cdef object __weakref__
 
-    def __init__(self, fd, uint16_t queue_id=0, *, unsigned int depth=128,
-                 size_t buffer_size=512 * 1024, uint64_t flags=0, unsigned int first_tag=0,
+    def __init__(self, fd, uint16_t queue_id=0, *, unsigned int depth=DEFAULT_DEPTH,
+                 size_t buffer_size=DEFAULT_MAX_IO_SIZE, uint64_t flags=0, unsigned int first_tag=0,
                  unsigned int tag_step=1, Buffers buffers=None, uint32_t extra_entries=0,
                  files=(), trim_after=None, uint32_t faults=0, SharedTable table=None):
         if self.ios is not None:
@@ -93,7 +99,8 @@ cdef class Queue:
         self.ios = [self.new_io(tag) for tag in range(depth)]
 
     @classmethod
-    def loopback(cls, *, depth=128, buffer_size=512 * 1024, extra_entries=0, table=None):
+    def loopback(cls, *, depth=DEFAULT_DEPTH, buffer_size=DEFAULT_MAX_IO_SIZE, extra_entries=0,
+                 table=None):
         return cls(-1, depth=depth, buffer_size=buffer_size, extra_entries=extra_entries,
                    table=table)
 

@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Numbers that callers pass: told at once when they are none."""
+"""Numbers that callers pass, told at once when they are none, and what they are by default."""
 
 import operator
+
+#: Requests in flight for each queue.
+DEFAULT_DEPTH = 128
+#: Bytes of the largest request, and of each tag's buffer.
+DEFAULT_MAX_IO_SIZE = 512 * 1024
 
 
 def whole(name: str, value: object, *, least: int | None = None) -> int:

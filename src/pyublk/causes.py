@@ -338,6 +338,7 @@ _CAUSES: dict[ControlCommand, dict[int, Cause]] = {
 _UNKNOWN: Cause = ("no usual cause is known", DRIVER, "see the kernel's log (dmesg)")
 
 
-def usual_cause(command: ControlCommand, error: int) -> Cause:
-    """Why the kernel answers this command so."""
-    return _CAUSES.get(command, {}).get(error) or _GENERAL.get(error, _UNKNOWN)
+def usual_cause(command: ControlCommand | None, error: int) -> Cause:
+    """Why the kernel answers this command so, or, for None, any command."""
+    own = {} if command is None else _CAUSES.get(command, {})
+    return own.get(error) or _GENERAL.get(error, _UNKNOWN)

@@ -21,9 +21,10 @@ from typing import Self
 
 from pyublk import errors, uapi
 from pyublk._native import Helper
-from pyublk.arguments import whole
+from pyublk.arguments import DEFAULT_DEPTH, DEFAULT_MAX_IO_SIZE, whole
 from pyublk.features import Features
 from pyublk.occupants import who_has
+from pyublk.options import DEVICE
 from pyublk.params import Params
 from pyublk.uapi import ControlCommand, DeviceStatus, Feature
 
@@ -78,17 +79,6 @@ class DeviceInfo:
 def _check_id(device: int | None) -> None:
     if device is not None and not 0 <= whole("device id", device) < uapi.MAX_DEVICES:
         raise ValueError(f"device id must be 0 to {uapi.MAX_DEVICES - 1}, not {device}")
-
-
-def check_wish(*, queues: int, depth: int, id: int | None) -> None:
-    """Raises ValueError for what no kernel would add."""
-    _check_id(id)
-    whole("queues", queues)
-    whole("depth", depth)
-    if not 1 <= queues <= uapi.MAX_QUEUES:
-        raise ValueError(f"queues must be 1 to {uapi.MAX_QUEUES}, not {queues}")
-    if not 1 <= depth <= uapi.MAX_QUEUE_DEPTH:
-        raise ValueError(f"depth must be 1 to {uapi.MAX_QUEUE_DEPTH}, not {depth}")
 
 
 def _check_granted(info: DeviceInfo, *, queues: int, flags: Feature) -> None:
@@ -236,6 +226,10 @@ class Controller:
         try:
             return run(payload=payload)
         except OSError as error:
+            if error.errno == errno.ENODEV and not self._exists(device):
+                raise errors.command_error(
+                    command, errno.ENODEV, device=device, missing=True
+                ) from None
             if error.errno != errno.EINVAL or not self._wants_its_name(device):
                 raise
         path = _named(device)
@@ -244,6 +238,16 @@ class Controller:
         if payload is not None:
             payload[:] = whole[len(path) :]
         return result
+
+    def _exists(self, device: int) -> bool:
+        """Some commands answer ENODEV also for a device that is not started."""
+        try:
+            self._run(ControlCommand.GET_DEV_INFO, device, payload=bytearray(64))
+        except errors.DeviceNotFound:
+            return False
+        except OSError:
+            pass
+        return True
 
     def _wants_its_name(self, device: int) -> bool:
         try:
@@ -257,12 +261,13 @@ class Controller:
         self,
         *,
         queues: int = 1,
-        depth: int = 128,
-        max_io_size: int = 512 * 1024,
+        depth: int = DEFAULT_DEPTH,
+        max_io_size: int = DEFAULT_MAX_IO_SIZE,
         flags: Feature = NO_FLAGS,
         id: int | None = None,
         cookie: int = 0,
         guarded: bool = False,
+        clamp_queues: bool = False,
         deadline: float | None = None,
     ) -> DeviceInfo:
         """ADD_DEV: makes the char device; the answer is what the kernel granted.
@@ -271,9 +276,11 @@ class Controller:
         the number of CPUs and clears flags that it does not know, both without a word: then the
         device is deleted again, and OSError (EOPNOTSUPP) says what was dropped. With IO_DESC_SIZE
         descriptors are asked for as large as `Queue` reads them: 24 bytes, all that has a meaning.
-        A `guarded` device is deleted when this process ends, however it ends.
+        A `guarded` device is deleted when this process ends, however it ends (see `guard`).
+        `clamp_queues`: fewer queues than were asked for, one for each CPU, are taken as granted.
         """
-        check_wish(queues=queues, depth=depth, id=id)
+        for name, value in {"queues": queues, "depth": depth, "id": id}.items():
+            DEVICE[name].check(value)
         wish = uapi.ublksrv_ctrl_dev_info(
             nr_hw_queues=queues,
             queue_depth=depth,
@@ -300,11 +307,33 @@ class Controller:
         granted = _device_info(payload)
         self._stopped.discard(granted.id)
         try:
-            _check_granted(granted, queues=queues, flags=flags)
+            least = min(queues, granted.queues) if clamp_queues else queues
+            _check_granted(granted, queues=least, flags=flags)
         except OSError:
             self.delete(granted.id, deadline=deadline)
             raise
         return granted
+
+    def guard(self, device: int, *, deadline: float | None = None) -> None:
+        """From now on the helper process deletes the device when this process ends, however it
+        ends; its server may be another process."""
+        self._guard(device, True, deadline)
+
+    def unguard(self, device: int, *, deadline: float | None = None) -> None:
+        """From now on the helper process leaves the device alone when this process ends; also one
+        that `Device` made."""
+        self._guard(device, False, deadline)
+
+    def _guard(self, device: int, guarded: bool, deadline: float | None) -> None:
+        info = self.info(device, deadline=deadline)
+        limit = self.deadline if deadline is None else deadline
+        result = self.helper.guard(device, info.cookie, guarded, deadline=limit)
+        if result < 0:
+            raise OSError(
+                -result,
+                f"the helper process did not take up what was said of device {device}: "
+                f"{os.strerror(-result)}; say it again",
+            )
 
     def _who_has(self, id: int) -> str:
         with suppress(OSError):

@@ -12,12 +12,12 @@ from contextlib import suppress
 from enum import StrEnum
 from functools import partial
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Self, Unpack
 
 from pyublk import errors
 from pyublk._native import process, this_thread
-from pyublk.arguments import seconds, whole
-from pyublk.control import DeviceInfo, check_wish
+from pyublk.arguments import whole
+from pyublk.control import DeviceInfo
 from pyublk.interruptions import (
     LOOK_FOR_SIGNALS,
     Signalled,
@@ -26,10 +26,10 @@ from pyublk.interruptions import (
     signals_raised,
 )
 from pyublk.launch import fill_descriptors
-from pyublk.lifecycle import Lifecycle, Wish, handler_timeout
+from pyublk.lifecycle import Lifecycle, handler_timeout
+from pyublk.options import DEVICE, DeviceOptions, complete, documented
 from pyublk.params import Params
-from pyublk.paths import DataPath, PathChoice, named_path
-from pyublk.scheduling import Affinity, checked_affinity
+from pyublk.paths import PathChoice
 from pyublk.sharing import SharedMemory, check_share
 from pyublk.stats import DeviceStats
 from pyublk.target import Target
@@ -52,6 +52,7 @@ class DeviceState(StrEnum):
     STOPPED = "stopped"
 
 
+@documented(DEVICE)
 class Device:
     """A target served as `/dev/ublkbN`.
 
@@ -63,36 +64,7 @@ class Device:
 
     Args:
         target: what to serve; its methods decide how (see `Target`).
-        queues: hardware queues, each with its own thread. More than CPUs are refused.
-        depth: requests in flight per queue, 1 to 4096.
-        id: the N in `/dev/ublkbN`; None takes the lowest free.
-        max_io_size: bytes of the largest request and of each tag's buffer; a multiple of 4096 up
-            to 32 MiB. Kernels before 6.18 split at 1280 KiB whatever is asked, later ones at 4 MiB.
-        workers: threads that run the handlers of a sync `parallel` target, beside the queues'
-            own threads; for handlers that block. 0: the queues' threads run them.
-        path: how the data travels (`pyublk.DataPath`); "auto" takes the best that target and kernel
-            can; another one that the kernel lacks is refused (FeatureMissing).
-        batch: whether commands carry many tags (Linux 7.0); None where the kernel can.
-        threads: threads that serve each queue together (Linux 6.16), for targets whose calls may
-            run at once; the handlers of a `serial` or `per_queue` target still take turns.
-        partition_scan: whether the kernel looks for partitions when the disk starts. False (Linux
-            7.0) keeps it from reading what an image says of itself; BLKRRPART, which
-            `blockdev --rereadpt` calls, looks for them later.
-        shared_memory: whether memory can be shared with clients (`share`; Linux 7.1).
-        trim_after: seconds without a request after which a queue gives the memory of its buffers
-            back to the kernel, until it needs it again (at most twice as many, since it looks once
-            in that time); None: never. Not with several `threads`.
-        affinity: "auto" keeps each queue's thread to the CPUs whose requests it gets (the kernel
-            allocates its buffers on their NUMA node, on first use); a sequence of CPU sets, one
-            for each queue; or None, the scheduler's choice.
-        preempt: whether a request that arrives may take the CPU from a client that runs on it. Not
-            doing so (SCHED_BATCH, where the process has no policy of its own) lets requests gather
-            while clients send more, and be served together.
-        io_scheduler: the kernel's I/O scheduler for the disk, such as "mq-deadline"; "auto": none,
-            but for a zoned disk, which keeps what the kernel chose; None: what the kernel chose.
-        stop_timeout: seconds without progress after which `stop` gives a hanging handler up; at
-            least the target's `max_stall`.
-        deadline: seconds for each control command.
+        **options: see `pyublk.options.DeviceOptions`.
 
     With `with`, the disk is usable inside the block and deleted at its end. With `async with`, an
     async target is served on the running event loop, which several devices may share.
@@ -101,54 +73,14 @@ class Device:
     # Where __del__ finds them when an interpreter that ends has taken this module apart already.
     _NOTHING_OPEN = (DeviceState.CREATED, DeviceState.STOPPED)
 
-    def __init__(
-        self,
-        target: Target,
-        *,
-        queues: int = 1,
-        depth: int = 128,
-        id: int | None = None,
-        max_io_size: int = 512 * 1024,
-        workers: int = 0,
-        path: DataPath | str = "auto",
-        batch: bool | None = None,
-        threads: int = 1,
-        trim_after: float | None = 60.0,
-        partition_scan: bool = True,
-        shared_memory: bool = False,
-        affinity: Affinity = "auto",
-        preempt: bool = False,
-        io_scheduler: str | None = "auto",
-        stop_timeout: float = 10.0,
-        deadline: float = 30.0,
-    ) -> None:
+    def __init__(self, target: Target, **options: Unpack[DeviceOptions]) -> None:
         self._state = DeviceState.CREATED
-        check_wish(queues=queues, depth=depth, id=id)
-        _check_sizes(max_io_size, threads, depth)
-        if path != "auto":
-            named_path(path, tuple(DataPath))  # which of them it takes, it says when it is open
-        wish = Wish(
-            queues=queues,
-            depth=depth,
-            id=id,
-            max_io_size=max_io_size,
-            workers=workers,
-            path=path,
-            batch=batch,
-            threads=threads,
-            trim_after=trim_after,
-            partition_scan=partition_scan,
-            shared_memory=shared_memory,
-            affinity=checked_affinity(affinity, queues),
-            preempt=preempt,
-            io_scheduler=io_scheduler,
-            deadline=seconds("deadline", deadline),
-        )
+        asked = complete(options)
         self.target = target
-        self._life = Lifecycle(target, wish)
+        self._life = Lifecycle(target, asked)
         self._session = self._life.session
-        self._shares_memory = shared_memory
-        self._stop_timeout = seconds("stop_timeout", stop_timeout, zero=True)
+        self._shares_memory = asked["shared_memory"]
+        self._stop_timeout = asked["stop_timeout"]
         self._prepare()
 
     def _prepare(self) -> None:
@@ -508,18 +440,6 @@ class Device:
             stacklevel=2,
         )
         self._finish_quietly()
-
-
-def _check_sizes(max_io_size: int, threads: int, depth: int) -> None:
-    """Raises ValueError for what no disk can have."""
-    whole("max_io_size", max_io_size)
-    whole("threads", threads)
-    if max_io_size % 4096 or not 4096 <= max_io_size <= 32 << 20:
-        raise ValueError(
-            f"max_io_size must be a multiple of 4096 from 4096 to {32 << 20}, not {max_io_size}"
-        )
-    if not 1 <= threads <= depth:
-        raise ValueError(f"threads must be 1 to the depth, {depth}, not {threads}")
 
 
 def _caller() -> str:

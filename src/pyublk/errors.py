@@ -9,6 +9,7 @@
         ├── DeviceClosed        you: it was not started yet, or stopped already
         ├── DeviceBusy          somebody else uses it
         ├── DeviceLost          the world: the device or its node went away
+        ├── DeviceNotFound      there is no such device (also an OSError, ENODEV)
         ├── FeatureMissing      this kernel, or these rights, lack it
         ├── HandlerTimeout      a target's handler never returned (also a TimeoutError)
         ├── InvalidTarget       this class cannot be served (also a TypeError)
@@ -42,6 +43,10 @@ class DeviceBusy(UblkError):
 
 class DeviceLost(UblkError):
     """The device went away under its server."""
+
+
+class DeviceNotFound(UblkError, OSError):
+    """There is no such device, or not any more; `errno` is ENODEV."""
 
 
 class FeatureMissing(UblkError):
@@ -84,29 +89,43 @@ def _described(error: int) -> str:
     return f"{os.strerror(error)} ({errno.errorcode.get(error, error)})"
 
 
-def _refusal(error: int, message: str, whose: str, remedy: str) -> OSError:
-    refusal = OSError(error, message)
+def _refusal(
+    error: int, message: str, whose: str, remedy: str, kind: type[OSError] = OSError
+) -> OSError:
+    refusal = kind(error, message)
     refusal.add_note(f"Cause: {whose}.")
     refusal.add_note(f"What to do: {remedy}.")
     return refusal
 
 
 def command_error(
-    command: ControlCommand, error: int, *, device: int | None, detail: str = ""
+    command: ControlCommand,
+    error: int,
+    *,
+    device: int | None,
+    detail: str = "",
+    missing: bool = False,
 ) -> OSError:
     """The OSError for a control command that failed with errno `error`.
 
     `device` None is a device still to be made. `detail`, where the caller knows better, takes the
     place of the usual cause; after a deadline it comes before it. A passed deadline is a
-    TimeoutError, whether the errno says ETIME or ETIMEDOUT.
+    TimeoutError, whether the errno says ETIME or ETIMEDOUT. ENODEV is a DeviceNotFound, unless it
+    may have another cause, and the device is not known to be `missing`.
     """
     if error == errno.ETIME:
         error = errno.ETIMEDOUT
-    cause, whose, remedy = usual_cause(command, error)
+    cause, whose, remedy = usual_cause(None if missing else command, error)
     if detail:
         cause = f"{detail}; {cause}" if error == errno.ETIMEDOUT else detail
     message = f"{_subject(command, device)}: {_described(error)}: {cause}"
-    return _refusal(error, message, whose, remedy)
+    kind = DeviceNotFound if cause == usual_cause(None, errno.ENODEV)[0] else OSError
+    return _refusal(error, message, whose, remedy, kind)
+
+
+def device_not_found(device: int, others: str = "") -> DeviceNotFound:
+    """For a device that is not there; `others` tells which ones are."""
+    return DeviceNotFound(errno.ENODEV, f"there is no device {device}{others}")
 
 
 def _subject(command: ControlCommand, device: int | None) -> str:
@@ -215,9 +234,14 @@ def node_missing_error(path: str, proc: Path = Path("/proc"), sys: Path = Path("
     place = "class/ublk-char" if "ublkc" in path else "class/block"
     kind = kind_of_dev(proc)
     if not (sys / place / os.path.basename(path)).exists():
-        cause, whose = "the kernel knows no such device any more", OTHER
-        remedy = "see the kernel's log (dmesg), and `pyublk list`"
-    elif kind == "devtmpfs":
+        return _refusal(
+            errno.ENODEV,
+            f"{path} did not appear: the kernel knows no such device any more",
+            OTHER,
+            "see the kernel's log (dmesg), and `pyublk list`",
+            DeviceNotFound,
+        )
+    if kind == "devtmpfs":
         cause, whose = "/dev is a devtmpfs, and the kernel has made the device", OTHER
         remedy = "see who removes nodes from /dev"
     else:

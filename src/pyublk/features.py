@@ -75,6 +75,43 @@ _PRIVILEGED = (
 )
 
 
+_RECOVERY = (
+    Feature.USER_RECOVERY
+    | Feature.USER_RECOVERY_REISSUE
+    | Feature.USER_RECOVERY_FAIL_IO
+    | Feature.QUIESCE
+)
+_DATA_PATHS = (
+    Feature.NEED_GET_DATA
+    | Feature.USER_COPY
+    | Feature.SUPPORT_ZERO_COPY
+    | Feature.AUTO_BUF_REG
+    | Feature.BATCH_IO
+)
+#: Flags that are not a target's to ask for: why, and what to do.
+_NOT_A_TARGETS: dict[Feature, str] = {
+    _RECOVERY: (
+        "a device that outlives its server needs one that recovers it, which Device does not do "
+        "yet: leave it out, or serve by hand (Controller.add, docs/by-hand.md)"
+    ),
+    Feature.UNPRIVILEGED_DEV: (
+        "whose device it is depends on who makes it: leave it out, or serve by hand "
+        "(Controller.add, docs/by-hand.md)"
+    ),
+    _DATA_PATHS: "how data travels is the user's choice: name the ways in `paths` instead",
+    Feature.NO_AUTO_PART_SCAN: "it is the user's choice: pass Device(partition_scan=False)",
+    Feature.SHMEM_ZC: "it is the user's choice: pass Device(shared_memory=True)",
+}
+
+
+def why_not_needed(needs: Feature) -> str | None:
+    """Why a target cannot need one of these features, in a sentence; None: it can need them all."""
+    for flags, reason in _NOT_A_TARGETS.items():
+        if wrong := flags & needs:
+            return f"{_names(wrong, 'and')}: {reason}"
+    return None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureInfo:
     """One feature, as a row of a table.

@@ -7,14 +7,13 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
 
 from pyublk import errors
 from pyublk.kernel_disk import KernelDisk
-from pyublk.paths import DataPath, PathChoice, choose_path
+from pyublk.options import DeviceOptions, number_of_queues
+from pyublk.paths import PathChoice, choose_path
 from pyublk.queue_servers import OwnThreads
-from pyublk.scheduling import choose_io_scheduler
+from pyublk.scheduling import checked_affinity, choose_io_scheduler
 from pyublk.session import Session
 from pyublk.sharing import Sharing
 from pyublk.stats import DeviceStats
@@ -22,50 +21,28 @@ from pyublk.target import Target
 from pyublk.uapi import ControlCommand, Feature
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
-    """What a disk was asked to be: the arguments of `Device`, checked."""
-
-    queues: int
-    depth: int
-    id: int | None
-    max_io_size: int
-    workers: int
-    path: DataPath | str
-    batch: bool | None
-    threads: int
-    trim_after: float | None
-    partition_scan: bool
-    shared_memory: bool
-    affinity: Literal["auto"] | list[frozenset[int]] | None
-    preempt: bool
-    io_scheduler: str | None
-    deadline: float
-
-    @property
-    def needed(self) -> Feature:
-        """The device features that such a disk cannot do without."""
-        needed = Feature(0) if self.partition_scan else Feature.NO_AUTO_PART_SCAN
-        return needed | Feature.SHMEM_ZC if self.shared_memory else needed
-
-
 class Lifecycle:
     """Takes each step once, in this order: `configure`, `begin_serving`, `go_live`, `stop`,
     `release`. Who takes them, and when, is the `Device`'s business."""
 
-    def __init__(self, target: Target, wish: Wish) -> None:
+    def __init__(self, target: Target, asked: DeviceOptions) -> None:
+        depth, threads = asked["depth"], asked["threads"]
+        if threads > depth:
+            raise ValueError(f"threads must be 1 to the depth, {depth}, not {threads}")
         self.session = Session(
             target,
-            threads=wish.threads,
-            workers=wish.workers,
-            shared_memory=wish.shared_memory,
-            trim_after=wish.trim_after,
-            provider=OwnThreads(preempt=wish.preempt),
+            threads=threads,
+            workers=asked["workers"],
+            shared_memory=asked["shared_memory"],
+            trim_after=asked["trim_after"],
+            provider=OwnThreads(preempt=asked["preempt"]),
         )
         self.kernel: KernelDisk | None = None
         self.sharing: Sharing | None = None
         self.choice: PathChoice | None = None
-        self._wish = wish
+        self._asked = asked
+        self._queues = number_of_queues(asked)
+        self._affinity = checked_affinity(asked["affinity"], self._queues)
         self._final_stats: DeviceStats | None = None
 
     def disk(self) -> KernelDisk:
@@ -80,30 +57,30 @@ class Lifecycle:
 
     def configure(self) -> None:
         """Opens the target, and adds a device of the kernel's that fits it."""
-        wish = self._wish
-        kernel = self.kernel = KernelDisk(deadline=wish.deadline)
+        asked = self._asked
+        kernel = self.kernel = KernelDisk(deadline=asked["deadline"])
         profile = self.session.open_target()
         features = kernel.features()
-        if wish.threads > 1:
+        if asked["threads"] > 1:
             features.require(Feature.PER_IO_DAEMON)
         choice = self.choice = choose_path(
             profile.paths,
             features,
-            path=wish.path,
-            batch=wish.batch,
-            depth=wish.depth,
-            needed=profile.needs | wish.needed,
+            path=asked["path"],
+            batch=asked["batch"],
+            depth=asked["depth"],
+            needed=profile.needs | _needed(asked),
         )
         zero_copy = Feature.SUPPORT_ZERO_COPY in choice.flags
-        params = profile.params(wish.max_io_size, zero_copy=zero_copy)
+        params = profile.params(asked["max_io_size"], zero_copy=zero_copy)
         device = kernel.add(
-            queues=wish.queues,
-            depth=wish.depth,
-            max_io_size=wish.max_io_size,
-            id=wish.id,
+            queues=self._queues,
+            depth=asked["depth"],
+            max_io_size=asked["max_io_size"],
+            id=asked["id"],
             flags=choice.flags,
         )
-        if wish.shared_memory:
+        if asked["shared_memory"]:
             by_handler = weakref.WeakMethod(self.session.runs_here)
             self.sharing = Sharing(kernel.controller, device.id, by_handler)
         kernel.set_params(params)
@@ -122,7 +99,7 @@ class Lifecycle:
         )
 
     def _cpus_of(self, queues: list[int]) -> frozenset[int] | None:
-        affinity = self._wish.affinity
+        affinity = self._affinity
         if affinity is None:
             return None
         if affinity != "auto":
@@ -131,7 +108,7 @@ class Lifecycle:
 
     def go_live(self) -> None:
         """START_DEV, once every tag is fetched; returns when the disk can be used."""
-        kernel, deadline = self.disk(), self._wish.deadline
+        kernel, deadline = self.disk(), self._asked["deadline"]
         until = time.monotonic() + deadline
         if not self.session.primed(deadline):
             raise errors.InternalError(f"a queue was not primed within {deadline:g} s")
@@ -140,7 +117,7 @@ class Lifecycle:
         self.session.raise_error()
         kernel.await_node(until, self._raise_if_over)
         zoned = Feature.ZONED in kernel.info.flags
-        scheduler = self._wish.io_scheduler
+        scheduler = self._asked["io_scheduler"]
         if scheduler is not None and not (zoned and scheduler == "auto"):
             choose_io_scheduler(kernel.info.path, scheduler, deadline)
         kernel.refresh()
@@ -156,7 +133,7 @@ class Lifecycle:
         `patience` seconds without progress, or when it is `enough`."""
         if self.kernel is None or not self.kernel.exists:
             return []
-        deadline = self._wish.deadline
+        deadline = self._asked["deadline"]
         return stop_serving(
             self.kernel, self.session, patience=patience, deadline=deadline, enough=enough
         )
@@ -175,6 +152,12 @@ class Lifecycle:
                 kernel.close()
             self._final_stats = self.stats()
             session.dismiss()
+
+
+def _needed(asked: DeviceOptions) -> Feature:
+    """The device features that such a disk cannot do without."""
+    needed = Feature(0) if asked["partition_scan"] else Feature.NO_AUTO_PART_SCAN
+    return needed | Feature.SHMEM_ZC if asked["shared_memory"] else needed
 
 
 def stop_serving(

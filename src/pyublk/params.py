@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, Self, TypeVar
 
+from pyublk.arguments import DEFAULT_MAX_IO_SIZE
 from pyublk.uapi import (
     MIN_SEGMENT_SIZE,
     SECTOR_SIZE,
@@ -113,7 +114,7 @@ class Basic:
     physical_block_size: int = 0
     io_min: int = 0
     io_opt: int = 0
-    max_io_size: int = 512 * 1024
+    max_io_size: int = DEFAULT_MAX_IO_SIZE
     chunk_size: int = 0
     read_only: bool = False
     rotational: bool = False

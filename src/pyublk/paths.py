@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from pyublk.arguments import DEFAULT_DEPTH
 from pyublk.errors import FeatureMissing
 from pyublk.features import Features, check_together
 from pyublk.uapi import Feature
@@ -66,7 +67,7 @@ def choose_path(
     *,
     path: DataPath | str = "auto",
     batch: bool | None = None,
-    depth: int = 128,
+    depth: int = DEFAULT_DEPTH,
     needed: Feature = _NOTHING,
     why: str = "",
 ) -> PathChoice:

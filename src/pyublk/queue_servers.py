@@ -14,7 +14,7 @@ from typing import Protocol
 
 from pyublk._native import Buffers, Queue, process, this_thread
 from pyublk.errors import InternalError
-from pyublk.scheduling import keep_to, never_interrupt
+from pyublk.scheduling import NamedThread, keep_to, never_interrupt
 
 #: Seconds between two rounds of `refuse`.
 ROUND = 0.01
@@ -124,7 +124,7 @@ class ServingThread(QueueServer):
     def __init__(self, task: ServingTask, *, preempt: bool) -> None:
         super().__init__(task)
         # A daemon: a handler that hangs must not keep the process from ending.
-        threading.Thread(target=self._run, args=(preempt,), name=task.name, daemon=True).start()
+        NamedThread(target=self._run, args=(preempt,), name=task.name, daemon=True).start()
 
     def _run(self, preempt: bool) -> None:
         task = self._task

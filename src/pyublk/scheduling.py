@@ -14,13 +14,19 @@ small request a quarter more (docs/tuning.md has the figures); to undo one alone
 import errno
 import logging
 import os
-from collections.abc import Iterable, Sequence
+import re
+import threading
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from pyublk._native import write_in_child
+from pyublk._native import name_thread, write_in_child
+from pyublk.arguments import whole
 
 log = logging.getLogger("pyublk.scheduling")
+
+#: What the kernel keeps of a thread's name (TASK_COMM_LEN, without the 0 at its end).
+_NAME_BYTES = 15
 
 Affinity = Literal["auto"] | Sequence[Iterable[int]] | None
 
@@ -29,21 +35,82 @@ Affinity = Literal["auto"] | Sequence[Iterable[int]] | None
 PATIENCE = 1.0
 
 
+class NamedThread(threading.Thread):
+    """A thread whose name the kernel knows, too, for `ps -L`, tracing and `pyublk info`."""
+
+    def run(self) -> None:
+        name_thread(self.name)
+        super().run()
+
+
+def queue_thread_name(device: int, queues: Collection[int]) -> str:
+    """What a thread that serves these queues of a device is called: ublk3-q0, or ublk3-q0-2.
+
+    The kernel keeps 15 bytes of a name: one that would be cut into another's names no queue.
+    """
+    first, last = min(queues), max(queues)
+    name = f"ublk{device}-q{first}" if first == last else f"ublk{device}-q{first}-{last}"
+    return name if len(name) <= _NAME_BYTES else f"ublk{device}-serve"
+
+
+def queue_threads(pid: int, device: int, proc: Path = Path("/proc")) -> dict[int, list[int]]:
+    """The threads of a process that serve each queue of a device, by their names.
+
+    A thread that was started by one of them and has no name of its own has theirs.
+    """
+    found: dict[int, list[int]] = {}
+    for task in sorted((proc / f"{pid}/task").glob("[0-9]*"), key=lambda task: int(task.name)):
+        try:
+            match = re.fullmatch(
+                rf"ublk{device}-q(\d+)(?:-(\d+))?", (task / "comm").read_text().strip()
+            )
+        except OSError:  # it has ended, or is not ours to look at
+            continue
+        if match is not None:
+            for queue in range(int(match[1]), int(match[2] or match[1]) + 1):
+                found.setdefault(queue, []).append(int(task.name))
+    return found
+
+
 def checked_affinity(
-    affinity: Affinity, queues: int
+    affinity: Affinity, queues: int | None
 ) -> Literal["auto"] | list[frozenset[int]] | None:
-    """A set of CPUs for each queue. Raises ValueError when it is none of what `Device` takes."""
+    """A set of CPUs for each queue (None: however many there are). Raises ValueError when it is
+    none of what `Device` takes."""
     if affinity is None or affinity == "auto":
         return affinity
-    if isinstance(affinity, str) or not hasattr(affinity, "__len__") or len(affinity) != queues:
+    sized = not isinstance(affinity, str) and hasattr(affinity, "__len__")
+    if not sized or queues not in (None, len(affinity)):
+        each = "each queue" if queues is None else f"each of the {queues} queues"
+        raise ValueError(f"affinity must be 'auto', None, or a set of CPUs for {each}")
+    try:
+        sets = [frozenset(whole("a CPU", cpu, least=0) for cpu in cpus) for cpus in affinity]
+    except TypeError:
         raise ValueError(
-            f"affinity must be 'auto', None, or a set of CPUs for each of the {queues} queues"
-        )
-    sets = [frozenset(cpus) for cpus in affinity]
+            f"affinity must have a set of CPUs for each queue, not {affinity!r}"
+        ) from None
     if frozenset() in sets:
         queue = sets.index(frozenset())
         raise ValueError(f"affinity must name at least one CPU for queue {queue}")
     return sets
+
+
+def parse_affinity(text: str) -> list[list[int]]:
+    """The CPUs of each queue, as the kernel writes CPUs, with colons between the queues: 0-3,8:4-7.
+
+    Raises ValueError.
+    """
+    return [_parse_cpus(part) for part in text.split(":")]
+
+
+def _parse_cpus(text: str) -> list[int]:
+    cpus: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part)
+        if match is None or (match[2] and int(match[2]) < int(match[1])):
+            raise ValueError(f"{text!r} names no CPUs: give such as 0-3,8")
+        cpus.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return sorted(cpus)
 
 
 def keep_to(cpus: frozenset[int]) -> None:

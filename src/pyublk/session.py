@@ -18,6 +18,7 @@ from pyublk.engines import engine_for
 from pyublk.engines.base import Setup
 from pyublk.profile import Profile
 from pyublk.queue_servers import QueueServer, ServingTask, TagSet, ThreadProvider
+from pyublk.scheduling import queue_thread_name
 from pyublk.stats import DeviceStats, QueueStats
 from pyublk.target import Target
 
@@ -145,7 +146,7 @@ class Session:
         )
         for group in [tag_sets] if on_this_loop else engine.groups(tag_sets):
             task = ServingTask(
-                name=f"{name}-q{group[0].queue}",
+                name=queue_thread_name(info.id, [one.queue for one in group]),
                 make_queues=partial(make, group),
                 serve=engine.serve,
                 cpus=None if on_this_loop else cpus_of([one.queue for one in group]),

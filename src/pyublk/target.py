@@ -73,7 +73,8 @@ class Target:
     paths: tuple[DataPath, ...] = (DataPath.COPY, DataPath.USER_COPY, DataPath.GET_DATA)
 
     #: Device features that it cannot do without, beside those of its path. A kernel that lacks one
-    #: refuses the disk, by the feature's name.
+    #: refuses the disk, by the feature's name. What is not the target's choice (recovery, data
+    #: paths, who owns the device) is refused by a sentence (InvalidTarget).
     needs: Feature = Feature(0)
 
     #: Seconds that a request may take with nothing wrong but a part that the target can do without.

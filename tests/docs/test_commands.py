@@ -10,6 +10,7 @@ from pages import PAGES, ROOT
 
 from pyublk import targets
 from pyublk.cli import main
+from pyublk.service.spec import DiskSpec
 
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 
@@ -27,6 +28,9 @@ def parse(words: list[str]) -> click.Context:
 
 def build(params: dict[str, Any]) -> None:
     """Makes the target, if it ships or is an example: opens nothing, but reads its options."""
+    if params["spec"] is not None:
+        DiskSpec.from_toml(params["spec"]).device()
+        return
     name: str = params["target"]
     place, colon, _ = name.rpartition(":")
     if not colon or Path(place).exists():

@@ -1,6 +1,7 @@
 """The command with real disks: what it prints, what it ends with, and what it leaves behind."""
 
 import json
+import mmap
 import os
 import re
 import signal
@@ -27,8 +28,8 @@ from pyublk.cli.failures import ExitCode
 from pyublk.control import DeviceInfo
 from pyublk.service import inventory, logs, stopping
 from pyublk.service.processes import Process, ProcessId, start_time
-from pyublk.service.records import Record, recorded_ids
-from pyublk.uapi import DeviceStatus
+from pyublk.service.records import Record, recorded_ids, run_directory
+from pyublk.uapi import DeviceStatus, Feature
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -83,6 +84,18 @@ class FailsToOpen(Raises):
 class NoRead(pyublk.Target):
     def __init__(self):
         super().__init__(size=1 << 20)
+
+
+class Shares(pyublk.Target):
+    """Tells by what it reads whether the client's own memory is asked for."""
+
+    def __init__(self):
+        super().__init__(size=1 << 20, read_only=True)
+
+    def handle(self, io):
+        shared = io.flags & pyublk.uapi.IOFlag.SHMEM_ZC
+        io.buffer[:] = (b"shared" if shared else b"copied").ljust(len(io.buffer))
+        io.complete()
 
 
 class HangsAt(pyublk.Target):
@@ -308,8 +321,42 @@ def test_all_about_a_disk() -> None:
     assert told["spec"]["target"] == "null"
     assert told["served"]["reads"] >= 1, "add reads the disk before it returns"
     assert "CMD_IOCTL_ENCODE" in told["flags"]
+    [queue] = told["hardware_queues"]
+    assert queue["cpus"] == sorted(os.sched_getaffinity(0))
+    [thread] = queue["threads"]
+    place = Path(f"/proc/{told['server_pid']}/task/{thread}/comm")
+    assert place.read_text() == "ublk7-q0\n"
     assert made["log"] in run_here("info", "7").stdout
     assert run_here("stop", "7").exit_code == 0
+
+
+def test_memory_that_clients_share(controller: pyublk.Controller) -> None:
+    if not controller.features().has(Feature.SHMEM_ZC):
+        done = run_here("add", "disks.py:Shares", "--shared-memory")
+        assert done.exit_code == ExitCode.FAILED
+        assert "SHMEM_ZC is not available: it needs Linux 7.1" in done.stderr
+        return
+    done = run_here("add", "disks.py:Shares", "--shared-memory", "--shared-memory-size", "64K")
+    path = done.stdout.strip()
+    number = path.removeprefix("/dev/ublkb")
+    place = run_directory() / f"{number}.memory"
+    words = f"clients find the memory that they share with {path} at {place}"
+    assert done.stderr == f"pyublk: {words}\n"
+    assert f"shared memory  {place}" in re.sub(" {3,}", "  ", run_here("info", number).stdout)
+    with place.open("r+b") as file, mmap.mmap(file.fileno(), 65536) as memory:
+        disk = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        try:
+            part = memoryview(memory)
+            assert os.preadv(disk, [part[4096:8192]], 0) == 4096
+            part.release()
+            assert memory[4096:4102] == b"shared"
+            with mmap.mmap(-1, 4096) as other:
+                assert os.preadv(disk, [other], 0) == 4096
+                assert other[:6] == b"copied"
+        finally:
+            os.close(disk)
+    assert run_here("stop", number).exit_code == 0
+    assert not place.is_symlink()
 
 
 def test_a_class_of_the_users_with_its_options(place: Path) -> None:
@@ -448,7 +495,6 @@ def test_the_disk_of_another_program(serve: Serve) -> None:
         (["nul"], ExitCode.USAGE, "there is no target 'nul' (did you mean 'null'?)"),
         (["disks.py:NoRead"], ExitCode.USAGE, "NoRead has no read method"),
         (["null", "-o", "colour=red"], ExitCode.USAGE, "Null has no option 'colour'"),
-        (["null", "--id", "9999999"], ExitCode.USAGE, "device id must be 0 to 1048575"),
         (["file", "missing.img"], ExitCode.FAILED, "missing.img does not exist"),
         (["null", "--queues", "4000"], ExitCode.FAILED, "asked for 4000"),
         (["disks.py:FailsToOpen"], ExitCode.PERMISSION, "the vault is closed"),

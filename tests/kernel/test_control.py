@@ -205,7 +205,8 @@ ON_A_DEVICE: dict[str, Callable[[Controller, int], object]] = {
 
 @pytest.mark.parametrize("command", ON_A_DEVICE)
 def test_a_device_that_is_not_there(controller: Controller, command: str) -> None:
-    with pytest.raises(OSError, match=rf"^\[Errno 19\] {command} on device 77: ") as missing:
+    match = rf"^\[Errno 19\] {command} on device 77: "
+    with pytest.raises(pyublk.DeviceNotFound, match=match) as missing:
         ON_A_DEVICE[command](controller, 77)
     assert missing.value.errno == errno.ENODEV
     assert "there is no such device" in str(missing.value)

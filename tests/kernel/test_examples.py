@@ -6,14 +6,18 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import types
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from blocks import Blocks
 
 import pyublk
+from pyublk.uapi import Feature
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -51,6 +55,52 @@ def test_pointer_numba(serve: Serve) -> None:
 
 def test_queue_by_hand() -> None:
     load("queue_by_hand").main(round_trip)
+
+
+def test_mapped_by_hand(tmp_path: Path) -> None:
+    file = tmp_path / "disk.img"
+    file.write_bytes(bytes(1 << 20))
+    threads: set[str] = set()
+
+    def use(path: str) -> None:
+        threads.update(thread.name for thread in threading.enumerate())
+        busy(path, 1 << 20)
+        with Blocks(path) as disk:
+            disk.write(b"through".ljust(4096), 65536)
+
+    load("mapped_by_hand").main(str(file), use)
+    assert len(threads) == 2, "this one, and one for all queues"
+    assert file.read_bytes()[65536:65543] == b"through"
+
+
+def test_threads_by_hand(controller: pyublk.Controller) -> None:
+    if not controller.features().has(Feature.PER_IO_DAEMON):
+        pytest.skip("needs Linux 6.16")
+    example = load("threads_by_hand")
+    answer, by = example.answer, Counter[int]()
+
+    def counted(io: pyublk.IO) -> None:
+        by[threading.get_ident()] += 1
+        answer(io)
+
+    example.serve.__globals__["answer"] = counted
+    example.main(lambda path: busy(path, 16 << 20))
+    assert len(by) == example.THREADS, by
+
+
+def busy(path: str, size: int) -> None:
+    """Several clients at once write and read back what is theirs."""
+
+    def client(number: int, count: int = 4) -> None:
+        with Blocks(path) as disk:
+            share = size // count
+            for at in range(number * share, number * share + 64 * 4096, 4096):
+                data = os.urandom(4096)
+                disk.write(data, at)
+                assert disk.read(4096, at) == data
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(client, range(4)))
 
 
 @pytest.mark.parametrize("name", ["rot13", "async_disk"])

@@ -363,3 +363,69 @@ def write_a_block(path: str) -> None:
             os.fsync(disk.fileno())
         except OSError:
             return
+
+
+GUARD = """
+with pyublk.Controller() as controller:
+    info = controller.add(guarded=%s, cookie=77)
+    controller.%s(info.id)
+    tell(info.id)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("replaced", [False, True], ids=["", "replaced"])
+@pytest.mark.parametrize("guarded", [False, True], ids=["unguard", "guard"])
+def test_a_program_decides_whether_its_device_is_kept(
+    controller: pyublk.Controller, guarded: bool, replaced: bool
+) -> None:
+    with Server(GUARD % (not guarded, "guard" if guarded else "unguard")) as server:
+        device = int(server.line())
+        if replaced:  # the next one knows what the first was told
+            [first] = helpers_of(server.pid)
+            os.kill(first, signal.SIGKILL)
+            if guarded:
+                until(lambda: set(helpers_of(server.pid)) - {first}, 20, "there is another")
+        helpers = helpers_of(server.pid)
+        server.send(signal.SIGKILL)
+        server.ended()
+        until(lambda: all(ended(helper) for helper in helpers), what="the helper ends")
+        if guarded:
+            until(lambda: device_is_gone(controller, device), what="it is deleted")
+        else:
+            assert controller.info(device).cookie == 77
+            controller.delete(device)
+
+
+def test_a_disk_that_outlives_its_program_is_left_alone(controller: pyublk.Controller) -> None:
+    program = """
+disk = pyublk.Device(Memory(MIB))
+disk.start()
+with pyublk.Controller() as controller:
+    controller.unguard(disk.id)
+tell(disk.id)
+sys.stdin.read()
+"""
+    with Server(program) as server:
+        device = int(server.line())
+        server.send(signal.SIGKILL)
+        server.ended()
+        until(lambda: controller.info(device).status is DeviceStatus.DEAD, 60, "its server ended")
+        controller.delete(device)
+
+
+def test_a_device_that_is_not_there_is_not_guarded(controller: pyublk.Controller) -> None:
+    with pytest.raises(pyublk.DeviceNotFound):
+        controller.guard(77)
+    with pytest.raises(pyublk.DeviceNotFound):
+        controller.unguard(77)
+
+
+def test_as_many_queues_as_there_are_cpus(controller: pyublk.Controller) -> None:
+    info = controller.add(queues=4096, depth=1, max_io_size=4096, clamp_queues=True)
+    try:
+        assert os.cpu_count() <= info.queues < 4096
+    finally:
+        controller.delete(info.id)
+    with pytest.raises(OSError, match="asked for 4096"):
+        controller.add(queues=4096, depth=1, max_io_size=4096)

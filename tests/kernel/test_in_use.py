@@ -198,6 +198,20 @@ def test_who_writes_is_asked_and_who_reads_is_not(serve: Serve) -> None:
         stopped(path)
 
 
+def test_a_safe_stop_asks_readers_too(serve: Serve, controller: pyublk.Controller) -> None:
+    path = serve(Ram(size=MIB)).path
+    if not controller.features().has(Feature.SAFE_STOP_DEV):
+        done = command("stop", "--safe", path)
+        assert done.exit_code == ExitCode.FAILED
+        assert "SAFE_STOP_DEV is not available: it needs Linux 7.0" in done.stderr
+        return
+    with held(path, os.O_RDONLY):
+        assert refused("stop", "--safe", path) == f"{path} is open in {ME}"
+        assert disks() == [int(path.removeprefix("/dev/ublkb"))]
+    done = command("stop", "--safe", path)
+    assert (done.exit_code, done.stderr) == (0, "")
+
+
 def test_a_kernel_that_can_stops_only_what_nobody_opened_since(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, controller: pyublk.Controller
 ) -> None:

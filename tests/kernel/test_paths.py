@@ -189,7 +189,9 @@ def test_idle_buffers_go_back_to_the_kernel(serve: Serve) -> None:
     verified(disk.path, rw="randwrite", bs="1m", size="8m", iodepth=8)
     until(lambda: touched() == before, what="the buffers are given back")
     verified(disk.path, rw="randwrite", bs="4k", size="1m", iodepth=8)
-    with pytest.raises(ValueError, match="trim_after must be positive seconds or None, not 0"):
+    with pytest.raises(
+        ValueError, match="trim_after must be a number of seconds above 0 or None, not 0"
+    ):
         Device(Sync(), trim_after=0)
 
 

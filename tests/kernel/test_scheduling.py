@@ -9,7 +9,7 @@ from threading import Event
 import pytest
 
 import pyublk
-from pyublk.scheduling import io_scheduler
+from pyublk.scheduling import io_scheduler, queue_threads
 from pyublk.targets import Null, Zoned
 from tests.kernel.blocks import Blocks
 from tests.kernel.conftest import Serve
@@ -122,3 +122,18 @@ def test_cpus_that_this_machine_has_not(serve: Serve) -> None:
     words = r"a queue's thread cannot be kept to CPUs \[8191\]: Invalid argument; this process may"
     with pytest.raises(OSError, match=words):
         serve(Null(size=1 << 30), affinity=[[8191]])
+
+
+def test_which_thread_serves_a_queue_can_be_told_from_outside(serve: Serve) -> None:
+    disk = serve(Null(size=1 << 30), queues=2)
+    assert queue_threads(os.getpid(), disk.id) == {
+        queue: [thread] for queue, thread in enumerate(threads(disk))
+    }
+
+
+def test_a_queue_for_each_of_the_cpus(serve: Serve) -> None:
+    cpus = os.cpu_count() or 1
+    assert serve(Null(size=1 << 30), queues="max").info().queues == cpus
+    assert serve(Null(size=1 << 30), queues=cpus + 3, clamp_queues=True).info().queues == cpus
+    with pytest.raises(OSError, match=f"asked for 4096, the kernel granted .*at most {cpus}"):
+        serve(Null(size=1 << 30), queues=4096, depth=1)

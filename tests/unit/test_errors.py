@@ -122,6 +122,7 @@ def assert_says(error: OSError, cause: str, whose: str, remedy: str) -> None:
 )
 def test_a_refusal_with_a_cause_of_its_own(command: ControlCommand, number: int) -> None:
     error = errors.command_error(command, number, device=3)
+    assert not isinstance(error, errors.DeviceNotFound)
     where = "" if command is C.GET_FEATURES else " on device 3"
     name = errno.errorcode[number]
     assert str(error).startswith(
@@ -161,6 +162,17 @@ def test_the_whole_of_one_refusal() -> None:
         "What to do: set the parameters first, and open the char device in the process that "
         "serves.",
     ]
+
+
+def test_a_device_that_is_not_there() -> None:
+    error = errors.command_error(C.STOP_DEV, errno.ENODEV, device=3)
+    assert isinstance(error, errors.DeviceNotFound)
+    assert error.errno == errno.ENODEV
+    error = errors.command_error(C.QUIESCE_DEV, errno.ENODEV, device=3)
+    assert type(error) is OSError
+    error = errors.command_error(C.QUIESCE_DEV, errno.ENODEV, device=3, missing=True)
+    assert isinstance(error, errors.DeviceNotFound)
+    assert "QUIESCE_DEV on device 3: No such device (ENODEV): there is no such device" in str(error)
 
 
 def test_a_device_that_is_still_to_be_made() -> None:
@@ -339,6 +351,7 @@ def test_the_tree() -> None:
         "DeviceClosed",
         "DeviceBusy",
         "DeviceLost",
+        "DeviceNotFound",
         "FeatureMissing",
         "HandlerTimeout",
         "InvalidTarget",
@@ -351,7 +364,7 @@ def test_the_tree() -> None:
     assert issubclass(errors.InvalidTarget, TypeError)
     assert issubclass(errors.StaleIO, ValueError)
     kernel_like = [name for name, value in own.items() if issubclass(value, OSError)]
-    assert kernel_like == ["HandlerTimeout"]
+    assert kernel_like == ["DeviceNotFound", "HandlerTimeout"]
 
 
 def test_a_missing_feature_keeps_its_parts() -> None:
@@ -382,7 +395,7 @@ def test_a_node_that_does_not_appear(
     if known:
         place.mkdir(parents=True)
     error = errors.node_missing_error(f"/dev/{node}", tmp_path, tmp_path)
-    assert error.errno == errno.ENOENT
+    assert isinstance(error, FileNotFoundError if known else errors.DeviceNotFound)
     assert str(error.strerror).startswith(f"/dev/{node} did not appear: ")
     assert words in str(error)
     assert remedy in error.__notes__[1]

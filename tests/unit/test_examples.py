@@ -70,4 +70,5 @@ def test_pointer_numba(ublk_disk: Callable[..., Disk]) -> None:
 def test_no_example_is_forgotten() -> None:
     """A new example needs a test here, or in the kernel suite."""
     named = {"rot13", "async_disk", "pointer_ctypes", "pointer_cffi", "pointer_numba", "protected"}
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == named | {"queue_by_hand"}
+    by_hand = {"queue_by_hand", "mapped_by_hand", "threads_by_hand"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == named | by_hand

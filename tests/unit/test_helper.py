@@ -77,6 +77,17 @@ def test_one_for_all_who_ask_and_none_afterwards(node: int) -> None:
     assert os.listdir("/proc/self/fd") == before
 
 
+def test_it_answers_when_it_is_told_whom_to_guard(node: int) -> None:
+    helper = Helper(node)
+    pid = helper.pid
+    assert helper.guard(7, 77, True, deadline=20) == 0
+    assert helper.guard(7, 77, False, deadline=20) == 0
+    assert helper.guard(8, 77, False, deadline=20) == 0
+    assert helper.pid == pid
+    del helper
+    until(lambda: over(pid))
+
+
 def test_nobody_meets_it_in_a_wait() -> None:
     program = """
 seen = []

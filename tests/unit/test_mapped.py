@@ -6,10 +6,12 @@ import gc
 import json
 import os
 import random
+import select
 import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,8 +19,7 @@ from pathlib import Path
 import pytest
 
 import pyublk
-from pyublk import MappedTarget
-from pyublk._native import Layout, MappedQueue
+from pyublk import Layout, MappedQueue, MappedTarget, Mapper
 from pyublk.targets import File, Linear, Mirror, Slice, Stripe, copying
 from pyublk.targets.record import LegState
 from pyublk.testing import Disk
@@ -898,6 +899,69 @@ def begin_a_read(reader: int) -> MappedQueue:
     queue.serve_mapped()
     fail.join(30)
     return queue
+
+
+def test_one_thread_serves_several_queues_with_a_poller(tmp_path: Path) -> None:
+    content = os.urandom(1 << 20)
+    (tmp_path / "file").write_bytes(content)
+    with (tmp_path / "file").open("r+b") as file, select.epoll() as poller, ExitStack() as stack:
+        layout = Layout.table([(file.fileno(), False, False)], [(0, 0, 1 << 20)])
+        queues = [MappedQueue.loopback(layout=layout, depth=4) for _ in range(3)]
+        for queue in queues:
+            stack.callback(queue.close)
+            queue.fetch()
+            poller.register(queue.fileno(), select.EPOLLIN)
+        by_number = {queue.fileno(): queue for queue in queues}
+        for number, queue in enumerate(queues):
+            for tag in range(4):
+                queue.inject(tag, Op.READ, (4 * number + tag) * 65536, 65536)
+            assert queue.step(timeout=0)
+        left = {(queue, tag) for queue in queues for tag in range(4)}
+        until = time.monotonic() + 20
+        while left := {(queue, tag) for queue, tag in left if queue.answered(tag) is None}:
+            assert time.monotonic() < until
+            for ready, _ in poller.poll(1):
+                assert by_number[ready].step(timeout=0)
+        for number, queue in enumerate(queues):
+            for tag in range(4):
+                assert queue.answered(tag) == 65536
+                at = (4 * number + tag) * 65536
+                assert queue.memory(tag, 65536) == content[at : at + 65536]
+
+
+def test_a_step_waits_as_long_as_it_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(4096))
+    with (tmp_path / "file").open("r+b") as file:
+        layout = Layout.table([(file.fileno(), False, False)], [(0, 0, 4096)])
+        with MappedQueue.loopback(layout=layout, depth=1) as queue:
+            queue.fetch()
+            began = time.monotonic()
+            assert queue.step(timeout=0.05)
+            assert time.monotonic() - began >= 0.05
+
+
+def test_a_step_that_must_ask_needs_a_mapper(tmp_path: Path) -> None:
+    class Where:
+        def map(self, op: Op, offset: int, length: int) -> int:
+            return offset
+
+    (tmp_path / "file").write_bytes(bytes(range(256)) * 16)
+    with (tmp_path / "file").open("r+b") as file:
+        layout = Layout.per_request([(file.fileno(), False, False)], 4096)
+        with MappedQueue.loopback(layout=layout, depth=1) as queue:
+            queue.fetch()
+            queue.inject(0, Op.READ, 512, 512)
+            with pytest.raises(ValueError, match="is asked for each request: pass a Mapper"):
+                queue.step(timeout=1)
+        with MappedQueue.loopback(layout=layout, depth=1) as queue:
+            queue.fetch()
+            queue.inject(0, Op.READ, 512, 512)
+            mapper = Mapper(Where(), lambda outcome, io: errno.EIO)
+            until = time.monotonic() + 20
+            while queue.answered(0) is None:
+                assert time.monotonic() < until
+                queue.step(mapper, timeout=0.01)
+            assert queue.memory(0, 512) == (bytes(range(256)) * 2)
 
 
 def queues_alive() -> int:

@@ -3,9 +3,11 @@
 
 import pytest
 
-from pyublk.errors import FeatureMissing
+from pyublk import Device
+from pyublk.errors import FeatureMissing, InvalidTarget
 from pyublk.features import Features
 from pyublk.paths import DataPath, choose_path
+from pyublk.targets import Null
 from pyublk.uapi import Feature
 
 LINUX_6_12 = Features(mask=0x1FE, kernel_release="6.12.107", privileged=True)
@@ -43,3 +45,21 @@ def test_a_kernel_that_may_be_built_without_zones_is_told_the_option() -> None:
 def test_what_does_not_go_with_the_path_is_refused() -> None:
     with pytest.raises(ValueError, match="INTEGRITY needs USER_COPY beside it"):
         choose_path(NEW, LINUX_7_2, path="copy", needed=Feature.INTEGRITY)
+
+
+@pytest.mark.parametrize(
+    ("needs", "words"),
+    [
+        (Feature.USER_RECOVERY, "USER_RECOVERY: a device that outlives its server needs one that"),
+        (Feature.QUIESCE | Feature.ZONED, "QUIESCE: a device that outlives its server"),
+        (Feature.UNPRIVILEGED_DEV, "UNPRIVILEGED_DEV: whose device it is depends on who makes it"),
+        (Feature.USER_COPY | Feature.BATCH_IO, "USER_COPY and BATCH_IO: how data travels is the"),
+        (Feature.NO_AUTO_PART_SCAN, r".*: pass Device\(partition_scan=False\)"),
+        (Feature.SHMEM_ZC, r".*: pass Device\(shared_memory=True\)"),
+    ],
+)
+def test_what_is_not_the_targets_to_ask_for(needs: Feature, words: str) -> None:
+    target = Null(size=4096)
+    target.needs = needs
+    with pytest.raises(InvalidTarget, match=f"Null.needs has {words}"):
+        Device(target)

@@ -142,5 +142,7 @@ def test_only_zone_reports_have_zones() -> None:
 def test_queue_shares_are_checked() -> None:
     with pytest.raises(ValueError, match="first_tag and tag_step must be below the depth, 4"):
         Queue(-1, depth=4, first_tag=4)
-    with pytest.raises(ValueError, match="must be 1 to the depth"):
+    with pytest.raises(ValueError, match="threads must be 1 to 4096, not 0"):
         pyublk.Device(Ram(size=1 << 20), threads=0)
+    with pytest.raises(ValueError, match="threads must be 1 to the depth, 2, not 3"):
+        pyublk.Device(Ram(size=1 << 20), depth=2, threads=3)

@@ -29,9 +29,7 @@ SPEC = DiskSpec(
     target="file",
     arguments=("disk.img",),
     options={"direct": "yes"},
-    size=1 << 30,
-    queues=2,
-    affinity=[[0], [1, 2]],
+    disk={"size": 1 << 30, "queues": 2, "affinity": [[0], [1, 2]]},
 )
 
 
@@ -110,6 +108,7 @@ def newer(**more: object) -> dict[str, Any]:
 def test_what_a_newer_version_says_besides_is_left_out() -> None:
     fields = newer(channel="/run/pyublk/3.sock")
     fields["spec"]["restart"] = {"limit": 3}
+    fields["spec"]["disk"]["colour"] = "red"
     fields["server"]["namespace"] = 4026531836
     place(3).write_text(json.dumps(fields))
     assert Record.read(3) == record()
@@ -217,13 +216,13 @@ def test_a_directory_that_cannot_be_made_says_what_to_do(
 
 
 def test_a_plan_becomes_a_device() -> None:
-    made = DiskSpec(target="ram", size=1 << 20, block_size=4096).device()
+    made = DiskSpec(target="ram", disk={"size": 1 << 20, "block_size": 4096}).device()
     assert isinstance(made.target, Ram)
     assert (made.target.size, made.target.block_size) == (1 << 20, 4096)
 
 
 def test_a_class_need_not_know_of_read_only() -> None:
-    made = DiskSpec(target="null", read_only=True).device()
+    made = DiskSpec(target="null", disk={"read_only": True}).device()
     assert isinstance(made.target, Null)
     assert made.target.read_only
 
@@ -232,7 +231,7 @@ def test_a_wrong_plan_says_what_is_allowed() -> None:
     with pytest.raises(ValueError, match=r"there is no target 'rma'.*did you mean 'ram'"):
         DiskSpec(target="rma").device()
     with pytest.raises(ValueError, match="workers=2 needs a target"):
-        DiskSpec(target="null", workers=2).device()
+        DiskSpec(target="null", disk={"workers": 2}).device()
 
 
 def test_what_a_target_says_goes_with_its_record(run_dir: Path) -> None:

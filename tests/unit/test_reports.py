@@ -31,6 +31,7 @@ class OddError(ValueError):
         ),
         (OSError(errno.EACCES, "closed to you"), PermissionError, "closed to you"),
         (errors.InvalidTarget("X has no read"), errors.InvalidTarget, "X has no read"),
+        (errors.device_not_found(7), errors.DeviceNotFound, "there is no device 7"),
         (errors.HandlerTimeout("it hangs"), TimeoutError, "it hangs"),
         (
             errors.FeatureMissing("QUIESCE", "Linux 6.16", "Linux 6.12"),

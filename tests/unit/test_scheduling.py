@@ -17,7 +17,15 @@ import pytest
 
 from pyublk import scheduling
 from pyublk._native import Helper, write_in_child
-from pyublk.scheduling import choose_io_scheduler, io_scheduler, keep_to, never_interrupt
+from pyublk.scheduling import (
+    NamedThread,
+    choose_io_scheduler,
+    io_scheduler,
+    keep_to,
+    never_interrupt,
+    queue_thread_name,
+    queue_threads,
+)
 
 T = TypeVar("T")
 
@@ -152,3 +160,44 @@ def test_writing_apart_to_what_never_answers(tmp_path: Path) -> None:
     assert write_in_child(str(pipe), "none", deadline=0.2) is None  # nobody reads from it
     children = Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text()
     assert children == "", "the helper is nobody's child"
+
+
+# ---- names ----
+
+
+@pytest.mark.parametrize(
+    ("device", "queues", "name"),
+    [
+        (3, [0], "ublk3-q0"),
+        (3, [0, 0], "ublk3-q0"),
+        (3, [0, 1, 2], "ublk3-q0-2"),
+        (1048575, [12], "ublk1048575-q12"),
+        (1048575, [123], "ublk1048575-serve"),
+    ],
+)
+def test_the_name_of_a_queues_thread(device: int, queues: list[int], name: str) -> None:
+    assert queue_thread_name(device, queues) == name
+
+
+def test_threads_are_found_by_their_names() -> None:
+    over = threading.Event()
+    names = ["ublk77-q0", "ublk77-q0", "ublk77-q1-2", "ublk7-q0", "ublk77-stop"]
+    threads = [NamedThread(target=over.wait, name=name, daemon=True) for name in names]
+    try:
+        for thread in threads:
+            thread.start()
+        until = time.monotonic() + 10
+        ids = [thread.native_id for thread in threads]
+        while (found := queue_threads(os.getpid(), 77)).keys() != {0, 1, 2} or len(found[0]) < 2:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        assert found == {0: sorted(ids[:2]), 1: [ids[2]], 2: [ids[2]]}
+        assert queue_threads(os.getpid(), 78) == {}
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_threads_of_a_process_that_is_not_there() -> None:
+    assert queue_threads(4194304 + 1, 0) == {}

@@ -149,20 +149,32 @@ static void unguard(struct pu_helper *h, uint32_t id)
 		}
 }
 
+static void guard(struct pu_helper *h, uint32_t id, uint64_t cookie)
+{
+	struct guarded *new = malloc(sizeof(*new));
+
+	unguard(h, id);
+	if (!new)
+		return;
+	*new = (struct guarded){ h->guarded, id, cookie };
+	h->guarded = new;
+}
+
 static void note_devices(struct pu_helper *h, const struct pu_control *call)
 {
 	if (call->stage != PU_CONTROL_DONE)
 		return;
-	if (call->cmd_op == PU_CMD_ADD_DEV && call->flags & PU_ASK_GUARDED && call->result >= 0) {
-		struct guarded *new = malloc(sizeof(*new));
+	if (call->kind == PU_ASK_GUARD && call->result >= 0) {
+		guard(h, call->device, call->cookie);
+	} else if (call->kind == PU_ASK_UNGUARD) {
+		unguard(h, call->device);
+	} else if (call->kind != PU_ASK_COMMAND) {
+		return;
+	} else if (call->cmd_op == PU_CMD_ADD_DEV && call->flags & PU_ASK_GUARDED && call->result >= 0) {
 		struct pu_dev_info info;
 
 		memcpy(&info, call->buffer, sizeof(info));
-		unguard(h, info.dev_id);
-		if (!new)
-			return;
-		*new = (struct guarded){ h->guarded, info.dev_id, info.server_flags };
-		h->guarded = new;
+		guard(h, info.dev_id, info.server_flags);
 	} else if ((call->cmd_op == PU_CMD_DEL_DEV || call->cmd_op == PU_CMD_DEL_DEV_ASYNC) &&
 		   (call->result >= 0 || call->result == -ENODEV)) {
 		unguard(h, call->device);
@@ -416,8 +428,9 @@ int pu_control_begin(struct pu_control *control, struct pu_helper *h, struct pu_
 
 	if (bytes > PU_MESSAGE_BYTES - sizeof(*ask))
 		return -EMSGSIZE;
-	*control = (struct pu_control){ .helper = h, .bytes = bytes, .cmd_op = ask->cmd_op,
-					.flags = ask->flags, .device = ask->cmd.dev_id };
+	*control = (struct pu_control){ .helper = h, .bytes = bytes, .kind = ask->kind,
+					.cmd_op = ask->cmd_op, .flags = ask->flags,
+					.device = ask->cmd.dev_id, .cookie = ask->cookie };
 	control->buffer = malloc(bytes ? bytes : 1);
 	if (!control->buffer)
 		return -ENOMEM;

@@ -13,7 +13,8 @@ enum pu_ask_kind {
 	PU_ASK_COMMAND, /* a control command; its buffer follows, and comes back with the answer */
 	PU_ASK_WRITE,	/* a path and a text follow, each ended by a 0: a file of sysfs */
 	PU_ASK_CANCEL,	/* nobody waits for `id` any more; no answer of its own */
-	PU_ASK_GUARD,	/* cmd.dev_id of that cookie is deleted when the asker ends; no answer */
+	PU_ASK_GUARD,	/* cmd.dev_id of that cookie is deleted when the asker ends; no answer without an id */
+	PU_ASK_UNGUARD, /* it is kept */
 };
 
 enum { /* pu_ask.flags */

@@ -202,7 +202,7 @@ int pu_queue_event_fd(struct pu_queue *q)
 {
 	int fd, error;
 
-	if (q->loopback)
+	if (q->loopback && q->ring.fd < 0)
 		return q->wake_fd;
 	if (q->event_fd >= 0)
 		return q->event_fd;

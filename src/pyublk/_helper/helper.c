@@ -65,15 +65,16 @@ static void unguard(uint32_t id)
 		}
 }
 
-static void guard(uint32_t id, uint64_t cookie)
+static int guard(uint32_t id, uint64_t cookie)
 {
 	struct guarded *new = malloc(sizeof(*new));
 
 	if (!new)
-		return;
+		return -ENOMEM;
 	unguard(id);
 	*new = (struct guarded){ .next = guarded, .id = id, .cookie = cookie };
 	guarded = new;
+	return 0;
 }
 
 /* ---- jobs ---- */
@@ -355,6 +356,16 @@ static bool map_memory(struct job *job, int fd)
 	return true;
 }
 
+/* For what is done at once, and has no job. */
+static void acknowledge(const struct pu_ask *ask, int result)
+{
+	struct pu_answer done = { ask->id, PU_CONTROL_DONE, result };
+	struct iovec part = { &done, sizeof(done) };
+
+	if (ask->id)
+		tell(&(struct msghdr){ .msg_iov = &part, .msg_iovlen = 1 });
+}
+
 static void obey(const struct pu_ask *ask, const void *payload, size_t bytes, int fd)
 {
 	struct job *job;
@@ -366,7 +377,11 @@ static void obey(const struct pu_ask *ask, const void *payload, size_t bytes, in
 		node = fd;
 		return;
 	case PU_ASK_GUARD:
-		guard(ask->cmd.dev_id, ask->cookie);
+		acknowledge(ask, guard(ask->cmd.dev_id, ask->cookie));
+		return;
+	case PU_ASK_UNGUARD:
+		unguard(ask->cmd.dev_id);
+		acknowledge(ask, 0);
 		return;
 	case PU_ASK_CANCEL:
 		for (job = jobs; job; job = job->next)

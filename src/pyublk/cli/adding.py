@@ -3,7 +3,9 @@
 
 import signal
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import FrameType
 
 import click
@@ -11,11 +13,10 @@ from click.shell_completion import CompletionItem
 
 from pyublk.cli.failures import ExitCode, NotTold, message, open_controller
 from pyublk.cli.output import print_json
-from pyublk.cli.parameters import Cpus, Size, json_option
+from pyublk.cli.parameters import disk_options, disk_options_given, json_option
 from pyublk.interruptions import handled
-from pyublk.paths import DataPath
 from pyublk.service import daemon
-from pyublk.service.records import Record
+from pyublk.service.records import Record, memory_place
 from pyublk.service.server import ServeResult, serve
 from pyublk.service.spec import DiskSpec
 
@@ -65,9 +66,8 @@ def _split_options(
 
 
 @click.command()
-@click.argument("target", type=_TargetName())
+@click.argument("target", type=_TargetName(), required=False)
 @click.argument("arguments", metavar="[ARGUMENT]...", nargs=-1, type=click.Path())
-@click.option("--size", type=Size(), help="Size of the disk, such as 1G or 512MiB.")
 @click.option(
     "-o",
     "--option",
@@ -78,110 +78,71 @@ def _split_options(
     callback=_split_options,
     help="A parameter of the target's class; may be repeated.",
 )
-@click.option("--read-only", is_flag=True, help="Refuse writes.")
-@click.option("--block-size", type=Size(), help="Smallest unit of I/O.  [default: the target's]")
-@click.option("--queues", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
-              help="Hardware queues, a thread each; at most one for each CPU.")  # fmt: skip
-@click.option("--depth", type=click.IntRange(1, 4096), default=128, show_default=True, metavar="N",
-              help="Requests in flight for each queue.")  # fmt: skip
-@click.option("--max-io-size", type=Size(), default="512K", show_default=True,
-              help="Largest request, and buffer of each.")  # fmt: skip
-@click.option("--workers", type=click.IntRange(min=0), default=0, metavar="N",
-              help="Threads for a parallel target whose methods block.")  # fmt: skip
-@click.option("--path", type=click.Choice(["auto", *(path.value for path in DataPath)]),
-              default="auto", show_default=True, metavar="WAY", help="How data travels: "
-              f"auto, {', '.join(path.value for path in DataPath)}.")  # fmt: skip
-@click.option("--batch/--no-batch", default=None,
-              help="Commands that carry many tags.  [default: where the kernel can]")  # fmt: skip
-@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
-              help="Threads for each queue.")  # fmt: skip
-@click.option("--id", "device_id", type=click.IntRange(min=0), metavar="N",
-              help="The N of /dev/ublkbN.  [default: the lowest free]")  # fmt: skip
-@click.option("--no-partition-scan", is_flag=True,
-              help="Do not look for partitions when the disk starts (Linux 7.0).")  # fmt: skip
-@click.option("--cpus", multiple=True, type=Cpus(), metavar="LIST",
-              help="CPUs of a queue's thread, such as 0-3,8; once for each queue.  [default: those "
-              "whose requests it gets]")  # fmt: skip
-@click.option("--any-cpu", is_flag=True, help="Keep no thread to CPUs.")
-@click.option("--preempt", is_flag=True,
-              help="Let each request take the CPU from the client that runs on it, instead of "
-              "gathering what clients send.")  # fmt: skip
-@click.option("--io-scheduler", default="auto", show_default=True, metavar="NAME",
-              help="The kernel's I/O scheduler for the disk; auto: none, but for zoned "
-              "disks.")  # fmt: skip
+@click.option(
+    "--spec",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE.toml",
+    help="Read target and options from a file; what stands on the command line goes before it.",
+)
+@disk_options
 @click.option("-f", "--foreground", is_flag=True,
               help="Serve in this process until Ctrl-C, instead of in the background.")  # fmt: skip
 @json_option
 def add(
-    target: str,
+    target: str | None,
     arguments: tuple[str, ...],
-    size: int | None,
     options: dict[str, str],
-    read_only: bool,
-    block_size: int | None,
-    queues: int,
-    depth: int,
-    max_io_size: int,
-    workers: int,
-    path: str,
-    batch: bool | None,
-    threads: int,
-    device_id: int | None,
-    no_partition_scan: bool,
-    cpus: tuple[list[int], ...],
-    any_cpu: bool,
-    preempt: bool,
-    io_scheduler: str,
+    spec: Path | None,
     foreground: bool,
     as_json: bool,
+    **_: object,
 ) -> None:
     """Serve TARGET as a disk, and print the disk's path once it can be used.
 
-    TARGET is `null`, `ram`, `file`, `linear`, `stripe`, `mirror`, `slice`, `zoned`, another
-    installed target, `package.module:Class`, or
-    `file.py:Class`. ARGUMENTs are the class's first parameters, --option names any of them.
+    TARGET is `null`, `ram`, `file`, `linear`, `stripe`, `mirror`, `slice`, `integrity`, `zoned`,
+    another installed target, `package.module:Class`, or `file.py:Class`. ARGUMENTs are the class's
+    first parameters, --option names any of them.
 
     \b
     pyublk add ram --size 4G
     pyublk add file disk.img
     pyublk add mydisk.py:Rot13 --size 1G --option key=13
+    pyublk add --spec examples/disk.toml
 
     A server process stays in the background until `pyublk stop`; `pyublk info` names its log.
     """
-    if cpus and any_cpu:
-        raise click.UsageError("--cpus and --any-cpu exclude each other")
-    spec = DiskSpec(
-        target=target,
-        arguments=arguments,
-        options=options,
-        size=size,
-        block_size=block_size,
-        read_only=read_only or None,
-        queues=queues,
-        depth=depth,
-        id=device_id,
-        max_io_size=max_io_size,
-        workers=workers,
-        path=path,
-        batch=batch,
-        threads=threads,
-        partition_scan=not no_partition_scan,
-        affinity=None if any_cpu else list(cpus) or "auto",
-        preempt=preempt,
-        io_scheduler=io_scheduler,
-    )
+    wanted = _wanted(click.get_current_context(), target, arguments, options, spec)
     open_controller().close()  # no driver, no rights: said before anything is started
     show = partial(_show, as_json=as_json)
     if not foreground:
         with _ended_as_by_ctrl_c():
-            daemon.start(spec, ready=show)
+            daemon.start(wanted, ready=show)
         return
-    served = serve(spec, log_file=None, ready=show)
+    served = serve(wanted, log_file=None, ready=show)
     if served is None:
         click.get_current_context().exit(ExitCode.INTERRUPTED)
     if as_json:
         print_json({"requests": served.total.requests, "seconds": round(served.seconds, 3)})
     message(_summary(served))
+
+
+def _wanted(
+    ctx: click.Context,
+    target: str | None,
+    arguments: tuple[str, ...],
+    options: dict[str, str],
+    file: Path | None,
+) -> DiskSpec:
+    """What the file describes, with what the command line says in its place."""
+    disk = disk_options_given(ctx)
+    if file is None:
+        if target is None:
+            raise click.MissingParameter(ctx=ctx, param_type="argument", param_hint="'TARGET'")
+        return DiskSpec(target=target, arguments=arguments, options=options, disk=disk)
+    if target is not None:
+        raise click.UsageError("TARGET and --spec exclude each other: the file names the target")
+    described = DiskSpec.from_toml(file)
+    return replace(described, options=described.options | options, disk={**described.disk, **disk})
 
 
 def _ended_as_by_ctrl_c() -> AbstractContextManager[None]:
@@ -204,6 +165,9 @@ def _show(record: Record, *, as_json: bool) -> None:
         "server_pid": record.server.pid,
         "log": str(record.log) if record.log else None,
     }
+    if (memory := memory_place(record.id)).exists():
+        fields["shared_memory"] = str(memory)
+        message(f"clients find the memory that they share with {record.path} at {memory}")
     try:
         if as_json:
             print_json(fields)

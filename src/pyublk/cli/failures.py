@@ -37,17 +37,11 @@ class NotTold(errors.UblkError):
     """What was done could not be printed, and was undone."""
 
 
-class NoDevice(errors.UblkError):
-    """There is no such device."""
-
-
 def exit_code(error: BaseException) -> ExitCode:
     """The kind of failure that an exception stands for."""
     match error:
         case NoDriver():
             return ExitCode.NO_DRIVER
-        case NoDevice():
-            return ExitCode.NO_DEVICE
         case errors.DeviceBusy():
             return ExitCode.BUSY
         case TimeoutError():

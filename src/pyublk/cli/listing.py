@@ -7,14 +7,15 @@ from typing import Any
 
 import click
 
-from pyublk.cli.failures import NoDevice, message, open_controller
+from pyublk import errors
+from pyublk.cli.failures import message, open_controller
 from pyublk.cli.output import print_json, print_table
 from pyublk.cli.parameters import DeviceId, json_option
 from pyublk.control import Controller, DeviceInfo
-from pyublk.service.inventory import DiskEntry, disk
+from pyublk.service.inventory import DiskEntry, QueueEntry, disk
 from pyublk.service.stopping import unless_gone
 from pyublk.service.sysfs import Sysfs, whom_to_ask
-from pyublk.targets.sizes import format_size
+from pyublk.sizes import format_size
 from pyublk.uapi import Feature
 
 
@@ -26,10 +27,8 @@ def find(controller: Controller | Sysfs, number: int) -> DeviceInfo:
         if error.errno != errno.ENODEV:
             raise
         others = ", ".join(str(device.id) for device in controller.devices())
-        raise NoDevice(
-            f"there is no device {number}"
-            + (f"; there are: {others}" if others else ", nor any other")
-        ) from error
+        others = f"; there are: {others}" if others else ", nor any other"
+        raise errors.device_not_found(number, others) from error
 
 
 def _source(controller: Controller) -> Controller | Sysfs:
@@ -134,6 +133,8 @@ def _details(one: DiskEntry) -> dict[str, Any]:
         "status": one.status,
         "params": asdict(one.params) if one.params else None,
         "io_scheduler": one.io_scheduler,
+        "shared_memory": one.shared_memory,
+        "hardware_queues": [asdict(queue) for queue in one.queues],
         "served": asdict(one.served) if one.served else None,
     }
 
@@ -148,6 +149,12 @@ def _status_lines(status: dict[str, Any] | None) -> list[tuple[str, str]]:
                 words = ", ".join(f"{key} {what}" for key, what in one.items() if what is not None)
             lines.append((name, str(words)))
     return lines
+
+
+def _queue_words(queue: QueueEntry) -> str:
+    cpus = ", ".join(map(str, queue.cpus))
+    threads = ", ".join(map(str, queue.threads))
+    return f"requests of CPU {cpus or '-'}, served by thread {threads or '?'}"
 
 
 def _flags(device: DeviceInfo) -> list[str]:
@@ -165,6 +172,7 @@ def _lines(one: DiskEntry) -> list[tuple[str, str]]:
         ("flags", ", ".join(_flags(device)) or "-"),
         ("I/O scheduler", one.io_scheduler or "-"),
         ("server", f"{one.server_name or '?'}, process {device.server_pid or '-'}"),
+        *((f"queue {queue.id}", _queue_words(queue)) for queue in one.queues),
         ("owner", f"uid {device.owner_uid}, gid {device.owner_gid}"),
     ]
     if record:
@@ -173,6 +181,8 @@ def _lines(one: DiskEntry) -> list[tuple[str, str]]:
         lines.append(("target", " ".join(words)))
         lines.append(("data path", record.data_path or "unknown"))
         lines += _status_lines(one.status)
+        if one.shared_memory:
+            lines.append(("shared memory", one.shared_memory))
         lines.append(("log", str(record.log) if record.log else "on the server's terminal"))
     else:
         why = one.record_trouble or "not made by `pyublk add`"

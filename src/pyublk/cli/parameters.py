@@ -5,13 +5,15 @@ import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from pyublk.files import about
-from pyublk.targets.sizes import parse_size
+from pyublk.options import DISK, DiskOptions, Option
+from pyublk.sizes import parse_size
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -61,23 +63,57 @@ class Seconds(click.FloatRange):
         return seconds
 
 
-class Cpus(click.ParamType[list[int]]):
-    """CPUs by their numbers, as the kernel writes them: 0-3,8."""
+class _DiskOption(click.ParamType[Any]):
+    """The value of an option that a disk has."""
 
-    name = "cpus"
+    def __init__(self, option: Option) -> None:
+        self.name = option.metavar.lower()
+        self._option = option
 
     def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> list[int]:
-        if isinstance(value, list):
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> object:
+        if not isinstance(value, str):  # converted already
             return value
-        cpus: set[int] = set()
-        for part in str(value).split(","):
-            match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part)
-            if match is None or (match[2] and int(match[2]) < int(match[1])):
-                self.fail(f"{value!r} names no CPUs: give such as 0-3,8", param, ctx)
-            cpus.update(range(int(match[1]), int(match[2] or match[1]) + 1))
-        return sorted(cpus)
+        try:
+            return self._option.parse(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        return [CompletionItem(one) for one in self._option.texts() if one.startswith(incomplete)]
+
+
+def disk_options(command: F) -> F:
+    """Everything a disk can be asked for (`pyublk.options`), as parameters of the same names."""
+    for option in reversed(DISK.values()):
+        about = option.about_value()
+        text = f"{option.help}  [{about}]" if about else option.help
+        if option.kind is bool:
+            flags = f"{option.flag}/--no-{option.flag[2:]}"
+            made = click.option(flags, option.name, default=None, help=text)
+        else:
+            made = click.option(
+                option.flag,
+                option.name,
+                type=_DiskOption(option),
+                metavar=option.metavar,
+                help=text,
+            )
+        command = made(command)
+    return command
+
+
+def disk_options_given(ctx: click.Context) -> DiskOptions:
+    """Those that stand on the command line."""
+    given = {
+        name: ctx.params[name]
+        for name in DISK
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    }
+    return cast(DiskOptions, given)
 
 
 class DeviceId(click.ParamType[int | str]):

@@ -29,19 +29,27 @@ _timeout = click.option(
 @click.command("stop")
 @click.argument("ids", metavar="ID...", nargs=-1, required=True, type=DeviceId(all_allowed=True))
 @_force
+@click.option(
+    "--safe", is_flag=True, help="Only if nobody has it open, readers included (Linux 7.0)."
+)
 @_timeout
 @json_option
-def stop_(ids: tuple[int | str, ...], force: bool, timeout: float, as_json: bool) -> None:
+def stop_(
+    ids: tuple[int | str, ...], force: bool, safe: bool, timeout: float, as_json: bool
+) -> None:
     """Flush disks and stop them; those made by pyublk are deleted as well.
 
     ID is a number, a node such as /dev/ublkb0, or `all` for every disk made by pyublk, those that
     lie on others first. A disk that is mounted, used as swap, held by another device, claimed by a
-    program or written by one is left alone, and its users are named.
+    program or written by one is left alone, and its users are named; with --safe also one that is
+    only read.
 
     A server started by `pyublk add` that does not end is killed after the timeout: the disk goes
     away, and the command ends with the code of a timeout.
     """
-    _each(ids, lambda c, d: stop(c, d, timeout=timeout, force=force), as_json=as_json)
+    if safe and force:
+        raise click.UsageError("--safe and --force exclude each other")
+    _each(ids, lambda c, d: stop(c, d, timeout=timeout, force=force, safe=safe), as_json=as_json)
 
 
 @click.command("del")

@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable
 
 from pyublk.errors import InvalidTarget
+from pyublk.features import why_not_needed
 from pyublk.methods import check_handlers, check_plain
 from pyublk.profile import Dispatch
 from pyublk.target import METHODS, Target, kind_of
@@ -31,6 +32,8 @@ def dispatch_of(target: object) -> Dispatch:
         raise InvalidTarget(
             f"{name} lacks {', '.join(missing)}: its __init__ must call super().__init__(size=...)"
         )
+    if why := why_not_needed(target.needs):
+        raise InvalidTarget(f"{name}.needs has {why}")
     check_plain(target, _SAID, "it is asked for outside of any event loop")
     if target.concurrency not in ("serial", "per_queue", "parallel"):
         raise InvalidTarget(

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pyublk._native import Dispatcher, Handlers, Queue, become_io_flusher
+from pyublk._native import Dispatcher, Handlers, Queue, become_io_flusher, name_thread
 from pyublk.engines.base import Engine, Setup
 from pyublk.interruptions import run_shielded
 from pyublk.queue_servers import ROUND, QueueServer, ServingTask, TagSet, refuse
@@ -228,6 +228,11 @@ class ServingLoop(QueueServer):
             self._close()
 
 
+def _begin_executor_thread() -> None:
+    become_io_flusher()
+    name_thread("ublk-executor")  # or it would have the name of the queue's thread
+
+
 class TargetLoop:
     """The event loop that serves an async target, or the first of several, from before the target's
     `open` until after its `close`. Both are awaited on it.
@@ -249,7 +254,7 @@ class TargetLoop:
         loop = asyncio.SelectorEventLoop(self.selector)
         # What a handler gives to threads serves requests too.
         loop.set_default_executor(
-            ThreadPoolExecutor(thread_name_prefix="asyncio", initializer=become_io_flusher)
+            ThreadPoolExecutor(thread_name_prefix="asyncio", initializer=_begin_executor_thread)
         )
         return loop
 

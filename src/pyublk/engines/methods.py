@@ -9,6 +9,7 @@ from contextlib import suppress
 from pyublk._native import IO, Handlers, Queue, become_io_flusher, process
 from pyublk.engines.base import Engine, Setup
 from pyublk.queue_servers import end_child, stack_of
+from pyublk.scheduling import NamedThread
 
 log = logging.getLogger("pyublk.workers")
 
@@ -77,9 +78,7 @@ class WorkerPool:
     def __init__(self, handlers: Handlers, count: int, name: str) -> None:
         self._inbox: queues.SimpleQueue[IO | None] = queues.SimpleQueue()
         self._threads = [
-            threading.Thread(
-                target=self._work, args=(handlers,), name=f"{name}-worker-{n}", daemon=True
-            )
+            NamedThread(target=self._work, args=(handlers,), name=f"{name}-w{n}", daemon=True)
             for n in range(count)
         ]
         for thread in self._threads:

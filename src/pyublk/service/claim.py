@@ -101,12 +101,19 @@ def refuse_if_used(device: DeviceInfo) -> None:
 
 
 def take(
-    controller: Controller, device: DeviceInfo, held: ExitStack, timeout: float, *, force: bool
+    controller: Controller,
+    device: DeviceInfo,
+    held: ExitStack,
+    timeout: float,
+    *,
+    force: bool,
+    safe: bool = False,
 ) -> bool:
     """Takes a live disk from everybody else, unless `force`, and makes what was written to it
     durable; whether it is stopped already. Else nobody can claim it until `held` is closed.
 
-    Raises DeviceBusy, OSError, and TimeoutError after `timeout` seconds without progress.
+    `safe`: who only reads is asked, too. Raises DeviceBusy, OSError, and TimeoutError after
+    `timeout` seconds without progress.
     """
     if device.status is not DeviceStatus.LIVE:
         return False
@@ -119,6 +126,13 @@ def take(
             return False
         others = opened(name, but=claim.pid)
         readers = all(use.how == "open" for use in others)
+        if safe and others:
+            claim.close()
+            if time.monotonic() > until:
+                raise _in_use(device, others)
+            until = min(until, time.monotonic() + _PASSING)
+            time.sleep(0.05)
+            continue
         if force or (readers and others):
             return False
         if readers and not controller.features().has(Feature.SAFE_STOP_DEV):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The disks of this machine, each with what the kernel, the run directory and its users tell."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,8 @@ from typing import Any
 from pyublk.control import Controller, DeviceInfo
 from pyublk.openers import command_name
 from pyublk.params import Params
-from pyublk.scheduling import io_scheduler
-from pyublk.service.records import FAILED, Record, record_trouble
+from pyublk.scheduling import io_scheduler, queue_threads
+from pyublk.service.records import FAILED, Record, memory_place, record_trouble
 from pyublk.service.sysfs import Sysfs
 from pyublk.service.usage import Use, uses
 from pyublk.uapi import DeviceStatus
@@ -28,6 +29,16 @@ class DiskCounters:
     bytes_discarded: int
 
 
+@dataclass(frozen=True, slots=True)
+class QueueEntry:
+    """A hardware queue: the CPUs whose requests it gets, and the threads that serve it, where they
+    can be told by their names."""
+
+    id: int
+    cpus: tuple[int, ...]
+    threads: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskEntry:
     """One ublk device.
@@ -35,9 +46,10 @@ class DiskEntry:
     `record` is there when `pyublk add` made it, and `record_trouble` says why what lies in its
     place is not believed; `params` None if none were set; `size` in bytes,
     0 while there is no block device; `io_scheduler` is the kernel's, None without a block device;
+    `queues` are those of a disk that is live;
     `server_name` None when there is no server; `status` is what the target says of itself, and
     `failed` how many requests its server has failed, up to a second ago: both None where no server
-    of `pyublk add` tells.
+    of `pyublk add` tells. `shared_memory` is where clients find theirs.
     """
 
     device: DeviceInfo
@@ -48,9 +60,11 @@ class DiskEntry:
     uses: tuple[Use, ...]
     served: DiskCounters | None
     io_scheduler: str | None
+    queues: tuple[QueueEntry, ...]
     server_name: str | None
     status: dict[str, Any] | None
     failed: int | None
+    shared_memory: str | None
 
 
 def disk(controller: Controller | Sysfs, device: DeviceInfo) -> DiskEntry:
@@ -73,10 +87,34 @@ def disk(controller: Controller | Sysfs, device: DeviceInfo) -> DiskEntry:
         uses=tuple(uses(name)),
         served=_served(name) if live else None,
         io_scheduler=io_scheduler(name) if live else None,
+        queues=tuple(_queues(name, device)) if live else (),
         server_name=command_name(device.server_pid) if device.server_pid is not None else None,
         status=told or None,
         failed=failed if record is not None else None,
+        shared_memory=_shared_memory(device.id) if record is not None else None,
     )
+
+
+def _shared_memory(device: int) -> str | None:
+    place = memory_place(device)
+    return str(place) if place.exists() else None
+
+
+def _queues(name: str, device: DeviceInfo, sys: Path = Path("/sys")) -> Iterator[QueueEntry]:
+    threads = {}
+    if device.server_pid is not None:
+        threads = queue_threads(device.server_pid, device.id)
+    places = (sys / "class/block" / name / "mq").glob("[0-9]*")
+    for number in sorted(int(place.name) for place in places):
+        try:
+            cpus = (sys / "class/block" / name / f"mq/{number}/cpu_list").read_text()
+        except OSError:
+            continue
+        yield QueueEntry(
+            number,
+            tuple(int(cpu) for cpu in cpus.split(",") if cpu.strip()),
+            tuple(threads.get(number, ())),
+        )
 
 
 def _size(name: str, sys: Path = Path("/sys")) -> int:

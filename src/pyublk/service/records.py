@@ -113,6 +113,7 @@ class Record:
         if current is not None and current.cookie == self.cookie:
             place(self.id).unlink(missing_ok=True)
             status_place(self.id).unlink(missing_ok=True)
+            memory_place(self.id).unlink(missing_ok=True)
 
     def write_status(self, status: dict[str, Any]) -> None:
         """Keeps what the target says of itself now."""
@@ -182,6 +183,11 @@ def remove_log(descriptor: int) -> None:
 def status_place(device: int) -> Path:
     """What the target of a device id says of itself."""
     return run_directory() / f"{device}.status"
+
+
+def memory_place(device: int) -> Path:
+    """A link to the memory that the server of a device id shares with clients, if it does."""
+    return run_directory() / f"{device}.memory"
 
 
 def recorded_ids() -> list[int]:

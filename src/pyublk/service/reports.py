@@ -60,10 +60,12 @@ def revive(report: dict[str, Any]) -> Exception:
     target's code raised comes back as TargetFailed. Its cause is the other process's traceback.
     """
     error: Exception
+    known = _known(report["kind"], report["library"])
     if report["errno"]:
-        error = OSError(report["errno"], report["text"])
+        kind = known if known is not None and issubclass(known, OSError) else OSError
+        error = kind(report["errno"], report["text"])
     else:
-        known = _known(report["kind"], report["library"]) or TargetFailed
+        known = known or TargetFailed
         error = known.__new__(known, report["text"])  # not __init__: its arguments are unknown
     for note in report["notes"]:
         error.add_note(note)

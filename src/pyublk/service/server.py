@@ -16,10 +16,19 @@ from types import FrameType
 
 from pyublk.device import Device
 from pyublk.interruptions import handled
+from pyublk.options import DISK
 from pyublk.service import logs, reports
 from pyublk.service.processes import ProcessId
-from pyublk.service.records import FAILED, Record, log_place, make_run_directory, remove_log
+from pyublk.service.records import (
+    FAILED,
+    Record,
+    log_place,
+    make_run_directory,
+    memory_place,
+    remove_log,
+)
 from pyublk.service.spec import DiskSpec
+from pyublk.sharing import SharedMemory
 from pyublk.stats import QueueStats
 from pyublk.target import Target
 
@@ -90,6 +99,7 @@ def serve(
     device: Device | None = None
     record: Record | None = None
     began: float | None = None
+    memory: SharedMemory | None = None
     with termination.handled():
         try:
             with termination.raising():
@@ -98,6 +108,7 @@ def serve(
             began = time.monotonic()
             record = _record(spec, device, log_file)
             record.write()
+            memory = _share(spec, device)  # until the end
             keep = _keep_status(record, device.target, _failed(device))
             ready(record)
             with termination.raising():
@@ -112,6 +123,7 @@ def serve(
                 if device is not None:
                     device.stop()
             finally:
+                del memory  # its number is what the link names
                 if record is not None:
                     record.remove()
     if device is None or began is None:
@@ -128,6 +140,18 @@ def _record(spec: DiskSpec, device: Device, log_file: Path | None) -> Record:
         log=log_file and log_file.replace(log_place(device.id)),
         data_path=str(device.data_path),
     )
+
+
+def _share(spec: DiskSpec, device: Device) -> SharedMemory | None:
+    """Shares memory with clients, if that was asked for, by a link that they can open."""
+    if not spec.disk.get("shared_memory"):
+        return None
+    size = spec.disk.get("shared_memory_size", DISK["shared_memory_size"].default)
+    memory = device.share(size)
+    place = memory_place(device.id)
+    place.unlink(missing_ok=True)
+    place.symlink_to(f"/proc/{os.getpid()}/fd/{memory.fd}")
+    return memory
 
 
 def _failed(device: Device) -> Callable[[], int]:

@@ -16,7 +16,7 @@ from pyublk.files import about
 from pyublk.service.claim import patiently, refuse_if_used, take
 from pyublk.service.processes import Process, start_time
 from pyublk.service.records import Record, record_trouble
-from pyublk.uapi import DeviceStatus
+from pyublk.uapi import DeviceStatus, Feature
 
 log = logging.getLogger("pyublk.service")
 
@@ -27,7 +27,12 @@ _STARTING = 3.0
 
 
 def stop(
-    controller: Controller, device: DeviceInfo, *, timeout: float = 30.0, force: bool = False
+    controller: Controller,
+    device: DeviceInfo,
+    *,
+    timeout: float = 30.0,
+    force: bool = False,
+    safe: bool = False,
 ) -> None:
     """Flushes a disk and stops it; a disk whose server is ours is deleted as well.
 
@@ -36,8 +41,11 @@ def stop(
     disk is gone all the same. The disk of any other server is stopped through the driver.
 
     Unless `force`, raises DeviceBusy for a disk in use or one that waits for a new server, and
-    OSError or TimeoutError for one that cannot be flushed: the disk is left as it is.
+    OSError or TimeoutError for one that cannot be flushed: the disk is left as it is. `safe`: it is
+    stopped only if nobody has it open at all (TRY_STOP_DEV; FeatureMissing where there is none).
     """
+    if safe:
+        controller.features().require(Feature.SAFE_STOP_DEV)
     device = _once_started(controller, device)
     if not force:
         refuse_if_used(device)
@@ -50,15 +58,15 @@ def stop(
         log.warning("what serves %s is not known: %s", device.path, trouble)
     record = Record.of(device)
     server = record.server.open() if record is not None else None
-    tolerated: tuple[type[Exception], ...] = (OSError,) if force else ()
+    tolerated: tuple[type[Exception], ...] = (OSError,) if force and not safe else ()
     stopped = False
     with ExitStack() as held:
         if server is not None:
             held.enter_context(server)
-            # That it hangs is dealt with at its end, and it tells where.
-            tolerated += (TimeoutError,)
+            if not safe:  # that it hangs is dealt with at its end, and it tells where
+                tolerated += (TimeoutError,)
         with suppress(*tolerated):
-            stopped = take(controller, device, held, timeout, force=force)
+            stopped = take(controller, device, held, timeout, force=force, safe=safe)
         if record is not None and server is not None:
             _end_server(controller, device, record, server, timeout, asked=stopped)
         elif has_server(device) or not device.ours:

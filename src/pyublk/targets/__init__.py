@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyublk.errors import InvalidTarget
+from pyublk.sizes import format_size, parse_size
 from pyublk.target import Target
 from pyublk.targets.file import File
+from pyublk.targets.integrity import IntegrityFile
 from pyublk.targets.linear import Linear
 from pyublk.targets.mirror import Mirror
 from pyublk.targets.null import Null
 from pyublk.targets.ram import Ram
-from pyublk.targets.sizes import format_size, parse_size
 from pyublk.targets.slice import Slice
 from pyublk.targets.stripe import Stripe
 from pyublk.targets.texts import convert, hints_of
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "File",
+    "IntegrityFile",
     "Linear",
     "Mirror",
     "Null",
@@ -45,6 +47,7 @@ __all__ = [
 
 BUILT_IN: dict[str, type[Target]] = {
     "file": File,
+    "integrity": IntegrityFile,
     "linear": Linear,
     "mirror": Mirror,
     "null": Null,

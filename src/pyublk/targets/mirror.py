@@ -20,6 +20,7 @@ from pyublk.files import Identity, about
 from pyublk.keeping import Ranges, move
 from pyublk.mapped import MappedTarget
 from pyublk.paths import DataPath
+from pyublk.scheduling import NamedThread
 from pyublk.targets.copying import PIECE, Job, Step, copy_steps, sync_steps
 from pyublk.targets.record import LegRecord, LegState, MirrorState, find_record, point_to_record
 
@@ -419,7 +420,7 @@ class Mirror(MappedTarget):
         """With the lock held, as the copier decides with it to end."""
         if not self._copying:
             self._copying = True
-            self._copier = threading.Thread(target=self._resync, name="mirror-resync", daemon=True)
+            self._copier = NamedThread(target=self._resync, name="mirror-resync", daemon=True)
             self._copier.start()
 
     def _resync(self) -> None:

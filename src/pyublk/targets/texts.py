@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 
-from pyublk.targets.sizes import parse_size
+from pyublk.sizes import parse_size
 
 #: Types of several values, written with commas between them, and what makes them of a list.
 _SEVERAL: dict[object, Callable[[list[object]], object]] = {

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any, ClassVar, Self, TypeVar
 
 from pyublk._native import Queue
-from pyublk.arguments import whole
+from pyublk.arguments import DEFAULT_MAX_IO_SIZE, whole
 from pyublk.engines import engine_for
 from pyublk.engines.base import Setup
 from pyublk.params import Params
@@ -69,7 +69,7 @@ class Disk:
         self,
         target: Target,
         *,
-        max_io_size: int = 512 * 1024,
+        max_io_size: int = DEFAULT_MAX_IO_SIZE,
         depth: int = 16,
         workers: int = 0,
     ) -> None:

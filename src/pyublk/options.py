@@ -1,0 +1,493 @@
+# SPDX-License-Identifier: MIT
+"""What a disk can be asked for: each option once, with its type, default, bounds, unit and help.
+
+`Device`, `DiskSpec`, TOML and `pyublk add` derive their parameters, checks, defaults, help and
+completion from here. The definition is a TypedDict, not a dataclass, because that is what
+`**options: Unpack[DeviceOptions]` takes: type checkers and editors know each keyword argument of
+`Device` by it, without a second list of them.
+"""
+
+import difflib
+import inspect
+import os
+import re
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal, TypedDict, TypeVar, cast
+
+from pyublk.arguments import DEFAULT_DEPTH, DEFAULT_MAX_IO_SIZE, seconds, whole
+from pyublk.paths import DataPath
+from pyublk.scheduling import Affinity, checked_affinity, parse_affinity
+from pyublk.sizes import format_size, parse_size
+from pyublk.uapi import MAX_DEVICES, MAX_QUEUE_DEPTH, MAX_QUEUES
+
+C = TypeVar("C", bound=type)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """One thing that a disk can be asked for.
+
+    Args:
+        help: a sentence for the command's help; Python's has it too, and `more` after it.
+        default: what it is when nobody asks. `default_text` says what None means then.
+        unit: of a number: "bytes" may be written as 1G or 512MiB, "seconds" as a fraction.
+        least, most, step: bounds of a number, and what it is a multiple of.
+        words: texts for values that are no numbers, such as None, in TOML and on the command line.
+        choices: the only texts allowed.
+        metavar: what stands for the value in the command's help.
+        name, kind, nullable, literals: of the definition: the key, its type, whether it may be
+            None, and the texts that Python callers may pass beside the type.
+    """
+
+    help: str
+    more: str = ""
+    default: Any = None
+    default_text: str = ""
+    unit: Literal["", "bytes", "seconds"] = ""
+    least: int | None = None
+    most: int | None = None
+    step: int = 1
+    words: Mapping[str, object] = field(default_factory=dict)
+    choices: tuple[str, ...] = ()
+    metavar: str = "N"
+    name: str = ""
+    kind: type = object
+    nullable: bool = False
+    literals: tuple[object, ...] = ()
+
+    # ---- checks ----
+
+    def check(self, value: object) -> Any:
+        """The value that a Python caller passed. Raises ValueError: what it must be."""
+        others = [repr(one) for one in self.literals] + (["None"] if self.nullable else [])
+        return self._checked(value, others)
+
+    def parse(self, text: str) -> Any:
+        """The value that a text on the command line stands for. Raises ValueError."""
+        if text in self.words:
+            return self.words[text]
+        try:
+            value = self._read(text)
+        except ValueError:
+            raise ValueError(self._sentence(list(self.words), text)) from None
+        return self._checked(value, list(self.words))
+
+    def load(self, value: object) -> Any:
+        """The value that stands in a TOML file. Raises ValueError."""
+        if isinstance(value, str) and (
+            value in self.words or self.unit == "bytes" or self.kind not in (int, float, bool)
+        ):
+            return self.parse(value)
+        try:
+            return self._checked(value, list(self.words))
+        except ValueError:
+            if self.kind is not object:
+                raise
+            raise ValueError(self._sentence(list(self.words), value)) from None
+
+    def _read(self, text: str) -> object:
+        if self.unit == "bytes":
+            return parse_size(text)
+        if self.kind is int:
+            return int(text) if re.fullmatch(r"-?\d{1,20}", text) else text
+        if self.kind is float:
+            return float(text)
+        return parse_affinity(text) if self.kind is object else text
+
+    def _checked(self, value: object, others: list[str]) -> object:
+        if (value is None and self.nullable) or (isinstance(value, str) and value in self.literals):
+            return value
+        if self.kind is object:
+            sets = checked_affinity(cast(Affinity, value), None)
+            return sets if sets is None or sets == "auto" else [sorted(cpus) for cpus in sets]
+        try:
+            fits = self._fitting(value)
+        except ValueError:
+            if self.kind is int and not others:
+                raise
+            fits = None
+        if fits is None:
+            raise ValueError(self._sentence(others, value))
+        return fits
+
+    def _fitting(self, value: object) -> object:
+        """The value, or None for one that is out of bounds."""
+        if self.kind is int:
+            number = whole(self.name, value)
+            least = number if self.least is None else self.least
+            most = number if self.most is None else self.most
+            return number if least <= number <= most and number % self.step == 0 else None
+        if self.kind is float:
+            return seconds(self.name, value, zero=self.least == 0)
+        if self.kind is str:
+            allowed = not self.choices or value in self.choices
+            return value if isinstance(value, str) and allowed else None
+        return value if isinstance(value, bool) else None
+
+    def _sentence(self, others: list[str], value: object) -> str:
+        allowed = self.allowed() if self.kind is not object else "sets of CPUs such as 0-3:4-7"
+        return f"{self.name} must be {' or '.join([allowed, *others])}, not {value!r}"
+
+    def allowed(self) -> str:
+        """What a value must be, in words."""
+        if self.kind is int:
+            said = "a size such as 1G or 512MiB" if self.unit == "bytes" else "a whole number"
+            if self.least is not None:
+                said = f"at least {self.least}"
+            if self.most is not None:
+                said = f"{self.least} to {self.most}"
+                if self.step > 1:
+                    said = f"a multiple of {self.step} from {said}"
+            return said
+        if self.kind is float:
+            return (
+                "a number of seconds, 0 or more"
+                if self.least == 0
+                else "a number of seconds above 0"
+            )
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        return "a text" if self.kind is str else "true or false"
+
+    # ---- for help ----
+
+    @property
+    def flag(self) -> str:
+        """As on the command line."""
+        return f"--{self.name.replace('_', '-')}"
+
+    def texts(self) -> list[str]:
+        """What can be completed."""
+        return [*self.words, *self.choices]
+
+    def about_value(self) -> str:
+        """Default and bounds, as they stand at the end of the command's help."""
+        default = self.default_text
+        if not default and self.default is not None and self.default is not False:
+            default = self._shown(self.default)
+        bounds = ""
+        if self.least is not None and self.kind is int and self.unit != "bytes":
+            bounds = self.allowed()
+        said = [f"default: {default}"] if default else []
+        return "; ".join([*said, bounds] if bounds else said)
+
+    def paragraph(self) -> str:
+        """As it stands under `Args` in a docstring."""
+        said = f"{self.name}: {self.help} {self.more}".rstrip()
+        return textwrap.fill(said, 100, initial_indent=" " * 8, subsequent_indent=" " * 12) + "\n"
+
+    def _shown(self, value: object) -> str:
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        if isinstance(value, int) and self.unit == "bytes":
+            return format_size(value)
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+class DeviceOptions(TypedDict, total=False):
+    """What `Device` takes beside the target."""
+
+    queues: Annotated[
+        int | Literal["max"],
+        Option(
+            help="Hardware queues, a thread each; max: one for each CPU.",
+            more="More than CPUs are refused, unless `clamp_queues` is set.",
+            default=1,
+            least=1,
+            most=MAX_QUEUES,
+            words={"max": "max"},
+        ),
+    ]
+    clamp_queues: Annotated[
+        bool,
+        Option(
+            help="Take one queue for each CPU when more are asked for.",
+            more="Otherwise the start is refused then.",
+            default=False,
+        ),
+    ]
+    depth: Annotated[
+        int,
+        Option(
+            help="Requests in flight for each queue.",
+            default=DEFAULT_DEPTH,
+            least=1,
+            most=MAX_QUEUE_DEPTH,
+        ),
+    ]
+    id: Annotated[
+        int | None,
+        Option(
+            help="The N of /dev/ublkbN.",
+            default_text="the lowest free",
+            least=0,
+            most=MAX_DEVICES - 1,
+        ),
+    ]
+    max_io_size: Annotated[
+        int,
+        Option(
+            help="Largest request, and buffer of each.",
+            more="A multiple of 4096 bytes up to 32 MiB. Kernels before 6.18 split at 1280 KiB "
+            "whatever is asked, later ones at 4 MiB.",
+            default=DEFAULT_MAX_IO_SIZE,
+            unit="bytes",
+            least=4096,
+            most=32 << 20,
+            step=4096,
+            metavar="SIZE",
+        ),
+    ]
+    workers: Annotated[
+        int,
+        Option(
+            help="Threads for a parallel target whose methods block.",
+            more="They run the handlers of a target with plain methods; 0: the queues' threads do.",
+            default=0,
+            least=0,
+        ),
+    ]
+    path: Annotated[
+        DataPath | str,
+        Option(
+            help=f"How data travels: auto, {', '.join(DataPath)}.",
+            more='A `pyublk.DataPath`; "auto" takes the best that target and kernel can. '
+            "One that the kernel lacks is refused (FeatureMissing).",
+            default="auto",
+            choices=("auto", *DataPath),
+            metavar="WAY",
+        ),
+    ]
+    batch: Annotated[
+        bool | None,
+        Option(
+            help="Commands that carry many tags (Linux 7.0).",
+            default_text="where the kernel can",
+        ),
+    ]
+    threads: Annotated[
+        int,
+        Option(
+            help="Threads for each queue (Linux 6.16).",
+            more="For targets whose calls may run at once; those of a `serial` or `per_queue` "
+            "target still take turns.",
+            default=1,
+            least=1,
+            most=MAX_QUEUE_DEPTH,
+        ),
+    ]
+    trim_after: Annotated[
+        float | None,
+        Option(
+            help="Idle time after which a queue gives the memory of its buffers back; or never.",
+            more="It takes at most twice as long, since the queue looks once in that time. None: "
+            "never. Not with several `threads`.",
+            default=60.0,
+            unit="seconds",
+            words={"never": None},
+            metavar="SECONDS",
+        ),
+    ]
+    partition_scan: Annotated[
+        bool,
+        Option(
+            help="Look for partitions when the disk starts.",
+            more="False (Linux 7.0) keeps the kernel from reading what an image says of itself; "
+            "BLKRRPART, which `blockdev --rereadpt` calls, looks for them later.",
+            default=True,
+        ),
+    ]
+    shared_memory: Annotated[
+        bool,
+        Option(
+            help="Let memory be shared with clients (Linux 7.1).",
+            more="`Device.share` does it.",
+            default=False,
+        ),
+    ]
+    affinity: Annotated[
+        Affinity,
+        Option(
+            help="CPUs of the queues' threads: 0-3 for one queue, 0-3:4-7 for two; any: no choice.",
+            more='"auto" keeps each thread to the CPUs whose requests it gets: the kernel '
+            "allocates its buffers on their NUMA node, on first use. In Python a sequence of sets "
+            "of CPUs, one for each queue, or None, which leaves the choice to the scheduler.",
+            default="auto",
+            default_text="auto, those whose requests it gets",
+            words={"auto": "auto", "any": None},
+            metavar="LIST",
+        ),
+    ]
+    preempt: Annotated[
+        bool,
+        Option(
+            help="Let each request take the CPU from the client that runs on it, instead of "
+            "gathering what clients send.",
+            more="Without it threads run under SCHED_BATCH, where the process has no policy of its "
+            "own.",
+            default=False,
+        ),
+    ]
+    io_scheduler: Annotated[
+        str | None,
+        Option(
+            help="The kernel's I/O scheduler; auto: none, but for zoned disks; default: "
+            "the kernel's choice.",
+            more="In Python, None is the kernel's choice.",
+            default="auto",
+            words={"default": None},
+            metavar="NAME",
+        ),
+    ]
+    stop_timeout: Annotated[
+        float,
+        Option(
+            help="How long a handler may hang before a stop gives it up.",
+            more="Seconds without progress; at least the target's `max_stall`.",
+            default=10.0,
+            unit="seconds",
+            least=0,
+            metavar="SECONDS",
+        ),
+    ]
+    deadline: Annotated[
+        float,
+        Option(
+            help="How long each control command may take.",
+            default=30.0,
+            unit="seconds",
+            metavar="SECONDS",
+        ),
+    ]
+
+
+class TargetOptions(TypedDict, total=False):
+    """What goes to the target's class, whatever the target."""
+
+    size: Annotated[
+        int | None,
+        Option(help="Size of the disk, such as 1G or 512MiB.", unit="bytes", metavar="SIZE"),
+    ]
+    block_size: Annotated[
+        int | None,
+        Option(
+            help="Smallest unit of I/O.",
+            default_text="the target's",
+            unit="bytes",
+            metavar="SIZE",
+        ),
+    ]
+    read_only: Annotated[
+        bool | None,
+        Option(help="Refuse writes.", default_text="as the target is"),
+    ]
+
+
+class DiskOptions(TargetOptions, DeviceOptions, total=False):
+    """What a disk can be asked for beside its target's class and that class's own parameters."""
+
+    shared_memory_size: Annotated[
+        int,
+        Option(
+            help="With --shared-memory: how much; `pyublk info` tells where clients find it.",
+            default=16 << 20,
+            unit="bytes",
+            least=4096,
+            most=4 << 30,
+            step=4096,
+            metavar="SIZE",
+        ),
+    ]
+
+
+def options_of(definition: type) -> dict[str, Option]:
+    """The options that a TypedDict defines, by name."""
+    return {
+        name: _option(name, hint)
+        for name, hint in typing.get_type_hints(definition, include_extras=True).items()
+    }
+
+
+def _option(name: str, hint: Any) -> Option:
+    kind: Any
+    option: Option
+    kind, option = typing.get_args(hint)
+    parts = typing.get_args(kind) or (kind,)
+    plain = [one for one in parts if one in (int, float, bool, str)]
+    return replace(
+        option,
+        name=name,
+        kind=plain[0] if plain else object,
+        nullable=types.NoneType in parts,
+        literals=tuple(
+            word
+            for one in parts
+            if typing.get_origin(one) is Literal
+            for word in typing.get_args(one)
+        ),
+    )
+
+
+#: By name: what `Device` takes, and what a disk that is described takes.
+DEVICE = options_of(DeviceOptions)
+DISK = options_of(DiskOptions)
+
+
+def complete(asked: DeviceOptions) -> DeviceOptions:
+    """What was asked of a `Device`, checked, with the defaults for the rest.
+
+    Raises ValueError for a value that is not allowed, TypeError for a name that there is not.
+    """
+    for name in asked.keys() - DEVICE.keys():
+        raise TypeError(f"Device takes no option {name!r}{near(name, DEVICE)}")
+    given = cast("dict[str, Any]", asked)
+    found = {
+        name: option.check(given[name]) if name in given else option.default
+        for name, option in DEVICE.items()
+    }
+    return cast(DeviceOptions, found)
+
+
+def number_of_queues(options: DeviceOptions) -> int:
+    """How many queues are asked for, on this machine."""
+    queues, cpus = options["queues"], os.cpu_count() or 1
+    if queues == "max":
+        return cpus
+    return min(queues, cpus) if options["clamp_queues"] else queues
+
+
+def near(name: str, choices: typing.Iterable[str]) -> str:
+    """A question that suggests what was meant, if anything is near it."""
+    close = difflib.get_close_matches(name, choices, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def documented(options: Mapping[str, Option]) -> Callable[[C], C]:
+    """Shows the options in the signature and the documentation of a class whose constructor takes
+    them as `**options`."""
+
+    def decorate(cls: C) -> C:
+        init: Any = vars(cls)["__init__"]
+        signature = inspect.signature(init)
+        parameters = list(signature.parameters.values())[:-1]
+        hints = typing.get_type_hints(DiskOptions)
+        for option in options.values():
+            parameters.append(
+                inspect.Parameter(
+                    option.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=option.default,
+                    annotation=hints.get(option.name, option.kind),
+                )
+            )
+        init.__signature__ = signature.replace(parameters=parameters)
+        if cls.__doc__ is not None:  # as it is under -OO
+            paragraphs = "".join(option.paragraph() for option in options.values())
+            cls.__doc__ = re.sub(r" *\*\*options: .*\n", lambda _: paragraphs, cls.__doc__)
+        return cls
+
+    return decorate
