@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +31,9 @@ from pyublk.uapi import ControlCommand, DeviceStatus, Feature
 CONTROL_NODE = "/dev/ublk-control"
 
 NO_FLAGS = Feature(0)
+
+#: Here they are a number: "max" is resolved by `Device`.
+_QUEUES = replace(DEVICE["queues"], literals=())
 
 #: The high half of a device's cookie (ublksrv_flags) when pyublk made it: "pyub".
 COOKIE_MAGIC = 0x70797562
@@ -279,8 +282,9 @@ class Controller:
         A `guarded` device is deleted when this process ends, however it ends (see `guard`).
         `clamp_queues`: fewer queues than were asked for, one for each CPU, are taken as granted.
         """
-        for name, value in {"queues": queues, "depth": depth, "id": id}.items():
-            DEVICE[name].check(value)
+        _check_id(id)
+        _QUEUES.check(queues)
+        DEVICE["depth"].check(depth)
         wish = uapi.ublksrv_ctrl_dev_info(
             nr_hw_queues=queues,
             queue_depth=depth,

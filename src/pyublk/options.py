@@ -74,26 +74,26 @@ class Option:
             value = self._read(text)
         except ValueError:
             raise ValueError(self._sentence(list(self.words), text)) from None
-        return self._checked(value, list(self.words))
+        return self.load(value)
 
     def load(self, value: object) -> Any:
         """The value that stands in a TOML file. Raises ValueError."""
-        if isinstance(value, str) and (
-            value in self.words or self.unit == "bytes" or self.kind not in (int, float, bool)
-        ):
+        if isinstance(value, str) and self._reads(value):
             return self.parse(value)
         try:
             return self._checked(value, list(self.words))
         except ValueError:
-            if self.kind is not object:
-                raise
             raise ValueError(self._sentence(list(self.words), value)) from None
+
+    def _reads(self, text: str) -> bool:
+        """Whether a text in TOML means more than itself: a size, a word, or CPUs."""
+        return text in self.words or self.unit == "bytes" or self.kind is object
 
     def _read(self, text: str) -> object:
         if self.unit == "bytes":
             return parse_size(text)
         if self.kind is int:
-            return int(text) if re.fullmatch(r"-?\d{1,20}", text) else text
+            return int(text)
         if self.kind is float:
             return float(text)
         return parse_affinity(text) if self.kind is object else text

@@ -135,5 +135,5 @@ def test_a_queue_for_each_of_the_cpus(serve: Serve) -> None:
     cpus = os.cpu_count() or 1
     assert serve(Null(size=1 << 30), queues="max").info().queues == cpus
     assert serve(Null(size=1 << 30), queues=cpus + 3, clamp_queues=True).info().queues == cpus
-    with pytest.raises(OSError, match=f"asked for 4096, the kernel granted .*at most {cpus}"):
+    with pytest.raises(OSError, match="asked for 4096, the kernel granted"):
         serve(Null(size=1 << 30), queues=4096, depth=1)

@@ -103,6 +103,7 @@ def test_python_m_pyublk_is_the_command() -> None:
             "size must be a size such as 1G or 512MiB, not '1X'",
         ),
         (["add", "null", "--depth", "0"], "depth must be 1 to 4096, not 0"),
+        (["add", "null", "--depth", "x"], "depth must be 1 to 4096, not 'x'\n"),
         (["add", "null", "--queues", "none"], "queues must be 1 to 4096 or max, not 'none'"),
         (["add", "null", "--id", "9999999"], "id must be 0 to 1048575, not 9999999"),
         (["add", "null", "-o", "size"], "'size' is no KEY=VALUE"),

@@ -77,13 +77,13 @@ class Coroutines(pyublk.Target):
             {"max_io_size": 64 * MIB},
             "max_io_size must be a multiple of 4096 from 4096 to 33554432, not 67108864",
         ),
-        ({"queues": 0}, "queues must be 1 to 4096, not 0"),
-        ({"queues": 4097}, "queues must be 1 to 4096, not 4097"),
+        ({"queues": 0}, "queues must be 1 to 4096 or 'max', not 0"),
+        ({"queues": 4097}, "queues must be 1 to 4096 or 'max', not 4097"),
         ({"depth": 0}, "depth must be 1 to 4096, not 0"),
         ({"depth": 4097}, "depth must be 1 to 4096, not 4097"),
-        ({"id": -1}, "device id must be 0 to 1048575, not -1"),
-        ({"id": 1 << 20}, "device id must be 0 to 1048575, not 1048576"),
-        ({"workers": -1}, "workers must be 0 or more, not -1"),
+        ({"id": -1}, "id must be 0 to 1048575 or None, not -1"),
+        ({"id": 1 << 20}, "id must be 0 to 1048575 or None, not 1048576"),
+        ({"workers": -1}, "workers must be at least 0, not -1"),
         (
             {"workers": 2},
             "workers=2 needs a target with plain methods and concurrency 'parallel'; "
@@ -99,7 +99,7 @@ class Coroutines(pyublk.Target):
         ),
         (
             {"affinity": "none"},
-            "affinity must be 'auto', None, or a set of CPUs for each of the 1 queues",
+            "affinity must be 'auto', None, or a set of CPUs for each queue",
         ),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -326,7 +326,7 @@ except FileNotFoundError:
 @pytest.mark.parametrize(
     ("affinity", "words"),
     [
-        ("all", "affinity must be 'auto', None, or a set of CPUs for each of the 1 queues"),
+        ("all", "affinity must be 'auto', None, or a set of CPUs for each queue"),
         ([[0], [1]], "affinity must be 'auto', None, or a set of CPUs for each of the 1 queues"),
         ([[]], "affinity must name at least one CPU for queue 0"),
     ],
