@@ -3,8 +3,7 @@
 from asyncio import AbstractEventLoop, Task
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from types import TracebackType
-from typing import Any, Literal, Self, final
+from typing import Any, ClassVar, Literal, Self, TypeAlias, final
 
 from typing_extensions import Buffer, disjoint_base
 
@@ -23,6 +22,7 @@ __all__ = [
     "Layout",
     "MappedQueue",
     "Mapper",
+    "MirrorLayout",
     "Queue",
     "Ram",
     "Ring",
@@ -57,34 +57,21 @@ class Ring:
     """
 
     def __init__(
-        self,
-        entries: int = 64,
-        *,
-        cq_entries: int = 0,
-        required: int = 0,
-        wanted: int = ...,
+        self, entries: int = 64, *, cq_entries: int = 0, required: int = 0, wanted: int = ...
     ) -> None: ...
     def close(self) -> None:
         """Closes the ring, also when it is dropped or its `with` ends.
 
         What was not submitted is not done. What is in flight is cancelled and waited for, at most a
-        second; what the kernel still carries out then (a disk that does not answer) keeps its
-        buffers until the process ends, and a ResourceWarning says so. The same goes for all that is
-        in flight when another thread than the one that made the ring closes it, unless that one
-        has ended, or the ring has no SINGLE_ISSUER.
+        second. What goes on then keeps its buffers until the process ends, and a ResourceWarning
+        says so; and so does all that is in flight when another thread than the ring's own, which
+        still runs, closes one with SINGLE_ISSUER.
 
-        In a forked child it gives up the child's copy, and changes nothing for the parent; any
-        other use there is a ValueError. RuntimeError while `submit`, `completions` or `for_each`
-        is under way.
+        A forked child gives up its copy, and changes nothing for the parent; any other use there is
+        a ValueError. RuntimeError while `submit`, `completions` or `for_each` is under way.
         """
     def __enter__(self) -> Self: ...
-    def __exit__(
-        self,
-        kind: type[BaseException] | None = ...,
-        value: BaseException | None = ...,
-        trace: TracebackType | None = ...,
-        /,
-    ) -> None: ...
+    def __exit__(self, *raised: object) -> None: ...
     def fileno(self) -> int:
         """The ring's descriptor: readable when completions are there.
 
@@ -242,26 +229,19 @@ class IO:
     def deferred(self) -> bool:
         """Whether `defer` was called."""
     def complete(self, *, zone_sector: int | None = None) -> None:
-        """Ends the request with success, whole. From any thread.
-
-        `zone_sector`: where a ZONE_APPEND was written, in 512-byte sectors.
-        """
+        """Ends the request with success, whole. From any thread. `zone_sector`: where a
+        ZONE_APPEND was written, in 512-byte sectors."""
     def fail(self, error: int) -> None:
         """Ends the request with an errno (positive). From any thread."""
     def defer(self) -> None:
-        """In `handle`: the request will be completed after the method returned.
-
-        By whoever has the IO then: when the last one drops it, the request fails with EIO, and so
-        it does when the method raises all the same.
-        """
+        """In `handle`: whoever has the IO completes it after the method returned. When the last one
+        drops it, or the method raises all the same, the request fails with EIO."""
 
 @final
 class Handlers:
     """A target's methods, and `report`, which is told what one raised, or returned instead of None,
-    and says the errno for it. It is told None of a deferred request that nobody has any more.
-
-    The request gets EIO when `report` raises; `sys.unraisablehook` is told once.
-    """
+    and says the errno for it. It is told None of a deferred request that nobody has any more. The
+    request gets EIO when `report` raises; `sys.unraisablehook` is told once."""
 
     def __init__(self, target: object, report: Callable[[object, IO], int]) -> None: ...
     def answer_from_here(self, io: IO) -> None: ...
@@ -278,11 +258,9 @@ class Buffers:
 
 @final
 class CharDevice:
-    """An open char device: the number stays taken until everybody who may use it has gone.
-
-    A thread that was given up, and comes back to copy a request's data, finds a file of its own
-    under the number, never somebody else's. `fd` is taken over.
-    """
+    """An open char device: the number stays taken until everybody who may use it has gone. A thread
+    that was given up, and comes back to copy a request's data, finds a file of its own under the
+    number, never somebody else's. `fd` is taken over."""
 
     def __init__(self, fd: int) -> None: ...
     def fileno(self) -> int:
@@ -324,10 +302,10 @@ class Queue:
     """One queue of an open char device (`/dev/ublkcN`), served by the thread that makes it.
 
     Args: `fd` of the char device (a number, of which the queue makes a duplicate, or a CharDevice),
-    the queue's number, its `depth` (1 to 4096, as the device was
-    added with), `buffer_size` in bytes for each tag (the device's max_io_size), and the device's
-    `flags`, from which the data path follows. Several of these may serve one queue, each on its own
-    thread with every `tag_step`th tag from `first_tag` on, and with batch I/O the same `buffers`.
+    the queue's number, its `depth` (1 to 4096, as the device was added with), `buffer_size` in
+    bytes for each tag (the device's max_io_size), and the device's `flags`, from which the data
+    path follows. Several of these may serve one queue, each on its own thread with every
+    `tag_step`th tag from `first_tag` on, and with batch I/O the same `buffers`.
     After `trim_after` seconds without a request, the memory of its buffers goes back to the kernel.
     `faults` makes failures of a path, for tests.
 
@@ -371,13 +349,7 @@ class Queue:
         with DeviceClosed, and the rest is given back when nobody has the queue any more.
         """
     def __enter__(self) -> Self: ...
-    def __exit__(
-        self,
-        kind: type[BaseException] | None = ...,
-        value: BaseException | None = ...,
-        trace: TracebackType | None = ...,
-        /,
-    ) -> None: ...
+    def __exit__(self, *raised: object) -> None: ...
     @property
     def id(self) -> int:
         """The queue's number."""
@@ -426,11 +398,8 @@ class Queue:
 @final
 class Dispatcher:
     """Runs a target's coroutines on `loop`: a first step on the spot, the rest when what they wait
-    for is done.
-
-    `answered` is called with a queue when one of its requests was answered outside of `turn` and
-    `sleep`: its commit wants a turn. For the loop's thread, except where it says otherwise.
-    """
+    for is done. `answered` is told of a queue when one of its requests was answered outside of
+    `turn` and `sleep`: its commit wants a turn. For the loop's thread, except where it says so."""
 
     def __init__(
         self,
@@ -439,10 +408,8 @@ class Dispatcher:
         answered: Callable[[Queue], None] | None = None,
     ) -> None: ...
     def turn(self, queue: Queue) -> int | None:
-        """Submits the commits, takes what is there and begins it: how many requests.
-
-        None when the kernel has taken every tag back.
-        """
+        """Submits the commits, takes what is there and begins it: how many requests. None when
+        the kernel has taken every tag back."""
     def sleep(self, queue: Queue, other: int, timeout: float | None = None) -> bool | None:
         """Serves in the queue's ring until the loop has something to do, or for `timeout` seconds.
 
@@ -455,22 +422,17 @@ class Dispatcher:
 
 def write_in_child(path: str, text: str, *, deadline: float) -> int | None:
     """Writes a text to a file of sysfs, by the helper: some such files wait for a disk's requests,
-    beyond the reach of signals.
-
-    Returns 0 or -errno (-ECANCELED: the helper was killed), or None when the deadline passed: the
-    kernel goes on as long as it must.
-    """
+    beyond the reach of signals. Returns 0 or -errno (-ECANCELED: the helper was killed), or None
+    when the deadline passed: the kernel goes on as long as it must."""
 
 HELPER_PROGRAM: str
 
 @final
 class Helper:
-    """This process's helper, which is started for the first of these and ends with the last.
-
-    It issues control commands, and deletes guarded devices when this process ends without having
-    done so. One that is killed is replaced. Commands need the `control_node`'s descriptor. Raises
-    OSError where it cannot be started.
-    """
+    """This process's helper, which is started for the first of these and ends with the last. It
+    issues control commands, and deletes guarded devices when this process ends without having done
+    so. One that is killed is replaced. Commands need the `control_node`'s descriptor. Raises
+    OSError where it cannot be started."""
 
     def __new__(cls, control_node: int = -1) -> Self: ...
     @property
@@ -511,33 +473,22 @@ def process() -> int:
     """This process, also after a fork, without a system call. What was made in another one is the
     parent's."""
 
-@final
-class Layout:
-    """Where a disk's bytes live, for all `MappedQueue`s of the disk; `MappedTarget` makes its own.
+#: Descriptor, whether the file's bytes are in memory, whether it is a block device.
+_File: TypeAlias = tuple[int, bool, bool]
 
-    Files are given as (descriptor, whether its bytes are in memory, whether it is a block device);
-    extents as (file's index, offset, length). All sizes are bytes.
-    """
+@disjoint_base
+class Layout:
+    """Where a disk's bytes live, for `MappedQueue`s; `MappedTarget` makes it. Extents are (file's
+    index, offset, length). All sizes are bytes."""
 
     @classmethod
-    def table(
-        cls, files: Sequence[tuple[int, bool, bool]], extents: Iterable[tuple[int, int, int]]
-    ) -> Self:
+    def table(cls, files: Sequence[_File], extents: Iterable[tuple[int, int, int]]) -> Self:
         """Extents, one after the other."""
     @classmethod
-    def stripe(cls, files: Sequence[tuple[int, bool, bool]], size: int, chunk: int) -> Self:
+    def stripe(cls, files: Sequence[_File], size: int, chunk: int) -> Self:
         """Chunks of `chunk` bytes, in turn from every file."""
     @classmethod
-    def mirror(
-        cls,
-        files: Sequence[tuple[int, bool, bool]],
-        size: int,
-        *,
-        leg_timeout: float | None = None,
-    ) -> Self:
-        """The same bytes in every file, its legs; one that takes `leg_timeout` seconds failed."""
-    @classmethod
-    def per_request(cls, files: Sequence[tuple[int, bool, bool]], size: int) -> Self:
+    def per_request(cls, files: Sequence[_File], size: int) -> Self:
         """Said anew for each request."""
     @property
     def size(self) -> int: ...
@@ -553,6 +504,15 @@ class Layout:
         """Lets go of a file, and keeps its number from others as long as queues may use it."""
     def unmap_memory(self) -> None:
         """Lets go of them: a mapped file keeps its file system from being unmounted."""
+
+@disjoint_base
+class MirrorLayout(Layout):
+    """The same bytes in every file, its legs; one that takes `leg_timeout` seconds has failed."""
+
+    MAX_LEGS: ClassVar[int]
+    def __init__(
+        self, files: Sequence[_File], size: int, *, leg_timeout: float | None = None
+    ) -> None: ...
     def leg_state(self, leg: int) -> int:
         """0: in step; 1: being brought in step, written but not read; 2: failed, left alone."""
     def set_leg_state(self, leg: int, state: int) -> None: ...
@@ -567,8 +527,7 @@ class Layout:
     def leg_errors(self, leg: int) -> int:
         """Requests that failed on it."""
     def leg_orphans(self, leg: int) -> tuple[int, int]:
-        """Operations that a leg's file, and the one before, still hold, though nobody waits for
-        them any more."""
+        """Operations that nobody waits for any more, of a leg's file and of the one before it."""
     def replace_file(
         self, index: int, fd: int, memory: bool, device: bool, file_generation: int | None = None
     ) -> None:

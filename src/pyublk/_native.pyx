@@ -55,6 +55,7 @@ __all__ = [
     "Layout",
     "MappedQueue",
     "Mapper",
+    "MirrorLayout",
     "Queue",
     "Ram",
     "Ring",
@@ -76,6 +77,8 @@ include "_native_shared.pxi"
 include "_native_io.pxi"
 include "_native_queue.pxi"
 include "_native_async.pxi"
+include "_native_layout.pxi"
+include "_native_mirror.pxi"
 include "_native_mapped.pxi"
 include "_native_control.pxi"
 include "_native_targets.pxi"

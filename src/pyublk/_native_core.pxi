@@ -366,11 +366,6 @@ cdef extern from "_core/layout.h" nogil:
         PU_LAYOUT_MIRROR
         PU_LAYOUT_PER_REQUEST
 
-    enum pu_leg_state:
-        PU_LEG_SYNCED
-        PU_LEG_RESYNC
-        PU_LEG_FAILED
-
     struct pu_file:
         int fd
         bint memory
@@ -382,52 +377,75 @@ cdef extern from "_core/layout.h" nogil:
         uint64_t offset
         uint32_t file
 
-    struct pu_leg:
-        uint32_t errors
-
-    struct pu_leg_bits:
-        uint16_t unrecorded
-
     struct pu_layout:
         uint64_t size
         pu_file *files
         uint32_t nr_files
         pu_extent *extents
         uint64_t chunk
-        pu_leg legs[16]
-        uint64_t region_bytes
-        int64_t leg_timeout_ns
 
     int pu_layout_init(pu_layout *, pu_layout_kind, uint64_t, uint32_t, uint32_t)
     void pu_layout_destroy(pu_layout *)
+    void pu_layout_set_file(pu_layout *, uint32_t, int, bint, bint)
     void pu_layout_map_memory(pu_layout *)
     void pu_layout_unmap_memory(pu_layout *)
-    pu_leg_state pu_layout_leg(const pu_layout *, uint32_t)
     uint32_t pu_layout_version(const pu_layout *)
-    void pu_layout_replace_file(pu_layout *, uint32_t, int, bint, bint, uint32_t)
-    void pu_layout_set_leg(pu_layout *, uint32_t, pu_leg_state)
-    bint pu_layout_fail_leg(pu_layout *, uint32_t, uint32_t)
-    uint32_t pu_layout_incarnation(const pu_layout *, uint32_t)
-    uint32_t pu_layout_orphans(const pu_layout *, uint32_t, bint)
-    pu_leg_bits pu_layout_leg_bits(const pu_layout *)
-    void pu_layout_recorded(pu_layout *)
-    uint64_t PU_NO_REGION
-    void pu_layout_block_writes(pu_layout *, uint64_t)
-    bint pu_layout_is_drained(const pu_layout *, uint64_t)
+
+cdef extern from "_core/policy.h" nogil:
+    struct pu_policy:
+        pass
+
+cdef extern from "_core/direct.h" nogil:
+    const pu_policy pu_direct
 
 cdef extern from "_core/mapped.h" nogil:
+    struct pu_mapped:
+        bint to_tell
+
+    uint32_t pu_mapped_entries(const pu_policy *, uint16_t)
+    int pu_mapped_open(pu_mapped *, pu_queue *, pu_layout *, const pu_policy *, uint32_t)
+    void pu_mapped_close(pu_mapped *)
+    int pu_mapped_turn(pu_mapped *, int64_t)
+    int pu_mapped_plan(pu_mapped *, uint16_t, const pu_extent *, uint32_t)
+
+cdef extern from "_core/mirror.h" nogil:
+    unsigned int PU_MAX_LEGS
+    uint64_t PU_NO_REGION
+
+    enum pu_leg_state:
+        PU_LEG_SYNCED
+        PU_LEG_RESYNC
+        PU_LEG_FAILED
+
+    struct pu_leg:
+        uint32_t errors
+
+    struct pu_leg_bits:
+        uint16_t unrecorded
+
+    struct pu_mirror:
+        pu_leg *legs
+        uint64_t region_bytes
+
+    int pu_mirror_init(pu_mirror *, pu_layout *, int64_t)
+    void pu_mirror_destroy(pu_mirror *)
+    pu_leg_bits pu_mirror_leg_bits(const pu_mirror *)
+    pu_leg_state pu_mirror_leg_state(const pu_mirror *, uint32_t)
+    void pu_mirror_set_leg(pu_mirror *, uint32_t, pu_leg_state)
+    bint pu_mirror_fail_leg(pu_mirror *, uint32_t, uint32_t)
+    void pu_mirror_set_recorded(pu_mirror *)
+    uint32_t pu_mirror_file_generation(const pu_mirror *, uint32_t)
+    uint32_t pu_mirror_orphans(const pu_mirror *, uint32_t, bint)
+    void pu_mirror_replace_file(pu_mirror *, uint32_t, int, bint, bint, uint32_t)
+    void pu_mirror_block_writes(pu_mirror *, uint64_t)
+    bint pu_mirror_is_drained(const pu_mirror *, uint64_t)
+
+cdef extern from "_core/mirrored.h" nogil:
     struct pu_leg_failure:
         uint32_t leg
         uint32_t file_generation
         int error
 
-    struct pu_mapped:
-        uint32_t failed_legs
-
-    uint32_t pu_mapped_entries(const pu_layout *, uint16_t)
-    int pu_mapped_open(pu_mapped *, pu_queue *, pu_layout *, uint32_t)
-    void pu_mapped_close(pu_mapped *)
-    int pu_mapped_turn(pu_mapped *, int64_t)
-    int pu_mapped_plan(pu_mapped *, uint16_t, const pu_extent *, uint32_t)
-    bint pu_mapped_next_failure(pu_mapped *, pu_leg_failure *)
-    void pu_mapped_recorded(pu_mapped *)
+    const pu_policy *pu_mirrored(pu_mirror *)
+    bint pu_mirrored_next_failure(pu_mapped *, pu_leg_failure *)
+    void pu_mirrored_recorded(pu_mapped *)

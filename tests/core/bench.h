@@ -6,7 +6,8 @@
 
 #include "answer.h"
 #include "loopback.h"
-#include "mapped.h"
+#include "direct.h"
+#include "mirrored.h"
 #include "open.h"
 
 #include <stdlib.h>
@@ -39,18 +40,31 @@ static inline void close_files(void)
 
 struct bench {
 	struct pu_layout layout;
+	struct pu_mirror mirror; /* of a layout of that kind */
 	struct pu_queue queue;
 	struct pu_mapped mapped;
 	uint8_t *expected;
 	uint16_t depth; /* 0: DEPTH */
 };
 
+static inline bool is_mirror(const struct bench *b)
+{
+	return b->layout.kind == PU_LAYOUT_MIRROR;
+}
+
+static inline void make_mirror(struct pu_mirror *mirror, struct pu_layout *layout, int64_t timeout_ns)
+{
+	CHECK_EQUAL(pu_layout_init(layout, PU_LAYOUT_MIRROR, FILE_BYTES, FILES, 0), 0);
+	CHECK_EQUAL(pu_mirror_init(mirror, layout, timeout_ns), 0);
+}
+
 static inline void open_bench(struct bench *b, bool memory)
 {
+	const struct pu_policy *policy = is_mirror(b) ? pu_mirrored(&b->mirror) : &pu_direct;
 	struct pu_queue_options options = {
 		.depth = b->depth ? b->depth : DEPTH,
 		.buffer_bytes = BUFFER,
-		.extra_entries = pu_mapped_entries(&b->layout, b->depth ? b->depth : DEPTH),
+		.extra_entries = pu_mapped_entries(policy, b->depth ? b->depth : DEPTH),
 		.files = fds,
 		.nr_files = FILES,
 	};
@@ -60,7 +74,7 @@ static inline void open_bench(struct bench *b, bool memory)
 		b->layout.files[i].memory = memory;
 	}
 	CHECK_EQUAL(pu_queue_open(&b->queue, -1, &options), 0);
-	CHECK_EQUAL(pu_mapped_open(&b->mapped, &b->queue, &b->layout, b->layout.version), 0);
+	CHECK_EQUAL(pu_mapped_open(&b->mapped, &b->queue, &b->layout, policy, b->layout.version), 0);
 	CHECK_EQUAL(pu_queue_fetch(&b->queue), 0);
 	b->expected = calloc(1, b->layout.size);
 }
@@ -76,6 +90,8 @@ static inline bool close_bench(struct bench *b)
 	if (over) {
 		pu_mapped_close(&b->mapped);
 		pu_queue_free(&b->queue);
+		if (is_mirror(b))
+			pu_mirror_destroy(&b->mirror);
 		pu_layout_destroy(&b->layout);
 		free(b->expected);
 	} else {
@@ -91,13 +107,15 @@ static inline void record_failures(struct bench *b)
 {
 	struct pu_leg_failure failure;
 
-	while (pu_mapped_next_failure(&b->mapped, &failure)) {
+	if (!is_mirror(b))
+		return;
+	while (pu_mirrored_next_failure(&b->mapped, &failure)) {
 		if (failure.error)
-			pu_layout_fail_leg(&b->layout, failure.leg, failure.file_generation);
+			pu_mirror_fail_leg(&b->mirror, failure.leg, failure.file_generation);
 		if (!record_fails)
-			pu_layout_recorded(&b->layout);
+			pu_mirror_set_recorded(&b->mirror);
 	}
-	pu_mapped_recorded(&b->mapped);
+	pu_mirrored_recorded(&b->mapped);
 }
 
 static inline int32_t request(struct bench *b, uint16_t tag, uint32_t op, uint64_t offset, uint64_t length)

@@ -47,7 +47,11 @@ static void layouts_keep_bytes(enum pu_layout_kind kind, bool memory)
 	uint64_t size = kind == PU_LAYOUT_MIRROR ? FILE_BYTES : FILES * FILE_BYTES;
 
 	make_files();
-	CHECK_EQUAL(pu_layout_init(&b.layout, kind, size, FILES, kind == PU_LAYOUT_TABLE ? 48 : 0), 0);
+	if (kind == PU_LAYOUT_MIRROR)
+		make_mirror(&b.mirror, &b.layout, 0);
+	else
+		CHECK_EQUAL(pu_layout_init(&b.layout, kind, size, FILES,
+					   kind == PU_LAYOUT_TABLE ? 48 : 0), 0);
 	b.layout.chunk = 1536;
 	for (uint32_t i = 0; i < b.layout.nr_extents; i++)
 		b.layout.extents[i] = (struct pu_extent){

@@ -91,8 +91,7 @@ static uint8_t first_byte(int fd)
 
 static void open_mirror(struct bench *b)
 {
-	CHECK_EQUAL(pu_layout_init(&b->layout, PU_LAYOUT_MIRROR, FILE_BYTES, FILES, 0), 0);
-	b->layout.leg_timeout_ns = LONG_NS;
+	make_mirror(&b->mirror, &b->layout, LONG_NS);
 	open_bench(b, false);
 }
 
@@ -115,18 +114,28 @@ static void age(struct bench *b, uint32_t leg)
 /* Until it is given up, where the requests can do without. */
 static void give_up(struct bench *b, uint32_t leg)
 {
-	while (!b->layout.legs[leg].errors)
+	while (!b->mirror.legs[leg].errors)
 		age(b, leg);
 }
 
 static uint32_t orphans(const struct bench *b, uint32_t leg)
 {
-	return pu_layout_orphans(&b->layout, leg, false) + pu_layout_orphans(&b->layout, leg, true);
+	return pu_mirror_orphans(&b->mirror, leg, false) + pu_mirror_orphans(&b->mirror, leg, true);
 }
 
 static bool fail_leg(struct bench *b, uint32_t leg)
 {
-	return pu_layout_fail_leg(&b->layout, leg, pu_layout_incarnation(&b->layout, leg));
+	return pu_mirror_fail_leg(&b->mirror, leg, pu_mirror_file_generation(&b->mirror, leg));
+}
+
+/* Requests that wait until failures are on record. */
+static uint32_t held(const struct bench *b)
+{
+	uint32_t count = 0;
+
+	for (uint32_t tag = 0; tag < DEPTH; tag++)
+		count += b->mapped.works[tag].held;
+	return count;
 }
 
 /* All but `left` of the free slots are taken away; the rest of the list. */
@@ -171,12 +180,12 @@ static void a_failed_leg_is_told_before_the_answer(void)
 	struct bench b = { 0 };
 
 	make_files();
-	CHECK_EQUAL(pu_layout_init(&b.layout, PU_LAYOUT_MIRROR, FILE_BYTES, FILES, 0), 0);
+	make_mirror(&b.mirror, &b.layout, 0);
 	open_bench(&b, false);
 	CHECK_EQUAL(ftruncate(fds[0], 0), 0);
 	CHECK_EQUAL(request(&b, 0, PU_OP_READ, 0, 4096), 4096);
-	CHECK_EQUAL(pu_layout_leg(&b.layout, 0), PU_LEG_FAILED);
-	CHECK_EQUAL(b.layout.legs[0].errors, 1);
+	CHECK_EQUAL(pu_mirror_leg_state(&b.mirror, 0), PU_LEG_FAILED);
+	CHECK_EQUAL(b.mirror.legs[0].errors, 1);
 	CHECK_EQUAL(request(&b, 1, PU_OP_WRITE, 4096, 4096), 4096);
 	CHECK_EQUAL(lseek(fds[0], 0, SEEK_END), 0); /* left alone */
 	close_bench(&b);
@@ -190,12 +199,12 @@ static void the_last_leg_in_step_is_not_given_up(void)
 	make_files();
 	refuse_writes(0);
 	open_mirror(&b);
-	pu_layout_set_leg(&b.layout, 1, PU_LEG_RESYNC);
-	pu_layout_set_leg(&b.layout, 2, PU_LEG_FAILED);
+	pu_mirror_set_leg(&b.mirror, 1, PU_LEG_RESYNC);
+	pu_mirror_set_leg(&b.mirror, 2, PU_LEG_FAILED);
 	/* The leg that takes the write is not one that may be read. */
 	CHECK_EQUAL(request(&b, 0, PU_OP_WRITE, 0, PAGE), -EBADF);
-	CHECK_EQUAL(pu_layout_leg(&b.layout, 0), PU_LEG_SYNCED);
-	CHECK_EQUAL(pu_layout_leg(&b.layout, 1), PU_LEG_RESYNC);
+	CHECK_EQUAL(pu_mirror_leg_state(&b.mirror, 0), PU_LEG_SYNCED);
+	CHECK_EQUAL(pu_mirror_leg_state(&b.mirror, 1), PU_LEG_RESYNC);
 	CHECK(!fail_leg(&b, 0));
 	CHECK_EQUAL(request(&b, 0, PU_OP_READ, 0, PAGE), PAGE);
 	close_bench(&b);
@@ -210,21 +219,21 @@ static void two_legs_that_fail_are_not_both_given_up(void)
 
 	make_files();
 	open_mirror(&b);
-	pu_layout_set_leg(&b.layout, 2, PU_LEG_FAILED);
+	pu_mirror_set_leg(&b.mirror, 2, PU_LEG_FAILED);
 	first = read_only(0);
 	second = read_only(1);
-	pu_layout_replace_file(&b.layout, 0, first, false, false, 0);
+	pu_mirror_replace_file(&b.mirror, 0, first, false, false, 0);
 	CHECK_EQUAL(pu_loopback_inject(&b.queue, 0, PU_OP_WRITE, 0, PAGE >> 9), 0);
-	while (b.mapped.held < 1)
+	while (held(&b) < 1)
 		CHECK_EQUAL(pu_mapped_turn(&b.mapped, 10000000), 0);
-	pu_layout_replace_file(&b.layout, 0, fds[0], false, false, 0);
-	pu_layout_replace_file(&b.layout, 1, second, false, false, 0);
+	pu_mirror_replace_file(&b.mirror, 0, fds[0], false, false, 0);
+	pu_mirror_replace_file(&b.mirror, 1, second, false, false, 0);
 	CHECK_EQUAL(pu_loopback_inject(&b.queue, 1, PU_OP_WRITE, 0, PAGE >> 9), 0);
-	while (b.mapped.held < 2)
+	while (held(&b) < 2)
 		CHECK_EQUAL(pu_mapped_turn(&b.mapped, 10000000), 0);
 	turn(&b);
-	CHECK_EQUAL(pu_layout_leg(&b.layout, 0), PU_LEG_FAILED);
-	CHECK_EQUAL(pu_layout_leg(&b.layout, 1), PU_LEG_SYNCED);
+	CHECK_EQUAL(pu_mirror_leg_state(&b.mirror, 0), PU_LEG_FAILED);
+	CHECK_EQUAL(pu_mirror_leg_state(&b.mirror, 1), PU_LEG_SYNCED);
 	CHECK_EQUAL(pu_loopback_result(&b.queue, 0), PAGE);
 	CHECK_EQUAL(pu_loopback_result(&b.queue, 1), -EBADF);
 	close(first);
@@ -240,7 +249,7 @@ static void what_no_leg_takes_is_not_done(void)
 	make_files();
 	open_mirror(&b);
 	for (uint32_t leg = 0; leg < FILES; leg++)
-		pu_layout_set_leg(&b.layout, leg, PU_LEG_FAILED);
+		pu_mirror_set_leg(&b.mirror, leg, PU_LEG_FAILED);
 	CHECK_EQUAL(request(&b, 0, PU_OP_WRITE, 0, PAGE), -EIO);
 	CHECK_EQUAL(request(&b, 0, PU_OP_WRITE_ZEROES, 0, PAGE), -EIO);
 	CHECK_EQUAL(request(&b, 0, PU_OP_DISCARD, 0, PAGE), -EIO);
@@ -259,13 +268,13 @@ static void no_write_is_done_while_a_failure_is_not_on_record(void)
 	open_mirror(&b);
 	record_fails = true;
 	CHECK_EQUAL(request(&b, 0, PU_OP_WRITE, 0, PAGE), -EIO);
-	CHECK_EQUAL(pu_layout_leg(&b.layout, 0), PU_LEG_FAILED); /* but not read either */
+	CHECK_EQUAL(pu_mirror_leg_state(&b.mirror, 0), PU_LEG_FAILED); /* but not read either */
 	CHECK_EQUAL(request(&b, 1, PU_OP_WRITE, 0, PAGE), -EIO);
 	CHECK_EQUAL(request(&b, 1, PU_OP_FLUSH, 0, 0), -EIO);
 	CHECK_EQUAL(request(&b, 1, PU_OP_READ, 0, PAGE), PAGE);
 	record_fails = false;
 	CHECK_EQUAL(request(&b, 0, PU_OP_WRITE, 0, PAGE), PAGE);
-	CHECK_EQUAL(pu_layout_leg_bits(&b.layout).unrecorded, 0);
+	CHECK_EQUAL(pu_mirror_leg_bits(&b.mirror).unrecorded, 0);
 	close_bench(&b);
 	close_files();
 }
@@ -283,7 +292,7 @@ static void a_leg_that_is_given_up_is_left_with_all_that_it_holds(void)
 	for (int i = 0; i < 4; i++) /* the leg takes a page, and hangs on the next */
 		turn(&b);
 	CHECK(fail_leg(&b, 1)); /* another queue has noticed */
-	pu_layout_recorded(&b.layout);
+	pu_mirror_set_recorded(&b.mirror);
 	while (pu_queue_held(&b.queue)) {
 		b.mapped.look_at_ns = 0;
 		turn(&b);
@@ -313,7 +322,7 @@ static void a_write_keeps_its_buffer_until_it_is_cut(void)
 	CHECK_EQUAL(b.mapped.free_slot, UINT32_MAX);
 	for (int i = 0; i < 3; i++)
 		age(&b, 1);
-	CHECK_EQUAL(pu_layout_leg(&b.layout, 1), PU_LEG_FAILED);
+	CHECK_EQUAL(pu_mirror_leg_state(&b.mirror, 1), PU_LEG_FAILED);
 	b.mapped.free_slot = rest;
 	while (pu_queue_held(&b.queue)) {
 		b.mapped.look_at_ns = 0;
@@ -331,16 +340,16 @@ static void a_gated_write_waits(void)
 	struct bench b = { 0 };
 
 	make_files();
-	CHECK_EQUAL(pu_layout_init(&b.layout, PU_LAYOUT_MIRROR, FILE_BYTES, FILES, 0), 0);
+	make_mirror(&b.mirror, &b.layout, 0);
 	open_bench(&b, false);
-	pu_layout_block_writes(&b.layout, 0);
-	CHECK(pu_layout_is_drained(&b.layout, 0));
+	pu_mirror_block_writes(&b.mirror, 0);
+	CHECK(pu_mirror_is_drained(&b.mirror, 0));
 	CHECK_EQUAL(pu_loopback_inject(&b.queue, 0, PU_OP_WRITE, 0, 8), 0);
 	for (int i = 0; i < 3; i++)
 		CHECK_EQUAL(pu_mapped_turn(&b.mapped, 1000000), 0);
 	CHECK_EQUAL(pu_queue_held(&b.queue), 1);
-	CHECK(pu_layout_is_drained(&b.layout, 0));
-	pu_layout_block_writes(&b.layout, PU_NO_REGION);
+	CHECK(pu_mirror_is_drained(&b.mirror, 0));
+	pu_mirror_block_writes(&b.mirror, PU_NO_REGION);
 	while (pu_queue_held(&b.queue))
 		CHECK_EQUAL(pu_mapped_turn(&b.mapped, 1000000000), 0);
 	CHECK_EQUAL(pu_loopback_result(&b.queue, 0), 4096);
@@ -361,9 +370,9 @@ static int make_other(void)
 
 static void put_in_place(struct bench *b, uint32_t leg, int fd)
 {
-	pu_layout_replace_file(&b->layout, leg, fd, false, false,
-			       pu_layout_incarnation(&b->layout, leg) + 1);
-	pu_layout_set_leg(&b->layout, leg, PU_LEG_RESYNC);
+	pu_mirror_replace_file(&b->mirror, leg, fd, false, false,
+			       pu_mirror_file_generation(&b->mirror, leg) + 1);
+	pu_mirror_set_leg(&b->mirror, leg, PU_LEG_RESYNC);
 }
 
 static void a_failure_that_is_not_on_record_is_not_charged_to_the_next_file(void)
@@ -377,12 +386,12 @@ static void a_failure_that_is_not_on_record_is_not_charged_to_the_next_file(void
 	open_mirror(&b);
 	record_fails = true;
 	CHECK_EQUAL(request(&b, 0, PU_OP_WRITE, 0, PAGE), -EIO);
-	CHECK_EQUAL(pu_layout_leg(&b.layout, 1), PU_LEG_FAILED);
+	CHECK_EQUAL(pu_mirror_leg_state(&b.mirror, 1), PU_LEG_FAILED);
 	put_in_place(&b, 1, fresh);
 	CHECK_EQUAL(request(&b, 0, PU_OP_WRITE, 0, PAGE), -EIO);
 	record_fails = false;
 	CHECK_EQUAL(request(&b, 0, PU_OP_WRITE, 0, PAGE), PAGE);
-	CHECK_EQUAL(pu_layout_leg(&b.layout, 1), PU_LEG_RESYNC);
+	CHECK_EQUAL(pu_mirror_leg_state(&b.mirror, 1), PU_LEG_RESYNC);
 	close(fresh);
 	close_bench(&b);
 	close_files();
@@ -410,7 +419,7 @@ static void a_file_that_hangs_is_not_charged_to_the_next_one(void)
 	make_files();
 	fresh = make_other();
 	hanging = fail_in_a_write(&b);
-	pu_layout_recorded(&b.layout);
+	pu_mirror_set_recorded(&b.mirror);
 	put_in_place(&b, 1, fresh);
 	for (uint32_t i = 0; i < b.mapped.nr_slots; i++)
 		b.mapped.slots[i].begun_ns -= LONG_NS;
@@ -419,8 +428,8 @@ static void a_file_that_hangs_is_not_charged_to_the_next_one(void)
 		turn(&b);
 	}
 	CHECK_EQUAL(pu_loopback_result(&b.queue, 0), 2 * PAGE);
-	CHECK_EQUAL(pu_layout_leg(&b.layout, 1), PU_LEG_RESYNC);
-	CHECK_EQUAL(b.layout.legs[1].errors, 0);
+	CHECK_EQUAL(pu_mirror_leg_state(&b.mirror, 1), PU_LEG_RESYNC);
+	CHECK_EQUAL(b.mirror.legs[1].errors, 0);
 	CHECK_EQUAL(orphans(&b, 1), 1);
 	/* And the new one takes what comes. */
 	CHECK_EQUAL(request(&b, 0, PU_OP_WRITE, 0, PAGE), PAGE);
@@ -441,18 +450,18 @@ static void a_file_that_comes_back_is_charged_with_what_it_holds(void)
 	hanging = fail_in_a_write(&b);
 	put_in_place(&b, 1, fresh);
 	CHECK(fail_leg(&b, 1));
-	pu_layout_recorded(&b.layout);
-	pu_layout_replace_file(&b.layout, 1, fds[1], false, false, 0);
-	pu_layout_set_leg(&b.layout, 1, PU_LEG_RESYNC);
+	pu_mirror_set_recorded(&b.mirror);
+	pu_mirror_replace_file(&b.mirror, 1, fds[1], false, false, 0);
+	pu_mirror_set_leg(&b.mirror, 1, PU_LEG_RESYNC);
 	b.mapped.look_at_ns = 0;
 	turn(&b);
 	CHECK_EQUAL(pu_queue_held(&b.queue), 1);
-	CHECK(!pu_layout_is_drained(&b.layout, 0));
+	CHECK(!pu_mirror_is_drained(&b.mirror, 0));
 	give_up(&b, 1);
 	while (pu_queue_held(&b.queue))
 		turn(&b);
 	CHECK_EQUAL(pu_loopback_result(&b.queue, 0), 2 * PAGE);
-	CHECK_EQUAL(pu_layout_leg(&b.layout, 1), PU_LEG_FAILED);
+	CHECK_EQUAL(pu_mirror_leg_state(&b.mirror, 1), PU_LEG_FAILED);
 	close(hanging);
 	close(fresh);
 	close_bench(&b);
@@ -494,13 +503,13 @@ static void legs_that_hang_leave_slots_for_the_others(void)
 	put_in_place(&b, 1, fds[1]);
 	give_up(&b, 2);
 	finish_writes(&b);
-	b.layout.legs[1].errors = 0;
+	b.mirror.legs[1].errors = 0;
 	inject_writes(&b);
 	turn(&b);
 	give_up(&b, 1);
 	finish_writes(&b);
-	CHECK_EQUAL(pu_layout_orphans(&b.layout, 1, false), b.depth);
-	CHECK_EQUAL(pu_layout_orphans(&b.layout, 1, true), b.depth);
+	CHECK_EQUAL(pu_mirror_orphans(&b.mirror, 1, false), b.depth);
+	CHECK_EQUAL(pu_mirror_orphans(&b.mirror, 1, true), b.depth);
 	CHECK_EQUAL(orphans(&b, 2), b.depth);
 	for (int i = 0; i < 3; i++)
 		close(ends[i]);
@@ -514,8 +523,8 @@ static void *replace_file_and_open_gate(void *context)
 	struct bench *b = context;
 
 	usleep(50000);
-	pu_layout_replace_file(&b->layout, 1, fds[1], false, false, 1);
-	pu_layout_block_writes(&b->layout, PU_NO_REGION);
+	pu_mirror_replace_file(&b->mirror, 1, fds[1], false, false, 1);
+	pu_mirror_block_writes(&b->mirror, PU_NO_REGION);
 	pu_queue_wake(&b->queue);
 	return NULL;
 }
@@ -528,7 +537,7 @@ static void a_write_finds_the_file_that_is_there_when_it_begins(void)
 
 	make_files();
 	open_mirror(&b);
-	pu_layout_block_writes(&b.layout, 0);
+	pu_mirror_block_writes(&b.mirror, 0);
 	memset(pu_queue_next_buffer(&b.queue, 0), 3, PAGE);
 	CHECK_EQUAL(pu_loopback_inject(&b.queue, 0, PU_OP_WRITE, 0, PAGE >> 9), 0);
 	turn(&b);
@@ -569,15 +578,15 @@ static void a_gated_write_that_was_failed_is_not_done(void)
 	make_files();
 	open_mirror(&b);
 	fill(fds[0], 1);
-	pu_layout_block_writes(&b.layout, 0);
+	pu_mirror_block_writes(&b.mirror, 0);
 	for (int i = 0; i < 3 * DEPTH; i++)
 		write_and_fail_it(&b, 2);
 	CHECK_EQUAL(b.mapped.nr_blocked, 1);
-	pu_layout_block_writes(&b.layout, PU_NO_REGION);
+	pu_mirror_block_writes(&b.mirror, PU_NO_REGION);
 	turn(&b);
 	turn(&b);
 	CHECK_EQUAL(first_byte(fds[0]), 1);
-	CHECK(pu_layout_is_drained(&b.layout, 0));
+	CHECK(pu_mirror_is_drained(&b.mirror, 0));
 	memset(pu_queue_next_buffer(&b.queue, 0), 3, PAGE);
 	CHECK_EQUAL(request(&b, 0, PU_OP_WRITE, 0, PAGE), PAGE);
 	CHECK_EQUAL(first_byte(fds[0]), 3);
@@ -601,7 +610,7 @@ static void a_write_that_was_failed_while_it_waited_for_slots_is_not_done(void)
 	turn(&b);
 	turn(&b);
 	CHECK_EQUAL(first_byte(fds[0]), 1);
-	CHECK(!pu_layout_is_drained(&b.layout, 0)); /* some legs may have it, others not */
+	CHECK(!pu_mirror_is_drained(&b.mirror, 0)); /* some legs may have it, others not */
 	memset(pu_queue_next_buffer(&b.queue, 0), 3, PAGE);
 	CHECK_EQUAL(request(&b, 0, PU_OP_WRITE, 0, PAGE), PAGE);
 	CHECK_EQUAL(first_byte(fds[0]), 3);
@@ -614,34 +623,35 @@ static void a_write_that_was_failed_while_it_waited_for_slots_is_not_done(void)
 static pthread_mutex_t record = PTHREAD_MUTEX_INITIALIZER;
 
 struct server {
-	struct pu_layout *layout;
+	struct pu_mirror *mirror;
 	uint64_t offset; /* of its half of the disk */
 	int failed;	 /* requests */
 };
 
 /* As a target does: one at a time. */
-static void record_together(struct pu_mapped *m)
+static void record_together(struct pu_mirror *mirror, struct pu_mapped *m)
 {
 	struct pu_leg_failure failure;
 
-	while (pu_mapped_next_failure(m, &failure)) {
+	while (pu_mirrored_next_failure(m, &failure)) {
 		pthread_mutex_lock(&record);
 		if (failure.error)
-			pu_layout_fail_leg(m->layout, failure.leg, failure.file_generation);
+			pu_mirror_fail_leg(mirror, failure.leg, failure.file_generation);
 		sched_yield(); /* a record takes time */
-		pu_layout_recorded(m->layout);
+		pu_mirror_set_recorded(mirror);
 		pthread_mutex_unlock(&record);
 	}
-	pu_mapped_recorded(m);
+	pu_mirrored_recorded(m);
 }
 
 static void *serve(void *context)
 {
 	struct server *server = context;
+	const struct pu_policy *policy = &server->mirror->policy;
 	struct pu_queue_options options = {
 		.depth = DEPTH,
 		.buffer_bytes = BUFFER,
-		.extra_entries = pu_mapped_entries(server->layout, DEPTH),
+		.extra_entries = pu_mapped_entries(policy, DEPTH),
 		.files = fds,
 		.nr_files = FILES,
 	};
@@ -649,7 +659,7 @@ static void *serve(void *context)
 	struct pu_mapped mapped;
 
 	CHECK_EQUAL(pu_queue_open(&queue, -1, &options), 0);
-	CHECK_EQUAL(pu_mapped_open(&mapped, &queue, server->layout, 0), 0);
+	CHECK_EQUAL(pu_mapped_open(&mapped, &queue, server->mirror->layout, policy, 0), 0);
 	CHECK_EQUAL(pu_queue_fetch(&queue), 0);
 	for (uint64_t round = 0; round < 100; round++) {
 		for (uint16_t tag = 0; tag < DEPTH; tag++) {
@@ -661,7 +671,7 @@ static void *serve(void *context)
 		}
 		while (pu_queue_held(&queue)) {
 			CHECK(pu_mapped_turn(&mapped, 1000000) >= 0);
-			record_together(&mapped);
+			record_together(server->mirror, &mapped);
 		}
 		for (uint16_t tag = 0; tag < DEPTH; tag++)
 			server->failed += pu_loopback_result(&queue, tag) != PAGE;
@@ -675,7 +685,8 @@ static void *serve(void *context)
 static void two_queues_agree_on_legs(bool hangs)
 {
 	struct pu_layout layout;
-	struct server servers[2] = { { &layout, 0, 0 }, { &layout, FILE_BYTES / 2, 0 } };
+	struct pu_mirror mirror;
+	struct server servers[2] = { { &mirror, 0, 0 }, { &mirror, FILE_BYTES / 2, 0 } };
 	pthread_t threads[2];
 	int end = -1;
 
@@ -684,26 +695,27 @@ static void two_queues_agree_on_legs(bool hangs)
 		end = make_pipe(1);
 	else
 		refuse_writes(1);
-	CHECK_EQUAL(pu_layout_init(&layout, PU_LAYOUT_MIRROR, FILE_BYTES, FILES, 0), 0);
-	layout.leg_timeout_ns = hangs ? 500000000 : LONG_NS;
+	make_mirror(&mirror, &layout, hangs ? 500000000 : LONG_NS);
+	pu_mirrored(&mirror);
 	for (uint32_t i = 0; i < FILES; i++)
 		layout.files[i].fd = fds[i];
 	for (int i = 0; i < 2; i++)
 		CHECK_EQUAL(pthread_create(&threads[i], NULL, serve, &servers[i]), 0);
-	/* A copier, which gates regions meanwhile. */
+	/* A copier, which blocks regions meanwhile. */
 	for (int i = 0; i < 100; i++) {
-		pu_layout_block_writes(&layout, 0);
-		for (int patience = 0; patience < 100 && !pu_layout_is_drained(&layout, 0); patience++)
+		pu_mirror_block_writes(&mirror, 0);
+		for (int patience = 0; patience < 100 && !pu_mirror_is_drained(&mirror, 0); patience++)
 			sched_yield();
-		pu_layout_block_writes(&layout, PU_NO_REGION);
+		pu_mirror_block_writes(&mirror, PU_NO_REGION);
 		usleep(100);
 	}
 	for (int i = 0; i < 2; i++)
 		pthread_join(threads[i], NULL);
 	CHECK_EQUAL(servers[0].failed + servers[1].failed, 0);
-	CHECK_EQUAL(pu_layout_leg(&layout, 1), PU_LEG_FAILED);
-	CHECK_EQUAL(pu_layout_leg_bits(&layout).in_step, 1 | 4);
-	CHECK(pu_layout_is_drained(&layout, 0));
+	CHECK_EQUAL(pu_mirror_leg_state(&mirror, 1), PU_LEG_FAILED);
+	CHECK_EQUAL(pu_mirror_leg_bits(&mirror).in_step, 1 | 4);
+	CHECK(pu_mirror_is_drained(&mirror, 0));
+	pu_mirror_destroy(&mirror);
 	pu_layout_destroy(&layout);
 	if (hangs)
 		close(end);
@@ -731,8 +743,8 @@ static void a_write_outlives_the_buffer_of_one_that_hangs(void)
 	while (pu_queue_held(&b.queue))
 		turn(&b);
 	CHECK_EQUAL(pu_loopback_result(&b.queue, 0), length);
-	CHECK_EQUAL(pu_layout_leg(&b.layout, 1), PU_LEG_FAILED);
-	CHECK_EQUAL(pu_layout_leg(&b.layout, 2), PU_LEG_SYNCED);
+	CHECK_EQUAL(pu_mirror_leg_state(&b.mirror, 1), PU_LEG_FAILED);
+	CHECK_EQUAL(pu_mirror_leg_state(&b.mirror, 2), PU_LEG_SYNCED);
 
 	/* The tag is used again; what the leg takes late is of the request that it held. */
 	memset(pu_queue_next_buffer(&b.queue, 0), 8, PAGE);
@@ -781,8 +793,8 @@ static void what_a_leg_holds_outlives_the_queue(enum fate fate)
 	renewed = pu_queue_next_buffer(&b.queue, 0);
 	CHECK(renewed != memory);
 	/* The same file is put back, and hangs on a second request. */
-	pu_layout_set_leg(&b.layout, 1, PU_LEG_SYNCED);
-	b.layout.legs[1].errors = 0;
+	pu_mirror_set_leg(&b.mirror, 1, PU_LEG_SYNCED);
+	b.mirror.legs[1].errors = 0;
 	CHECK_EQUAL(pu_loopback_inject(&b.queue, 0, PU_OP_WRITE, 0, 2 * PAGE >> 9), 0);
 	turn(&b);
 	give_up(&b, 1);
@@ -810,7 +822,7 @@ static void what_a_leg_holds_outlives_the_queue(enum fate fate)
 	CHECK_EQUAL(is_mapped(renewed), fate == HANGS);
 	CHECK_EQUAL(is_mapped(again), fate == HANGS);
 	if (fate == CANCELLED) /* not when the ring is gone, but before */
-		CHECK_EQUAL(b.layout.legs[1].orphans[0] + b.layout.legs[1].orphans[1], 0);
+		CHECK_EQUAL(b.mirror.legs[1].orphans[0] + b.mirror.legs[1].orphans[1], 0);
 	close(hanging);
 	close_files();
 }

@@ -11,7 +11,8 @@
 #include <unistd.h>
 
 #include "driver.h"
-#include "mapped.h"
+#include "direct.h"
+#include "mirrored.h"
 #include "null.h"
 #include "ram.h"
 #include "work.h"
@@ -338,6 +339,8 @@ struct files {
 	bool memory, device;
 	int fds[FILES];
 	struct pu_layout layout;
+	struct pu_mirror mirror; /* of a layout of that kind */
+	const struct pu_policy *policy;
 	struct pu_queue q;
 	struct pu_mapped m;
 	int told; /* a request's error */
@@ -347,12 +350,14 @@ static void record(struct files *f)
 {
 	struct pu_leg_failure failure;
 
-	while (pu_mapped_next_failure(&f->m, &failure)) {
+	if (f->kind != PU_LAYOUT_MIRROR)
+		return;
+	while (pu_mirrored_next_failure(&f->m, &failure)) {
 		if (failure.error)
-			pu_layout_fail_leg(&f->layout, failure.leg, failure.file_generation);
-		pu_layout_recorded(&f->layout);
+			pu_mirror_fail_leg(&f->mirror, failure.leg, failure.file_generation);
+		pu_mirror_set_recorded(&f->mirror);
 	}
-	pu_mapped_recorded(&f->m);
+	pu_mirrored_recorded(&f->m);
 }
 
 static int plan(struct files *f)
@@ -412,9 +417,9 @@ static int use_files(struct files *f)
 		if (!ended)
 			told = or_first(told, request(f, zeroing[round], offset, BUFFER, &ended));
 		if (f->kind == PU_LAYOUT_MIRROR && round == 0 && !ended) {
-			pu_layout_replace_file(&f->layout, 1, f->fds[1], f->memory, false, 7);
-			pu_layout_set_leg(&f->layout, 1, PU_LEG_RESYNC);
-			pu_layout_set_leg(&f->layout, 1, PU_LEG_SYNCED);
+			pu_mirror_replace_file(&f->mirror, 1, f->fds[1], f->memory, false, 7);
+			pu_mirror_set_leg(&f->mirror, 1, PU_LEG_RESYNC);
+			pu_mirror_set_leg(&f->mirror, 1, PU_LEG_SYNCED);
 		}
 	}
 	return or_first(told, error);
@@ -439,7 +444,7 @@ static int open_files(struct files *f)
 	struct pu_queue_options options = {
 		.depth = DEPTH,
 		.buffer_bytes = BUFFER,
-		.extra_entries = pu_mapped_entries(&f->layout, DEPTH),
+		.extra_entries = pu_mapped_entries(f->policy, DEPTH),
 		.files = f->fds,
 		.nr_files = FILES,
 	};
@@ -456,7 +461,7 @@ static int open_files(struct files *f)
 	error = pu_queue_open(&f->q, -1, &options);
 	if (error)
 		return error;
-	error = pu_mapped_open(&f->m, &f->q, &f->layout, f->layout.version);
+	error = pu_mapped_open(&f->m, &f->q, &f->layout, f->policy, f->layout.version);
 	if (!error) {
 		error = use_files(f);
 		end_queue(&f->q, &f->m);
@@ -475,7 +480,11 @@ static int files(enum pu_layout_kind kind, bool memory)
 	if (error)
 		return error;
 	f.layout.chunk = 1536;
-	f.layout.leg_timeout_ns = kind == PU_LAYOUT_MIRROR ? INT64_C(3600000000000) : 0;
+	f.policy = &pu_direct;
+	if (kind == PU_LAYOUT_MIRROR) {
+		error = pu_mirror_init(&f.mirror, &f.layout, INT64_C(3600000000000));
+		f.policy = pu_mirrored(&f.mirror);
+	}
 	for (uint32_t i = 0; i < f.layout.nr_extents; i++)
 		f.layout.extents[i] = (struct pu_extent){
 			.start = i * 8192, .length = i ? FILE_BYTES : 8192, .file = i
@@ -485,10 +494,12 @@ static int files(enum pu_layout_kind kind, bool memory)
 		CHECK(f.fds[i] >= 0);
 		CHECK_EQUAL(ftruncate(f.fds[i], FILE_BYTES), 0);
 	}
-	error = open_files(&f);
+	if (!error)
+		error = open_files(&f);
 	before_enter = NULL;
 	for (int i = 0; i < FILES; i++)
 		close(f.fds[i]);
+	pu_mirror_destroy(&f.mirror);
 	pu_layout_destroy(&f.layout);
 	return error;
 }
@@ -500,7 +511,7 @@ static int queues_of_a_file_that_hangs(void)
 	int ends[2], error = pu_layout_init(&f.layout, f.kind, FILE_BYTES, 1, 0);
 	struct pu_queue_options options = {
 		.depth = DEPTH, .buffer_bytes = BUFFER, .files = ends, .nr_files = 1,
-		.extra_entries = pu_mapped_entries(&f.layout, DEPTH),
+		.extra_entries = pu_mapped_entries(&pu_direct, DEPTH),
 	};
 
 	if (error)
@@ -509,7 +520,7 @@ static int queues_of_a_file_that_hangs(void)
 	f.layout.chunk = 512;
 	error = pu_queue_open(&f.q, -1, &options);
 	if (!error) {
-		error = pu_mapped_open(&f.m, &f.q, &f.layout, f.layout.version);
+		error = pu_mapped_open(&f.m, &f.q, &f.layout, &pu_direct, f.layout.version);
 		if (!error)
 			error = pu_queue_fetch(&f.q);
 		for (uint16_t tag = 0; tag < DEPTH && !error; tag++) {

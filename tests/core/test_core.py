@@ -1,5 +1,6 @@
 """Builds the C core's tests plain and under each sanitizer, and runs them."""
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -65,3 +66,65 @@ def test_core(program: str, build: str, sanitizers: set[str], tmp_path: Path) ->
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+# ---- how the core is built ----
+
+SOURCES = sorted(CORE.glob("*.[ch]"))
+
+
+def loops_in(edges: dict[str, set[str]]) -> list[str]:
+    """What lies on a circle: what is left when all that leads nowhere is taken away."""
+    left = {name: set(others) for name, others in edges.items()}
+    while leaves := [name for name, others in left.items() if not others & left.keys()]:
+        for name in leaves:
+            del left[name]
+    while unused := left.keys() - set().union(*left.values()):
+        for name in unused:
+            del left[name]
+    return sorted(left)
+
+
+def test_no_file_of_the_core_includes_itself_by_way_of_others() -> None:
+    includes = {
+        path.name: set(re.findall(r'^#include "(\w+\.h)"', path.read_text(), re.M))
+        for path in SOURCES
+    }
+    assert set().union(*includes.values()) <= includes.keys()
+    assert loops_in(includes) == []
+
+
+def test_no_file_of_the_core_calls_itself_by_way_of_others(tmp_path: Path) -> None:
+    """By the names that the linker sees: what a header only declares would hide a circle."""
+    defines: dict[str, str] = {}
+    wants: dict[str, set[str]] = {}
+    for path in CORE.glob("*.c"):
+        compiled = tmp_path / f"{path.stem}.o"
+        subprocess.run(["cc", "-std=gnu11", "-O1", "-c", path, "-o", compiled], check=True)
+        symbols = subprocess.run(
+            ["nm", "--format=posix", compiled], capture_output=True, text=True, check=True
+        )
+        for line in symbols.stdout.splitlines():
+            name, kind, *_ = line.split()
+            if kind == "U":
+                wants.setdefault(path.name, set()).add(name)
+            elif kind.isupper():
+                defines[name] = path.name
+    calls = {
+        name: {defines[other] for other in others & defines.keys()}
+        for name, others in wants.items()
+    }
+    assert "mirrored.c" not in calls["mapped.c"]
+    assert loops_in(calls) == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_files_and_functions_are_short(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 600
+    began = 0
+    for number, line in enumerate(lines, 1):
+        if line == "{":
+            began = number
+        elif line == "}":
+            assert number - began < 60, f"the function that ends in line {number}"

@@ -9,34 +9,32 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#define SMALLEST_REGION (UINT64_C(1) << 20)
-#define MOST_REGIONS (UINT64_C(1) << 16)
-
 int pu_layout_init(struct pu_layout *layout, enum pu_layout_kind kind, uint64_t size,
 		   uint32_t nr_files, uint32_t nr_extents)
 {
-	uint64_t regions = 0;
-
 	memset(layout, 0, sizeof(*layout));
 	layout->kind = kind;
 	layout->size = size;
 	layout->nr_files = nr_files;
 	layout->nr_extents = nr_extents;
-	layout->blocked_region = PU_NO_REGION;
-	if (kind == PU_LAYOUT_MIRROR) {
-		layout->region_bytes = SMALLEST_REGION;
-		while ((size - 1) / layout->region_bytes >= MOST_REGIONS)
-			layout->region_bytes *= 2;
-		regions = (size + layout->region_bytes - 1) / layout->region_bytes;
-		layout->leg_bits.in_step = (uint16_t)((1u << nr_files) - 1);
-	}
 	layout->files = calloc(nr_files, sizeof(*layout->files));
 	layout->extents = calloc(nr_extents + 1u, sizeof(*layout->extents));
-	layout->regions = calloc(regions + 1, sizeof(*layout->regions));
-	if (layout->files && layout->extents && layout->regions)
+	if (layout->files && layout->extents)
 		return 0;
 	pu_layout_destroy(layout);
 	return -ENOMEM;
+}
+
+void pu_layout_set_file(struct pu_layout *layout, uint32_t index, int fd, bool memory, bool device)
+{
+	layout->files[index].fd = fd;
+	layout->files[index].memory = memory;
+	layout->files[index].device = device;
+}
+
+void pu_layout_publish_files(struct pu_layout *layout)
+{
+	__atomic_fetch_add(&layout->version, 1, __ATOMIC_RELEASE);
 }
 
 void pu_layout_map_memory(struct pu_layout *layout)
@@ -94,10 +92,8 @@ void pu_layout_destroy(struct pu_layout *layout)
 		pu_layout_unmap_memory(layout);
 	free(layout->files);
 	free(layout->extents);
-	free(layout->regions);
 	layout->files = NULL;
 	layout->extents = NULL;
-	layout->regions = NULL;
 }
 
 static const struct pu_extent *find_extent(const struct pu_layout *layout, uint64_t offset)
@@ -116,10 +112,10 @@ static const struct pu_extent *find_extent(const struct pu_layout *layout, uint6
 }
 
 static bool table_part(const struct pu_layout *layout, uint64_t offset, uint64_t length,
-		       uint64_t at, struct pu_part *part)
+		       uint64_t *cut, struct pu_part *part)
 {
 	const struct pu_extent *extent;
-	uint64_t inside;
+	uint64_t at = *cut, inside; /* bytes */
 
 	if (at >= length)
 		return false;
@@ -130,16 +126,17 @@ static bool table_part(const struct pu_layout *layout, uint64_t offset, uint64_t
 	if (part->length > length - at)
 		part->length = length - at;
 	part->first = part->length;
+	*cut = at + part->length;
 	return true;
 }
 
 static bool stripe_part(const struct pu_layout *layout, uint64_t offset, uint64_t length,
-			uint32_t nth, struct pu_part *part)
+			uint64_t *cut, struct pu_part *part)
 {
 	uint64_t chunk = layout->chunk, files = layout->nr_files;
 	uint64_t first = offset / chunk, last = (offset + length - 1) / chunk;
-	uint64_t from = first + nth, to;
-	uint64_t end;
+	uint64_t nth = *cut, from = first + nth; /* the file's first chunk */
+	uint64_t to, end;
 
 	if (nth >= files || from > last)
 		return false;
@@ -154,15 +151,16 @@ static bool stripe_part(const struct pu_layout *layout, uint64_t offset, uint64_
 		part->first = part->length;
 	part->chunk = chunk;
 	part->stride = chunk * files;
+	*cut = nth + 1;
 	return true;
 }
 
-bool pu_layout_part(const struct pu_layout *layout, uint64_t offset, uint64_t length, uint32_t nth,
-		    uint64_t at, struct pu_part *part)
+bool pu_layout_part(const struct pu_layout *layout, uint64_t offset, uint64_t length, uint64_t *cut,
+		    struct pu_part *part)
 {
 	if (layout->kind == PU_LAYOUT_STRIPE)
-		return stripe_part(layout, offset, length, nth, part);
-	return table_part(layout, offset, length, at, part);
+		return stripe_part(layout, offset, length, cut, part);
+	return table_part(layout, offset, length, cut, part);
 }
 
 uint64_t pu_part_data(const struct pu_part *part, uint64_t done, uint64_t *contiguous)
@@ -181,141 +179,4 @@ uint64_t pu_part_data(const struct pu_part *part, uint64_t done, uint64_t *conti
 	/* The first chunk may have begun before the request. */
 	return part->data + part->first - part->chunk + (nth + 1) * part->stride +
 	       beyond % part->chunk;
-}
-
-struct pu_leg_bits pu_layout_leg_bits(const struct pu_layout *layout)
-{
-	struct pu_leg_bits bits;
-
-	__atomic_load(&layout->leg_bits, &bits, __ATOMIC_ACQUIRE);
-	return bits;
-}
-
-enum pu_leg_state pu_layout_leg(const struct pu_layout *layout, uint32_t leg)
-{
-	struct pu_leg_bits bits = pu_layout_leg_bits(layout);
-
-	if (bits.in_step & 1u << leg)
-		return PU_LEG_SYNCED;
-	return bits.resync & 1u << leg ? PU_LEG_RESYNC : PU_LEG_FAILED;
-}
-
-static uint16_t with(uint16_t bits, uint32_t leg, bool set)
-{
-	return (uint16_t)(set ? bits | 1u << leg : bits & ~(1u << leg));
-}
-
-void pu_layout_set_leg(struct pu_layout *layout, uint32_t leg, enum pu_leg_state state)
-{
-	struct pu_leg_bits bits = pu_layout_leg_bits(layout);
-
-	bits.in_step = with(bits.in_step, leg, state == PU_LEG_SYNCED);
-	bits.resync = with(bits.resync, leg, state == PU_LEG_RESYNC);
-	__atomic_store(&layout->leg_bits, &bits, __ATOMIC_RELEASE);
-}
-
-uint32_t pu_layout_incarnation(const struct pu_layout *layout, uint32_t leg)
-{
-	return __atomic_load_n(&layout->legs[leg].file_generation, __ATOMIC_ACQUIRE);
-}
-
-uint32_t pu_layout_replaced(const struct pu_layout *layout, uint32_t leg)
-{
-	return __atomic_load_n(&layout->legs[leg].replaced, __ATOMIC_ACQUIRE);
-}
-
-uint32_t pu_layout_orphans(const struct pu_layout *layout, uint32_t leg, bool before)
-{
-	uint32_t which = (pu_layout_replaced(layout, leg) + before) & 1;
-
-	return __atomic_load_n(&layout->legs[leg].orphans[which], __ATOMIC_ACQUIRE);
-}
-
-bool pu_layout_fail_leg(struct pu_layout *layout, uint32_t leg, uint32_t file_generation)
-{
-	struct pu_leg_bits bits = pu_layout_leg_bits(layout);
-
-	if (pu_layout_leg(layout, leg) == PU_LEG_FAILED || bits.in_step == 1u << leg ||
-	    file_generation != pu_layout_incarnation(layout, leg))
-		return false;
-	bits.in_step = with(bits.in_step, leg, false);
-	bits.resync = with(bits.resync, leg, false);
-	bits.unrecorded = with(bits.unrecorded, leg, true);
-	__atomic_store(&layout->leg_bits, &bits, __ATOMIC_RELEASE);
-	return true;
-}
-
-void pu_layout_recorded(struct pu_layout *layout)
-{
-	struct pu_leg_bits bits = pu_layout_leg_bits(layout);
-
-	bits.unrecorded = 0;
-	__atomic_store(&layout->leg_bits, &bits, __ATOMIC_RELEASE);
-}
-
-void pu_layout_replace_file(struct pu_layout *layout, uint32_t index, int fd, bool memory,
-			    bool device, uint32_t file_generation)
-{
-	layout->files[index].fd = fd;
-	layout->files[index].memory = memory;
-	layout->files[index].device = device;
-	if (file_generation != pu_layout_incarnation(layout, index))
-		__atomic_fetch_add(&layout->legs[index].replaced, 1, __ATOMIC_RELEASE);
-	__atomic_store_n(&layout->legs[index].file_generation, file_generation, __ATOMIC_RELEASE);
-	__atomic_fetch_add(&layout->version, 1, __ATOMIC_RELEASE); /* who sees it sees the file */
-}
-
-int pu_layout_readable(const struct pu_layout *layout, uint64_t offset, uint32_t without)
-{
-	/* Neighbours from the same leg: it may read ahead. */
-	uint32_t start = (uint32_t)(offset / layout->region_bytes % layout->nr_files);
-
-	for (uint32_t i = 0; i < layout->nr_files; i++) {
-		uint32_t leg = (start + i) % layout->nr_files;
-
-		if (!(without & 1u << leg) && pu_layout_leg(layout, leg) == PU_LEG_SYNCED)
-			return (int)leg;
-	}
-	return -1;
-}
-
-static uint64_t last_region(const struct pu_layout *layout, uint64_t offset, uint64_t length)
-{
-	return (offset + (length ? length : 1) - 1) / layout->region_bytes;
-}
-
-bool pu_layout_write_begins(struct pu_layout *layout, uint64_t offset, uint64_t length)
-{
-	uint64_t first = offset / layout->region_bytes, last = last_region(layout, offset, length);
-	uint64_t blocked;
-
-	for (uint64_t region = first; region <= last; region++)
-		__atomic_fetch_add(&layout->regions[region].begun, 1, __ATOMIC_SEQ_CST);
-	/* After it is counted: who blocks the region now will see it, or it sees that. */
-	blocked = __atomic_load_n(&layout->blocked_region, __ATOMIC_SEQ_CST);
-	if (blocked < first || blocked > last)
-		return true;
-	pu_layout_write_ends(layout, offset, length);
-	return false;
-}
-
-void pu_layout_write_ends(struct pu_layout *layout, uint64_t offset, uint64_t length)
-{
-	uint64_t last = last_region(layout, offset, length);
-
-	for (uint64_t region = offset / layout->region_bytes; region <= last; region++)
-		__atomic_fetch_add(&layout->regions[region].ended, 1, __ATOMIC_SEQ_CST);
-}
-
-void pu_layout_block_writes(struct pu_layout *layout, uint64_t region)
-{
-	__atomic_store_n(&layout->blocked_region, region, __ATOMIC_SEQ_CST);
-}
-
-bool pu_layout_is_drained(const struct pu_layout *layout, uint64_t region)
-{
-	const struct pu_region *r = &layout->regions[region];
-	uint32_t ended = __atomic_load_n(&r->ended, __ATOMIC_SEQ_CST);
-
-	return ended == __atomic_load_n(&r->begun, __ATOMIC_SEQ_CST);
 }

@@ -30,41 +30,6 @@ struct pu_extent {
 	uint32_t file;
 };
 
-enum pu_leg_state {
-	PU_LEG_SYNCED, /* read and written */
-	PU_LEG_RESYNC, /* written, not yet read */
-	PU_LEG_FAILED, /* left alone */
-};
-
-#define PU_MAX_LEGS 16u
-/* Files of one leg that hold operations at the same time: it may be replaced while one hangs, but
- * not again when the next does. What they hold is bounded by that. */
-#define PU_FILES_PER_LEG 2u
-
-struct pu_leg {
-	uint32_t file_generation; /* a number for its file: what one does is not charged to the next */
-	uint32_t errors;      /* requests that failed on it */
-	uint32_t replaced;    /* how often it has had another file */
-	/* Operations that are still held, though nobody waits for them, by files that came when that
-	 * was even and odd: the present one and the one before. */
-	uint32_t orphans[2];
-};
-
-/* Legs by state, a bit for each; one word, so that nobody sees half of a change. */
-struct pu_leg_bits {
-	_Alignas(8) uint16_t in_step;
-	uint16_t resync; /* those in neither have failed */
-	uint16_t unrecorded; /* have failed, and a restart would not know */
-	uint16_t unused;
-};
-
-#define PU_NO_REGION UINT64_MAX
-
-/* Writes begun and ended in a region of a mirror. */
-struct pu_region {
-	uint32_t begun, ended;
-};
-
 struct pu_layout {
 	enum pu_layout_kind kind;
 	uint64_t size;
@@ -74,12 +39,6 @@ struct pu_layout {
 	struct pu_extent *extents;
 	uint32_t nr_extents;
 	uint64_t chunk;
-	struct pu_leg legs[PU_MAX_LEGS];
-	struct pu_leg_bits leg_bits; /* changed by one thread at a time, read by every queue */
-	struct pu_region *regions;
-	uint64_t region_bytes;
-	uint64_t blocked_region; /* the one that is copied to another leg now: no write begins in it */
-	int64_t leg_timeout_ns; /* 0: a leg may take as long as it likes */
 };
 
 /* A part of a request that is one contiguous range of one file. In the request's data it is
@@ -104,46 +63,23 @@ void pu_layout_unmap_memory(struct pu_layout *layout);
 /* Whether all of a range is there: reading what is not would allocate it. */
 bool pu_file_holds(const struct pu_file *file, uint64_t offset, uint64_t length);
 
-/* The nth part of a range of the disk, for a table (where `at` is how far the parts before it
- * reached) or a stripe. False when there are no more. */
-bool pu_layout_part(const struct pu_layout *layout, uint64_t offset, uint64_t length, uint32_t nth,
-		    uint64_t at, struct pu_part *part);
+/* The next part of a range of the disk, for a table or a stripe; *cut, 0 at first, is moved on. False
+ * when there are no more. */
+bool pu_layout_part(const struct pu_layout *layout, uint64_t offset, uint64_t length, uint64_t *cut,
+		    struct pu_part *part);
 
 /* Of a part: the place in the request's data of its byte `done`, and how many bytes lie there in
  * one piece. */
 uint64_t pu_part_data(const struct pu_part *part, uint64_t done, uint64_t *contiguous);
 
-struct pu_leg_bits pu_layout_leg_bits(const struct pu_layout *layout);
-enum pu_leg_state pu_layout_leg(const struct pu_layout *layout, uint32_t leg);
-void pu_layout_set_leg(struct pu_layout *layout, uint32_t leg, enum pu_leg_state state);
-/* Leaves a leg alone from now on. False when it had failed before, is of another file_generation now, or
- * is the last in step, which is never given up. */
-bool pu_layout_fail_leg(struct pu_layout *layout, uint32_t leg, uint32_t file_generation);
-uint32_t pu_layout_incarnation(const struct pu_layout *layout, uint32_t leg);
-/* How often a leg has had another file. */
-uint32_t pu_layout_replaced(const struct pu_layout *layout, uint32_t leg);
-/* Orphans of a leg's file, or (`before`) of the one before. */
-uint32_t pu_layout_orphans(const struct pu_layout *layout, uint32_t leg, bool before);
-/* Every leg that has failed is on record. */
-void pu_layout_recorded(struct pu_layout *layout);
-/* The queues take it up with their next request. `file_generation`: of the leg; a file that was in its
- * place before, whenever, has the number that it had. */
-void pu_layout_replace_file(struct pu_layout *layout, uint32_t index, int fd, bool memory,
-			    bool device, uint32_t file_generation);
+/* Puts a file in a place. Where queues are open, they look for it once it is published. */
+void pu_layout_set_file(struct pu_layout *layout, uint32_t index, int fd, bool memory, bool device);
+/* The queues take up the files with their next request. */
+void pu_layout_publish_files(struct pu_layout *layout);
 
 static inline uint32_t pu_layout_version(const struct pu_layout *layout)
 {
 	return __atomic_load_n(&layout->version, __ATOMIC_ACQUIRE);
 }
-
-/* A leg to read `offset` from, not one of `without` (bits), or -1. */
-int pu_layout_readable(const struct pu_layout *layout, uint64_t offset, uint32_t without);
-
-/* A write (or discard) of a mirror begins, unless it touches the blocked region (false). */
-bool pu_layout_write_begins(struct pu_layout *layout, uint64_t offset, uint64_t length);
-void pu_layout_write_ends(struct pu_layout *layout, uint64_t offset, uint64_t length);
-/* Keeps new writes out of a region, or of none; it may be copied once it is drained. */
-void pu_layout_block_writes(struct pu_layout *layout, uint64_t region);
-bool pu_layout_is_drained(const struct pu_layout *layout, uint64_t region);
 
 #endif

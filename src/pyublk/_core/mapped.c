@@ -1,43 +1,35 @@
 /* SPDX-License-Identifier: MIT */
 #define _GNU_SOURCE
-#include "work.h"
+#include "mapped.h"
 
 #include <errno.h>
-#include <fcntl.h>
-#include <linux/falloc.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/uio.h>
-#include <unistd.h>
+
+#include "answer.h"
+#include "copy.h"
+#include "operation.h"
+#include "work.h"
 
 #define NO_SLOT UINT32_MAX
-#define VECTOR 16u		     /* pieces of memory in one operation */
 #define SLOTS_BESIDE_DEPTH 64u
 #define ZEROES_BYTES (UINT64_C(1) << 20)
-#define BLOCK_DISCARD 0x1200u /* BLOCK_URING_CMD_DISCARD (Linux 6.12) */
 
-enum { KIND_PART = PU_KIND_OTHER, KIND_REGISTER, KIND_UNREGISTER };
+enum { KIND_REGISTER = PU_KIND_PART + 1, KIND_UNREGISTER };
 
-/* What legs that hang hold must leave every request a slot for each of its parts. */
-static uint32_t slots_for(const struct pu_layout *layout, uint16_t depth)
+static uint32_t slots_for(const struct pu_policy *policy, uint16_t depth)
 {
-	uint32_t for_each_tag = layout->leg_timeout_ns ? PU_FILES_PER_LEG * layout->nr_files : 2;
-
-	return for_each_tag * depth + SLOTS_BESIDE_DEPTH;
+	return policy->slots_per_tag * depth + SLOTS_BESIDE_DEPTH;
 }
 
-uint32_t pu_mapped_entries(const struct pu_layout *layout, uint16_t depth)
+uint32_t pu_mapped_entries(const struct pu_policy *policy, uint16_t depth)
 {
-	return slots_for(layout, depth) + depth; /* and each tag's registration */
+	return slots_for(policy, depth) + depth; /* and each tag's registration */
 }
 
 static void complete(void *context, uint64_t user_data, int32_t result);
-
-static bool mirrored(const struct pu_mapped *m)
-{
-	return m->layout->kind == PU_LAYOUT_MIRROR;
-}
 
 static bool every_file_mapped(const struct pu_layout *layout)
 {
@@ -48,16 +40,20 @@ static bool every_file_mapped(const struct pu_layout *layout)
 }
 
 int pu_mapped_open(struct pu_mapped *m, struct pu_queue *q, struct pu_layout *layout,
-		   uint32_t version)
+		   const struct pu_policy *policy, uint32_t version)
 {
+	int error = 0;
+
 	memset(m, 0, sizeof(*m));
 	m->q = q;
 	m->layout = layout;
+	m->policy = policy->functions;
+	m->context = policy;
 	m->version = version;
-	m->nr_slots = slots_for(layout, q->depth);
+	m->nr_slots = slots_for(policy, q->depth);
 	m->works = calloc(q->depth, sizeof(*m->works));
 	m->slots = calloc(m->nr_slots, sizeof(*m->slots));
-	m->vectors = calloc((size_t)m->nr_slots * VECTOR, sizeof(*m->vectors));
+	m->vectors = calloc((size_t)m->nr_slots * PU_VECTOR, sizeof(*m->vectors));
 	m->waiting = calloc(q->depth, sizeof(*m->waiting));
 	m->blocked = calloc(q->depth, sizeof(*m->blocked));
 	m->zeroes_bytes = ZEROES_BYTES;
@@ -65,10 +61,13 @@ int pu_mapped_open(struct pu_mapped *m, struct pu_queue *q, struct pu_layout *la
 			 -1, 0);
 	if (m->zeroes == MAP_FAILED)
 		m->zeroes = NULL;
-	if (!m->works || !m->slots || !m->vectors || !m->waiting || !m->blocked ||
-	    !m->zeroes) {
+	if (!m->works || !m->slots || !m->vectors || !m->waiting || !m->blocked || !m->zeroes)
+		error = -ENOMEM;
+	else if (m->policy->open)
+		error = m->policy->open(m);
+	if (error) {
 		pu_mapped_close(m);
-		return -ENOMEM;
+		return error;
 	}
 	for (uint32_t i = 0; i < m->nr_slots; i++)
 		m->slots[i].next_free = i + 1 < m->nr_slots ? i + 1 : NO_SLOT;
@@ -80,6 +79,8 @@ int pu_mapped_open(struct pu_mapped *m, struct pu_queue *q, struct pu_layout *la
 
 void pu_mapped_close(struct pu_mapped *m)
 {
+	if (m->policy->close)
+		m->policy->close(m);
 	if (m->zeroes)
 		munmap(m->zeroes, m->zeroes_bytes);
 	for (uint32_t tag = 0; m->works && tag < m->q->depth; tag++)
@@ -97,258 +98,103 @@ void pu_mapped_close(struct pu_mapped *m)
 	m->zeroes = NULL;
 }
 
-/* ---- one operation on one file ---- */
+static void release(struct pu_mapped *m, uint16_t tag);
 
-static void *data_address(const struct pu_mapped *m, const struct pu_slot *slot, uint64_t data)
+/* ---- parts ---- */
+
+/* The free one that comes next has its part already. */
+static struct pu_slot *take_slot(struct pu_mapped *m, uint16_t tag)
 {
-	const struct pu_work *w = &m->works[slot->tag];
+	struct pu_slot *slot = &m->slots[m->free_slot];
 
-	if (w->by_writing)
-		return m->zeroes;
-	if (w->place == IN_REGISTERED)
-		return (void *)(uintptr_t)data; /* counted from the start of the request's memory */
-	return slot->memory + data;
-}
-
-/* The pieces of memory of what is left of a part, as many as go into one operation. */
-static uint32_t gather(struct pu_mapped *m, struct pu_slot *slot, struct iovec *vector)
-{
-	const struct pu_work *w = &m->works[slot->tag];
-	uint64_t at = slot->done, contiguous;
-	uint32_t count = 0;
-
-	if (w->by_writing) {
-		contiguous = slot->part.length - at;
-		if (contiguous > m->zeroes_bytes)
-			contiguous = m->zeroes_bytes;
-		vector[0] = (struct iovec){ m->zeroes, contiguous };
-		slot->asked = contiguous;
-		return 1;
-	}
-	while (at < slot->part.length && count < VECTOR) {
-		uint64_t data = pu_part_data(&slot->part, at, &contiguous);
-
-		vector[count++] = (struct iovec){ data_address(m, slot, data), contiguous };
-		at += contiguous;
-	}
-	slot->asked = at - slot->done;
-	return count;
-}
-
-static int fallocate_mode(const struct pu_work *w)
-{
-	if (w->op == PU_OP_DISCARD || !(w->flags & PU_FLAG_NOUNMAP))
-		return FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
-	return FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE;
-}
-
-static int64_t or_errno(int64_t result)
-{
-	return result < 0 ? -errno : result;
-}
-
-/* Between the request and a file's own memory; by way of the tag's buffer where a read would
- * allocate, or the memory cannot be had. */
-static int64_t move_directly(struct pu_mapped *m, struct pu_slot *slot)
-{
-	const struct pu_file *file = &m->layout->files[slot->part.file];
-	struct pu_queue *q = m->q;
-	uint64_t offset = slot->part.offset + slot->done, length;
-	uint64_t data = pu_part_data(&slot->part, slot->done, &length);
-	bool read = m->works[slot->tag].op == PU_OP_READ;
-	uint8_t *buffer = slot->memory + data;
-	int64_t done;
-	int error;
-
-	if (offset + length <= file->mapped && (!read || pu_file_holds(file, offset, length))) {
-		error = pu_queue_copy(q, slot->tag, slot->generation, file->map + offset, data,
-				      length, 0);
-		if (!error)
-			return (int64_t)length;
-	}
-	if (read) {
-		done = or_errno(pread(file->fd, buffer, length, (off_t)offset));
-		if (done <= 0)
-			return done;
-		error = pu_queue_copy(q, slot->tag, slot->generation, buffer, data, (uint64_t)done, 0);
-		return error ? error : done;
-	}
-	error = pu_queue_copy(q, slot->tag, slot->generation, buffer, data, length, 0);
-	return error ? error : or_errno(pwrite(file->fd, buffer, length, (off_t)offset));
-}
-
-static int64_t do_now(struct pu_mapped *m, struct pu_slot *slot)
-{
-	const struct pu_work *w = &m->works[slot->tag];
-	struct iovec vector[VECTOR];
-	int fd = m->layout->files[slot->part.file].fd;
-	off_t offset = (off_t)(slot->part.offset + slot->done);
-
-	if (w->op == PU_OP_FLUSH)
-		return or_errno(fdatasync(fd));
-	if (!pu_has_data(w->op) && !w->by_writing)
-		return or_errno(fallocate(fd, fallocate_mode(w), offset,
-					  (off_t)slot->part.length));
-
-	if (w->place == IN_FILES)
-		return move_directly(m, slot);
-
-	int count = (int)gather(m, slot, vector);
-	int flags = w->flags & PU_FLAG_FUA ? RWF_DSYNC : 0;
-
-	if (w->op == PU_OP_READ)
-		return or_errno(count == 1 ? pread(fd, vector[0].iov_base, vector[0].iov_len, offset) :
-					     preadv(fd, vector, count, offset));
-	return or_errno(pwritev2(fd, vector, count, offset, flags));
-}
-
-static void fill_transfer(struct pu_mapped *m, struct pu_slot *slot, struct pu_sqe *sqe)
-{
-	const struct pu_work *w = &m->works[slot->tag];
-	struct iovec *vector = &m->vectors[(size_t)(slot - m->slots) * VECTOR];
-	uint32_t count = gather(m, slot, vector);
-	bool read = w->op == PU_OP_READ;
-	bool fixed = w->place == IN_REGISTERED && !w->by_writing;
-
-	sqe->off = slot->part.offset + slot->done;
-	if (fixed)
-		sqe->buf_index = slot->tag;
-	if (w->flags & PU_FLAG_FUA && !read)
-		sqe->op_flags = RWF_DSYNC;
-	if (count == 1) {
-		sqe->addr = (uint64_t)(uintptr_t)vector[0].iov_base;
-		sqe->len = (uint32_t)vector[0].iov_len;
-		sqe->opcode = fixed ? (read ? PU_OPCODE_READ_FIXED : PU_OPCODE_WRITE_FIXED) :
-				      (read ? PU_OPCODE_READ : PU_OPCODE_WRITE);
-		return;
-	}
-	sqe->addr = (uint64_t)(uintptr_t)vector;
-	sqe->len = count;
-	sqe->opcode = fixed ? (read ? PU_OPCODE_READV_FIXED : PU_OPCODE_WRITEV_FIXED) :
-			      (read ? PU_OPCODE_READV : PU_OPCODE_WRITEV);
-}
-
-static int submit(struct pu_mapped *m, struct pu_slot *slot)
-{
-	const struct pu_work *w = &m->works[slot->tag];
-	const struct pu_file *file = &m->layout->files[slot->part.file];
-	struct pu_sqe *sqe = pu_ring_next_sqe(&m->q->ring);
-
-	if (!sqe)
-		return -EAGAIN;
-	sqe->flags = PU_SQE_FIXED_FILE;
-	sqe->fd = (int32_t)slot->part.file + 1;
-	sqe->user_data = PU_USER_DATA(KIND_PART, slot - m->slots);
-	if (pu_has_data(w->op) || w->by_writing) {
-		fill_transfer(m, slot, sqe);
-	} else if (w->op == PU_OP_FLUSH) {
-		sqe->opcode = PU_OPCODE_FSYNC;
-		sqe->op_flags = PU_FSYNC_DATASYNC;
-	} else if (w->op == PU_OP_DISCARD && file->device && !slot->punch) {
-		sqe->opcode = PU_OPCODE_URING_CMD;
-		sqe->off = BLOCK_DISCARD;
-		sqe->addr = slot->part.offset;
-		sqe->cmd[0] = slot->part.length;
-	} else {
-		sqe->opcode = PU_OPCODE_FALLOCATE;
-		sqe->off = slot->part.offset;
-		sqe->addr = slot->part.length;
-		sqe->len = (uint32_t)fallocate_mode(w);
-	}
-	if (m->layout->leg_timeout_ns)
-		slot->begun_ns = pu_now_ns();
-	m->q->foreign_inflight++;
-	return 0;
-}
-
-static bool on_the_spot(const struct pu_mapped *m, const struct pu_slot *slot)
-{
-	const struct pu_work *w = &m->works[slot->tag];
-
-	return m->layout->files[slot->part.file].memory && w->place != IN_REGISTERED &&
-	       !w->by_writing;
-}
-
-/* ---- requests ---- */
-
-static void advance(struct pu_mapped *m, struct pu_slot *slot, int64_t result);
-
-void pu_slot_operate(struct pu_mapped *m, struct pu_slot *slot)
-{
-	int error;
-
-	if (on_the_spot(m, slot)) {
-		advance(m, slot, do_now(m, slot));
-		return;
-	}
-	error = submit(m, slot);
-	if (error)
-		advance(m, slot, -ENOMEM);
-}
-
-struct pu_slot *pu_slot_take(struct pu_mapped *m, uint16_t tag, const struct pu_part *part)
-{
-	struct pu_slot *slot;
-
-	if (m->free_slot == NO_SLOT)
-		return NULL;
-	slot = &m->slots[m->free_slot];
 	m->free_slot = slot->next_free;
 	slot->busy = true;
 	slot->orphan = false;
 	slot->punch = false;
 	slot->done = 0;
-	slot->part = *part;
 	slot->tag = tag;
 	slot->memory = m->works[tag].place == IN_SHARED ? pu_queue_shared(m->q, tag) :
 							 pu_queue_buffer(m->q, tag);
 	slot->generation = m->works[tag].generation;
-	if (mirrored(m)) {
-		slot->file_generation = pu_layout_incarnation(m->layout, part->file);
-		slot->replaced = pu_layout_replaced(m->layout, part->file);
-	}
 	m->works[tag].open++;
 	return slot;
 }
 
-void pu_slot_free(struct pu_mapped *m, struct pu_slot *slot)
+static void free_slot(struct pu_mapped *m, struct pu_slot *slot)
 {
 	slot->busy = false;
 	slot->next_free = m->free_slot;
 	m->free_slot = (uint32_t)(slot - m->slots);
 }
 
-/* The next part of a request. False when all are cut. */
-static bool next_part(struct pu_mapped *m, struct pu_work *w, struct pu_part *part)
+void pu_slot_end_part(struct pu_mapped *m, struct pu_slot *slot, int64_t result)
 {
-	const struct pu_layout *layout = m->layout;
-	uint64_t nth = w->cut;
+	uint16_t tag = slot->tag;
 
-	*part = (struct pu_part){ .offset = w->offset, .length = w->length, .first = w->length };
-	if (w->op == PU_OP_FLUSH || mirrored(m)) {
-		bool more = mirrored(m) ? pu_mirror_next_leg(layout, &nth) : nth < layout->nr_files;
+	if (m->policy->part_ended)
+		m->policy->part_ended(m, slot, result);
+	else if (result < 0 && !m->works[tag].error)
+		m->works[tag].error = (int)result;
+	release(m, tag);
+}
 
-		part->file = (uint32_t)nth;
-		w->cut = nth + 1;
-		return more;
+/* An operation has ended: the part goes on, or is done. */
+static void advance(struct pu_mapped *m, struct pu_slot *slot, int64_t result)
+{
+	while (result != PU_UNDER_WAY) {
+		if (!pu_operation_goes_on(m, slot, &result)) {
+			free_slot(m, slot);
+			pu_slot_end_part(m, slot, result);
+			return;
+		}
+		result = pu_operation_begin(m, slot);
 	}
-	if (layout->kind == PU_LAYOUT_PER_REQUEST) {
-		if (nth >= w->nr_mapped_parts)
-			return false;
-		part->file = w->mapped_parts[nth].file;
-		part->offset = w->mapped_parts[nth].offset;
-		part->length = part->first = w->mapped_parts[nth].length;
-		part->data = w->mapped_parts[nth].start;
-		w->cut = nth + 1;
-		return true;
-	}
-	if (!pu_layout_part(layout, w->offset, w->length, (uint32_t)nth, w->cut, part))
+}
+
+static int renew_buffer(struct pu_mapped *m, uint16_t tag)
+{
+	uint8_t *fresh = pu_buffers_map(m->q->buffers);
+
+	if (!fresh)
+		return -ENOMEM;
+	pu_buffers_exchange(m->q->buffers, tag, fresh);
+	m->q->tags[tag].buffer = fresh;
+	return 0;
+}
+
+bool pu_slot_abandon(struct pu_mapped *m, struct pu_slot *slot)
+{
+	const struct pu_work *w = &m->works[slot->tag];
+
+	/* The operation keeps its slot, and the memory that it may still read or fill; which parts
+	 * that are still to be cut need, too. */
+	if (pu_has_data(w->op) && (w->queued || renew_buffer(m, slot->tag)))
 		return false;
-	w->cut = layout->kind == PU_LAYOUT_STRIPE ? nth + 1 : w->cut + part->length;
+	slot->orphan = true;
+	m->q->orphans++;
 	return true;
 }
 
-void pu_work_wait_for_slots(struct pu_mapped *m, uint16_t tag)
+static void end_orphan(struct pu_mapped *m, struct pu_slot *slot)
+{
+	if (m->policy->orphan_ended)
+		m->policy->orphan_ended(m, slot);
+	m->q->orphans--;
+	m->q->foreign_inflight--;
+	free_slot(m, slot);
+	/* What the tag does not use any more goes back, unless another part still does. */
+	if (slot->memory == pu_queue_buffer(m->q, slot->tag) ||
+	    slot->memory == pu_queue_next_buffer(m->q, slot->tag))
+		return;
+	for (uint32_t i = 0; i < m->nr_slots; i++)
+		if (m->slots[i].busy && m->slots[i].memory == slot->memory)
+			return;
+	pu_buffers_unmap(m->q->buffers, slot->memory);
+}
+
+/* ---- requests ---- */
+
+static void wait_for_slots(struct pu_mapped *m, uint16_t tag)
 {
 	if (m->works[tag].queued)
 		return;
@@ -356,31 +202,22 @@ void pu_work_wait_for_slots(struct pu_mapped *m, uint16_t tag)
 	m->waiting[m->nr_waiting++] = tag;
 }
 
-/* Gives parts to slots until all are cut, or no slot is left. */
-static void cut(struct pu_mapped *m, uint16_t tag)
-{
-	struct pu_work *w = &m->works[tag];
-	struct pu_part part;
-
-	w->open++; /* parts that end on the spot must not end the request */
-	for (;;) {
-		if (m->free_slot == NO_SLOT) {
-			pu_work_wait_for_slots(m, tag);
-			break;
-		}
-		if (!next_part(m, w, &part))
-			break;
-		pu_slot_operate(m, pu_slot_take(m, tag, &part));
-	}
-	pu_work_release(m, tag);
-}
-
 void pu_work_proceed(struct pu_mapped *m, uint16_t tag)
 {
-	if (mirrored(m) && m->works[tag].op == PU_OP_READ)
-		pu_mirror_read(m, tag);
-	else
-		cut(m, tag);
+	m->works[tag].open++; /* parts that end on the spot must not end the request */
+	for (;;) {
+		struct pu_slot *slot;
+
+		if (m->free_slot == NO_SLOT) {
+			wait_for_slots(m, tag);
+			break;
+		}
+		if (!m->policy->next_part(m, tag, &m->slots[m->free_slot].part))
+			break;
+		slot = take_slot(m, tag);
+		advance(m, slot, pu_operation_begin(m, slot));
+	}
+	release(m, tag);
 }
 
 static int register_buffer(struct pu_mapped *m, uint16_t tag)
@@ -440,6 +277,9 @@ static void begin(struct pu_mapped *m, uint16_t tag)
 
 	w->cut = 0;
 	w->open = 1;
+	w->error = 0;
+	if (m->policy->begin)
+		m->policy->begin(m, tag);
 	w->place = (uint8_t)choose_place(m, w);
 	if (w->place == IN_SHARED)
 		error = pu_queue_shared(q, tag) ? 0 : -EIO;
@@ -456,7 +296,7 @@ static void begin(struct pu_mapped *m, uint16_t tag)
 		w->error = error;
 	else
 		pu_work_proceed(m, tag);
-	pu_work_release(m, tag);
+	release(m, tag);
 }
 
 /* Whether write-zeroes of this kind have failed before, since a file cannot do them. */
@@ -503,14 +343,10 @@ static void take_out(uint16_t *list, uint32_t *count, uint16_t tag)
 /* Requests that were failed from outside may still wait for something when the tag brings another. */
 static void forget(struct pu_mapped *m, uint16_t tag)
 {
-	const struct pu_work *w = &m->works[tag];
-
-	if (w->queued)
+	if (m->works[tag].queued)
 		take_out(m->waiting, &m->nr_waiting, tag);
-	if (w->blocked)
+	if (m->works[tag].blocked)
 		take_out(m->blocked, &m->nr_blocked, tag);
-	if (w->told)
-		m->held--;
 }
 
 static bool failed_from_outside(const struct pu_mapped *m, uint16_t tag)
@@ -548,15 +384,12 @@ static void start(struct pu_mapped *m, uint16_t tag)
 		pu_queue_answer(m->q, tag, -EIO);
 		return;
 	}
-	if (mirrored(m) && op != PU_OP_READ && op != PU_OP_FLUSH) {
-		if (!pu_layout_write_begins(m->layout, w->offset, w->length)) {
-			w->blocked = true;
-			m->blocked[m->nr_blocked++] = tag;
-			return;
-		}
-		w->writes_mirror = true;
+	if (m->policy->admit && !m->policy->admit(m, tag)) {
+		w->blocked = true;
+		m->blocked[m->nr_blocked++] = tag;
+		return;
 	}
-	/* After the region was asked for: it may have been copied to a file that came meanwhile. */
+	/* After it was admitted: a file may have come meanwhile. */
 	error = take_up_files(m);
 	if (error)
 		pu_work_finish(m, tag, error);
@@ -564,7 +397,7 @@ static void start(struct pu_mapped *m, uint16_t tag)
 		begin(m, tag);
 }
 
-static void try_gated(struct pu_mapped *m)
+static void try_blocked(struct pu_mapped *m)
 {
 	uint32_t count = m->nr_blocked;
 
@@ -584,8 +417,8 @@ void pu_work_finish(struct pu_mapped *m, uint16_t tag, int64_t result)
 
 	if (w->by_hand && !w->unregistered)
 		unregister_buffer(m, tag);
-	if (w->writes_mirror)
-		pu_layout_write_ends(m->layout, w->offset, w->length);
+	if (m->policy->finished)
+		m->policy->finished(m, tag);
 	if (result >= 0 && w->place == IN_USER_COPY && w->op == PU_OP_READ)
 		result = pu_queue_copy(m->q, tag, w->generation, pu_queue_buffer(m->q, tag), 0,
 				       w->length, 0);
@@ -597,30 +430,26 @@ static void answer(struct pu_mapped *m, uint16_t tag)
 {
 	struct pu_work *w = &m->works[tag];
 
-	if (w->told)
+	if (w->held)
 		return;
 	if (w->unregistered && w->place == IN_REGISTERED) {
 		m->q->counters.fallbacks++;
-		w->error = 0;
-		w->good_legs = w->bad_legs = 0;
 		begin(m, tag);
 		return;
 	}
 	if (w->error == -EOPNOTSUPP && w->op == PU_OP_WRITE_ZEROES && !w->by_writing) {
 		*must_write_zeroes(m, w->flags) = true;
 		w->by_writing = true;
-		w->error = 0;
-		w->good_legs = w->bad_legs = 0;
 		begin(m, tag);
 		return;
 	}
-	if (mirrored(m))
-		pu_mirror_answer(m, tag);
+	if (m->policy->answer)
+		m->policy->answer(m, tag);
 	else
 		pu_work_finish(m, tag, w->error);
 }
 
-void pu_work_release(struct pu_mapped *m, uint16_t tag)
+static void release(struct pu_mapped *m, uint16_t tag)
 {
 	struct pu_work *w = &m->works[tag];
 
@@ -635,7 +464,7 @@ static void resume_waiting(struct pu_mapped *m)
 
 		m->nr_waiting--;
 		memmove(m->waiting, m->waiting + 1, m->nr_waiting * sizeof(*m->waiting));
-		/* It stays half done, and its region of a mirror is never drained again: legs may differ. */
+		/* It stays half done, and for the policy it never ends. */
 		if (failed_from_outside(m, tag))
 			continue;
 		m->works[tag].queued = false;
@@ -645,68 +474,21 @@ static void resume_waiting(struct pu_mapped *m)
 	}
 }
 
-void pu_work_part_ends(struct pu_mapped *m, uint16_t tag, uint32_t file, uint32_t file_generation,
-		       int64_t result)
-{
-	struct pu_work *w = &m->works[tag];
-
-	if (mirrored(m))
-		pu_mirror_leg_ends(m, tag, file, file_generation, result);
-	else if (result < 0 && !w->error)
-		w->error = (int)result;
-	pu_work_release(m, tag);
-}
-
-/* An operation has ended: the part goes on, or is done. */
-static void advance(struct pu_mapped *m, struct pu_slot *slot, int64_t result)
-{
-	uint16_t tag = slot->tag;
-	uint32_t file = slot->part.file;
-	struct pu_work *w = &m->works[tag];
-	bool transfer = pu_has_data(w->op) || w->by_writing;
-
-	if (result == -EINTR) {
-		pu_slot_operate(m, slot);
-		return;
-	}
-	/* A kernel before 6.12 has no such command for devices: a hole is what they all can punch. */
-	if (w->op == PU_OP_DISCARD && !slot->punch && (result == -EOPNOTSUPP || result == -EINVAL) &&
-	    m->layout->files[file].device) {
-		slot->punch = true;
-		pu_slot_operate(m, slot);
-		return;
-	}
-	if (result == -EOPNOTSUPP && w->op == PU_OP_DISCARD)
-		result = 0; /* a hint: the bytes stay */
-	if (result >= 0 && transfer) {
-		slot->done += (uint64_t)result;
-		if (slot->done < slot->part.length) {
-			if (result > 0) {
-				pu_slot_operate(m, slot);
-				return;
-			}
-			result = -EIO; /* the file is shorter than was said */
-		}
-	}
-	pu_slot_free(m, slot);
-	pu_work_part_ends(m, tag, file, slot->file_generation, result < 0 ? result : 0);
-}
-
 static void complete(void *context, uint64_t user_data, int32_t result)
 {
 	struct pu_mapped *m = context;
 	uint32_t number = (uint32_t)user_data;
 
-	if (user_data >> PU_KIND_SHIFT == KIND_PART) {
+	if (user_data >> PU_KIND_SHIFT == PU_KIND_PART) {
 		struct pu_slot *slot = &m->slots[number];
 
 		if (slot->orphan) {
-			pu_mirror_orphan_ends(m, slot);
+			end_orphan(m, slot);
 			return;
 		}
 		m->q->foreign_inflight--;
 		if (slot->generation != pu_tag_generation(&m->q->tags[slot->tag])) {
-			pu_slot_free(m, slot);
+			free_slot(m, slot);
 			return;
 		}
 		/* Transient, says the kernel: resources were short. */
@@ -719,7 +501,7 @@ static void complete(void *context, uint64_t user_data, int32_t result)
 		return;
 	if (result < 0)
 		m->works[number].unregistered = true;
-	pu_work_release(m, (uint16_t)number);
+	release(m, (uint16_t)number);
 }
 
 /* ---- serving ---- */
@@ -757,11 +539,21 @@ int pu_mapped_plan(struct pu_mapped *m, uint16_t tag, const struct pu_extent *pa
 
 static int64_t limited(const struct pu_mapped *m, int64_t timeout_ns)
 {
-	int64_t limit = m->layout->leg_timeout_ns / 4;
+	int64_t limit = m->look_every_ns;
 
 	if (!limit || !pu_queue_awaits(m->q) || (timeout_ns >= 0 && timeout_ns < limit))
 		return timeout_ns;
 	return m->look_at_ns ? limit : 0;
+}
+
+static void look(struct pu_mapped *m)
+{
+	int64_t now = pu_now_ns();
+
+	if (now < m->look_at_ns)
+		return;
+	m->look_at_ns = now + m->look_every_ns;
+	m->policy->look(m, now);
 }
 
 int pu_mapped_turn(struct pu_mapped *m, int64_t timeout_ns)
@@ -783,9 +575,9 @@ int pu_mapped_turn(struct pu_mapped *m, int64_t timeout_ns)
 		else
 			start(m, tag);
 	}
-	try_gated(m);
+	try_blocked(m);
 	resume_waiting(m);
-	if (m->layout->leg_timeout_ns)
-		pu_mirror_look_for_hanging(m);
+	if (m->look_every_ns)
+		look(m);
 	return (int)need_plan;
 }

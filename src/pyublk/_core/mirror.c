@@ -1,215 +1,172 @@
 /* SPDX-License-Identifier: MIT */
 #define _GNU_SOURCE
-#include "work.h"
+#include "mirror.h"
 
 #include <errno.h>
-#include <sys/mman.h>
+#include <stdlib.h>
+#include <string.h>
 
-bool pu_mirror_next_leg(const struct pu_layout *layout, uint64_t *nth)
+#define SMALLEST_REGION (UINT64_C(1) << 20)
+#define MOST_REGIONS (UINT64_C(1) << 16)
+
+static uint32_t nr_legs(const struct pu_mirror *mirror)
 {
-	while (*nth < layout->nr_files && pu_layout_leg(layout, (uint32_t)*nth) == PU_LEG_FAILED)
-		++*nth;
-	return *nth < layout->nr_files;
+	return mirror->layout->nr_files;
 }
 
-void pu_mirror_read(struct pu_mapped *m, uint16_t tag)
+int pu_mirror_init(struct pu_mirror *mirror, struct pu_layout *layout, int64_t leg_timeout_ns)
 {
-	struct pu_work *w = &m->works[tag];
-	int leg = pu_layout_readable(m->layout, w->offset, w->bad_legs);
-	struct pu_part part = { .offset = w->offset, .length = w->length, .first = w->length };
-	struct pu_slot *slot;
+	uint64_t bytes = SMALLEST_REGION;
 
-	if (leg < 0) {
-		w->open++;
-		w->error = w->error ? w->error : -EIO;
-		pu_work_release(m, tag);
-		return;
-	}
-	part.file = (uint32_t)leg;
-	slot = pu_slot_take(m, tag, &part);
-	if (slot)
-		pu_slot_operate(m, slot);
-	else
-		pu_work_wait_for_slots(m, tag);
+	memset(mirror, 0, sizeof(*mirror));
+	while ((layout->size - 1) / bytes >= MOST_REGIONS)
+		bytes *= 2;
+	mirror->layout = layout;
+	mirror->region_bytes = bytes;
+	mirror->blocked_region = PU_NO_REGION;
+	mirror->leg_timeout_ns = leg_timeout_ns;
+	mirror->bits.in_step = (uint16_t)((1u << layout->nr_files) - 1);
+	mirror->regions = calloc((layout->size + bytes - 1) / bytes, sizeof(*mirror->regions));
+	return mirror->regions ? 0 : -ENOMEM;
 }
 
-static void note_failure(struct pu_mapped *m, uint32_t leg, int error)
+void pu_mirror_destroy(struct pu_mirror *mirror)
 {
-	m->failures[leg].error = error;
-	m->failures[leg].file_generation = pu_layout_incarnation(m->layout, leg);
+	free(mirror->regions);
+	mirror->regions = NULL;
 }
 
-/* Another file may be in the leg's place now. It has not failed, and what was written to the file
- * before does not count for it. */
-static bool was_replaced(const struct pu_mapped *m, uint32_t leg, uint32_t file_generation)
+struct pu_leg_bits pu_mirror_leg_bits(const struct pu_mirror *mirror)
 {
-	return file_generation != pu_layout_incarnation(m->layout, leg);
+	struct pu_leg_bits bits;
+
+	__atomic_load(&mirror->bits, &bits, __ATOMIC_ACQUIRE);
+	return bits;
 }
 
-void pu_mirror_leg_ends(struct pu_mapped *m, uint16_t tag, uint32_t leg, uint32_t file_generation,
-			int64_t result)
+enum pu_leg_state pu_mirror_leg_state(const struct pu_mirror *mirror, uint32_t leg)
 {
-	struct pu_work *w = &m->works[tag];
-	bool replaced = was_replaced(m, leg, file_generation);
+	struct pu_leg_bits bits = pu_mirror_leg_bits(mirror);
 
-	if (result >= 0) {
-		if (!replaced || w->op == PU_OP_READ)
-			w->good_legs |= 1u << leg;
-		return;
-	}
-	if (w->error != -EOPNOTSUPP)
-		w->error = (int)result;
-	/* What a file cannot do at all is no failure of it: zeroes will be written. */
-	if (result == -EOPNOTSUPP && w->op == PU_OP_WRITE_ZEROES && !w->by_writing)
-		return;
-	if (!replaced) {
-		note_failure(m, leg, (int)-result);
-		__atomic_fetch_add(&m->layout->legs[leg].errors, 1, __ATOMIC_RELAXED);
-	}
-	if (!replaced || w->op != PU_OP_READ)
-		w->bad_legs |= 1u << leg;
-	if (w->op == PU_OP_READ && !w->unregistered &&
-	    pu_layout_readable(m->layout, w->offset, w->bad_legs) >= 0)
-		pu_mirror_read(m, tag);
+	if (bits.in_step & 1u << leg)
+		return PU_LEG_SYNCED;
+	return bits.resync & 1u << leg ? PU_LEG_RESYNC : PU_LEG_FAILED;
 }
 
-/* What one leg in step has, the disk has; but only once it is on record which legs lack it, since a
- * restart would read those. A read is what it is. */
-void pu_mirror_answer(struct pu_mapped *m, uint16_t tag)
+static uint16_t with(uint16_t bits, uint32_t leg, bool set)
 {
-	struct pu_work *w = &m->works[tag];
-	struct pu_leg_bits bits = pu_layout_leg_bits(m->layout);
-	bool read = w->op == PU_OP_READ;
-
-	if (!(read ? w->good_legs : w->good_legs & bits.in_step)) {
-		pu_work_finish(m, tag, w->error ? w->error : -EIO);
-		return;
-	}
-	w->told = w->bad_legs | (read ? 0 : bits.unrecorded);
-	if (!w->told) {
-		pu_work_finish(m, tag, 0);
-		return;
-	}
-	m->failed_legs |= w->told;
-	m->held++;
+	return (uint16_t)(set ? bits | 1u << leg : bits & ~(1u << leg));
 }
 
-/* Of one that was held, when the legs that it was held for have been given up, or not: the last in
- * step stays, and a record may fail to be written. */
-static int result_of(const struct pu_mapped *m, const struct pu_work *w)
+void pu_mirror_set_leg(struct pu_mirror *mirror, uint32_t leg, enum pu_leg_state state)
 {
-	struct pu_leg_bits bits = pu_layout_leg_bits(m->layout);
+	struct pu_leg_bits bits = pu_mirror_leg_bits(mirror);
 
-	if (w->op == PU_OP_READ)
-		return 0;
-	if (w->told & bits.unrecorded)
-		return -EIO;
-	if (!(w->good_legs & bits.in_step) || w->bad_legs & bits.in_step)
-		return w->error ? w->error : -EIO;
-	return 0;
+	bits.in_step = with(bits.in_step, leg, state == PU_LEG_SYNCED);
+	bits.resync = with(bits.resync, leg, state == PU_LEG_RESYNC);
+	__atomic_store(&mirror->bits, &bits, __ATOMIC_RELEASE);
 }
 
-/* ---- legs that fail or hang ---- */
-
-static int renew_buffer(struct pu_mapped *m, uint16_t tag)
+uint32_t pu_mirror_file_generation(const struct pu_mirror *mirror, uint32_t leg)
 {
-	uint8_t *fresh = pu_buffers_map(m->q->buffers);
-
-	if (!fresh)
-		return -ENOMEM;
-	pu_buffers_exchange(m->q->buffers, tag, fresh);
-	m->q->tags[tag].buffer = fresh;
-	return 0;
+	return __atomic_load_n(&mirror->legs[leg].file_generation, __ATOMIC_ACQUIRE);
 }
 
-/* Whether the request can do without the leg. */
-static bool dispensable(const struct pu_mapped *m, const struct pu_work *w, uint32_t leg)
+uint32_t pu_mirror_replaced(const struct pu_mirror *mirror, uint32_t leg)
 {
-	if (w->op == PU_OP_READ)
-		return pu_layout_readable(m->layout, w->offset, w->bad_legs | 1u << leg) >= 0;
-	return w->good_legs & pu_layout_leg_bits(m->layout).in_step;
+	return __atomic_load_n(&mirror->legs[leg].replaced, __ATOMIC_ACQUIRE);
 }
 
-static uint32_t *orphans(struct pu_mapped *m, const struct pu_slot *slot)
+uint32_t pu_mirror_orphans(const struct pu_mirror *mirror, uint32_t leg, bool before)
 {
-	return &m->layout->legs[slot->part.file].orphans[slot->replaced & 1];
+	uint32_t which = (pu_mirror_replaced(mirror, leg) + before) & 1;
+
+	return __atomic_load_n(&mirror->legs[leg].orphans[which], __ATOMIC_ACQUIRE);
 }
 
-void pu_mirror_look_for_hanging(struct pu_mapped *m)
+bool pu_mirror_fail_leg(struct pu_mirror *mirror, uint32_t leg, uint32_t file_generation)
 {
-	int64_t now = pu_now_ns(), limit = m->layout->leg_timeout_ns;
+	struct pu_leg_bits bits = pu_mirror_leg_bits(mirror);
 
-	if (now < m->look_at_ns)
-		return;
-	m->look_at_ns = now + limit / 4;
-	for (uint32_t i = 0; i < m->nr_slots; i++) {
-		struct pu_slot *slot = &m->slots[i];
-		struct pu_work *w = &m->works[slot->tag];
-		uint32_t leg = slot->part.file;
-		bool failed = pu_layout_leg(m->layout, leg) == PU_LEG_FAILED ||
-			      was_replaced(m, leg, slot->file_generation);
-
-		if (!slot->busy || slot->orphan || (!failed && now - slot->begun_ns < limit) ||
-		    !pu_queue_holds(m->q, slot->tag, slot->generation) ||
-		    !dispensable(m, w, leg))
-			continue;
-		/* The leg is given up first: one that stays must not write late what was answered. */
-		if (!failed) {
-			note_failure(m, leg, ETIMEDOUT);
-			m->failed_legs |= 1u << leg;
-			m->look_at_ns = 0;
-			continue;
-		}
-		/* The operation keeps its slot, and the memory that it may still read or fill; which parts
-		 * that are still to be cut need, too. */
-		if (pu_has_data(w->op) && (w->queued || renew_buffer(m, slot->tag)))
-			continue;
-		slot->orphan = true;
-		__atomic_fetch_add(orphans(m, slot), 1, __ATOMIC_RELAXED);
-		m->q->orphans++;
-		pu_work_part_ends(m, slot->tag, leg, slot->file_generation, -ETIMEDOUT);
-	}
-}
-
-void pu_mirror_orphan_ends(struct pu_mapped *m, struct pu_slot *slot)
-{
-	__atomic_fetch_sub(orphans(m, slot), 1, __ATOMIC_RELEASE);
-	m->q->orphans--;
-	m->q->foreign_inflight--;
-	pu_slot_free(m, slot);
-	/* What the tag does not use any more goes back, unless another part still does. */
-	if (slot->memory == pu_queue_buffer(m->q, slot->tag) ||
-	    slot->memory == pu_queue_next_buffer(m->q, slot->tag))
-		return;
-	for (uint32_t i = 0; i < m->nr_slots; i++)
-		if (m->slots[i].busy && m->slots[i].memory == slot->memory)
-			return;
-	pu_buffers_unmap(m->q->buffers, slot->memory);
-}
-
-bool pu_mapped_next_failure(struct pu_mapped *m, struct pu_leg_failure *failure)
-{
-	uint32_t leg;
-
-	if (!m->failed_legs)
+	if (pu_mirror_leg_state(mirror, leg) == PU_LEG_FAILED || bits.in_step == 1u << leg ||
+	    file_generation != pu_mirror_file_generation(mirror, leg))
 		return false;
-	leg = (uint32_t)__builtin_ctz(m->failed_legs);
-	*failure = m->failures[leg];
-	failure->leg = leg;
-	m->failures[leg].error = 0;
-	m->failed_legs &= ~(1u << leg);
+	bits.in_step = with(bits.in_step, leg, false);
+	bits.resync = with(bits.resync, leg, false);
+	bits.unrecorded = with(bits.unrecorded, leg, true);
+	__atomic_store(&mirror->bits, &bits, __ATOMIC_RELEASE);
 	return true;
 }
 
-void pu_mapped_recorded(struct pu_mapped *m)
+void pu_mirror_set_recorded(struct pu_mirror *mirror)
 {
-	for (uint32_t tag = 0; m->held && tag < m->q->depth; tag++) {
-		struct pu_work *w = &m->works[tag];
+	struct pu_leg_bits bits = pu_mirror_leg_bits(mirror);
 
-		if (!w->told)
-			continue;
-		m->held--;
-		pu_work_finish(m, (uint16_t)tag, result_of(m, w));
-		w->told = 0;
+	bits.unrecorded = 0;
+	__atomic_store(&mirror->bits, &bits, __ATOMIC_RELEASE);
+}
+
+void pu_mirror_replace_file(struct pu_mirror *mirror, uint32_t leg, int fd, bool memory, bool device,
+			    uint32_t file_generation)
+{
+	pu_layout_set_file(mirror->layout, leg, fd, memory, device);
+	if (file_generation != pu_mirror_file_generation(mirror, leg))
+		__atomic_fetch_add(&mirror->legs[leg].replaced, 1, __ATOMIC_RELEASE);
+	__atomic_store_n(&mirror->legs[leg].file_generation, file_generation, __ATOMIC_RELEASE);
+	pu_layout_publish_files(mirror->layout); /* who sees it sees the generation */
+}
+
+int pu_mirror_readable(const struct pu_mirror *mirror, uint64_t offset, uint32_t without)
+{
+	/* Neighbours from the same leg: it may read ahead. */
+	uint32_t start = (uint32_t)(offset / mirror->region_bytes % nr_legs(mirror));
+
+	for (uint32_t i = 0; i < nr_legs(mirror); i++) {
+		uint32_t leg = (start + i) % nr_legs(mirror);
+
+		if (!(without & 1u << leg) && pu_mirror_leg_state(mirror, leg) == PU_LEG_SYNCED)
+			return (int)leg;
 	}
+	return -1;
+}
+
+static uint64_t last_region(const struct pu_mirror *mirror, uint64_t offset, uint64_t length)
+{
+	return (offset + (length ? length : 1) - 1) / mirror->region_bytes;
+}
+
+bool pu_mirror_write_begins(struct pu_mirror *mirror, uint64_t offset, uint64_t length)
+{
+	uint64_t first = offset / mirror->region_bytes, last = last_region(mirror, offset, length);
+	uint64_t blocked;
+
+	for (uint64_t region = first; region <= last; region++)
+		__atomic_fetch_add(&mirror->regions[region].begun, 1, __ATOMIC_SEQ_CST);
+	/* After it is counted: who blocks the region now will see it, or it sees that. */
+	blocked = __atomic_load_n(&mirror->blocked_region, __ATOMIC_SEQ_CST);
+	if (blocked < first || blocked > last)
+		return true;
+	pu_mirror_write_ends(mirror, offset, length);
+	return false;
+}
+
+void pu_mirror_write_ends(struct pu_mirror *mirror, uint64_t offset, uint64_t length)
+{
+	uint64_t last = last_region(mirror, offset, length);
+
+	for (uint64_t region = offset / mirror->region_bytes; region <= last; region++)
+		__atomic_fetch_add(&mirror->regions[region].ended, 1, __ATOMIC_SEQ_CST);
+}
+
+void pu_mirror_block_writes(struct pu_mirror *mirror, uint64_t region)
+{
+	__atomic_store_n(&mirror->blocked_region, region, __ATOMIC_SEQ_CST);
+}
+
+bool pu_mirror_is_drained(const struct pu_mirror *mirror, uint64_t region)
+{
+	const struct pu_region *r = &mirror->regions[region];
+	uint32_t ended = __atomic_load_n(&r->ended, __ATOMIC_SEQ_CST);
+
+	return ended == __atomic_load_n(&r->begun, __ATOMIC_SEQ_CST);
 }

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT
- * Requests while a mapped queue serves them: what mapped.c and mirror.c share, and nobody else
+ * Requests while a mapped queue serves them: what mapped.c, the operations and the policies share
  */
 #ifndef PU_WORK_H
 #define PU_WORK_H
@@ -19,7 +19,7 @@ enum place {
 
 struct pu_work {
 	uint64_t offset, length;
-	uint64_t cut; /* bytes (or, of a stripe or mirror, parts) that have been given to slots */
+	uint64_t cut; /* by the policy: how much has been given to slots; 0: nothing */
 	uint32_t op, flags;
 	uint32_t generation; /* of the tag: another one is another request */
 	uint32_t open; /* operations under way */
@@ -29,12 +29,15 @@ struct pu_work {
 	bool by_writing;  /* zeroes are written */
 	bool queued;	  /* it is in `waiting`, or was failed from outside while it was */
 	bool blocked;	  /* it is in `blocked` */
-	bool writes_mirror; /* counted in the layout's regions */
+	bool held;	  /* by the policy, which answers it later */
 	int error;
-	uint32_t good_legs, bad_legs; /* bits */
-	uint32_t told; /* bits: it is held until these legs' failures are on record */
 	struct pu_extent *mapped_parts;
 	uint32_t nr_mapped_parts, mapped_room;
+};
+
+/* Which of the files that were in the part's place has the operation, where a policy replaces them. */
+struct pu_slot_file {
+	uint32_t generation, replaced;
 };
 
 struct pu_slot {
@@ -42,10 +45,10 @@ struct pu_slot {
 	uint64_t done;
 	uint64_t asked; /* bytes of the operation under way */
 	uint8_t *memory; /* the tag's buffer when the part began: a later one may be another */
-	int64_t begun_ns;
+	int64_t begun_ns; /* when the operation was given to the ring, if the policy looks for that */
+	struct pu_slot_file file;
 	uint32_t next_free;
 	uint32_t generation;
-	uint32_t file_generation, replaced; /* of the leg */
 	uint16_t tag;
 	bool busy;
 	bool orphan; /* nobody waits for it any more */
@@ -60,42 +63,23 @@ static inline int64_t pu_now_ns(void)
 	return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
+/* user_data of a part's operation: its slot. */
+#define PU_KIND_PART PU_KIND_OTHER
+
 static inline bool pu_has_data(uint32_t op)
 {
 	return op == PU_OP_READ || op == PU_OP_WRITE;
 }
 
-/* A slot for a part of the tag's request, which has one operation more under way then; NULL when
- * none is free: the request is to wait for one. */
-struct pu_slot *pu_slot_take(struct pu_mapped *m, uint16_t tag, const struct pu_part *part);
-void pu_slot_free(struct pu_mapped *m, struct pu_slot *slot);
-void pu_work_wait_for_slots(struct pu_mapped *m, uint16_t tag);
-
-/* Begins, or continues, the operation of a slot. */
-void pu_slot_operate(struct pu_mapped *m, struct pu_slot *slot);
-/* A part of the tag's request in that file has ended: 0 or -errno. `file_generation`: of a leg. */
-void pu_work_part_ends(struct pu_mapped *m, uint16_t tag, uint32_t file, uint32_t file_generation,
-		       int64_t result);
-/* One operation less is under way: answers when it was the last. */
-void pu_work_release(struct pu_mapped *m, uint16_t tag);
+/* A part has ended, or is abandoned: 0 or -errno. */
+void pu_slot_end_part(struct pu_mapped *m, struct pu_slot *slot, int64_t result);
+/* Nobody waits for the slot's operation any more: it keeps the memory that it may still read or
+ * fill, and the request gets other memory. The part is still to be ended. False: it must be waited
+ * for. */
+bool pu_slot_abandon(struct pu_mapped *m, struct pu_slot *slot);
 /* Gives what is left of a request to slots. */
 void pu_work_proceed(struct pu_mapped *m, uint16_t tag);
 /* Tells the client. */
 void pu_work_finish(struct pu_mapped *m, uint16_t tag, int64_t result);
-
-/* ---- mirrors (mirror.c) ---- */
-
-/* The next leg for a write, discard or flush, from `nth` on; false: no more. */
-bool pu_mirror_next_leg(const struct pu_layout *layout, uint64_t *nth);
-/* Reads from a leg, another one than those that have failed the request. */
-void pu_mirror_read(struct pu_mapped *m, uint16_t tag);
-void pu_mirror_leg_ends(struct pu_mapped *m, uint16_t tag, uint32_t leg, uint32_t file_generation,
-			int64_t result);
-/* Every leg has ended: the client is told, or waits until failures are on record. */
-void pu_mirror_answer(struct pu_mapped *m, uint16_t tag);
-/* Gives up what legs have held for too long, where the request can do without. */
-void pu_mirror_look_for_hanging(struct pu_mapped *m);
-/* One of these has ended after all. */
-void pu_mirror_orphan_ends(struct pu_mapped *m, struct pu_slot *slot);
 
 #endif

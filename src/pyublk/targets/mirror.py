@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pyublk._native import Layout
+from pyublk._native import MirrorLayout
 from pyublk.backing import Backing
 from pyublk.files import Identity, about
 from pyublk.keeping import Ranges, move
@@ -75,6 +75,10 @@ class Mirror(MappedTarget):
     ) -> None:
         if len(files) < 2:
             raise ValueError("a mirror needs at least two files")
+        if len(files) > MirrorLayout.MAX_LEGS:
+            raise ValueError(
+                f"a mirror has at most {MirrorLayout.MAX_LEGS} files, not {len(files)}"
+            )
         if leg_timeout < 0:
             raise ValueError(f"leg_timeout must be 0 or more seconds, not {leg_timeout}")
         super().__init__(
@@ -153,7 +157,7 @@ class Mirror(MappedTarget):
                 "would write into memory that the client has back already"
             )
 
-    def make_layout(self, files: list[tuple[int, bool, bool]]) -> Layout:
+    def make_layout(self, files: list[tuple[int, bool, bool]]) -> MirrorLayout:
         smallest = min(backing.size for backing in self.backing)
         size = smallest - smallest % self.block_size
         if self._wanted_size is not None:
@@ -162,7 +166,13 @@ class Mirror(MappedTarget):
                     f"size {self._wanted_size} is more than the smallest leg has, {size} bytes"
                 )
             size = self._wanted_size
-        return Layout.mirror(files, size, leg_timeout=self._leg_timeout)
+        return MirrorLayout(files, size, leg_timeout=self._leg_timeout)
+
+    @property
+    def layout(self) -> MirrorLayout:
+        layout = super().layout
+        assert isinstance(layout, MirrorLayout)
+        return layout
 
     def ranges(self, file: int) -> Ranges:
         return [(0, self.layout.size)]

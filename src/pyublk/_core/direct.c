@@ -1,0 +1,40 @@
+/* SPDX-License-Identifier: MIT */
+#define _GNU_SOURCE
+#include "direct.h"
+
+#include "work.h"
+
+static bool part_by_request(struct pu_work *w, struct pu_part *part)
+{
+	const struct pu_extent *extent = &w->mapped_parts[w->cut];
+
+	if (w->cut >= w->nr_mapped_parts)
+		return false;
+	*part = (struct pu_part){
+		.file = extent->file,
+		.offset = extent->offset,
+		.length = extent->length,
+		.first = extent->length,
+		.data = extent->start,
+	};
+	w->cut++;
+	return true;
+}
+
+static bool next_part(struct pu_mapped *m, uint16_t tag, struct pu_part *part)
+{
+	const struct pu_layout *layout = m->layout;
+	struct pu_work *w = &m->works[tag];
+
+	if (w->op == PU_OP_FLUSH) {
+		*part = (struct pu_part){ .file = (uint32_t)w->cut };
+		return w->cut++ < layout->nr_files;
+	}
+	if (layout->kind == PU_LAYOUT_PER_REQUEST)
+		return part_by_request(w, part);
+	return pu_layout_part(layout, w->offset, w->length, &w->cut, part);
+}
+
+static const struct pu_policy_functions functions = { .next_part = next_part };
+
+const struct pu_policy pu_direct = { .functions = &functions, .slots_per_tag = 2 };
