@@ -20,6 +20,7 @@ import pytest
 
 import pyublk
 from pyublk import Layout, MappedQueue, MappedTarget, Mapper
+from pyublk._native import MirrorLayout
 from pyublk.targets import File, Linear, Mirror, Slice, Stripe, copying
 from pyublk.targets.record import LegState
 from pyublk.testing import Disk
@@ -179,6 +180,9 @@ def test_bad_layouts_are_refused_by_name(tmp_path: Path) -> None:
         MappedTarget([])
     with pytest.raises(ValueError, match="a mirror needs at least two files"):
         Mirror(large)
+    most = MirrorLayout.MAX_LEGS
+    with pytest.raises(ValueError, match=f"a mirror has at most {most} files, not {most + 1}"):
+        Mirror(*[Path("leg")] * (most + 1))
     with pytest.raises(ValueError, match="either a partition, or offset and size"):
         Slice(large, partition=1, offset=512)
 

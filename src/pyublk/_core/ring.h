@@ -141,7 +141,6 @@ int pu_ring_open(struct pu_ring *ring, uint32_t entries, uint32_t cq_entries, ui
  * its copy of the descriptor: the rest is the parent's. */
 void pu_ring_close(struct pu_ring *ring);
 
-
 /* How long a ring's end is waited for: a disk that answers has answered by then. */
 #define PU_END_NS INT64_C(1000000000)
 
