@@ -13,12 +13,13 @@ BUILDS = {
     "address,undefined": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-O1", "-fsanitize=thread"],
 }
-#: What failing.h puts before the C library's.
+#: What failing.h, and driver.h with it, puts before the C library's.
 WRAPPED = """
     aligned_alloc calloc close dup3 eventfd fallocate fdatasync free fstat madvise malloc mincore
     mmap mprotect munmap ppoll prctl pread preadv pwrite pwritev2 realloc syscall
 """
-LINKED = {"sweep_test": [f"-Wl,--wrap={name}" for name in WRAPPED.split()]}
+WRAP = [f"-Wl,--wrap={name}" for name in WRAPPED.split()]
+LINKED = {"batch_test": WRAP, "sweep_test": WRAP}
 
 
 def compile_with(flags: list[str], source: Path, program: Path) -> None:

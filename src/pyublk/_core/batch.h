@@ -3,6 +3,10 @@
  *
  * Commits are gathered in an array and go with the next submission. There are two arrays, since the
  * kernel may still read one. Tags arrive in buffers of a provided ring, which are given back at once.
+ *
+ * The completion of a commit would end the wait that follows it, so a request at depth 1 would cost
+ * two system calls. A commit of one tag therefore completes only when it fails. With several tags it
+ * always completes: the result is how many of them the kernel took.
  */
 #ifndef PU_BATCH_H
 #define PU_BATCH_H
@@ -16,6 +20,7 @@ struct pu_queue;
 
 struct pu_batch {
 	uint8_t *elements[2];
+	uint8_t *alone;	  /* an element for each tag: it is read before the tag's next request comes */
 	uint32_t sent[2]; /* elements that the kernel has; 0: the array is free */
 	uint32_t filled;  /* elements in the array that is being filled */
 	uint8_t filling;  /* which one that is */
