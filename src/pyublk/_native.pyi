@@ -424,7 +424,8 @@ class Dispatcher:
     for is done.
 
     `answered` is called with a queue when one of its requests was answered outside of `turn` and
-    `sleep`: its commit wants a turn. For the loop's thread, except where it says otherwise.
+    `sleep`: its commit wants one of them. Until then it is not called again. For the loop's thread,
+    except where it says otherwise.
     """
 
     def __init__(
