@@ -35,6 +35,7 @@ async def awaiting(awaitable):
     return await awaitable
 
 
+@cython.final
 cdef class RequestTask:
     """What asyncio.current_task() is in a handler: a task that is made only when it is needed.
 
@@ -52,7 +53,7 @@ cdef class RequestTask:
     def __init__(self):
         raise TypeError("a RequestTask comes from a Dispatcher")
 
-    cdef int serve(self, object coro, object context, Suspended request) except -1:
+    cdef inline int serve(self, object coro, object context, Suspended request) except -1:
         self.coro = coro
         self.context = context
         self.request = request
@@ -91,6 +92,7 @@ cdef class RequestTask:
         return f"<RequestTask {self.coro!r}>"
 
 
+@cython.final
 @cython.freelist(64)
 cdef class Suspended:
     """A request's coroutine that goes on after its first step.
@@ -249,6 +251,7 @@ cdef class Suspended:
         raise StopIteration
 
 
+@cython.final
 cdef class Dispatcher:
     """Runs a target's coroutines on one event loop, for any number of queues.
 
@@ -460,7 +463,7 @@ cdef class Dispatcher:
         finally:
             _leave_task(self.loop, self.current)
 
-    cdef bint is_kept(self) noexcept:
+    cdef inline bint is_kept(self) noexcept:
         """Whether a handler keeps the current task, or has made an asyncio.Task of it."""
         cdef int references = PU_REFERENCES(<PyObject *>self.current)
         if references == INT_MAX:  # no telling

@@ -10,6 +10,7 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+#include "batch.h"
 #include "driver.h"
 
 #define DEPTH 4

@@ -8,8 +8,6 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "queue.h"
-
 #define GROUP 0
 #define NO_TAG UINT16_MAX /* of a commit that is refused on purpose */
 #define ALONE 2u /* the number of a commit of one tag is the tag and this; else that of its array */
@@ -128,7 +126,7 @@ static int send(struct pu_queue *q, uint32_t cmd_op, enum pu_kind kind, uint8_t 
 		uint32_t count)
 {
 	struct pu_batch *b = q->batch;
-	struct pu_sqe *sqe = pu_queue_sqe(q);
+	struct pu_sqe *sqe = pu_ring_next_sqe(&q->ring);
 
 	if (!sqe)
 		return -EAGAIN;
@@ -145,7 +143,7 @@ static int send_alone(struct pu_queue *q)
 	struct pu_batch *b = q->batch;
 	const uint8_t *element = b->elements[b->filling];
 	uint8_t *place = b->alone + (size_t)tag_of(element) * b->element_bytes;
-	struct pu_sqe *sqe = pu_queue_sqe(q);
+	struct pu_sqe *sqe = pu_ring_next_sqe(&q->ring);
 
 	if (!sqe)
 		return -EAGAIN;
@@ -160,7 +158,7 @@ static int send_alone(struct pu_queue *q)
 static int fetch(struct pu_queue *q)
 {
 	struct pu_batch *b = q->batch;
-	struct pu_sqe *sqe = pu_queue_sqe(q);
+	struct pu_sqe *sqe = pu_ring_next_sqe(&q->ring);
 
 	if (!sqe)
 		return -EAGAIN;
@@ -252,16 +250,6 @@ static void complete_commit(struct pu_queue *q, uint64_t number, int32_t result)
 	b->sent[number] = 0;
 }
 
-static void take_arrivals(struct pu_queue *q, const struct pu_cqe *cqe)
-{
-	struct pu_batch *b = q->batch;
-	uint16_t id = (uint16_t)(cqe->flags >> PU_CQE_BUFFER_SHIFT);
-	const uint16_t *tags = b->arrivals + (size_t)id * PU_BATCH_MAX_TAGS;
-
-	pu_queue_take(q, tags, (uint32_t)cqe->res / sizeof(*tags));
-	provide(b, id);
-}
-
 void pu_batch_complete(struct pu_queue *q, const struct pu_cqe *cqe)
 {
 	struct pu_batch *b = q->batch;
@@ -278,7 +266,7 @@ void pu_batch_complete(struct pu_queue *q, const struct pu_cqe *cqe)
 		break;
 	case PU_KIND_FETCH:
 		if (cqe->res >= 0 && cqe->flags & PU_CQE_BUFFER)
-			take_arrivals(q, cqe);
+			provide(b, (uint16_t)(cqe->flags >> PU_CQE_BUFFER_SHIFT));
 		if (cqe->flags & PU_CQE_MORE)
 			break;
 		b->fetching = false;
