@@ -16,6 +16,7 @@ import pytest
 from blocks import Blocks
 from conftest import existing
 from memory import AsyncMemory, CallbackMemory, Memory, ParallelMemory
+from needs import needs
 from servers import until
 
 import pyublk
@@ -90,12 +91,8 @@ def clients(disk: Device) -> Iterator[Callable[[], None]]:
 
 
 def options_here(options: dict[str, Any]) -> dict[str, Any]:
-    with pyublk.Controller() as controller:
-        features = controller.features()
-    if "threads" in options and not features.has(Feature.PER_IO_DAEMON):
-        pytest.skip("several threads for a queue need Linux 6.16")
-    if "batch" in options and not features.has(Feature.BATCH_IO):
-        pytest.skip("batch I/O needs Linux 7.0")
+    features = {"threads": Feature.PER_IO_DAEMON, "batch": Feature.BATCH_IO}
+    needs(*(features[option] for option in options if option in features))
     return options
 
 
