@@ -1,6 +1,8 @@
 """Builds the C core's tests plain and under each sanitizer, and runs them."""
 
+import functools
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,13 +24,25 @@ WRAP = [f"-Wl,--wrap={name}" for name in WRAPPED.split()]
 LINKED = {"batch_test": WRAP, "sweep_test": WRAP}
 
 
-def compile_with(flags: list[str], source: Path, program: Path) -> None:
-    command = ["cc", "-std=gnu11", "-Wall", "-Wextra", "-g", *flags, "-I", CORE, "-o", program]
-    core = sorted(CORE.glob("*.c"))
+def compiled(build: str, *arguments: str | Path, where: Path | None = None) -> None:
+    command = ["cc", "-std=gnu11", "-Wall", "-Wextra", "-g", *BUILDS[build], "-I", CORE]
     done = subprocess.run(
-        [*command, source, *core, "-pthread"], capture_output=True, text=True, check=False
+        [*command, *arguments], capture_output=True, text=True, check=False, cwd=where
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="session")
+def core(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Path]]:
+    """The core's objects in a build; they are compiled once."""
+
+    @functools.cache
+    def objects(build: str) -> list[Path]:
+        folder = tmp_path_factory.mktemp("core")
+        compiled(build, "-c", *CORE.glob("*.c"), where=folder)
+        return sorted(folder.glob("*.o"))
+
+    return objects
 
 
 @pytest.fixture(scope="session")
@@ -47,16 +61,23 @@ def sanitizers(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
 @pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_core(program: str, build: str, sanitizers: set[str], tmp_path: Path) -> None:
+def test_core(
+    program: str,
+    build: str,
+    sanitizers: set[str],
+    core: Callable[[str], list[Path]],
+    tmp_path: Path,
+) -> None:
     if build not in sanitizers:
         pytest.skip(f"this compiler cannot build with {' '.join(BUILDS[build])}")
     binary = tmp_path / program
-    flags = BUILDS[build] + LINKED.get(program, [])
-    compile_with(flags, HERE / f"{program}.c", binary)
+    flags = LINKED.get(program, [])
+    compiled(build, HERE / f"{program}.c", *core(build), *flags, "-pthread", "-o", binary)
     arguments = []
     if program == "control_test":  # which needs the other process, built as it is
         arguments = [tmp_path / "pyublk-helper"]
-        compile_with(BUILDS[build], CORE.parent / "_helper" / "helper.c", arguments[0])
+        helper = CORE.parent / "_helper" / "helper.c"
+        compiled(build, helper, *core(build), "-pthread", "-o", arguments[0])
     done = subprocess.run(
         [binary, *arguments],
         capture_output=True,
