@@ -58,7 +58,8 @@ static inline const uint16_t *pu_batch_arrivals(const struct pu_batch *batch,
 
 /* Handles a completion of one of the three commands. */
 void pu_batch_complete(struct pu_queue *q, const struct pu_cqe *cqe);
-/* No answer is in the kernel, or waiting to go there. */
+/* No answer is in the kernel, or waiting to go there; one that went alone was carried out as it was
+ * submitted. */
 bool pu_batch_sent(const struct pu_batch *batch);
 /* Nothing of the batch is in the kernel, or waiting to go there. */
 bool pu_batch_idle(const struct pu_batch *batch);
