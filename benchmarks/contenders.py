@@ -308,6 +308,7 @@ def _all() -> list[Contender]:
             f"pyublk-{target}": partial(_pyublk, target=target)
             for target in ("handle", "handle-fields", "methods", "async", "async-sleep")
         },
+        "pyublk-null-get-data": partial(_pyublk, target="null", path="get-data"),
         **{
             f"kublk-{mode}-our-choices": partial(_kublk_with_our_choices, mode=mode)
             for mode in ("copy", "batch")

@@ -4,7 +4,8 @@
 A server of 4 queues, depth 128 and requests up to 1 MiB reserves 512 MiB of addresses for its
 buffers; what it holds of them before requests came is what is wanted to be small. So is what the
 helper process takes: beside 250 disks in a process, and beside a target that has written all of its
-300 MiB since. Needs root and a kernel with ublk; `--vm` brings one, in which times are longer than
+300 MiB since, and what large requests leave in a server's buffers, without `trim_after` and with
+it. Needs root and a kernel with ublk; `--vm` brings one, in which times are longer than
 on silicon.
 """
 
@@ -67,6 +68,23 @@ data = bytearray(b"1") * (int(sys.argv[1]) << 20)
 with pyublk.Device(Memory(size=len(data), read_only=True)):
     data[:] = b"2" * len(data)
     print("written", flush=True)
+    sys.stdin.read()
+"""
+_USED = """
+import os, sys, time
+import pyublk
+class Blank(pyublk.Target):
+    def read(self, offset, buffer):
+        buffer[:] = bytes(len(buffer))
+options = {"trim_after": 1} if int(sys.argv[1]) else {}
+with pyublk.Device(Blank(size=64 << 20, read_only=True), max_io_size=1 << 20, **options) as disk:
+    pid = os.posix_spawn("/usr/bin/fio", [
+        "fio", "--name=read", f"--filename={disk.path}", "--rw=read", "--bs=1m", "--direct=1",
+        "--ioengine=libaio", "--iodepth=64", "--loops=4", "--output=/dev/null",
+    ], os.environ)
+    os.waitpid(pid, 0)
+    time.sleep(4)
+    print("idle again", flush=True)
     sys.stdin.read()
 """
 
@@ -158,6 +176,11 @@ def main() -> int:
     print(
         f"a target of {LARGE} MiB, written since its start: {large / MIB:.1f} MiB, "
         f"and {helper / MIB:.1f} MiB beside it"
+    )
+    kept, trimmed = (with_helper(_USED, trims)[1] for trims in (0, 1))
+    print(
+        f"after 1 MiB reads, 64 at once: {kept / MIB:.1f} MiB, "
+        f"with trim_after {trimmed / MIB:.1f} MiB"
     )
     seconds = start_of_a_tebibyte()
     print(f"sparse 1 TiB ram disk: usable after {seconds:.2f} s (wanted: {WANTED_START:g} s)")

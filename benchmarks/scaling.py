@@ -49,11 +49,16 @@ class Run:
     cpu: float
 
 
-def run(target: Target, queues: int, runtime: float) -> Run:
-    """Serve `target` by so many queues to as many fio processes, for `runtime` seconds."""
-    with Device(target, queues=queues) as disk:
+def run(target: Target, queues: int, threads: int, clients: int, runtime: float) -> Run:
+    """Serve `target` by so many queues, each by so many threads, to so many fio processes (0: to
+    as many as threads), for `runtime` seconds."""
+    with Device(target, queues=queues, threads=threads) as disk:
         line = jobs.command(
-            jobs.JOBS["randread"], disk.path, runtime=runtime, ramp=runtime / 4, processes=queues
+            jobs.JOBS["randread"],
+            disk.path,
+            runtime=runtime,
+            ramp=runtime / 4,
+            processes=clients or queues * threads,
         )
         requests, cpu = disk.stats().total.requests, time.process_time()
         iops = jobs.run(line, timeout=runtime * 20 + 60, unblock=disk.stop).iops
@@ -68,14 +73,14 @@ def interpreter() -> str:
     return f"Python {sys.version.split()[0]}, {'with' if gil else 'without'} the GIL"
 
 
-def measure(queues: list[int], repeats: int, runtime: float) -> None:
+def measure(queues: list[int], threads: int, clients: int, repeats: int, runtime: float) -> None:
     """Print the medians, and what they are to those of the first number of queues."""
     print(f"{interpreter()}; {os.cpu_count()} processors; thousands of requests a second")
     for name, make in TARGETS.items():
         runs: dict[int, list[Run]] = {count: [] for count in queues}
         for _ in range(repeats):
             for count in queues:
-                runs[count].append(run(make(), count, runtime))
+                runs[count].append(run(make(), count, threads, clients, runtime))
         medians = {count: median(each.iops for each in runs[count]) for count in queues}
         for count, iops in medians.items():
             rates = [each.iops for each in runs[count]]
@@ -99,12 +104,14 @@ def main() -> int:
         default=[count for count in (1, 2, 4, 8) if count <= processors],
         help="numbers of queues (1, 2, 4, 8, as far as there are processors)",
     )
+    parser.add_argument("--threads", type=int, default=1, help="threads for each queue (1)")
+    parser.add_argument("--clients", type=int, default=0, help="fio processes (one a thread)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each (3)")
     parser.add_argument("--runtime", type=float, default=5.0, help="seconds of each run (5)")
     parser.add_argument("--vm", action="store_true", help="measure in the virtual machine")
     options = parser.parse_args()
-    if min(options.queues) < 1 or options.repeats < 1 or options.runtime <= 0:
-        parser.error("--queues, --repeats and --runtime must be above 0")
+    if min(*options.queues, options.threads, options.repeats) < 1 or options.runtime <= 0:
+        parser.error("--queues, --threads, --repeats and --runtime must be above 0")
     if options.vm:
         line = [sys.executable, "-m", "benchmarks.scaling"]
         line += [word for word in sys.argv[1:] if word != "--vm"]
@@ -113,7 +120,7 @@ def main() -> int:
         except VMError as error:
             sys.exit(f"Error: {error}")
     try:
-        measure(options.queues, options.repeats, options.runtime)
+        measure(options.queues, options.threads, options.clients, options.repeats, options.runtime)
     except (programs.Unavailable, RuntimeError, OSError, ValueError) as error:
         sys.exit(f"Error: {error}")
     return 0

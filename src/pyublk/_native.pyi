@@ -398,8 +398,8 @@ class Queue:
 @final
 class Dispatcher:
     """Runs a target's coroutines on `loop`: a first step on the spot, the rest when what they wait
-    for is done. `answered` is told of a queue when one of its requests was answered outside of
-    `turn` and `sleep`: its commit wants a turn. For the loop's thread, except where it says so."""
+    for is done. `answered` is told of a queue, once, when requests of it were answered outside of
+    `turn` and `sleep`: it wants one of these. For the loop's thread, except where it says so."""
 
     def __init__(
         self,

@@ -35,6 +35,7 @@ async def awaiting(awaitable):
     return await awaitable
 
 
+@cython.final
 cdef class RequestTask:
     """What asyncio.current_task() is in a handler: a task that is made only when it is needed.
 
@@ -52,7 +53,7 @@ cdef class RequestTask:
     def __init__(self):
         raise TypeError("a RequestTask comes from a Dispatcher")
 
-    cdef int serve(self, object coro, object context, Suspended request) except -1:
+    cdef inline int serve(self, object coro, object context, Suspended request) except -1:
         self.coro = coro
         self.context = context
         self.request = request
@@ -91,6 +92,7 @@ cdef class RequestTask:
         return f"<RequestTask {self.coro!r}>"
 
 
+@cython.final
 @cython.freelist(64)
 cdef class Suspended:
     """A request's coroutine that goes on after its first step.
@@ -102,6 +104,7 @@ cdef class Suspended:
     cdef Dispatcher dispatcher
     cdef IO io
     cdef object coro, context, task
+    cdef Py_ssize_t place  # in the dispatcher's list
     cdef object future     # what it waits for, unless the Task has it
     cdef bint blocking     # it is to be awaited, as `await` says with its flag
     cdef bint due          # it waits for nothing but its turn
@@ -173,10 +176,12 @@ cdef class Suspended:
         if self.kept is not None:
             self.kept.over = True
         self.task = self.kept = self.io = self.context = None
-        dispatcher.suspended.discard(self)
+        dispatcher.forget(self)
         dispatcher.answer(io, result)
-        if dispatcher.answered is not None:
-            dispatcher.answered(io.queue)
+        if not io.queue.turn_wanted:
+            io.queue.turn_wanted = True
+            if dispatcher.answered is not None:
+                dispatcher.answered(io.queue)
         return 0
 
     # What a Task calls.
@@ -246,6 +251,7 @@ cdef class Suspended:
         raise StopIteration
 
 
+@cython.final
 cdef class Dispatcher:
     """Runs a target's coroutines on one event loop, for any number of queues.
 
@@ -256,7 +262,7 @@ cdef class Dispatcher:
     cdef Handlers handlers
     cdef object loop, context, answered
     cdef object ready, timers  # what the loop has to do; None when it does not show it
-    cdef set suspended
+    cdef list suspended
     cdef list due              # of these, what goes on in the loop's next turn
     cdef RequestTask current
     cdef int references        # of `current`, when no handler keeps it
@@ -269,12 +275,13 @@ cdef class Dispatcher:
         self.answered = answered
         self.ready = getattr(loop, "_ready", None)
         self.timers = getattr(loop, "_scheduled", None)
-        self.suspended = set()
+        self.suspended = []
         self.due = []
         self.renew()
 
     def turn(self, Queue queue not None):
         queue.alive()
+        queue.turn_wanted = False
         cdef int there = queue.wait_batch(0)
         if there < 0:
             return None
@@ -284,6 +291,7 @@ cdef class Dispatcher:
 
     def sleep(self, Queue queue not None, int other, timeout=None):
         queue.alive()
+        queue.turn_wanted = False
         cdef int64_t limit = nanoseconds(None if timeout is None else max(timeout, 0))
         cdef double until = 0
         cdef bint watches
@@ -337,6 +345,20 @@ cdef class Dispatcher:
             _leave_task(self.loop, self.current)
         return 0
 
+    cdef int remember(self, Suspended request) except -1:
+        request.place = len(self.suspended)
+        self.suspended.append(request)
+        return 0
+
+    cdef int forget(self, Suspended request) except -1:
+        """The last one takes its place; who looks meanwhile sees it twice, and misses none."""
+        cdef Py_ssize_t end = len(self.suspended) - 1
+        last = <Suspended>self.suspended[end]
+        last.place = request.place
+        self.suspended[last.place] = last
+        self.suspended.pop()
+        return 0
+
     cdef int begin(self, IO io) except -1:
         """The first step of a request, and its answer when there is no second one."""
         cdef PyObject *given = NULL
@@ -362,7 +384,7 @@ cdef class Dispatcher:
             if request is None:
                 request = self.new_suspended(io, coro, context)
             request.io = io
-            self.suspended.add(request)
+            self.remember(request)
             self.let_go(request)
             request.suspend(owned(given))
         else:
@@ -441,7 +463,7 @@ cdef class Dispatcher:
         finally:
             _leave_task(self.loop, self.current)
 
-    cdef bint is_kept(self) noexcept:
+    cdef inline bint is_kept(self) noexcept:
         """Whether a handler keeps the current task, or has made an asyncio.Task of it."""
         cdef int references = PU_REFERENCES(<PyObject *>self.current)
         if references == INT_MAX:  # no telling

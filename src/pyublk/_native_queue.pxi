@@ -33,6 +33,7 @@ cdef class Queue:
     cdef list forgotten  # unanswered, and nobody has them any more
     cdef bint is_open
     cdef bint fetched
+    cdef bint turn_wanted  # by an answer on an event loop, which has been told
     cdef uint64_t owner
     cdef int process
     cdef uint32_t look_every  # requests between two looks at the time; fewer when they are slow

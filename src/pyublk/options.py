@@ -256,7 +256,8 @@ class DeviceOptions(TypedDict, total=False):
         Option(
             help=f"How data travels: auto, {', '.join(DataPath)}.",
             more='A `pyublk.DataPath`; "auto" takes the best that target and kernel can. '
-            "One that the kernel lacks is refused (FeatureMissing).",
+            "One that the kernel lacks is refused (FeatureMissing). get-data is there for "
+            "compatibility: it gains nothing.",
             default="auto",
             choices=("auto", *DataPath),
             metavar="WAY",

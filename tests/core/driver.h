@@ -5,6 +5,7 @@
 #ifndef PU_DRIVER_H
 #define PU_DRIVER_H
 
+#include <fcntl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -24,6 +25,10 @@ struct driver {
 	int commits;
 	int64_t results; /* of these, added up */
 	int refuses;	 /* commits of other threads that fail, each with another errno */
+	int refused;	 /* the errno of every commit of the queue's own; 0: they are taken */
+	uint32_t takes;	 /* at most so many elements of each; 0: all */
+	bool later;	 /* each commit is over only when something is written to `slow` */
+	int slow[2];
 	bool stopped;
 };
 
@@ -33,17 +38,21 @@ static inline void driver_open(struct driver *d)
 	CHECK(d->cdev >= 0);
 	CHECK_EQUAL(ftruncate(d->cdev, 1 << 20), 0);
 	CHECK_EQUAL(pipe2(d->pipe, O_CLOEXEC | O_NONBLOCK), 0);
+	CHECK_EQUAL(pipe2(d->slow, O_CLOEXEC), 0);
 }
 
 static inline void driver_close(struct driver *d)
 {
 	close(d->pipe[0]);
 	close(d->pipe[1]);
+	close(d->slow[0]);
+	close(d->slow[1]);
 }
 
 static inline void become_nop(struct pu_sqe *sqe, int32_t result)
 {
 	*sqe = (struct pu_sqe){
+		.flags = sqe->flags & PU_SQE_CQE_SKIP_SUCCESS,
 		.op_flags = NOP_INJECT_RESULT,
 		.len = (uint32_t)result,
 		.user_data = sqe->user_data,
@@ -64,6 +73,23 @@ static inline void become_read(const struct driver *d, struct pu_sqe *sqe, bool 
 	};
 }
 
+#define SLOW_BYTES 16
+
+/* Over when somebody writes SLOW_BYTES: fewer are a failure to the ring. */
+static inline void become_slow(const struct driver *d, struct pu_sqe *sqe)
+{
+	static uint8_t bytes[SLOW_BYTES];
+
+	*sqe = (struct pu_sqe){
+		.opcode = PU_OPCODE_READ,
+		.flags = sqe->flags & PU_SQE_CQE_SKIP_SUCCESS,
+		.fd = d->slow[0],
+		.addr = (uint64_t)(uintptr_t)bytes,
+		.len = sizeof(bytes),
+		.user_data = sqe->user_data,
+	};
+}
+
 static inline void take_commit(struct driver *d, struct pu_sqe *sqe, bool posted)
 {
 	uint32_t count = (uint32_t)(sqe->cmd[0] >> 32) & 0xffff, bytes = (uint32_t)(sqe->cmd[0] >> 48);
@@ -73,10 +99,19 @@ static inline void take_commit(struct driver *d, struct pu_sqe *sqe, bool posted
 		become_nop(sqe, -d->refuses--);
 		return;
 	}
+	if (!posted && d->refused) {
+		become_nop(sqe, -d->refused);
+		return;
+	}
+	if (d->takes && count > d->takes)
+		count = d->takes;
 	for (uint32_t i = 0; i < count; i++)
 		d->results += (int32_t)(*(const uint64_t *)(const void *)(elements + i * bytes) >> 32);
-	d->commits += (int)count;
-	become_nop(sqe, (int32_t)(count * bytes));
+	__atomic_add_fetch(&d->commits, (int)count, __ATOMIC_RELEASE);
+	if (d->later)
+		become_slow(d, sqe);
+	else
+		become_nop(sqe, (int32_t)(count * bytes));
 }
 
 static inline void drive(struct driver *d, struct pu_sqe *sqe, bool posted)
@@ -131,8 +166,7 @@ static inline void driver_request(struct driver *d, uint16_t tag, uint32_t op, b
 	CHECK_EQUAL(write(d->pipe[1], &tag, get_data ? 1 : 2), get_data ? 1 : 2);
 }
 
-/* Takes the tags back. */
-static inline void driver_stop(struct driver *d)
+static inline long driver_cancel(const struct driver *d, int fd)
 {
 	struct {
 		uint64_t addr;
@@ -140,10 +174,17 @@ static inline void driver_stop(struct driver *d)
 		uint32_t flags;
 		int64_t timeout[2];
 		uint64_t pad[4];
-	} of_the_pipe = { .fd = d->pipe[0], .flags = 3 /* all of that file */ };
+	} of_the_file = { .fd = fd, .flags = 3 /* all of that file */, .timeout = { -1, -1 } };
 
+	return __real_syscall(SYS_io_uring_register, d->queue->ring.fd, PU_REGISTER_SYNC_CANCEL,
+			      &of_the_file, 1);
+}
+
+/* Takes the tags back. */
+static inline void driver_stop(struct driver *d)
+{
 	d->stopped = true;
-	__real_syscall(SYS_io_uring_register, d->queue->ring.fd, PU_REGISTER_SYNC_CANCEL, &of_the_pipe, 1);
+	driver_cancel(d, d->pipe[0]);
 }
 
 #endif

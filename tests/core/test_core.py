@@ -1,7 +1,9 @@
 """Builds the C core's tests plain and under each sanitizer, and runs them."""
 
+import functools
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,21 +16,34 @@ BUILDS = {
     "address,undefined": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-O1", "-fsanitize=thread"],
 }
-#: What failing.h puts before the C library's.
+#: What failing.h, and driver.h with it, puts before the C library's.
 WRAPPED = """
     aligned_alloc calloc close dup3 eventfd fallocate fdatasync free fstat madvise malloc mincore
     mmap mprotect munmap ppoll prctl pread preadv pwrite pwritev2 realloc syscall
 """
-LINKED = {"sweep_test": [f"-Wl,--wrap={name}" for name in WRAPPED.split()]}
+WRAP = [f"-Wl,--wrap={name}" for name in WRAPPED.split()]
+LINKED = {"batch_test": WRAP, "sweep_test": WRAP}
 
 
-def compile_with(flags: list[str], source: Path, program: Path) -> None:
-    command = ["cc", "-std=gnu11", "-Wall", "-Wextra", "-g", *flags, "-I", CORE, "-o", program]
-    core = sorted(CORE.glob("*.c"))
+def compiled(build: str, *arguments: str | Path, where: Path | None = None) -> None:
+    command = ["cc", "-std=gnu11", "-Wall", "-Wextra", "-g", *BUILDS[build], "-I", CORE]
     done = subprocess.run(
-        [*command, source, *core, "-pthread"], capture_output=True, text=True, check=False
+        [*command, *arguments], capture_output=True, text=True, check=False, cwd=where
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="session")
+def core(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Path]]:
+    """The core's objects in a build; they are compiled once."""
+
+    @functools.cache
+    def objects(build: str) -> list[Path]:
+        folder = tmp_path_factory.mktemp("core")
+        compiled(build, "-c", *CORE.glob("*.c"), where=folder)
+        return sorted(folder.glob("*.o"))
+
+    return objects
 
 
 @pytest.fixture(scope="session")
@@ -47,16 +62,23 @@ def sanitizers(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
 @pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_core(program: str, build: str, sanitizers: set[str], tmp_path: Path) -> None:
+def test_core(
+    program: str,
+    build: str,
+    sanitizers: set[str],
+    core: Callable[[str], list[Path]],
+    tmp_path: Path,
+) -> None:
     if build not in sanitizers:
         pytest.skip(f"this compiler cannot build with {' '.join(BUILDS[build])}")
     binary = tmp_path / program
-    flags = BUILDS[build] + LINKED.get(program, [])
-    compile_with(flags, HERE / f"{program}.c", binary)
+    flags = LINKED.get(program, [])
+    compiled(build, HERE / f"{program}.c", *core(build), *flags, "-pthread", "-o", binary)
     arguments = []
     if program == "control_test":  # which needs the other process, built as it is
         arguments = [tmp_path / "pyublk-helper"]
-        compile_with(BUILDS[build], CORE.parent / "_helper" / "helper.c", arguments[0])
+        helper = CORE.parent / "_helper" / "helper.c"
+        compiled(build, helper, *core(build), "-pthread", "-o", arguments[0])
     done = subprocess.run(
         [binary, *arguments],
         capture_output=True,

@@ -3,7 +3,6 @@ nothing behind, also when the test fails; a test that leaves a device, a process
 descriptor behind fails for it."""
 
 import os
-import re
 import subprocess
 import sys
 import threading
@@ -11,13 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from needs import Elsewhere
 from servers import running_children, until
 
 import pyublk
 
 CONTROL = "/dev/ublk-control"
-#: In the reasons for which tests are skipped.
-LACKING = re.compile("needs? (Linux|two CPUs|[0-9]+ CPUs)|Linux before|is missing|has no btrfs")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,8 +28,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--every-feature",
         action="store_true",
-        help="fail where a test is skipped for what the kernel or the machine lacks: nothing lacks "
-        "on the newest kernel, so it is pyublk that is wrong",
+        help="fail where a test is skipped, unless it is for other machines only: nothing lacks on "
+        "the newest kernel",
     )
 
 
@@ -68,10 +66,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> object:
     report = yield
     if report.skipped and item.config.getoption("--every-feature"):
-        reason = str(report.longrepr[2])
-        if LACKING.search(reason):
+        skipped = call.excinfo and call.excinfo.value
+        if isinstance(skipped, pytest.skip.Exception) and not isinstance(skipped, Elsewhere):
             report.outcome = "failed"
-            report.longrepr = reason
+            report.longrepr = str(skipped)
     if report.failed:
         log = subprocess.run(["dmesg"], capture_output=True, text=True, timeout=60, check=False)
         report.sections.append(("kernel log", "\n".join(log.stdout.splitlines()[-40:])))

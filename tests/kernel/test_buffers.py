@@ -13,6 +13,7 @@ import pytest
 from blocks import Blocks
 from conftest import Serve
 from memory import Memory, ParallelMemory
+from needs import needs
 from servers import until
 
 import pyublk
@@ -30,10 +31,10 @@ each_way = pytest.mark.parametrize(
 
 
 @pytest.fixture(autouse=True)
-def kernel_can(request: pytest.FixtureRequest, controller: pyublk.Controller) -> None:
+def kernel_can(request: pytest.FixtureRequest) -> None:
     batch = getattr(request.node, "callspec", None) and request.node.callspec.params.get("batch")
-    if batch and not controller.features().has(Feature.BATCH_IO):
-        pytest.skip("needs Linux 7.0: batch I/O")
+    if batch:
+        needs(Feature.BATCH_IO)
 
 
 class Stamped(ParallelMemory):
@@ -90,11 +91,8 @@ def test_kept_slices(serve: Serve, path: str, batch: bool, workers: int) -> None
     assert target.wrong == []
 
 
-def test_kept_slices_of_a_queue_with_several_threads(
-    serve: Serve, controller: pyublk.Controller
-) -> None:
-    if not controller.features().has(Feature.BATCH_IO):
-        pytest.skip("needs Linux 7.0: batch I/O")
+def test_kept_slices_of_a_queue_with_several_threads(serve: Serve) -> None:
+    needs(Feature.BATCH_IO)
     target = Stamped(MIB)
     disk = serve(target, path="copy", threads=3, depth=6)
     with ThreadPoolExecutor(4) as clients:

@@ -16,6 +16,7 @@ import pytest
 from blocks import Blocks
 from conftest import existing
 from memory import AsyncMemory, CallbackMemory, Memory, ParallelMemory
+from needs import needs
 from servers import until
 
 import pyublk
@@ -35,14 +36,18 @@ class Dies(Exception):
     """What the queue's thread ends by."""
 
 
+#: Where `clients` read: nobody else does, such as the kernel that looks for partitions.
+PLACES = range(65536, 4 * 65536, 65536)
+
+
 def dying(base: Any, armed: threading.Event, how: str) -> Any:
-    """A queue whose thread ends once it is `armed`, with whatever it holds then; only the first
-    that gets something, on whichever CPU its client is."""
+    """A queue whose thread ends once it is `armed` and holds a client's read; only the first that
+    gets one, on whichever CPU its client is."""
 
     class Dying(base):  # type: ignore[misc]
         def live(self, *_: object, **__: object) -> None:
             while (batch := self.wait(0.05)) is not None:
-                if armed.is_set() and batch:
+                if armed.is_set() and any(io.offset in PLACES for io in batch):
                     armed.clear()
                     self.kept = batch  # and so nobody answers
                     if how == "cut off":
@@ -69,11 +74,11 @@ def armed(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
 
 @contextmanager
-def clients(disk: Device, count: int = 3) -> Iterator[Callable[[], None]]:
+def clients(disk: Device) -> Iterator[Callable[[], None]]:
     """Clients that read at once, each its own place; to be told that all of them have ended, and
     that one of them failed."""
-    with ThreadPoolExecutor(count) as pool, Blocks(disk.path, direct=True) as client:
-        reads = [pool.submit(client.read, 4096, at * 65536) for at in range(count)]
+    with ThreadPoolExecutor(len(PLACES)) as pool, Blocks(disk.path, direct=True) as client:
+        reads = [pool.submit(client.read, 4096, place) for place in PLACES]
 
         def ended() -> None:
             until = time.monotonic() + SOON
@@ -86,12 +91,8 @@ def clients(disk: Device, count: int = 3) -> Iterator[Callable[[], None]]:
 
 
 def options_here(options: dict[str, Any]) -> dict[str, Any]:
-    with pyublk.Controller() as controller:
-        features = controller.features()
-    if "threads" in options and not features.has(Feature.PER_IO_DAEMON):
-        pytest.skip("several threads for a queue need Linux 6.16")
-    if "batch" in options and not features.has(Feature.BATCH_IO):
-        pytest.skip("batch I/O needs Linux 7.0")
+    features = {"threads": Feature.PER_IO_DAEMON, "batch": Feature.BATCH_IO}
+    needs(*(features[option] for option in options if option in features))
     return options
 
 

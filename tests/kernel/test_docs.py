@@ -8,12 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from needs import needs_what_it_asks_for
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
 
 from pages import blocks, pages_that_need, run
-
-import pyublk
 
 
 @contextmanager
@@ -41,8 +40,5 @@ def interrupted_when_it_waits() -> Iterator[None]:
 
 @pytest.mark.parametrize("page", pages_that_need("kernel"), ids=lambda page: page.name)
 def test_examples_run(page: Path) -> None:
-    try:
-        with interrupted_when_it_waits():
-            assert run(page, available="kernel") == len(blocks(page))
-    except pyublk.FeatureMissing as missing:
-        pytest.skip(str(missing))
+    with needs_what_it_asks_for(), interrupted_when_it_waits():
+        assert run(page, available="kernel") == len(blocks(page))

@@ -20,6 +20,7 @@ import pytest
 from blocks import Blocks
 from conftest import Serve, existing
 from memory import HANDLER, AsyncMemory, DeferredMemory, HandleMemory, Memory
+from needs import needs
 from servers import Server, device_is_gone, sleeping_beyond_signals, until
 
 import pyublk
@@ -367,15 +368,15 @@ FORGETTING: dict[str, tuple[type[Forgetting], dict[str, Any]]] = {
 }
 
 
+FEATURES = {"threads": Feature.PER_IO_DAEMON, "batch": Feature.BATCH_IO}
+
+
 @pytest.mark.parametrize("kind", FORGETTING)
 def test_a_deferred_request_that_nobody_has_fails_at_once(
     serve: Serve, caplog: pytest.LogCaptureFixture, controller: pyublk.Controller, kind: str
 ) -> None:
     make, options = FORGETTING[kind]
-    if "threads" in options and not controller.features().has(Feature.PER_IO_DAEMON):
-        pytest.skip("several threads for a queue need Linux 6.16")
-    if "batch" in options and not controller.features().has(Feature.BATCH_IO):
-        pytest.skip("batch I/O needs Linux 7.0")
+    needs(*(FEATURES[option] for option in options if option in FEATURES))
     target = make(MIB)
     disk = serve(target, **options)
     with Blocks(disk.path, os.O_RDONLY) as client:

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import time
@@ -16,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 from conftest import Serve
 from filesystems import run
+from needs import Module, Program, needs
 from servers import Server, until
 
 import pyublk
@@ -95,11 +95,8 @@ def partitioned(disk: str) -> str:
 
 
 def test_a_file_system_of_two_disks(serve: Serve, tmp_path: Path) -> None:
+    needs(Module("btrfs"))
     first, second = (serve(Ram(size=160 * MIB)).path for _ in range(2))
-    try:
-        run("modprobe", "btrfs")
-    except AssertionError:
-        pytest.skip("this kernel has no btrfs")
     run("mkfs.btrfs", "-q", "-f", "-d", "raid0", "-m", "raid0", first, second)
     run("mount", first, tmp_path)
     with undone("umount", tmp_path):
@@ -179,8 +176,7 @@ def test_a_program_that_claims_it(
 
 def test_a_device_on_top(serve: Serve) -> None:
     path = serve(Ram(size=32 * MIB)).path
-    if shutil.which("dmsetup") is None:
-        pytest.skip("dmsetup is missing")
+    needs(Program("dmsetup"))
     run("dmsetup", "create", "pyublk-test", "--table", f"0 65536 linear {path} 0")
     with undone("dmsetup", "remove", "--retry", "pyublk-test"):
         assert re.fullmatch(rf"{path} is held by dm-\d+", refused("stop", path))
@@ -215,8 +211,7 @@ def test_a_safe_stop_asks_readers_too(serve: Serve, controller: pyublk.Controlle
 def test_a_kernel_that_can_stops_only_what_nobody_opened_since(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, controller: pyublk.Controller
 ) -> None:
-    if not controller.features().has(Feature.SAFE_STOP_DEV):
-        pytest.skip("needs Linux 7.0")
+    needs(Feature.SAFE_STOP_DEV)
     disk = serve(Ram(size=MIB))
     late: list[int] = []
     really = pyublk.Controller.safe_stop
@@ -251,8 +246,7 @@ def test_what_lies_on_a_disk_comes_before_it(
 ) -> None:
     """A disk on a file on a file system on a mapping on a loop device on a disk; numbers do not
     tell, since the lower disk has the higher one."""
-    if shutil.which("dmsetup") is None:
-        pytest.skip("dmsetup is missing")
+    needs(Program("dmsetup"))
     lower = serve(Ram(size=32 * MIB), id=5).path
     with ExitStack() as stack:
         loop = run("losetup", "--find", "--show", lower).strip()

@@ -18,6 +18,7 @@ import pytest
 from blocks import Blocks
 from conftest import Serve, existing
 from memory import AsyncMemory, CallbackMemory, HandleMemory, Memory
+from needs import CPUs, needs
 from servers import Server, device_is_gone, run_program, until
 
 import pyublk
@@ -672,8 +673,7 @@ def test_depths(serve: Serve, depth: int) -> None:
 
 @pytest.mark.parametrize("queues", [1, 2, 4])
 def test_queues_have_a_thread_each(serve: Serve, queues: int) -> None:
-    if queues > len(CPUS):
-        pytest.skip(f"{queues} queues need {queues} CPUs, this machine has {len(CPUS)}")
+    needs(CPUs(queues))
     disk = serve(Memory(MIB), queues=queues)
     names = [thread.name for thread in threading.enumerate()]
     assert [name for name in names if name.startswith("ublk")] == [
@@ -911,8 +911,7 @@ def test_a_pointer_that_was_not_set() -> None:
 def test_a_queue_that_cannot_be_primed(monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
     """Descriptors run out for one of two queues, whichever it is."""
     queues = min(2, len(CPUS))
-    if failing >= queues:
-        pytest.skip("two queues need two CPUs")
+    needs(CPUs(failing + 1))
 
     def queue(fd: int, number: int, **options: Any) -> pyublk.Queue:
         # The other one takes part in nothing but the map of a queue that is not there.

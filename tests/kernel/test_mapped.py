@@ -13,6 +13,7 @@ from blocks import Blocks
 from conftest import Serve
 from filesystems import SIZES, check_file_system, make_file_system, mounted
 from fio import verified
+from needs import needs, needs_what_it_asks_for
 from servers import until
 
 import pyublk
@@ -68,10 +69,8 @@ PATHS = [
 
 def started(serve: Serve, target: pyublk.Target, **options: object) -> pyublk.Device:
     """A disk, or a skip that names what this kernel lacks."""
-    try:
+    with needs_what_it_asks_for():
         return serve(target, **options)
-    except pyublk.FeatureMissing as missing:
-        pytest.skip(str(missing))
 
 
 def memory_folder(tmp_path: Path, kind: str) -> Path:
@@ -353,8 +352,7 @@ def test_what_is_beyond_the_target_is_not_touched(
     serve: Serve, tmp_path: Path, controller: pyublk.Controller
 ) -> None:
     """Whoever has the rights may give a disk another size than its target has."""
-    if not controller.features().has(Feature.UPDATE_SIZE):
-        pytest.skip("Linux before 6.16 does not resize")
+    needs(Feature.UPDATE_SIZE)
     image = make(tmp_path, "image", SIZE)
     disk = serve(Slice(image, offset=MIB, size=MIB))
     controller.update_size(disk.id, 2 * MIB)

@@ -13,6 +13,7 @@ import pytest
 from blocks import Blocks
 from conftest import Serve
 from memory import Memory
+from needs import needs, only_where
 from servers import until
 
 import pyublk
@@ -31,20 +32,13 @@ def partitioned(size: int = 4 * MIB) -> Memory:
     return memory
 
 
-def scan_can_be_switched_off() -> None:
-    with pyublk.Controller() as controller:
-        reason = controller.features().reason(Feature.NO_AUTO_PART_SCAN)
-    if reason:
-        pytest.skip(f"NO_AUTO_PART_SCAN {reason}")
-
-
 def test_partitions_appear_by_themselves(serve: Serve) -> None:
     disk = serve(partitioned())
     until(lambda: os.path.exists(f"{disk.path}p1"), what="the partition appears")
 
 
 def test_partitions_appear_when_asked_for(serve: Serve) -> None:
-    scan_can_be_switched_off()
+    needs(Feature.NO_AUTO_PART_SCAN)
     disk = serve(partitioned(), partition_scan=False)
     assert Feature.NO_AUTO_PART_SCAN in disk.info().flags
     with Blocks(disk.path) as client:  # a scan would hold the open up until it is through
@@ -56,14 +50,14 @@ def test_partitions_appear_when_asked_for(serve: Serve) -> None:
 
 
 def test_a_kernel_without_it_is_named(controller: pyublk.Controller) -> None:
-    if controller.features().has(Feature.NO_AUTO_PART_SCAN):
-        pytest.skip("this kernel has NO_AUTO_PART_SCAN")
+    has = controller.features().has(Feature.NO_AUTO_PART_SCAN)
+    only_where(not has, "this kernel has NO_AUTO_PART_SCAN")
     with pytest.raises(pyublk.FeatureMissing, match="NO_AUTO_PART_SCAN"):
         pyublk.Device(partitioned(), partition_scan=False).start()
 
 
 def test_the_command_switches_it_off(tmp_path: Path) -> None:
-    scan_can_be_switched_off()
+    needs(Feature.NO_AUTO_PART_SCAN)
     image = tmp_path / "image"
     image.write_bytes(partitioned().data)
     command = [sys.executable, "-m", "pyublk"]

@@ -10,6 +10,7 @@ import pytest
 from blocks import Blocks
 from conftest import Serve
 from fio import verified
+from needs import needs_what_it_asks_for
 from servers import until
 
 import pyublk
@@ -58,10 +59,8 @@ class Async(pyublk.Target):
 
 def started(serve: Serve, target: pyublk.Target, **options: Any) -> Device:
     """A disk, or a skip that names what this kernel lacks."""
-    try:
+    with needs_what_it_asks_for():
         return serve(target, **options)
-    except pyublk.FeatureMissing as missing:
-        pytest.skip(str(missing))
 
 
 @pytest.mark.parametrize(("path", "batch"), WAYS)

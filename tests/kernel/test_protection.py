@@ -15,6 +15,7 @@ import pytest
 from blocks import Blocks
 from conftest import Serve
 from filesystems import make_file_system, mounted
+from needs import needs
 
 import pyublk
 from pyublk.params import Integrity
@@ -33,9 +34,8 @@ FORMATS = {"t10": (T10, "T10-DIF-TYPE1-CRC"), "nvme": (NVME, "EXT-DIF-TYPE3-CRC6
 
 
 @pytest.fixture(autouse=True)
-def the_kernel_has_integrity(controller: pyublk.Controller) -> None:
-    if reason := controller.features().reason(Feature.INTEGRITY):
-        pytest.skip(f"INTEGRITY {reason}")
+def the_kernel_has_integrity() -> None:
+    needs(Feature.INTEGRITY)
 
 
 BATCH = pytest.mark.parametrize("batch", [False, None], ids=["single", "batch where there is"])

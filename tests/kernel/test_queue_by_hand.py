@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from blocks import Blocks
+from needs import needs
 from servers import until
 
 import pyublk
@@ -127,8 +128,7 @@ class Bytes:
 
 
 def test_descriptors_of_the_size_that_is_asked_for(controller: pyublk.Controller) -> None:
-    if reason := controller.features().reason(Feature.IO_DESC_SIZE):
-        pytest.skip(f"IO_DESC_SIZE {reason}")
+    needs(Feature.IO_DESC_SIZE)
     held = Bytes()
     with by_hand(controller, flags=Feature.IO_DESC_SIZE, queues=min(2, len(CPUS))) as disk:
         assert Feature.IO_DESC_SIZE in disk.info.flags

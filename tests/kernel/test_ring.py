@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import gc
 import os
-import shutil
 import threading
 import time
 import warnings
@@ -15,6 +14,7 @@ import pytest
 from blocks import Blocks
 from conftest import Serve
 from filesystems import mounted, run
+from needs import Program, needs
 from servers import until
 
 import pyublk
@@ -109,8 +109,7 @@ KEPT = (
 @contextlib.contextmanager
 def file_read_by_a_worker(path: str, directory: Path) -> Iterator[int]:
     """A file whose reads the kernel leaves to a thread of its own, which nothing interrupts."""
-    if not shutil.which("mkfs.minix"):
-        pytest.skip("mkfs.minix is missing")
+    needs(Program("mkfs.minix"))
     run("mkfs.minix", path)
     with mounted(path, directory, "-t", "minix"):
         (directory / "file").write_bytes(b"\xee" * (3 * LENGTH))

@@ -7,6 +7,7 @@ import threading
 from threading import Event
 
 import pytest
+from needs import CPUs, needs
 
 import pyublk
 from pyublk.scheduling import io_scheduler, queue_threads
@@ -76,9 +77,7 @@ class Unwilling(pyublk.Target):
 
 
 def test_requests_in_flight_hold_up_no_start_for_long(serve: Serve) -> None:
-    features = pyublk.Controller().features()
-    if not features.has(pyublk.uapi.Feature.BATCH_IO):
-        pytest.skip("Linux before 7.0 may look for partitions before the start returns")
+    needs(pyublk.uapi.Feature.BATCH_IO)  # older ones may look for partitions in the start
     target = Unwilling()
     disk = serve(target)
     assert not target.may_answer.is_set()
@@ -91,7 +90,6 @@ def test_requests_in_flight_hold_up_no_start_for_long(serve: Serve) -> None:
 # ---- CPUs ----
 
 CPUS = sorted(os.sched_getaffinity(0))
-two_cpus = pytest.mark.skipif(len(CPUS) < 2, reason="needs two CPUs")
 
 
 def cpus(disk: pyublk.Device) -> list[set[int]]:
@@ -99,8 +97,8 @@ def cpus(disk: pyublk.Device) -> list[set[int]]:
     return [os.sched_getaffinity(thread) for thread in threads(disk)]
 
 
-@two_cpus
 def test_a_queues_thread_keeps_to_the_cpus_whose_requests_it_gets(serve: Serve) -> None:
+    needs(CPUs(2))
     disk = serve(Null(size=1 << 30), queues=2)
     with pyublk.Controller() as controller:
         wanted = [controller.queue_affinity(disk.id, queue) for queue in range(2)]
@@ -108,8 +106,8 @@ def test_a_queues_thread_keeps_to_the_cpus_whose_requests_it_gets(serve: Serve) 
     assert not cpus(disk)[0] & cpus(disk)[1]
 
 
-@two_cpus
 def test_a_queues_thread_keeps_to_cpus_that_are_given(serve: Serve) -> None:
+    needs(CPUs(2))
     disk = serve(Null(size=1 << 30), queues=2, affinity=[[CPUS[1]], CPUS])
     assert cpus(disk) == [{CPUS[1]}, set(CPUS)]
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from blocks import Blocks
 from conftest import Serve
+from needs import needs
 from servers import Server, until
 
 import pyublk
@@ -23,9 +24,8 @@ KIB, MIB = 1 << 10, 1 << 20
 
 
 @pytest.fixture(autouse=True)
-def the_kernel_shares_memory(controller: pyublk.Controller) -> None:
-    if reason := controller.features().reason(Feature.SHMEM_ZC):
-        pytest.skip(f"SHMEM_ZC {reason}")
+def the_kernel_shares_memory() -> None:
+    needs(Feature.SHMEM_ZC)
 
 
 class Looking(pyublk.Target):

@@ -19,6 +19,7 @@ import pytest
 from blocks import BLKIOOPT, BLKPBSZGET, BLKROGET, BLKSSZGET, Blocks
 from conftest import Serve
 from memory import KINDS, CompiledMemory, FullMemory, Memory, device_options, held, make
+from needs import CPUs, needs
 
 import pyublk
 from pyublk.targets import Null
@@ -130,8 +131,7 @@ def test_each_queue_carries_its_own_data(
     serve: Serve, controller: pyublk.Controller, tmp_path: Path, kind: str, queues: int
 ) -> None:
     """A client on each CPU writes and reads its own pattern, all at once."""
-    if queues > len(CPUS):
-        pytest.skip(f"{queues} queues need {queues} CPUs, this machine has {len(CPUS)}")
+    needs(CPUs(queues))
     area, piece = 128 * 1024, 16 * 1024
     target = make(kind, area * len(CPUS), tmp_path)
     disk = serve(target, queues=queues, depth=7, **device_options(kind))
@@ -486,11 +486,8 @@ def read_from_every_cpu(disk: pyublk.Device, count: int = 40, clients: int = 1) 
     in_threads(*(lambda cpu=cpu: client(cpu) for cpu in CPUS * clients))
 
 
-needs_two_cpus = pytest.mark.skipif(len(CPUS) < 2, reason="this machine has one CPU")
-
-
-@needs_two_cpus
 def test_serial_is_one_call_at_a_time(serve: Serve) -> None:
+    needs(CPUs(2))
     target = Measured()
     disk = serve(target, queues=min(4, len(CPUS)))
     read_from_every_cpu(disk)
@@ -498,8 +495,8 @@ def test_serial_is_one_call_at_a_time(serve: Serve) -> None:
     assert target.most["all"] == 1
 
 
-@needs_two_cpus
 def test_per_queue_is_one_call_for_each_queue(serve: Serve) -> None:
+    needs(CPUs(2))
     target = MeasuredPerQueue()
     disk = serve(target, queues=2)
     read_from_every_cpu(disk, clients=2)
@@ -538,11 +535,11 @@ def meet(disk: pyublk.Device, cpus: list[int]) -> None:
     assert disk.stats().total.errors == 0
 
 
-@needs_two_cpus
 @pytest.mark.parametrize("make", [Meeting, MeetingPerQueue])
 def test_queues_run_beside_each_other(
     serve: Serve, controller: pyublk.Controller, make: type[Meeting]
 ) -> None:
+    needs(CPUs(2))
     disk = serve(make(2), queues=2)
     cpus = [min(controller.queue_affinity(disk.id, queue) & set(CPUS)) for queue in range(2)]
     meet(disk, cpus)

@@ -8,7 +8,6 @@ kernel (`tests/unit/test_zoned.py`), and with one by btrfs, where that is to be 
 import errno
 import fcntl
 import os
-import shutil
 import struct
 import subprocess
 from collections import Counter
@@ -20,6 +19,7 @@ from blocks import Blocks
 from conftest import Serve
 from filesystems import mounted
 from fio import verified
+from needs import Module, Program, needs
 
 import pyublk
 from pyublk.targets import Zoned
@@ -38,9 +38,8 @@ pytestmark = pytest.mark.timeout(180)
 
 
 @pytest.fixture(autouse=True)
-def the_kernel_has_zones(controller: pyublk.Controller) -> None:
-    if reason := controller.features().reason(Feature.ZONED):
-        pytest.skip(f"ZONED {reason}")
+def the_kernel_has_zones() -> None:
+    needs(Feature.ZONED)
 
 
 BATCH = pytest.mark.parametrize("batch", [False, None], ids=["single", "batch where there is"])
@@ -189,9 +188,8 @@ def test_fio_finds_what_it_wrote(serve: Serve, job: str) -> None:
     assert disk.stats().total.errors == 0
 
 
-def test_several_threads_serve_it(serve: Serve, controller: pyublk.Controller) -> None:
-    if reason := controller.features().reason(Feature.PER_IO_DAEMON):
-        pytest.skip(f"PER_IO_DAEMON {reason}")
+def test_several_threads_serve_it(serve: Serve) -> None:
+    needs(Feature.PER_IO_DAEMON)
     disk = serve(Counted(), threads=2, depth=16)
     verified(disk.path, zonemode="zbd", rw="write", bs="32k", size=2 * ZONE, iodepth=4)
     assert disk.stats().total.errors == 0
@@ -200,10 +198,7 @@ def test_several_threads_serve_it(serve: Serve, controller: pyublk.Controller) -
 @BATCH
 def test_btrfs_appends(serve: Serve, tmp_path: Path, batch: bool | None) -> None:
     """A file system that writes its data by zone append, and reads it back."""
-    if not shutil.which("mkfs.btrfs"):
-        pytest.skip("mkfs.btrfs is missing")
-    if subprocess.run(["modprobe", "btrfs"], capture_output=True, check=False).returncode:
-        pytest.skip("this kernel has no btrfs")
+    needs(Program("mkfs.btrfs"), Module("btrfs"))
     target = Counted(64)
     disk = serve(target, batch=batch)
     made = subprocess.run(

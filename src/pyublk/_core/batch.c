@@ -10,6 +10,7 @@
 
 #define GROUP 0
 #define NO_TAG UINT16_MAX /* of a commit that is refused on purpose */
+#define ALONE 2u /* the number of a commit of one tag is the tag and this; else that of its array */
 
 static size_t provided_bytes(const struct pu_batch *b)
 {
@@ -56,11 +57,12 @@ int pu_batch_open(struct pu_queue *q)
 	b->arrivals = calloc((size_t)b->nr_provided * PU_BATCH_MAX_TAGS, sizeof(*b->arrivals));
 	for (int i = 0; i < 2; i++) /* one more for a fault's */
 		b->elements[i] = calloc(q->depth + 1u, b->element_bytes);
+	b->alone = calloc(q->depth, b->element_bytes);
 	b->provided = mmap(NULL, provided_bytes(b), PROT_READ | PROT_WRITE,
 			   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (b->provided == MAP_FAILED)
 		b->provided = NULL;
-	if (!b->provided || !b->arrivals || !b->elements[0] || !b->elements[1])
+	if (!b->provided || !b->arrivals || !b->elements[0] || !b->elements[1] || !b->alone)
 		return -ENOMEM;
 	if (madvise(b->provided, provided_bytes(b), MADV_DONTFORK))
 		return -errno;
@@ -84,6 +86,7 @@ void pu_batch_close(struct pu_queue *q)
 	free(b->arrivals);
 	free(b->elements[0]);
 	free(b->elements[1]);
+	free(b->alone);
 	free(b);
 }
 
@@ -114,6 +117,11 @@ static void fill_command(const struct pu_queue *q, struct pu_sqe *sqe, uint32_t 
 		      (uint64_t)b->element_bytes << 48;
 }
 
+static uint16_t tag_of(const uint8_t *element)
+{
+	return (uint16_t)*(const uint64_t *)(const void *)element;
+}
+
 static int send(struct pu_queue *q, uint32_t cmd_op, enum pu_kind kind, uint8_t array,
 		uint32_t count)
 {
@@ -126,6 +134,24 @@ static int send(struct pu_queue *q, uint32_t cmd_op, enum pu_kind kind, uint8_t 
 	sqe->flags = PU_SQE_FIXED_FILE;
 	sqe->user_data = PU_USER_DATA(kind, array);
 	b->sent[array] = count;
+	return 0;
+}
+
+/* The one commit that there is. */
+static int send_alone(struct pu_queue *q)
+{
+	struct pu_batch *b = q->batch;
+	const uint8_t *element = b->elements[b->filling];
+	uint8_t *place = b->alone + (size_t)tag_of(element) * b->element_bytes;
+	struct pu_sqe *sqe = pu_ring_next_sqe(&q->ring);
+
+	if (!sqe)
+		return -EAGAIN;
+	memcpy(place, element, b->element_bytes);
+	fill_command(q, sqe, PU_IO_COMMIT_IO_CMDS, place, 1);
+	sqe->flags = PU_SQE_FIXED_FILE | PU_SQE_CQE_SKIP_SUCCESS;
+	sqe->user_data = PU_USER_DATA(PU_KIND_COMMIT, tag_of(element) + ALONE);
+	b->filled = 0;
 	return 0;
 }
 
@@ -179,6 +205,8 @@ int pu_batch_submit(struct pu_queue *q)
 
 	if (!b->fetching && !b->ended && !b->preparing)
 		error = fetch(q);
+	if (!error && b->filled == 1)
+		return send_alone(q);
 	/* With the other array still in the kernel these wait for the next round. */
 	if (error || !b->filled || b->sent[b->filling ^ 1])
 		return error;
@@ -196,7 +224,7 @@ static void commit_again(struct pu_queue *q, uint8_t array, uint32_t done, int32
 	struct pu_batch *b = q->batch;
 	uint32_t sent = b->sent[array], bytes = b->element_bytes;
 	const uint8_t *refused = b->elements[array] + (size_t)done * bytes;
-	uint16_t tag = (uint16_t)*(const uint64_t *)(const void *)refused;
+	uint16_t tag = tag_of(refused);
 
 	if (tag == NO_TAG)
 		q->counters.fallbacks++;
@@ -207,26 +235,35 @@ static void commit_again(struct pu_queue *q, uint8_t array, uint32_t done, int32
 	b->filled += sent - done - 1;
 }
 
+static void complete_commit(struct pu_queue *q, uint64_t number, int32_t result)
+{
+	struct pu_batch *b = q->batch;
+	uint32_t done = result < 0 ? 0 : (uint32_t)result / b->element_bytes;
+
+	if (number >= ALONE) {
+		if (!done)
+			pu_queue_lose(q, (uint16_t)(number - ALONE), result < 0 ? result : -EIO);
+		return;
+	}
+	if (done < b->sent[number])
+		commit_again(q, (uint8_t)number, done, result);
+	b->sent[number] = 0;
+}
+
 void pu_batch_complete(struct pu_queue *q, const struct pu_cqe *cqe)
 {
 	struct pu_batch *b = q->batch;
-	uint8_t array = cqe->user_data & 1;
 
 	switch (cqe->user_data >> PU_KIND_SHIFT) {
 	case PU_KIND_PREPARE:
 		b->preparing--;
-		b->sent[array] = 0;
+		b->sent[0] = 0;
 		if (cqe->res < 0 && cqe->res != -ENODEV && !q->error)
 			q->error = cqe->res;
 		break;
-	case PU_KIND_COMMIT: {
-		uint32_t done = cqe->res < 0 ? 0 : (uint32_t)cqe->res / b->element_bytes;
-
-		if (done < b->sent[array])
-			commit_again(q, array, done, cqe->res);
-		b->sent[array] = 0;
+	case PU_KIND_COMMIT:
+		complete_commit(q, cqe->user_data & UINT32_MAX, cqe->res);
 		break;
-	}
 	case PU_KIND_FETCH:
 		if (cqe->res >= 0 && cqe->flags & PU_CQE_BUFFER)
 			provide(b, (uint16_t)(cqe->flags >> PU_CQE_BUFFER_SHIFT));

@@ -3,6 +3,10 @@
  *
  * Commits are gathered in an array and go with the next submission. There are two arrays, since the
  * kernel may still read one. Tags arrive in buffers of a provided ring, which are given back at once.
+ *
+ * The completion of a commit would end the wait that follows it, so a request at depth 1 would cost
+ * two system calls. A commit of one tag therefore completes only when it fails. With several tags it
+ * always completes: the result is how many of them the kernel took.
  */
 #ifndef PU_BATCH_H
 #define PU_BATCH_H
@@ -14,6 +18,7 @@
 
 struct pu_batch {
 	uint8_t *elements[2];
+	uint8_t *alone;	  /* an element for each tag: it is read before the tag's next request comes */
 	uint32_t sent[2]; /* elements that the kernel has; 0: the array is free */
 	uint32_t filled;  /* elements in the array that is being filled */
 	uint8_t filling;  /* which one that is */
@@ -53,7 +58,8 @@ static inline const uint16_t *pu_batch_arrivals(const struct pu_batch *batch,
 
 /* Handles a completion of one of the three commands. */
 void pu_batch_complete(struct pu_queue *q, const struct pu_cqe *cqe);
-/* No answer is in the kernel, or waiting to go there. */
+/* No answer is in the kernel, or waiting to go there; one that went alone was carried out as it was
+ * submitted. */
 bool pu_batch_sent(const struct pu_batch *batch);
 /* Nothing of the batch is in the kernel, or waiting to go there. */
 bool pu_batch_idle(const struct pu_batch *batch);

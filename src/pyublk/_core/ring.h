@@ -69,6 +69,7 @@ enum {
 #define PU_RING_MAX_ENTRIES 32768u
 #define PU_SQE_FIXED_FILE (1u << 0)
 #define PU_SQE_BUFFER_SELECT (1u << 5)
+#define PU_SQE_CQE_SKIP_SUCCESS (1u << 6)
 #define PU_CQE_BUFFER (1u << 0)
 #define PU_CQE_MORE (1u << 1)
 #define PU_CQE_BUFFER_SHIFT 16

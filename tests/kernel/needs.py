@@ -1,0 +1,83 @@
+"""What tests need of the kernel and of the machine: the only way to skip one here.
+
+Where everything must be there (`--every-feature`), a test that lacks something fails, and so does
+one that is skipped in any other way.
+"""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+
+import pyublk
+from pyublk.uapi import Feature
+
+
+class Lacking(pytest.skip.Exception):
+    """Something that the test needs is not there."""
+
+
+class Elsewhere(pytest.skip.Exception):
+    """The test shows what is so on other machines only: none lacks anything for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class CPUs:
+    count: int
+
+    def lacking(self) -> str | None:
+        here = len(os.sched_getaffinity(0))
+        return f"needs {self.count} CPUs, here are {here}" if here < self.count else None
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    name: str
+
+    def lacking(self) -> str | None:
+        return None if shutil.which(self.name) else f"needs the program {self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """Of the kernel."""
+
+    name: str
+
+    def lacking(self) -> str | None:
+        done = subprocess.run(["modprobe", self.name], capture_output=True, check=False)
+        return f"needs a kernel with {self.name}" if done.returncode else None
+
+
+def _lacking(what: Feature | CPUs | Program | Module) -> str | None:
+    if not isinstance(what, Feature):
+        return what.lacking()
+    with pyublk.Controller() as controller:
+        reason = controller.features().reason(what)
+    return None if reason is None else f"{what.name} {reason}"
+
+
+def needs(*things: Feature | CPUs | Program | Module) -> None:
+    """Skips the test where one of these is not there."""
+    for what in things:
+        if reason := _lacking(what):
+            raise Lacking(reason)
+
+
+@contextmanager
+def needs_what_it_asks_for() -> Iterator[None]:
+    """Skips the test where a disk asks for something that the kernel lacks."""
+    try:
+        yield
+    except pyublk.FeatureMissing as missing:
+        raise Lacking(str(missing)) from missing
+
+
+def only_where(condition: bool, otherwise: str) -> None:
+    """Skips the test on machines where it has nothing to show, for that reason."""
+    if not condition:
+        raise Elsewhere(otherwise)
