@@ -78,8 +78,7 @@ class Device:
         workers: threads that run the handlers of a sync `parallel` target, beside the queues'
             own threads; for handlers that block. 0: the queues' threads run them.
         path: how the data travels (`pyublk.DataPath`); "auto" takes the best that target and kernel
-            can; another one that the kernel lacks is refused (FeatureMissing). "get-data" is there
-            for compatibility: it gains nothing.
+            can; another one that the kernel lacks is refused (FeatureMissing).
         batch: whether commands carry many tags (Linux 7.0); None where the kernel can.
         threads: threads that serve each queue together (Linux 6.16), for targets whose calls may
             run at once; the handlers of a `serial` or `per_queue` target still take turns.
