@@ -15,7 +15,8 @@ class DataPath(StrEnum):
     """A way for the data; `docs/paths.md` compares them.
 
     - COPY: the kernel copies between the request and the tag's buffer.
-    - GET_DATA: the same, but a write's data comes only when it is asked for (a round more).
+    - GET_DATA: the same, but a write's data comes only when it is asked for (a round more). It is
+      there for compatibility: nothing is gained.
     - USER_COPY: the target copies the bytes it wants, and no others (`IO.read_into`,
       `IO.write_from`, or `IO.buffer`, which copies when it is looked at).
     - ZERO_COPY: the request's memory is registered with the ring, by a command, for the ring's own
