@@ -15,7 +15,7 @@ General layout, from the bottom up; a module imports only from the lines above i
     zones                    the zones of a zoned disk, and the rules for writing to them
     paths                    the ways a request's data takes, and the choice among them
     control                  Controller: one method per control command
-    backing                  the files that hold a disk's bytes
+    backing, resizing        the files that hold a disk's bytes; another size for all of them
     scheduling               when a disk's requests and the threads that serve them run
     target, mapped, serving  what a target implements; the ways requests reach it
     zoned, sharing           the base of zoned targets; memory shared with clients

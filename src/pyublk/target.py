@@ -148,6 +148,16 @@ class Target:
     def close(self) -> Awaitable[None] | None:
         """Called once after the last request, also when start-up failed after `open`."""
 
+    def resize(self, size: int, update: Callable[[int], None]) -> None:
+        """Called by `Device.resize`: `update(size)` gives the disk its new size.
+
+        As it stands, that is all: for a target that has the room. One that has to make room
+        overrides it, does so before `update` when the disk grows, and gives it up after `update`
+        when it shrinks. Raise ValueError for a size that it cannot have.
+        """
+        update(size)
+        self.size = size
+
     def status(self) -> dict[str, Any] | None:
         """What `pyublk info` shows of a target whose state changes, as JSON; None: nothing.
 

@@ -3,6 +3,7 @@
 
 import dataclasses
 import errno
+from collections.abc import Callable
 
 from pyublk._native import IO
 from pyublk.params import Params, Zoned
@@ -53,6 +54,9 @@ class ZonedTarget(Target):
             max_open=max_open,
             max_active=max_active,
         )
+
+    def resize(self, size: int, update: Callable[[int], None]) -> None:
+        raise ValueError("a zoned disk keeps its size: its zones are laid out when it starts")
 
     def params(self, max_io_size: int) -> Params:
         params = super().params(max_io_size)

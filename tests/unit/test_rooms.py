@@ -21,6 +21,7 @@ ROOMS = [
     ["_native"],
     ["features", "methods", "occupants", "params", "stats", "zones"],
     ["paths", "backing", "scheduling"],
+    ["resizing"],
     ["control"],
     ["target", "sharing"],
     ["mapped"],

@@ -15,7 +15,7 @@
 int pu_layout_init(struct pu_layout *layout, enum pu_layout_kind kind, uint64_t size,
 		   uint32_t nr_files, uint32_t nr_extents)
 {
-	uint64_t regions = 0;
+	uint64_t regions = kind == PU_LAYOUT_MIRROR ? MOST_REGIONS : 0;
 
 	memset(layout, 0, sizeof(*layout));
 	layout->kind = kind;
@@ -27,7 +27,6 @@ int pu_layout_init(struct pu_layout *layout, enum pu_layout_kind kind, uint64_t 
 		layout->region_bytes = SMALLEST_REGION;
 		while ((size - 1) / layout->region_bytes >= MOST_REGIONS)
 			layout->region_bytes *= 2;
-		regions = (size + layout->region_bytes - 1) / layout->region_bytes;
 		layout->leg_bits.in_step = (uint16_t)((1u << nr_files) - 1);
 	}
 	layout->files = calloc(nr_files, sizeof(*layout->files));
@@ -119,14 +118,15 @@ static bool table_part(const struct pu_layout *layout, uint64_t offset, uint64_t
 		       uint64_t at, struct pu_part *part)
 {
 	const struct pu_extent *extent;
-	uint64_t inside;
+	uint64_t inside, length_of;
 
 	if (at >= length)
 		return false;
 	extent = find_extent(layout, offset + at);
 	inside = offset + at - extent->start;
+	length_of = __atomic_load_n(&extent->length, __ATOMIC_RELAXED);
 	*part = (struct pu_part){ .file = extent->file, .offset = extent->offset + inside, .data = at };
-	part->length = extent->length - inside;
+	part->length = length_of - inside;
 	if (part->length > length - at)
 		part->length = length - at;
 	part->first = part->length;
@@ -279,6 +279,12 @@ int pu_layout_readable(const struct pu_layout *layout, uint64_t offset, uint32_t
 	return -1;
 }
 
+/* One that has grown has more regions than counters: those that share them are blocked together. */
+static struct pu_region *counters_of(const struct pu_layout *layout, uint64_t region)
+{
+	return &layout->regions[region % MOST_REGIONS];
+}
+
 static uint64_t last_region(const struct pu_layout *layout, uint64_t offset, uint64_t length)
 {
 	return (offset + (length ? length : 1) - 1) / layout->region_bytes;
@@ -290,13 +296,18 @@ bool pu_layout_write_begins(struct pu_layout *layout, uint64_t offset, uint64_t 
 	uint64_t blocked;
 
 	for (uint64_t region = first; region <= last; region++)
-		__atomic_fetch_add(&layout->regions[region].begun, 1, __ATOMIC_SEQ_CST);
+		__atomic_fetch_add(&counters_of(layout, region)->begun, 1, __ATOMIC_SEQ_CST);
 	/* After it is counted: who blocks the region now will see it, or it sees that. */
 	blocked = __atomic_load_n(&layout->blocked_region, __ATOMIC_SEQ_CST);
-	if (blocked < first || blocked > last)
+	if (blocked == PU_NO_REGION)
 		return true;
-	pu_layout_write_ends(layout, offset, length);
-	return false;
+	for (uint64_t region = first; region <= last; region++) {
+		if (counters_of(layout, region) != counters_of(layout, blocked))
+			continue;
+		pu_layout_write_ends(layout, offset, length);
+		return false;
+	}
+	return true;
 }
 
 void pu_layout_write_ends(struct pu_layout *layout, uint64_t offset, uint64_t length)
@@ -304,7 +315,7 @@ void pu_layout_write_ends(struct pu_layout *layout, uint64_t offset, uint64_t le
 	uint64_t last = last_region(layout, offset, length);
 
 	for (uint64_t region = offset / layout->region_bytes; region <= last; region++)
-		__atomic_fetch_add(&layout->regions[region].ended, 1, __ATOMIC_SEQ_CST);
+		__atomic_fetch_add(&counters_of(layout, region)->ended, 1, __ATOMIC_SEQ_CST);
 }
 
 void pu_layout_block_writes(struct pu_layout *layout, uint64_t region)
@@ -314,8 +325,21 @@ void pu_layout_block_writes(struct pu_layout *layout, uint64_t region)
 
 bool pu_layout_is_drained(const struct pu_layout *layout, uint64_t region)
 {
-	const struct pu_region *r = &layout->regions[region];
+	const struct pu_region *r = counters_of(layout, region);
 	uint32_t ended = __atomic_load_n(&r->ended, __ATOMIC_SEQ_CST);
 
 	return ended == __atomic_load_n(&r->begun, __ATOMIC_SEQ_CST);
+}
+
+int pu_layout_resize(struct pu_layout *layout, uint64_t size)
+{
+	struct pu_extent *last = layout->nr_extents ? &layout->extents[layout->nr_extents - 1] : NULL;
+
+	if (!size || layout->kind == PU_LAYOUT_PER_REQUEST || (last && size <= last->start))
+		return -EINVAL;
+	/* Never made shorter: a request that began before may still be cut by it. */
+	if (last && size - last->start > last->length)
+		__atomic_store_n(&last->length, size - last->start, __ATOMIC_RELAXED);
+	__atomic_store_n(&layout->size, size, __ATOMIC_RELEASE); /* who sees it sees the extent */
+	return 0;
 }
