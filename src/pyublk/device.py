@@ -46,6 +46,8 @@ log = logging.getLogger("pyublk.device")
 ID_FREED = 2.0
 #: Seconds between two looks of an event loop at whether a disk has ended.
 LOOK_FOR_END = 0.1
+#: Seconds between two looks of a resize at whether the disk is stopped instead.
+LOOK_FOR_STOP = 0.05
 
 
 class DeviceState(StrEnum):
@@ -509,11 +511,18 @@ class Device:
         assert self._controller is not None
         self._start_threads.add(this_thread())
         try:
-            with self._stop_lock:
+            # A stop that has it may wait for us, if this is a handler.
+            while not (locked := self._stop_lock.acquire(timeout=LOOK_FOR_STOP)):
+                if self._state is not DeviceState.LIVE:
+                    break
+            try:
                 if self._state is not DeviceState.LIVE:
                     raise errors.DeviceClosed(f"the device is {self._state} meanwhile")
                 self._controller.update_size(self.id, size)
                 self._params = self._controller.get_params(self.id)
+            finally:
+                if locked:
+                    self._stop_lock.release()
         finally:
             self._start_threads.discard(this_thread())
 

@@ -135,8 +135,6 @@ class Target:
         self.io_opt = io_opt
         self.discard_granularity = discard_granularity
         self.max_discard = max_discard
-        #: Tells whoever shows `status` that it changed; set by the server.
-        self.status_changed: Callable[[], None] = lambda: None
 
     def open(self) -> Awaitable[None] | None:
         """Called in the serving process before the device appears: open files here, not before.
@@ -161,7 +159,7 @@ class Target:
     def status(self) -> dict[str, Any] | None:
         """What `pyublk info` shows of a target whose state changes, as JSON; None: nothing.
 
-        A target calls `self.status_changed()` when it says something else now. From any thread.
+        Asked at any time on a thread of the server's own: it must not wait for requests to end.
         """
         return None
 

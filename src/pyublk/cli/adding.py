@@ -111,6 +111,8 @@ def _split_options(
               "disks.")  # fmt: skip
 @click.option("-f", "--foreground", is_flag=True,
               help="Serve in this process until Ctrl-C, instead of in the background.")  # fmt: skip
+@click.option("--server", metavar="NAME",
+              help="Have one server process of this name serve it, and others.")  # fmt: skip
 @json_option
 def add(
     target: str,
@@ -133,6 +135,7 @@ def add(
     preempt: bool,
     io_scheduler: str,
     foreground: bool,
+    server: str | None,
     as_json: bool,
 ) -> None:
     """Serve TARGET as a disk, and print the disk's path once it can be used.
@@ -150,6 +153,8 @@ def add(
     """
     if cpus and any_cpu:
         raise click.UsageError("--cpus and --any-cpu exclude each other")
+    if server is not None and foreground:
+        raise click.UsageError("--server and --foreground exclude each other")
     spec = DiskSpec(
         target=target,
         arguments=arguments,
@@ -174,7 +179,7 @@ def add(
     show = partial(_show, as_json=as_json)
     if not foreground:
         with _ended_as_by_ctrl_c():
-            daemon.start(spec, ready=show)
+            daemon.start(spec, ready=show, server=server)
         return
     served = serve(spec, log_file=None, ready=show)
     if served is None:

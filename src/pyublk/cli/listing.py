@@ -52,7 +52,7 @@ def list_(as_json: bool) -> None:
         disks = []
         for device in source.devices():
             with unless_gone():
-                disks.append(disk(source, device))
+                disks.append(disk(source, device, ask_server=as_json))
     for one in disks:
         if one.record_trouble:
             message(f"what serves {one.device.path} is not known: {one.record_trouble}")
@@ -132,6 +132,8 @@ def _details(one: DiskEntry) -> dict[str, Any]:
         "data_path": record.data_path if record else None,
         "record_trouble": one.record_trouble,
         "status": one.status,
+        "threads": one.told.get("threads") if one.told else None,
+        "server_silent": one.silence,
         "params": asdict(one.params) if one.params else None,
         "io_scheduler": one.io_scheduler,
         "served": asdict(one.served) if one.served else None,
@@ -173,6 +175,10 @@ def _lines(one: DiskEntry) -> list[tuple[str, str]]:
         lines.append(("target", " ".join(words)))
         lines.append(("data path", record.data_path or "unknown"))
         lines += _status_lines(one.status)
+        if one.silence:
+            lines.append(("status", f"unknown: {one.silence}"))
+        if record.server_name:
+            lines.append(("server's name", record.server_name))
         lines.append(("log", str(record.log) if record.log else "on the server's terminal"))
     else:
         why = one.record_trouble or "not made by `pyublk add`"

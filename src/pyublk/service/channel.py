@@ -28,7 +28,7 @@ from typing import Any, Self
 from pyublk import errors
 from pyublk.files import StrangeFile, trusted_owners
 from pyublk.service import reports
-from pyublk.service.records import run_directory
+from pyublk.service.records import Record, run_directory, socket_place
 
 PROTOCOL = 1
 #: Bytes of the longest request, and of the longest answer that is read.
@@ -40,11 +40,6 @@ GREETING = 5.0
 
 class ChannelError(errors.UblkError):
     """A server cannot be asked: it has no channel, or it does not answer."""
-
-
-def socket_place(device: int) -> Path:
-    """The channel to the server of a device id."""
-    return run_directory() / f"{device}.sock"
 
 
 def server_place(name: str) -> Path:
@@ -77,8 +72,8 @@ class Lines:
         self._longest = longest
         self._unread = b""
 
-    def send(self, message: dict[str, Any]) -> None:
-        self._connection.sendall(json.dumps(message).encode() + b"\n")
+    def send(self, message: str) -> None:
+        self._connection.sendall(message.encode() + b"\n")
 
     def receive(self, until: float | None = None) -> bytes | None:
         """The next line; None at the end. Raises ValueError for one that is too long, TimeoutError
@@ -122,18 +117,18 @@ class Client:
     def server_pid(self) -> int:
         return peer_of(self._connection)[0]
 
-    def ask(self, request: str, /, *, timeout: float = 30.0, **arguments: Any) -> Any:
+    def ask(self, request: str, /, *, timeout: float | None = 30.0, **arguments: Any) -> Any:
         """What the server returns. Raises what it raised (`reports.revive`), and ChannelError when
-        it does not answer within `timeout` seconds, or ends meanwhile."""
+        it does not answer within `timeout` seconds (None: whenever), or ends meanwhile."""
         with _failures_told(self._place, timeout):
             self._connection.settimeout(timeout)
-            self._lines.send({"execute": request, "arguments": arguments})
-        answer = self._answer(time.monotonic() + timeout, timeout)
+            self._lines.send(json.dumps({"execute": request, "arguments": arguments}))
+        answer = self._answer(None if timeout is None else time.monotonic() + timeout, timeout)
         if "error" in answer:
             raise reports.revive(answer["error"])
         return answer["return"]
 
-    def _answer(self, until: float, timeout: float) -> dict[str, Any]:
+    def _answer(self, until: float | None, timeout: float | None) -> dict[str, Any]:
         with _failures_told(self._place, timeout):
             line = self._lines.receive(until)
         if line is None:
@@ -156,14 +151,20 @@ class Client:
         self.close()
 
 
-def ask(device: int, request: str, /, *, timeout: float = 30.0, **arguments: Any) -> Any:
-    """As `Client.ask`, of the server of a device id."""
-    with Client(socket_place(device), timeout=min(timeout, GREETING)) as client:
+def ask(record: Record, request: str, /, *, timeout: float | None = 30.0, **arguments: Any) -> Any:
+    """As `Client.ask`, of the server of a disk."""
+    place = socket_place(record.id)
+    with Client(place, timeout=GREETING if timeout is None else min(timeout, GREETING)) as client:
+        if client.server_pid != record.server.pid:
+            raise ChannelError(
+                f"{place} belongs to process {client.server_pid}, and {record.path} to "
+                f"{record.server.pid}"
+            )
         return client.ask(request, timeout=timeout, **arguments)
 
 
 @contextmanager
-def _failures_told(place: Path, timeout: float) -> Iterator[None]:
+def _failures_told(place: Path, timeout: float | None) -> Iterator[None]:
     try:
         yield
     except (TimeoutError, BlockingIOError):

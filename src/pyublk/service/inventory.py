@@ -9,10 +9,14 @@ from pyublk.control import Controller, DeviceInfo
 from pyublk.openers import command_name
 from pyublk.params import Params
 from pyublk.scheduling import io_scheduler
-from pyublk.service.records import FAILED, Record, record_trouble
+from pyublk.service.channel import ChannelError, ask
+from pyublk.service.records import Record, record_trouble
 from pyublk.service.sysfs import Sysfs
 from pyublk.service.usage import Use, uses
 from pyublk.uapi import DeviceStatus
+
+#: Seconds for a server to tell of its disk.
+PATIENCE = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +39,8 @@ class DiskEntry:
     `record` is there when `pyublk add` made it, and `record_trouble` says why what lies in its
     place is not believed; `params` None if none were set; `size` in bytes,
     0 while there is no block device; `io_scheduler` is the kernel's, None without a block device;
-    `server_name` None when there is no server; `status` is what the target says of itself, and
-    `failed` how many requests its server has failed, up to a second ago: both None where no server
-    of `pyublk add` tells.
+    `server_name` None when there is no server; `told` is what a server of `pyublk add` tells by its
+    channel (the request `status`), and `silence` why it does not.
     """
 
     device: DeviceInfo
@@ -49,11 +52,23 @@ class DiskEntry:
     served: DiskCounters | None
     io_scheduler: str | None
     server_name: str | None
-    status: dict[str, Any] | None
-    failed: int | None
+    told: dict[str, Any] | None
+    silence: str | None
+
+    @property
+    def status(self) -> dict[str, Any] | None:
+        """What the target says of itself."""
+        return self.told and self.told.get("target_status")
+
+    @property
+    def failed(self) -> int | None:
+        """How many requests the server has failed."""
+        return None if self.told is None else int(self.told.get("failed_requests", 0))
 
 
-def disk(controller: Controller | Sysfs, device: DeviceInfo) -> DiskEntry:
+def disk(
+    controller: Controller | Sysfs, device: DeviceInfo, *, ask_server: bool = True
+) -> DiskEntry:
     """All about one device. Raises OSError ENODEV when it was deleted meanwhile."""
     try:
         params = controller.get_params(device.id)
@@ -61,8 +76,7 @@ def disk(controller: Controller | Sysfs, device: DeviceInfo) -> DiskEntry:
         params = None
     name = f"ublkb{device.id}"
     record = Record.of(device)
-    told = (record and record.read_status()) or {}
-    failed = told.pop(FAILED, 0)
+    told, silence = _ask(record) if ask_server else (None, None)
     live = device.status is not DeviceStatus.DEAD
     return DiskEntry(
         device=device,
@@ -74,9 +88,20 @@ def disk(controller: Controller | Sysfs, device: DeviceInfo) -> DiskEntry:
         served=_served(name) if live else None,
         io_scheduler=io_scheduler(name) if live else None,
         server_name=command_name(device.server_pid) if device.server_pid is not None else None,
-        status=told or None,
-        failed=failed if record is not None else None,
+        told=told,
+        silence=silence,
     )
+
+
+def _ask(record: Record | None) -> tuple[dict[str, Any] | None, str | None]:
+    if record is None:
+        return None, None
+    try:
+        return ask(record, "status", timeout=PATIENCE), None
+    except (ChannelError, OSError) as error:
+        return None, str(error)
+    except Exception as error:  # what the target's own `status` raised
+        return None, f"{type(error).__name__}: {error}"
 
 
 def _size(name: str, sys: Path = Path("/sys")) -> int:

@@ -198,7 +198,6 @@ class Mirror(MappedTarget):
                 self._resyncs[leg] += 1
             self._try_to_record()
             self._begin_resync()
-        self.status_changed()
         self.wake_queues()
 
     def open(self) -> None:
@@ -275,7 +274,6 @@ class Mirror(MappedTarget):
                 self.files[leg],
                 os.strerror(error),
             )
-            self.status_changed()
 
     # ---- the record ----
 
@@ -378,7 +376,6 @@ class Mirror(MappedTarget):
             self._resyncs[leg] += 1
             self._try_to_record()
             self._begin_resync()
-        self.status_changed()
         self.wake_queues()
 
     def _refuse_late_writers(self, leg: int, path: Path | None) -> Identity:
@@ -489,7 +486,7 @@ class Mirror(MappedTarget):
         for region in range(self._regions):
             if not self._until_done(legs, partial(self._copy, region)):
                 return
-            self._tell_progress((region + 1) / self._regions)
+            self._progress = (region + 1) / self._regions
         if not self._until_done(legs, self._sync):
             return
         with self._lock:
@@ -497,15 +494,8 @@ class Mirror(MappedTarget):
                 layout.set_leg_state(leg, LegState.SYNCED)
                 self._since[leg] = None
             self._try_to_record()
-        self.status_changed()
         if not self.degraded:
             log.info("the mirror is in step again")
-
-    def _tell_progress(self, progress: float) -> None:
-        hundredth = int(progress * 100) > int(self._progress * 100)
-        self._progress = progress
-        if hundredth:
-            self.status_changed()
 
     def _until_done(
         self, legs: dict[int, int], work: Callable[[list[int]], tuple[int, int]]
