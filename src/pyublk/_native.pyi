@@ -492,6 +492,9 @@ class Layout:
         """Said anew for each request."""
     @property
     def size(self) -> int: ...
+    def resize(self, size: int) -> None:
+        """Gives it another size while queues use it: each request sees the old one or the new one.
+        Of a table, the last extent grows. Raises ValueError when it cannot have that size."""
     @property
     def in_memory(self) -> bool:
         """Whether no file's I/O ever waits."""

@@ -387,6 +387,8 @@ cdef extern from "_core/layout.h" nogil:
     int pu_layout_init(pu_layout *, pu_layout_kind, uint64_t, uint32_t, uint32_t)
     void pu_layout_destroy(pu_layout *)
     void pu_layout_set_file(pu_layout *, uint32_t, int, bint, bint)
+    int pu_layout_resize(pu_layout *, uint64_t)
+    uint64_t pu_layout_size(const pu_layout *)
     void pu_layout_map_memory(pu_layout *)
     void pu_layout_unmap_memory(pu_layout *)
     uint32_t pu_layout_version(const pu_layout *)

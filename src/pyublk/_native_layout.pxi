@@ -99,7 +99,11 @@ cdef class Layout:
 
     @property
     def size(self):
-        return self.layout.size
+        return pu_layout_size(&self.layout)
+
+    def resize(self, uint64_t size):
+        if pu_layout_resize(&self.layout, size) < 0:
+            raise ValueError(f"this layout cannot have {size} bytes")
 
     @property
     def in_memory(self):

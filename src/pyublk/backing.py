@@ -5,7 +5,7 @@ import errno
 import fcntl
 import os
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pyublk.files import Identity, about, direct_alignment
@@ -93,6 +93,10 @@ class Backing:
         keep(self.fd, self.path, ranges, read_only=read_only)
         if os.fstat(self.fd).st_size < self.size:
             os.ftruncate(self.fd, self.size)
+
+    def measured(self) -> "Backing":
+        """The same, with the size that the file or device has now."""
+        return replace(self, size=_measure(self.fd, self.is_device))
 
     def let_go(self, *, written_late: bool = False) -> None:
         """Others may have it; where a request is still under way, once that has ended."""

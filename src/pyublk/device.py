@@ -39,6 +39,8 @@ log = logging.getLogger("pyublk.device")
 
 #: Seconds between two looks of an event loop at whether a disk has ended.
 LOOK_FOR_END = 0.1
+#: Seconds between two looks of a resize at whether the disk is stopped instead.
+LOOK_FOR_STOP = 0.05
 
 
 class DeviceState(StrEnum):
@@ -90,6 +92,7 @@ class Device:
         self._start_over.set()
         self._start_threads: set[int] = set()  # which start it now: on a loop, two
         self._stop_lock = threading.Lock()
+        self._resize_lock = threading.Lock()
         self._stop_thread = 0  # which stops it now
         self._impatient = False  # what hangs is given up at once
         self._failure_told = False  # to the caller
@@ -263,25 +266,49 @@ class Device:
             await asyncio.sleep(min(left, LOOK_FOR_END))
         return True
 
-    def resize(self, size: int) -> None:
-        """Gives the live disk a new `size` in bytes (Linux 6.16), once the target has it too.
+    def resize(self, size: int, *, shrink: bool = False) -> None:
+        """Gives the live disk, and its target, a new `size` in bytes (Linux 6.16).
 
-        Not that of a mapped target, whose layout says how large it is.
+        Clients may go on meanwhile. The files of `file`, `linear`, `stripe` and `mirror` grow
+        first, and are cut last; `Target.resize` says what others do. When something fails, all have
+        the size that they had. `shrink`: it may be a smaller size, and what lies beyond it is lost.
         """
         self._check_process()
-        profile = self._session.profile
-        if profile is not None and not profile.resizable:
-            raise ValueError(
-                "a mapped target keeps its size as long as it is served: stop the disk, and "
-                "serve it anew"
-            )
         whole("size", size)
+        profile = self._session.profile
         block_size = SECTOR_SIZE if profile is None else profile.block_size
         if size <= 0 or size % block_size:
             raise ValueError(f"size must be a positive multiple of {block_size}, not {size}")
         if self._state is not DeviceState.LIVE:
             raise errors.DeviceClosed(f"the device is {self._state}, only a live one is resized")
-        self._life.disk().resize(size)
+        with self._resize_lock:
+            before = self.params.basic.size
+            if size < before and not shrink:
+                raise ValueError(
+                    f"{self.path} has {before} bytes: {size} would cut off what lies beyond, which "
+                    "must be asked for (shrink=True, or --shrink)"
+                )
+            if size != before:
+                self.target.resize(size, self._update_size)
+
+    def _update_size(self, size: int) -> None:
+        """Not beside a stop, which crashes kernels; one that comes from a signal's handler here
+        goes on in the background."""
+        self._start_threads.add(this_thread())
+        try:
+            # A stop that has it may wait for us, if this is a handler.
+            while not (locked := self._stop_lock.acquire(timeout=LOOK_FOR_STOP)):
+                if self._state is not DeviceState.LIVE:
+                    break
+            try:
+                if self._state is not DeviceState.LIVE:
+                    raise errors.DeviceClosed(f"the device is {self._state} meanwhile")
+                self._life.disk().resize(size)
+            finally:
+                if locked:
+                    self._stop_lock.release()
+        finally:
+            self._start_threads.discard(this_thread())
 
     def share(
         self, size: int | None = None, *, fd: int | None = None, read_only: bool = False

@@ -14,7 +14,7 @@ import struct
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pyublk.files import Identity, about
@@ -72,6 +72,37 @@ def keep(fd: int, path: Path, ranges: Ranges, *, read_only: bool) -> None:
                 error.strerror,
             )
         _kept[fd] = wanted
+
+
+def keep_also(fd: int, first: int, end: int) -> None:
+    """Keeps more of a file that is kept: raises OSError EBUSY when another has some of it."""
+    with _lock:
+        kept = _kept.get(fd)
+        if kept is None or end <= first:  # a block device is opened exclusively instead
+            return
+        wanted = replace(kept, ranges=[(first, end)])
+        for one, other in _kept.items():
+            if one != fd and wanted.in_the_way(other):
+                raise _in_use(kept.path, other.path, "this process serves it already")
+        try:
+            _set_lock(fd, fcntl.F_RDLCK if kept.read_only else fcntl.F_WRLCK, first, end - first)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise _in_use(kept.path, kept.path, _who(wanted)) from None
+        _kept[fd] = replace(kept, ranges=[*kept.ranges, (first, end)])
+
+
+def keep_no_more(fd: int, first: int, end: int, *, of: Path) -> None:
+    """Lets others have this part of a file, if it is still kept."""
+    with _lock:
+        kept = _kept.get(fd)
+        if kept is None or kept.path != of or end <= first:
+            return
+        with suppress(OSError):  # it could not be locked either
+            _set_lock(fd, fcntl.F_UNLCK, first, end - first)
+        left = [(a, min(b, first)) for a, b in kept.ranges if a < first]
+        left += [(max(a, end), b) for a, b in kept.ranges if b > end]
+        _kept[fd] = replace(kept, ranges=left)
 
 
 def let_go(fd: int, *, written_late: bool = False) -> None:

@@ -15,6 +15,7 @@ from pyublk.files import about
 from pyublk.keeping import Ranges
 from pyublk.paths import DataPath
 from pyublk.profile import Dispatch, Profile
+from pyublk.resizing import Ends, cut, cut_again, extend
 from pyublk.target import Target
 
 #: A part of a file: its index among the target's files, offset, and length (bytes).
@@ -59,6 +60,9 @@ class MappedTarget(Target):
     writes_zeroes = True
     takes_fua = True
 
+    #: Whether the files are the disk's to their ends, and are cut when it shrinks.
+    cuts_files: ClassVar[bool] = False
+
     #: The `map` method of a subclass, if it has one.
     map: ClassVar[Callable[..., object] | None] = None
 
@@ -84,6 +88,7 @@ class MappedTarget(Target):
         self._direct = direct
         self._layout: Layout | None = None
         self._table: list[Extent] | None = None
+        self._cut: set[int] = set()  # files that were, when the disk shrank
 
     # ---- what a subclass may say ----
 
@@ -114,6 +119,36 @@ class MappedTarget(Target):
         if len(parts) > _PARTS_KEPT:
             parts = [(min(first for first, _ in parts), max(end for _, end in parts))]
         return parts
+
+    def ends(self, size: int) -> Ends:
+        """Where a disk of this size would end, in each file that has an end of it.
+
+        Raises ValueError when the disk cannot have that size while it is served.
+        """
+        if self._table is None:
+            raise ValueError(
+                f"{type(self).__name__} says for each request where the bytes are, and keeps its "
+                "size while it is served: stop the disk, and serve it anew"
+            )
+        file, offset, length = self._table[-1]
+        start = self.layout.size - length
+        if size <= start:
+            raise ValueError(
+                f"the disk cannot shrink to {size} bytes while it is served: {self.files[file]} "
+                f"begins at {start}; stop it, and serve it without that file"
+            )
+        end = offset + size - start
+        for other, begin, _ in self._table[:-1]:
+            if other == file and offset < begin < end:
+                raise ValueError(
+                    f"the disk's end cannot move to {end} in {self.files[file]}: another extent "
+                    f"begins at {begin}"
+                )
+        return {file: end}
+
+    def size_changed(self, *, fresh: bool) -> None:
+        """The layout has another size, which clients do not know yet when it has grown. `fresh`:
+        what is new reads as zeroes in every file."""
 
     def leg_failed(self, leg: int, error: int, file_generation: int | None = None) -> None:
         """A mirror's leg failed; called before the request that noticed it is answered.
@@ -174,6 +209,45 @@ class MappedTarget(Target):
             self.close()
             raise
 
+    def resize(self, size: int, update: Callable[[int], None]) -> None:
+        before = self.layout.size
+        ends = self.ends(before)
+        if size > before:
+
+            def use(fresh: bool) -> None:
+                self._set_size(size, fresh=fresh)
+                try:
+                    update(size)
+                except BaseException:
+                    self._set_size(before)
+                    raise
+
+            extend(self.backing, ends, self.ends(size), use, read_only=self.read_only)
+        elif size < before:
+            after = self.ends(size)
+            update(size)  # from here on, clients may not use what is beyond
+            self._set_size(size)
+            try:
+                # Others begin where a file before the last ends.
+                files = self.cuts_files and not self.read_only and max(after) == len(self.files) - 1
+                self._cut |= cut(self.backing, ends, after, files=files)
+            except OSError:
+                self._set_size(before)
+                update(before)
+                raise
+
+    def _set_size(self, size: int, *, fresh: bool = True) -> None:
+        self.size = size
+        if self._wanted_size is not None:
+            self._wanted_size = size
+        if self._layout is None:  # it was closed meanwhile
+            return
+        if self._table is not None:
+            file, offset, length = self._table[-1]
+            self._table[-1] = (file, offset, length + size - self._layout.size)
+        self._layout.resize(size)
+        self.size_changed(fresh=fresh)
+
     def _open_files(self) -> None:
         alone = len(self.files) == 1
         for path in self.files:
@@ -208,6 +282,11 @@ class MappedTarget(Target):
     def close(self) -> None:
         layout = self._layout
         late = [layout is not None and self.written_late(n) for n in range(len(self.backing))]
+        if layout is not None and not layout.in_use:
+            for file, end in self.ends(layout.size).items() if self._cut else ():
+                if file in self._cut and not late[file]:
+                    cut_again(self.backing[file], end)
+        self._cut.clear()
         self._layout = self._table = None
         if layout is not None and not layout.in_use:
             layout.unmap_memory()
@@ -224,7 +303,7 @@ class MappedTarget(Target):
         if self._direct:
             demanded = (backing.memory_alignment for backing in self.backing)
             alignment = max(self.block_size, *demanded)
-        return replace(super().profile(), resizable=False, dma_alignment=alignment)
+        return replace(super().profile(), dma_alignment=alignment)
 
     def _check_extents(self, extents: list[Extent]) -> None:
         for number, offset, length in extents:

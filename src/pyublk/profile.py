@@ -41,7 +41,6 @@ class Profile:
         size, block_size, physical_block_size, io_min, io_opt, discard_granularity, max_discard:
             bytes; see `Target`.
         read_only, rotational: whether the disk is.
-        resizable: whether the live disk can be given another size.
         paths: the data paths that it can be served by, the best first.
         needs: device features that it cannot do without, beside those of its path.
         max_stall: seconds that a request may take with nothing wrong.
@@ -63,7 +62,6 @@ class Profile:
     max_discard: int
     read_only: bool
     rotational: bool
-    resizable: bool
     paths: tuple[DataPath, ...]
     needs: Feature
     max_stall: float

@@ -115,8 +115,6 @@ class Target:
         self.io_opt = io_opt
         self.discard_granularity = discard_granularity
         self.max_discard = max_discard
-        #: Tells whoever shows `status` that it changed; set by the server.
-        self.status_changed: Callable[[], None] = lambda: None
 
     def open(self) -> Awaitable[None] | None:
         """Called in the serving process before the device appears: open files here, not before.
@@ -128,10 +126,20 @@ class Target:
     def close(self) -> Awaitable[None] | None:
         """Called once after the last request, also when start-up failed after `open`."""
 
+    def resize(self, size: int, update: Callable[[int], None]) -> None:
+        """Called by `Device.resize`: `update(size)` gives the disk its new size.
+
+        As it stands, that is all: for a target that has the room. One that has to make room
+        overrides it, does so before `update` when the disk grows, and gives it up after `update`
+        when it shrinks. Raise ValueError for a size that it cannot have.
+        """
+        update(size)
+        self.size = size
+
     def status(self) -> dict[str, Any] | None:
         """What `pyublk info` shows of a target whose state changes, as JSON; None: nothing.
 
-        A target calls `self.status_changed()` when it says something else now. From any thread.
+        Asked at any time on a thread of the server's own: it must not wait for requests to end.
         """
         return None
 
@@ -167,7 +175,6 @@ class Target:
             max_discard=self.max_discard or MAX_DISCARD,
             read_only=self.read_only,
             rotational=self.rotational,
-            resizable=True,
             paths=self.paths,
             needs=self.needs,
             max_stall=self.max_stall,

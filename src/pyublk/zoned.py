@@ -3,6 +3,7 @@
 
 import dataclasses
 import errno
+from collections.abc import Callable
 
 from pyublk._native import IO
 from pyublk.paths import DataPath
@@ -53,6 +54,9 @@ class ZonedTarget(Target):
             max_open=max_open,
             max_active=max_active,
         )
+
+    def resize(self, size: int, update: Callable[[int], None]) -> None:
+        raise ValueError("a zoned disk keeps its size: its zones are laid out when it starts")
 
     def profile(self) -> Profile:
         zones = self.zones

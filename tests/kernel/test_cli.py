@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from command_line import COMMAND, added, run, run_here
 from conftest import Serve
 from memory import Memory
 from servers import helpers_of
 
 import pyublk
-from pyublk.cli import main
 from pyublk.cli.failures import ExitCode
 from pyublk.control import DeviceInfo
 from pyublk.service import inventory, logs, stopping
@@ -33,7 +32,6 @@ from pyublk.uapi import DeviceStatus, Feature
 
 pytestmark = pytest.mark.timeout(180)
 
-COMMAND = [sys.executable, "-m", "pyublk"]
 MIB = 1 << 20
 
 TARGETS = '''\
@@ -130,24 +128,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             with server:
                 server.send(signal.SIGKILL)
                 server.wait(10)
-
-
-def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [*COMMAND, *arguments], capture_output=True, text=True, timeout=120, check=False
-    )
-
-
-def run_here(*arguments: str) -> Result:
-    """The command in this process, which saves the start of an interpreter."""
-    return CliRunner().invoke(main, arguments, prog_name="pyublk")
-
-
-def added(*arguments: str) -> dict[str, Any]:
-    done = run_here("add", *arguments, "--json")
-    assert done.exit_code == 0, done.stderr
-    made: dict[str, Any] = json.loads(done.stdout)
-    return made
 
 
 @pytest.mark.parametrize(
@@ -520,7 +500,7 @@ def test_an_id_in_use(place: Path) -> None:
     refused = run_here("add", "null", "--id", str(made["id"]))
     assert refused.exit_code == ExitCode.BUSY
     assert "the id is in use" in refused.stderr
-    assert left(place) == [f"{made['id']}.json", f"{made['id']}.log"]
+    assert left(place) == [f"{made['id']}.{kind}" for kind in ("json", "log", "sock")]
     assert run_here("stop", str(made["id"])).exit_code == 0
 
 
@@ -854,7 +834,7 @@ def test_a_killed_server_leaves_no_device(place: Path) -> None:
     until(lambda: not Path(f"/sys/class/ublk-char/ublkc{made['id']}").exists())
     assert run_here("list").stderr == "pyublk: there are no disks\n"
     checks = json.loads(run_here("doctor", "--json").stdout)["checks"]
-    assert [c["status"] for c in checks if c["name"] == "records"] == ["warning"] * 2
+    assert [c["status"] for c in checks if c["name"] == "records"] == ["warning"] * 3
     done = run_here("doctor", "--repair", "--json")
     assert done.exit_code == 0
     assert len(json.loads(done.stdout)["repaired"]) == 2

@@ -1059,6 +1059,8 @@ def test_a_new_size(serve: Serve, controller: pyublk.Controller) -> None:
         client.write(b"n" * 4096, 2 * MIB - 4096)
         assert bytes(target.data[-4096:]) == b"n" * 4096
         assert disk.params.basic.size == 2 * MIB
-        disk.resize(MIB)
+        with pytest.raises(ValueError, match=r"would cut off what lies beyond.*shrink=True"):
+            disk.resize(MIB)
+        disk.resize(MIB, shrink=True)
         assert client.size == MIB
     assert Path(f"/sys/block/{Path(disk.path).name}/size").read_text() == f"{MIB // 512}\n"

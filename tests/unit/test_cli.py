@@ -486,7 +486,7 @@ def test_bash_takes_the_script() -> None:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("pyublk st", {"stop"}),
+        ("pyublk st", {"stats", "stop"}),
         ("pyublk add n", {"null"}),
         ("pyublk add null --que", {"--queues"}),
         ("pyublk completion ", {"bash", "zsh", "fish"}),

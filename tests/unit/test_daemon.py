@@ -4,12 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from pyublk import errors
 from pyublk.service import daemon, logs
+from pyublk.service.channel import ChannelError
 from pyublk.service.processes import ProcessId, start_time
 from pyublk.service.records import remove_log
 from pyublk.service.reports import TargetFailed
@@ -141,3 +143,33 @@ def test_links_and_directories_are_nobodys_logs(run_dir: Path) -> None:
     assert run_dir / "1.log" not in logs.abandoned()
     os.close(logs.begin()[0])
     assert (run_dir / "2.log").is_dir()
+
+
+def test_a_server_of_several_that_gets_no_disk_ends(tmp_path: Path, run_dir: Path) -> None:
+    (tmp_path / "broken.py").write_text(
+        "import pyublk\nclass Broken(pyublk.Target):\n    def __init__(self):\n        {}['key']\n"
+    )
+    with pytest.raises(ValueError, match=r"there is no target 'nul'.*did you mean 'null'"):
+        daemon.start(DiskSpec(target="nul"), server="lab")
+    with pytest.raises(TargetFailed, match=r"KeyError: 'key' \(broken.py, line 4\)") as caught:
+        daemon.start(DiskSpec(target="broken.py:Broken"), server="lab")
+    assert "broken.py" in str(caught.value.__cause__), "the traceback of the server"
+    until = time.monotonic() + 30
+    while any(run_dir.iterdir()) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert list(run_dir.iterdir()) == []
+
+
+def test_a_server_of_several_that_dies_is_told_with_its_last_words(
+    tmp_path: Path, run_dir: Path
+) -> None:
+    (tmp_path / "dying.py").write_text(
+        "import os, sys\n"
+        "print('last words', file=sys.stderr, flush=True)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    with pytest.raises(ChannelError, match="ended before it answered") as caught:
+        daemon.start(DiskSpec(target="dying.py:Any"), server="lab")
+    assert caught.value.__notes__[-1] == "last words"
+    with pytest.raises(ValueError, match="there is no target"):
+        daemon.start(DiskSpec(target="nul"), server="lab")

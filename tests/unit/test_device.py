@@ -8,7 +8,6 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ import pytest
 import pyublk
 from pyublk import Device, DeviceState
 from pyublk.engines import dispatch_of
-from pyublk.targets import File, Null, Ram
+from pyublk.targets import Null, Ram
 
 MIB = 1 << 20
 
@@ -233,13 +232,6 @@ def test_a_new_size_is_whole_blocks(size: int) -> None:
     message = f"^size must be a positive multiple of 512, not {size}$"
     with pytest.raises(ValueError, match=message):
         Device(Plain()).resize(size)
-
-
-def test_a_mapped_target_keeps_its_size(tmp_path: Path) -> None:
-    target = File(tmp_path / "file", size=MIB)
-    target.open()
-    assert not target.profile().resizable
-    target.close()
 
 
 def test_a_device_stopped_before_its_start_stays_stopped() -> None:

@@ -1,6 +1,5 @@
 """Specs and records: what is written can be read, and is believed only of the same device."""
 
-import errno
 import json
 import os
 import stat
@@ -20,7 +19,6 @@ from pyublk.service.records import (
     recorded_ids,
     run_directory,
 )
-from pyublk.service.server import _keep_status
 from pyublk.service.spec import DiskSpec
 from pyublk.targets import Null, Ram
 from pyublk.uapi import DeviceStatus, Feature
@@ -178,16 +176,6 @@ def test_a_record_that_another_user_wrote_is_not_believed() -> None:
     assert record_trouble(3) == f"{place(3)} belongs to another user, 1234"
 
 
-def test_a_link_in_the_place_of_a_status_is_not_followed(tmp_path: Path, run_dir: Path) -> None:
-    victim = tmp_path / "victim"
-    victim.write_text('{"not": "ours"}')
-    (run_dir / "3.status").symlink_to(victim)
-    assert record().read_status() is None
-    record().write_status({"ours": True})
-    assert record().read_status() == {"ours": True}
-    assert victim.read_text() == '{"not": "ours"}'
-
-
 @pytest.mark.parametrize("name", ["03", "٣", "-3", "3 ", "12345678"])
 def test_names_that_no_record_has(run_dir: Path, name: str) -> None:
     (run_dir / f"{name}.json").write_text("{}")
@@ -232,52 +220,3 @@ def test_a_wrong_plan_says_what_is_allowed() -> None:
         DiskSpec(target="rma").device()
     with pytest.raises(ValueError, match="workers=2 needs a target"):
         DiskSpec(target="null", disk={"workers": 2}).device()
-
-
-def test_what_a_target_says_goes_with_its_record(run_dir: Path) -> None:
-    one = record()
-    one.write()
-    assert one.read_status() is None
-    one.write_status({"legs": ["synced", "failed"]})
-    assert one.read_status() == {"legs": ["synced", "failed"]}
-    (run_dir / "3.status").write_text("half a")
-    assert one.read_status() is None
-    one.remove()
-    assert not list(run_dir.glob("3.*"))
-
-
-def test_failed_requests_are_told_beside_the_status(run_dir: Path) -> None:
-    class Telling(Null):
-        def status(self) -> dict[str, object]:
-            return {"mood": "fine"}
-
-    for target, said in ((Null(size=1 << 20), {}), (Telling(size=1 << 20), {"mood": "fine"})):
-        failed, one = 0, record()
-        keep = _keep_status(one, target, lambda: failed)  # noqa: B023 - called here only
-        keep()
-        assert (one.read_status() or {}) == said
-        failed = 3
-        keep()
-        assert one.read_status() == said | {"failed_requests": 3}
-        written = (run_dir / "3.status").stat().st_ino
-        keep()
-        assert (run_dir / "3.status").stat().st_ino == written, "only when it changes"
-        (run_dir / "3.status").unlink()
-
-
-def test_a_status_that_cannot_be_written_ends_no_server(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    class Telling(Null):
-        def status(self) -> dict[str, object]:
-            return {"mood": "fine"}
-
-    def full(_record: Record, _status: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    target, one = Telling(size=1 << 20), record()
-    _keep_status(one, target)
-    assert one.read_status() == {"mood": "fine"}
-    monkeypatch.setattr(Record, "write_status", full)
-    target.status_changed()
-    assert "the status of /dev/ublkb3 cannot be written down: [Errno 28] No space" in caplog.text

@@ -115,14 +115,15 @@ static bool table_part(const struct pu_layout *layout, uint64_t offset, uint64_t
 		       uint64_t *cut, struct pu_part *part)
 {
 	const struct pu_extent *extent;
-	uint64_t at = *cut, inside; /* bytes */
+	uint64_t at = *cut, inside, whole; /* bytes */
 
 	if (at >= length)
 		return false;
 	extent = find_extent(layout, offset + at);
 	inside = offset + at - extent->start;
+	whole = __atomic_load_n(&extent->length, __ATOMIC_RELAXED); /* a resize may make it longer */
 	*part = (struct pu_part){ .file = extent->file, .offset = extent->offset + inside, .data = at };
-	part->length = extent->length - inside;
+	part->length = whole - inside;
 	if (part->length > length - at)
 		part->length = length - at;
 	part->first = part->length;
@@ -179,4 +180,17 @@ uint64_t pu_part_data(const struct pu_part *part, uint64_t done, uint64_t *conti
 	/* The first chunk may have begun before the request. */
 	return part->data + part->first - part->chunk + (nth + 1) * part->stride +
 	       beyond % part->chunk;
+}
+
+int pu_layout_resize(struct pu_layout *layout, uint64_t size)
+{
+	struct pu_extent *last = layout->nr_extents ? &layout->extents[layout->nr_extents - 1] : NULL;
+
+	if (!size || layout->kind == PU_LAYOUT_PER_REQUEST || (last && size <= last->start))
+		return -EINVAL;
+	/* Never made shorter: a request that began before may still be cut by it. */
+	if (last && size - last->start > last->length)
+		__atomic_store_n(&last->length, size - last->start, __ATOMIC_RELAXED);
+	__atomic_store_n(&layout->size, size, __ATOMIC_RELEASE); /* who sees it sees the extent */
+	return 0;
 }

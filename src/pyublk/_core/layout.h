@@ -56,6 +56,15 @@ int pu_layout_init(struct pu_layout *layout, enum pu_layout_kind kind, uint64_t 
 		   uint32_t nr_files, uint32_t nr_extents);
 void pu_layout_destroy(struct pu_layout *layout);
 
+/* Gives it another size while queues use it: each request sees the old one or the new one. Of a table,
+ * the last extent grows; what is cut off stays where it is. One thread at a time. -EINVAL: it cannot
+ * have that size. */
+int pu_layout_resize(struct pu_layout *layout, uint64_t size);
+static inline uint64_t pu_layout_size(const struct pu_layout *layout)
+{
+	return __atomic_load_n(&layout->size, __ATOMIC_ACQUIRE);
+}
+
 /* Maps the files whose bytes are in memory: the kernel then copies between them and requests.
  * Nobody else may touch the mapping, which faults where a file was cut short. */
 void pu_layout_map_memory(struct pu_layout *layout);

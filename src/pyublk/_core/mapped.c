@@ -361,6 +361,7 @@ static void start(struct pu_mapped *m, uint16_t tag)
 	struct pu_extent *mapped_parts = w->mapped_parts;
 	uint32_t nr_mapped_parts = w->nr_mapped_parts, mapped_room = w->mapped_room;
 	uint32_t op = desc->op_flags & 0xff;
+	uint64_t size = pu_layout_size(m->layout);
 	int error;
 
 	forget(m, tag);
@@ -380,7 +381,7 @@ static void start(struct pu_mapped *m, uint16_t tag)
 		return;
 	}
 	/* Somebody gave the disk another size (UPDATE_SIZE): what is beyond is not the target's. */
-	if (w->offset > m->layout->size || w->length > m->layout->size - w->offset) {
+	if (w->offset > size || w->length > size - w->offset) {
 		pu_queue_answer(m->q, tag, -EIO);
 		return;
 	}

@@ -26,7 +26,7 @@ int pu_mirror_init(struct pu_mirror *mirror, struct pu_layout *layout, int64_t l
 	mirror->blocked_region = PU_NO_REGION;
 	mirror->leg_timeout_ns = leg_timeout_ns;
 	mirror->bits.in_step = (uint16_t)((1u << layout->nr_files) - 1);
-	mirror->regions = calloc((layout->size + bytes - 1) / bytes, sizeof(*mirror->regions));
+	mirror->regions = calloc(MOST_REGIONS, sizeof(*mirror->regions));
 	return mirror->regions ? 0 : -ENOMEM;
 }
 
@@ -130,6 +130,12 @@ int pu_mirror_readable(const struct pu_mirror *mirror, uint64_t offset, uint32_t
 	return -1;
 }
 
+/* One that has grown has more regions than counters: those that share them are blocked together. */
+static struct pu_region *counters_of(const struct pu_mirror *mirror, uint64_t region)
+{
+	return &mirror->regions[region % MOST_REGIONS];
+}
+
 static uint64_t last_region(const struct pu_mirror *mirror, uint64_t offset, uint64_t length)
 {
 	return (offset + (length ? length : 1) - 1) / mirror->region_bytes;
@@ -141,13 +147,18 @@ bool pu_mirror_write_begins(struct pu_mirror *mirror, uint64_t offset, uint64_t 
 	uint64_t blocked;
 
 	for (uint64_t region = first; region <= last; region++)
-		__atomic_fetch_add(&mirror->regions[region].begun, 1, __ATOMIC_SEQ_CST);
+		__atomic_fetch_add(&counters_of(mirror, region)->begun, 1, __ATOMIC_SEQ_CST);
 	/* After it is counted: who blocks the region now will see it, or it sees that. */
 	blocked = __atomic_load_n(&mirror->blocked_region, __ATOMIC_SEQ_CST);
-	if (blocked < first || blocked > last)
+	if (blocked == PU_NO_REGION)
 		return true;
-	pu_mirror_write_ends(mirror, offset, length);
-	return false;
+	for (uint64_t region = first; region <= last; region++) {
+		if (counters_of(mirror, region) != counters_of(mirror, blocked))
+			continue;
+		pu_mirror_write_ends(mirror, offset, length);
+		return false;
+	}
+	return true;
 }
 
 void pu_mirror_write_ends(struct pu_mirror *mirror, uint64_t offset, uint64_t length)
@@ -155,7 +166,7 @@ void pu_mirror_write_ends(struct pu_mirror *mirror, uint64_t offset, uint64_t le
 	uint64_t last = last_region(mirror, offset, length);
 
 	for (uint64_t region = offset / mirror->region_bytes; region <= last; region++)
-		__atomic_fetch_add(&mirror->regions[region].ended, 1, __ATOMIC_SEQ_CST);
+		__atomic_fetch_add(&counters_of(mirror, region)->ended, 1, __ATOMIC_SEQ_CST);
 }
 
 void pu_mirror_block_writes(struct pu_mirror *mirror, uint64_t region)
@@ -165,7 +176,7 @@ void pu_mirror_block_writes(struct pu_mirror *mirror, uint64_t region)
 
 bool pu_mirror_is_drained(const struct pu_mirror *mirror, uint64_t region)
 {
-	const struct pu_region *r = &mirror->regions[region];
+	const struct pu_region *r = counters_of(mirror, region);
 	uint32_t ended = __atomic_load_n(&r->ended, __ATOMIC_SEQ_CST);
 
 	return ended == __atomic_load_n(&r->begun, __ATOMIC_SEQ_CST);

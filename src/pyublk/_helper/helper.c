@@ -10,6 +10,7 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <stdbool.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -53,6 +54,20 @@ static struct guarded *guarded;
 
 /* ---- guarded disks ---- */
 
+/* What `ps` shows: which disks they are, in the place of the arguments, as far as there is room. */
+static char *title;
+static size_t title_room;
+
+static void show_guarded(void)
+{
+	size_t at = (size_t)snprintf(title, title_room, "pyublk-helper:");
+
+	for (struct guarded *one = guarded; one && at < title_room; one = one->next)
+		at += (size_t)snprintf(title + at, title_room - at, " ublkb%u", one->id);
+	if (at < title_room)
+		memset(title + at, 0, title_room - at);
+}
+
 static void unguard(uint32_t id)
 {
 	for (struct guarded **at = &guarded; *at; at = &(*at)->next)
@@ -61,6 +76,7 @@ static void unguard(uint32_t id)
 
 			*at = old->next;
 			free(old);
+			show_guarded();
 			return;
 		}
 }
@@ -74,6 +90,7 @@ static int guard(uint32_t id, uint64_t cookie)
 	unguard(id);
 	*new = (struct guarded){ .next = guarded, .id = id, .cookie = cookie };
 	guarded = new;
+	show_guarded();
 	return 0;
 }
 
@@ -462,6 +479,8 @@ int main(int argc, char **argv)
 		return 2;
 	sock = atoi(argv[1]);
 	server = atoi(argv[2]);
+	title = argv[0]; /* all of them lie one after the other */
+	title_room = (size_t)(argv[2] + strlen(argv[2]) - argv[0]);
 	if (chdir("/") < 0)
 		return 1;
 	open_ring();

@@ -87,6 +87,8 @@ def _split_options(
 @disk_options
 @click.option("-f", "--foreground", is_flag=True,
               help="Serve in this process until Ctrl-C, instead of in the background.")  # fmt: skip
+@click.option("--server", metavar="NAME",
+              help="Have one server process of this name serve it, and others.")  # fmt: skip
 @json_option
 def add(
     target: str | None,
@@ -94,6 +96,7 @@ def add(
     options: dict[str, str],
     spec: Path | None,
     foreground: bool,
+    server: str | None,
     as_json: bool,
     **_: object,
 ) -> None:
@@ -111,12 +114,14 @@ def add(
 
     A server process stays in the background until `pyublk stop`; `pyublk info` names its log.
     """
+    if server is not None and foreground:
+        raise click.UsageError("--server and --foreground exclude each other")
     wanted = _wanted(click.get_current_context(), target, arguments, options, spec)
     open_controller().close()  # no driver, no rights: said before anything is started
     show = partial(_show, as_json=as_json)
     if not foreground:
         with _ended_as_by_ctrl_c():
-            daemon.start(wanted, ready=show)
+            daemon.start(wanted, ready=show, server=server)
         return
     served = serve(wanted, log_file=None, ready=show)
     if served is None:

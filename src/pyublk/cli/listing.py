@@ -51,7 +51,7 @@ def list_(as_json: bool) -> None:
         disks = []
         for device in source.devices():
             with unless_gone():
-                disks.append(disk(source, device))
+                disks.append(disk(source, device, ask_server=as_json))
     for one in disks:
         if one.record_trouble:
             message(f"what serves {one.device.path} is not known: {one.record_trouble}")
@@ -131,6 +131,8 @@ def _details(one: DiskEntry) -> dict[str, Any]:
         "data_path": record.data_path if record else None,
         "record_trouble": one.record_trouble,
         "status": one.status,
+        "threads": one.told.get("threads") if one.told else None,
+        "server_silent": one.silence,
         "params": asdict(one.params) if one.params else None,
         "io_scheduler": one.io_scheduler,
         "shared_memory": one.shared_memory,
@@ -183,6 +185,10 @@ def _lines(one: DiskEntry) -> list[tuple[str, str]]:
         lines += _status_lines(one.status)
         if one.shared_memory:
             lines.append(("shared memory", one.shared_memory))
+        if one.silence:
+            lines.append(("status", f"unknown: {one.silence}"))
+        if record.server_name:
+            lines.append(("server's name", record.server_name))
         lines.append(("log", str(record.log) if record.log else "on the server's terminal"))
     else:
         why = one.record_trouble or "not made by `pyublk add`"

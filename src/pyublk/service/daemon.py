@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Disks that outlive the command that made them: a server process with a record and a log."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -9,31 +10,50 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO, TypeVar
 
 from pyublk import errors
 from pyublk.launch import fill_descriptors
 from pyublk.service import logs, reports
+from pyublk.service.channel import (
+    ChannelError,
+    Client,
+    ask,
+    check_server_name,
+    is_abandoned,
+    server_place,
+)
 from pyublk.service.records import (
     Record,
+    make_run_directory,
     recorded_ids,
     remove_log,
     run_directory,
+    server_log_place,
 )
 from pyublk.service.spec import DiskSpec
 
 Server = subprocess.Popen[bytes]
+T = TypeVar("T")
+
+SERVER = [sys.executable, "-P", "-m", "pyublk.service.server"]
 
 #: Seconds that a server gets to clean up when its start is given up.
 CLEANUP = 30.0
+#: How often a server may be found ending when it is asked for another disk.
+ATTEMPTS = 100
 #: Seconds for the first read of a new disk.
 FIRST_READ = 30.0
 
 
-def start(spec: DiskSpec, ready: Callable[[Record], None] = lambda _: None) -> Record:
+def start(
+    spec: DiskSpec, ready: Callable[[Record], None] = lambda _: None, *, server: str | None = None
+) -> Record:
     """Starts a server in a new session and returns when its disk can be read and `ready`, which is
-    called with its record, has returned.
+    called with its record, has returned. `server`: the name of one that may serve other disks too;
+    it is started if there is none.
 
     The server is a fresh interpreter, so that it shares neither threads nor descriptors with the
     caller. It starts in the caller's directory, where the target's class and files are looked up,
@@ -42,17 +62,31 @@ def start(spec: DiskSpec, ready: Callable[[Record], None] = lambda _: None) -> R
     Raises what kept the disk from being made (see `reports.revive`), or what `ready` raised; then,
     as after a KeyboardInterrupt, no device, process, record or log is left.
     """
+    if server is not None:
+        return _add_to(check_server_name(server), spec, ready)
+
+    def begun(told: int) -> Record:
+        record = _record_of(told)
+        _check_readable(record)
+        ready(record)
+        return record
+
+    return _start_process(spec.to_json(), begun)
+
+
+def _start_process(text: str, begun: Callable[[Any], T], server: str | None = None) -> T:
+    """Starts a server, and returns what `begun` makes of its report. When that raises, nothing is
+    left of it."""
     fill_descriptors()  # the server gets descriptors by number, which these must not be
     log, name = logs.begin()
     try:
-        server, report = _spawn(log, name)
+        process, report = _spawn(log, name, server)
         try:
             with report:
-                record = _await_report(server, spec, report, name)
-            _check_readable(record)
-            ready(record)
+                told = _await_report(process, text, report, name)
+            result = begun(told)
         except BaseException:
-            _end(server)
+            _end(process)
             raise
     except BaseException:
         remove_log(log)
@@ -60,16 +94,56 @@ def start(spec: DiskSpec, ready: Callable[[Record], None] = lambda _: None) -> R
     finally:
         os.close(log)
     # Reaps the server in callers that live on; init does it for the others.
-    threading.Thread(target=server.wait, daemon=True).start()
-    return record
+    threading.Thread(target=process.wait, daemon=True).start()
+    return result
 
 
-def _spawn(log: int, name: str) -> tuple[Server, TextIO]:
+def _add_to(name: str, spec: DiskSpec, ready: Callable[[Record], None]) -> Record:
+    """Has the server of that name serve it, which is started if there is none."""
+    for _ in range(ATTEMPTS):
+        with _server_of(name) as client:
+            try:
+                told = client.ask("add", timeout=None, spec=asdict(spec), directory=os.getcwd())
+            except errors.DeviceClosed:  # it is ending: there will be another
+                time.sleep(0.1)
+                continue
+            except ChannelError as error:
+                _add_last_lines(error, server_log_place(name))
+                raise
+        record = _record_of(told["id"])
+        try:
+            _check_readable(record)
+            ready(record)
+        except BaseException:
+            with suppress(ChannelError):
+                ask(record, "stop", timeout=CLEANUP)
+            raise
+        return record
+    raise errors.DeviceBusy(f"the server {name} is ending, and does not get there: see its log")
+
+
+def _server_of(name: str) -> Client:
+    """A connection to it; two who want the same one at the same time get the same one."""
+    directory = os.open(make_run_directory(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        place = server_place(name)
+        try:
+            return Client(place)
+        except ChannelError:
+            if place.exists() and not is_abandoned(place):
+                raise
+        return _start_process("", lambda _: Client(place), name)
+    finally:
+        os.close(directory)
+
+
+def _spawn(log: int, name: str, server: str | None) -> tuple[Server, TextIO]:
     """Starts the server. Its standard input takes the spec, the file gives its report."""
     report, report_end = os.pipe()
     try:
-        server = subprocess.Popen(
-            [sys.executable, "-P", "-m", "pyublk.service.server", str(report_end), name],
+        process = subprocess.Popen(
+            [*SERVER, str(report_end), name, *([] if server is None else [server])],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
@@ -83,13 +157,13 @@ def _spawn(log: int, name: str) -> tuple[Server, TextIO]:
         raise
     finally:
         os.close(report_end)
-    return server, open(report)
+    return process, open(report)
 
 
-def _await_report(server: Server, spec: DiskSpec, report: TextIO, name: str) -> Record:
+def _await_report(server: Server, spec: str, report: TextIO, name: str) -> Any:
     assert server.stdin is not None
     with suppress(BrokenPipeError):  # it has died; what follows tells of it
-        server.stdin.write(spec.to_json().encode())
+        server.stdin.write(spec.encode())
         server.stdin.close()
     text = report.read()
     if not text:
@@ -97,9 +171,13 @@ def _await_report(server: Server, spec: DiskSpec, report: TextIO, name: str) -> 
     told = json.loads(text)
     if "failed" in told:
         raise reports.revive(told["failed"])
-    record = Record.load(told["ready"])
+    return told["ready"]
+
+
+def _record_of(device: int) -> Record:
+    record = Record.load(device)
     if record is None:
-        raise errors.DeviceLost(f"/dev/ublkb{told['ready']} was deleted as soon as it was there")
+        raise errors.DeviceLost(f"/dev/ublkb{device} was deleted as soon as it was there")
     return record
 
 
@@ -112,8 +190,9 @@ def _died(server: Server, log_name: str) -> errors.DeviceLost:
 
 
 def _add_last_lines(error: Exception, log: Path) -> None:
-    for line in log.read_text(errors="replace").splitlines()[-20:]:
-        error.add_note(line)
+    with suppress(FileNotFoundError):
+        for line in log.read_text(errors="replace").splitlines()[-20:]:
+            error.add_note(line)
 
 
 def _check_readable(record: Record) -> None:

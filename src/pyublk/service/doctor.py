@@ -15,7 +15,7 @@ from pyublk._native import Ring
 from pyublk.control import CONTROL_NODE, Controller, DeviceInfo
 from pyublk.errors import OWN_DEV, kind_of_dev
 from pyublk.files import trusted_owners
-from pyublk.service import logs, records
+from pyublk.service import channel, logs, records
 from pyublk.service.stopping import delete, has_server, may_be_starting
 from pyublk.uapi import DeviceStatus
 
@@ -329,9 +329,14 @@ def stale_records() -> list[Path]:
             if server is not None:
                 with server:
                     continue
-        places = (records.place(number), records.log_place(number), records.status_place(number))
+        places = (records.place(number), records.log_place(number), records.socket_place(number))
         found += [place for place in places if place.exists()]
-    return [*found, *(log for log in logs.abandoned() if log not in found)]
+    sockets = [
+        place
+        for place in sorted(records.run_directory().glob("*.sock"))
+        if place not in found and channel.is_abandoned(place)
+    ]
+    return [*found, *(log for log in logs.abandoned() if log not in found), *sockets]
 
 
 def check_records() -> Iterator[Check]:

@@ -10,10 +10,14 @@ from pyublk.control import Controller, DeviceInfo
 from pyublk.openers import command_name
 from pyublk.params import Params
 from pyublk.scheduling import io_scheduler, queue_threads
-from pyublk.service.records import FAILED, Record, memory_place, record_trouble
+from pyublk.service.channel import ChannelError, ask
+from pyublk.service.records import Record, memory_place, record_trouble
 from pyublk.service.sysfs import Sysfs
 from pyublk.service.usage import Use, uses
 from pyublk.uapi import DeviceStatus
+
+#: Seconds for a server to tell of its disk.
+PATIENCE = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +51,9 @@ class DiskEntry:
     place is not believed; `params` None if none were set; `size` in bytes,
     0 while there is no block device; `io_scheduler` is the kernel's, None without a block device;
     `queues` are those of a disk that is live;
-    `server_name` None when there is no server; `status` is what the target says of itself, and
-    `failed` how many requests its server has failed, up to a second ago: both None where no server
-    of `pyublk add` tells. `shared_memory` is where clients find theirs.
+    `server_name` None when there is no server; `told` is what a server of `pyublk add` tells by its
+    channel (the request `status`), and `silence` why it does not. `shared_memory` is where clients
+    find theirs.
     """
 
     device: DeviceInfo
@@ -62,12 +66,24 @@ class DiskEntry:
     io_scheduler: str | None
     queues: tuple[QueueEntry, ...]
     server_name: str | None
-    status: dict[str, Any] | None
-    failed: int | None
     shared_memory: str | None
+    told: dict[str, Any] | None
+    silence: str | None
+
+    @property
+    def status(self) -> dict[str, Any] | None:
+        """What the target says of itself."""
+        return self.told and self.told.get("target_status")
+
+    @property
+    def failed(self) -> int | None:
+        """How many requests the server has failed."""
+        return None if self.told is None else int(self.told.get("failed_requests", 0))
 
 
-def disk(controller: Controller | Sysfs, device: DeviceInfo) -> DiskEntry:
+def disk(
+    controller: Controller | Sysfs, device: DeviceInfo, *, ask_server: bool = True
+) -> DiskEntry:
     """All about one device. Raises OSError ENODEV when it was deleted meanwhile."""
     try:
         params = controller.get_params(device.id)
@@ -75,8 +91,7 @@ def disk(controller: Controller | Sysfs, device: DeviceInfo) -> DiskEntry:
         params = None
     name = f"ublkb{device.id}"
     record = Record.of(device)
-    told = (record and record.read_status()) or {}
-    failed = told.pop(FAILED, 0)
+    told, silence = _ask(record) if ask_server else (None, None)
     live = device.status is not DeviceStatus.DEAD
     return DiskEntry(
         device=device,
@@ -89,10 +104,21 @@ def disk(controller: Controller | Sysfs, device: DeviceInfo) -> DiskEntry:
         io_scheduler=io_scheduler(name) if live else None,
         queues=tuple(_queues(name, device)) if live else (),
         server_name=command_name(device.server_pid) if device.server_pid is not None else None,
-        status=told or None,
-        failed=failed if record is not None else None,
         shared_memory=_shared_memory(device.id) if record is not None else None,
+        told=told,
+        silence=silence,
     )
+
+
+def _ask(record: Record | None) -> tuple[dict[str, Any] | None, str | None]:
+    if record is None:
+        return None, None
+    try:
+        return ask(record, "status", timeout=PATIENCE), None
+    except (ChannelError, OSError) as error:
+        return None, str(error)
+    except Exception as error:  # what the target's own `status` raised
+        return None, f"{type(error).__name__}: {error}"
 
 
 def _shared_memory(device: int) -> str | None:

@@ -4,18 +4,24 @@
 A log is locked by the open file that its server's output goes to: no lock, no server.
 """
 
+import errno
 import fcntl
 import os
 import stat
 import tempfile
+import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from pyublk.files import StrangeFile, trusted_owners
 from pyublk.service.records import Record, make_run_directory, run_directory
 
 #: Bytes at which the older part of a log is removed, and about as many as are left then.
 LIMIT = 1 << 20
 KEPT = LIMIT // 2
+#: Seconds between two looks at what was written since.
+FOLLOW = 0.2
 
 
 def begin() -> tuple[int, str]:
@@ -67,3 +73,49 @@ def trim(descriptor: int) -> None:
     with suppress(OSError):
         os.ftruncate(descriptor, 0)
         os.write(descriptor, b"(older lines were removed)\n" + newest)
+
+
+def last_lines(path: Path, count: int) -> tuple[int, list[str]]:
+    """The log as a descriptor, read so far, and its last lines. Raises FileNotFoundError, and
+    StrangeFile for what is no log of ours."""
+    try:
+        log = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise StrangeFile(f"{path} is a symbolic link") from None
+        raise
+    found = os.fstat(log)
+    if not stat.S_ISREG(found.st_mode) or found.st_uid not in trusted_owners():
+        os.close(log)
+        raise StrangeFile(f"{path} is no log of ours")
+    text = b""
+    while more := os.read(log, 1 << 16):
+        text += more
+    lines = text.decode(errors="replace").splitlines(keepends=True)
+    return log, lines[len(lines) - min(count, len(lines)) :]
+
+
+def follow(log: int) -> Iterator[str]:
+    """What is written to a log from here on, until nobody writes to it any more; it may be trimmed
+    meanwhile."""
+    while True:
+        over = _nobody_writes(log)
+        if os.fstat(log).st_size < os.lseek(log, 0, os.SEEK_CUR):
+            os.lseek(log, 0, os.SEEK_SET)
+        while more := os.read(log, 1 << 16):
+            yield more.decode(errors="replace")
+        if over:
+            return
+        time.sleep(FOLLOW)
+
+
+def _nobody_writes(log: int) -> bool:
+    """Whether its server has let go of it, which has it locked while it lives."""
+    other = os.open(f"/proc/self/fd/{log}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(other)
+    return True

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The run directory: a record and a log for each disk that a command of ours serves.
+"""The run directory: a record, a log and a channel for each disk that a command of ours serves.
 
-`/run/pyublk/N.json` and `/run/pyublk/N.log` belong to `/dev/ublkbN`; PYUBLK_RUN_DIR names another
-directory. A record is believed only while the kernel's device carries the same cookie, and only
-when it is a regular file of ours or root's: nobody else names processes for us to end.
+`N.json`, `N.log` and `N.sock` in `/run/pyublk` belong to `/dev/ublkbN`; PYUBLK_RUN_DIR names
+another directory. A record is believed only while the kernel's device carries the same cookie, and
+only when it is a regular file of ours or root's: nobody else names processes for us to end.
 """
 
 import json
@@ -18,9 +18,6 @@ from pyublk.control import DeviceInfo
 from pyublk.files import StrangeFile, read_record, write_record
 from pyublk.service.processes import ProcessId
 from pyublk.service.spec import DiskSpec
-
-#: In a status, beside what the target says: how many requests have failed, if any has.
-FAILED = "failed_requests"
 
 
 def run_directory() -> Path:
@@ -48,7 +45,8 @@ class Record:
     """A served disk: what the kernel does not know of it.
 
     `cookie` is the device's own; `log` is None for a server that writes to its terminal;
-    `data_path` is how the data travels, and why, in words.
+    `data_path` is how the data travels, and why, in words; `server_name` names a server of several
+    disks.
     """
 
     id: int
@@ -57,6 +55,7 @@ class Record:
     spec: DiskSpec
     log: Path | None
     data_path: str | None = None
+    server_name: str | None = None
 
     @property
     def path(self) -> str:
@@ -112,20 +111,8 @@ class Record:
         current = type(self).read(self.id)
         if current is not None and current.cookie == self.cookie:
             place(self.id).unlink(missing_ok=True)
-            status_place(self.id).unlink(missing_ok=True)
+            socket_place(self.id).unlink(missing_ok=True)
             memory_place(self.id).unlink(missing_ok=True)
-
-    def write_status(self, status: dict[str, Any]) -> None:
-        """Keeps what the target says of itself now."""
-        write_record(status_place(self.id), json.dumps(status), mode=0o644)
-
-    def read_status(self) -> dict[str, Any] | None:
-        """What the target said of itself last; None for one that says nothing."""
-        try:
-            status = json.loads(read_record(status_place(self.id)))
-        except (OSError, ValueError):
-            return None
-        return status if isinstance(status, dict) else None
 
 
 def _understood(kind: type[Any], found: dict[str, Any], device: int) -> dict[str, Any]:
@@ -136,6 +123,7 @@ def _understood(kind: type[Any], found: dict[str, Any], device: int) -> dict[str
     spec = DiskSpec.from_json(json.dumps(_known(DiskSpec, found["spec"])))
     numbers = (known["id"], known["cookie"], server.pid, server.started)
     texts = (spec.target, *spec.arguments, known["log"] or "", known.get("data_path") or "")
+    texts += (known.get("server_name") or "",)
     if (
         not all(type(number) is int for number in numbers)
         or not all(isinstance(text, str) for text in texts)
@@ -171,6 +159,11 @@ def log_place(device: int) -> Path:
     return run_directory() / f"{device}.log"
 
 
+def server_log_place(name: str) -> Path:
+    """The log of a server of several disks; each of these has another name for it."""
+    return run_directory() / f"{name}.server.log"
+
+
 def remove_log(descriptor: int) -> None:
     """Removes the log that the descriptor writes to, wherever it is by now: the name that it had
     may be that of the next disk's."""
@@ -180,9 +173,9 @@ def remove_log(descriptor: int) -> None:
                 path.unlink()
 
 
-def status_place(device: int) -> Path:
-    """What the target of a device id says of itself."""
-    return run_directory() / f"{device}.status"
+def socket_place(device: int) -> Path:
+    """The channel to the server of a device id."""
+    return run_directory() / f"{device}.sock"
 
 
 def memory_place(device: int) -> Path:

@@ -6,36 +6,35 @@ import logging
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from pyublk.device import Device
 from pyublk.interruptions import handled
-from pyublk.options import DISK
-from pyublk.service import logs, reports
-from pyublk.service.processes import ProcessId
+from pyublk.service import logs, reports, title
+from pyublk.service.hosting import Host, Served, record_of
+from pyublk.service.listener import Listener
 from pyublk.service.records import (
-    FAILED,
     Record,
     log_place,
     make_run_directory,
-    memory_place,
     remove_log,
+    server_log_place,
 )
 from pyublk.service.spec import DiskSpec
-from pyublk.sharing import SharedMemory
 from pyublk.stats import QueueStats
-from pyublk.target import Target
 
 log = logging.getLogger("pyublk.server")
 
-#: Seconds between two looks at what is to be told, and at how long the log is.
+#: Seconds between two looks at how long the log is.
 LOOK_AFTER = 1.0
+#: Seconds between two looks at whether one of several disks has ended.
+LOOK_AFTER_SEVERAL = 0.25
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -97,101 +96,60 @@ def serve(
     make_run_directory()
     termination = _Termination()
     device: Device | None = None
-    record: Record | None = None
-    began: float | None = None
-    memory: SharedMemory | None = None
+    served: Served | None = None
+    listener = Listener()
     with termination.handled():
         try:
             with termination.raising():
                 device = spec.device()
                 device.start()
-            began = time.monotonic()
-            record = _record(spec, device, log_file)
-            record.write()
-            memory = _share(spec, device)  # until the end
-            keep = _keep_status(record, device.target, _failed(device))
-            ready(record)
+            log_file = log_file and log_file.replace(log_place(device.id))
+            served = Served(device, record_of(spec, device, log_file), listener)
+            ready(served.record)
             with termination.raising():
                 while not device.wait(LOOK_AFTER):
-                    keep()
                     if log_file is not None:
                         logs.trim(sys.stderr.fileno())
         except Terminated:
             pass
         finally:
             try:
-                if device is not None:
+                if served is not None:
+                    served.stop()
+                elif device is not None:
                     device.stop()
             finally:
-                del memory  # its number is what the link names
-                if record is not None:
-                    record.remove()
-    if device is None or began is None:
+                listener.close_all()
+    if served is None:
         return None
-    return ServeResult(device.stats().total, time.monotonic() - began)
+    return ServeResult(served.device.stats().total, time.monotonic() - served.began)
 
 
-def _record(spec: DiskSpec, device: Device, log_file: Path | None) -> Record:
-    return Record(
-        id=device.id,
-        cookie=device.info().cookie,
-        server=ProcessId.own(),
-        spec=spec,
-        log=log_file and log_file.replace(log_place(device.id)),
-        data_path=str(device.data_path),
-    )
+def serve_several(name: str, *, log_file: Path, ready: Callable[[], None]) -> bool:
+    """Serves what it is asked to by the channel of that name, until one of _SIGNALS, or the end of
+    its last disk; whether every disk ended well. Main thread only."""
+    make_run_directory()
+    termination = _Termination()
+    with termination.handled():
+        host = Host(name, log_file)
+        try:
+            ready()
+            while host.goes_on():
+                with termination.raising():
+                    time.sleep(LOOK_AFTER_SEVERAL)
+                logs.trim(sys.stderr.fileno())
+        except Terminated:
+            pass
+        finally:
+            host.close()
+    return not host.failed
 
 
-def _share(spec: DiskSpec, device: Device) -> SharedMemory | None:
-    """Shares memory with clients, if that was asked for, by a link that they can open."""
-    if not spec.disk.get("shared_memory"):
-        return None
-    size = spec.disk.get("shared_memory_size", DISK["shared_memory_size"].default)
-    memory = device.share(size)
-    place = memory_place(device.id)
-    place.unlink(missing_ok=True)
-    place.symlink_to(f"/proc/{os.getpid()}/fd/{memory.fd}")
-    return memory
-
-
-def _failed(device: Device) -> Callable[[], int]:
-    return lambda: device.stats().total.errors
-
-
-def _keep_status(
-    record: Record, target: Target, failed: Callable[[], int] = lambda: 0
-) -> Callable[[], None]:
-    """From now on, what the target says of itself is beside the record, as soon as it says so, and
-    with it how many requests have failed, whenever what is returned is called."""
-    lock = threading.Lock()
-    written = 0
-
-    def keep() -> None:
-        nonlocal written
-        with lock:
-            status = target.status()
-            if count := failed():
-                status = (status or {}) | {FAILED: count}
-            written = count
-            try:
-                if status is not None:
-                    record.write_status(status)
-            except OSError as error:  # a full /run is no reason to stop serving
-                log.warning("the status of %s cannot be written down: %s", record.path, error)
-
-    def keep_failed() -> None:
-        if failed() != written:
-            keep()
-
-    target.status_changed = keep
-    keep()
-    return keep_failed
-
-
-def _run_daemon(report_fd: int, log_file: Path) -> int:
-    """Reads a spec from the standard input, serves it, and reports to a pipe how its start went."""
+def _run_daemon(report_fd: int, log_file: Path, name: str | None) -> int:
+    """Reads a spec from the standard input and serves it, or has a `name` and is asked by its
+    channel; reports to a pipe how its start went."""
     os.set_inheritable(report_fd, False)
-    spec = DiskSpec.from_json(sys.stdin.read())
+    text = sys.stdin.read()
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
@@ -199,31 +157,42 @@ def _run_daemon(report_fd: int, log_file: Path) -> int:
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     report = open(report_fd, "w")  # noqa: SIM115 - closed by the report, when it is known
-    live: Record | None = None
+    live = False
 
-    def ready(record: Record) -> None:
+    def tell(how: dict[str, Any]) -> None:
         nonlocal live
-        log.info("serving %s as %s by %s", spec.target, record.path, record.data_path)
         # The target has opened its files by now; no directory is to be kept busy for ever.
         os.chdir("/")
         with report:
-            json.dump({"ready": record.id}, report)
-        live = record
+            json.dump(how, report)
+        live = True
+
+    def ready(record: Record) -> None:
+        log.info("serving %s as %s by %s", record.spec.target, record.path, record.data_path)
+        title.show(*title.of_disk(record.id, record.spec.target))
+        tell({"ready": record.id})
 
     try:
-        served = serve(spec, log_file=log_file, ready=ready)
+        if name is not None:
+            place = log_file.replace(server_log_place(name))
+            ended_well = serve_several(name, log_file=place, ready=lambda: tell({"ready": name}))
+        else:
+            served = serve(DiskSpec.from_json(text), log_file=log_file, ready=ready)
+            if served is not None:
+                log.info("stopped after %d requests", served.total.requests)
+            ended_well = True
     except BaseException as error:
         log.error("the server ends with an error", exc_info=error)
-        if live is None and not report.closed:
+        if not live and not report.closed:
             with report:
                 json.dump({"failed": reports.describe(error)}, report)
         return 1
-    if served is not None:
-        log.info("stopped after %d requests", served.total.requests)
-    if live is not None and live.log is not None:
+    if not ended_well and name is not None:  # the logs of disks that did not are left
+        server_log_place(name).unlink(missing_ok=True)
+    elif live:
         remove_log(sys.stderr.fileno())
-    return 0
+    return 0 if ended_well else 1
 
 
 if __name__ == "__main__":
-    sys.exit(_run_daemon(int(sys.argv[1]), Path(sys.argv[2])))
+    sys.exit(_run_daemon(int(sys.argv[1]), Path(sys.argv[2]), next(iter(sys.argv[3:]), None)))

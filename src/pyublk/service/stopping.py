@@ -5,6 +5,7 @@ import errno
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -13,6 +14,7 @@ from pathlib import Path
 from pyublk import errors
 from pyublk.control import Controller, DeviceInfo
 from pyublk.files import about
+from pyublk.service.channel import ChannelError, ask
 from pyublk.service.claim import patiently, refuse_if_used, take
 from pyublk.service.processes import Process, start_time
 from pyublk.service.records import Record, record_trouble
@@ -22,6 +24,8 @@ log = logging.getLogger("pyublk.service")
 
 #: Seconds that a helper, or a server that has ended, gets to delete the device.
 _DELETION = 10.0
+#: Seconds for a server of several disks to forget one.
+_FORGOTTEN = 5.0
 #: Seconds, from when it is first looked at, in which a device that is DEAD may just be starting.
 _STARTING = 3.0
 
@@ -67,7 +71,9 @@ def stop(
                 tolerated += (TimeoutError,)
         with suppress(*tolerated):
             stopped = take(controller, device, held, timeout, force=force, safe=safe)
-        if record is not None and server is not None:
+        if record is not None and server is not None and record.server_name is not None:
+            _end_one_of_several(controller, device, record, timeout)
+        elif record is not None and server is not None:
             _end_server(controller, device, record, server, timeout, asked=stopped)
         elif has_server(device) or not device.ours:
             if device.status is not DeviceStatus.DEAD and not stopped:
@@ -186,6 +192,54 @@ def _end_server(
         raise errors.DeviceLost(
             f"{device.path} is gone, but its server ended with an error: see {record.log}"
         )
+
+
+def _end_one_of_several(
+    controller: Controller, device: DeviceInfo, record: Record, timeout: float
+) -> None:
+    """Its server goes on, unless it was the last disk; it gives up by itself what hangs."""
+    log = _identity(record.log)
+    failures: list[Exception] = []
+
+    def ask_for_it() -> None:
+        try:
+            ask(record, "stop", timeout=None)
+        except Exception as error:
+            failures.append(error)
+
+    asking = threading.Thread(target=ask_for_it, daemon=True)
+    asking.start()
+
+    def answered(seconds: float) -> bool:
+        asking.join(seconds)
+        return not asking.is_alive()
+
+    if not patiently(answered, device, timeout):
+        raise TimeoutError(
+            f"the server {record.server_name} (process {record.server.pid}) does not stop "
+            f"{record.path} within {timeout:g} s: to kill it ends all of its disks"
+        )
+    if not _deleted(controller, device):
+        if failures:
+            raise failures[0]
+        _delete(controller, device, timeout)
+    record.remove()
+    if failures and not isinstance(failures[0], ChannelError):  # else: it was stopped already
+        raise failures[0]
+    if log is not None and _remains(record.log, log):
+        raise errors.DeviceLost(
+            f"{device.path} is gone, but it ended with an error: see {record.log}"
+        )
+
+
+def _remains(log: Path | None, identity: tuple[int, int]) -> bool:
+    """Whether the log is still there when its disk has ended for a moment."""
+    until = time.monotonic() + _FORGOTTEN
+    while _identity(log) == identity:
+        if time.monotonic() > until:
+            return True
+        time.sleep(0.02)
+    return False
 
 
 def _identity(log: Path | None) -> tuple[int, int] | None:

@@ -19,6 +19,8 @@ class File(MappedTarget):
         block_size: the disk's logical block size in bytes; at least that of a block device.
     """
 
+    cuts_files = True
+
     def __init__(
         self,
         path: Path,

@@ -4,6 +4,7 @@
 from pathlib import Path
 
 from pyublk.mapped import MappedTarget
+from pyublk.resizing import Ends
 
 
 class Linear(MappedTarget):
@@ -14,6 +15,8 @@ class Linear(MappedTarget):
         size: bytes of the disk; without, the sum of the files.
         direct, read_only, block_size: as for `File`.
     """
+
+    cuts_files = True
 
     def __init__(
         self,
@@ -26,3 +29,13 @@ class Linear(MappedTarget):
         super().__init__(
             files, size=size, direct=direct, read_only=read_only, block_size=block_size
         )
+
+    def ends(self, size: int) -> Ends:
+        found = super().ends(size)
+        ((file, end),) = found.items()
+        if file < len(self.files) - 1 and end > self.backing[file].size:
+            raise ValueError(
+                f"the disk was cut off in {self.files[file]}, and cannot grow beyond that file "
+                "while it is served: stop it, and serve it with the new size"
+            )
+        return found

@@ -20,6 +20,7 @@ from pyublk.files import Identity, about
 from pyublk.keeping import Ranges, move
 from pyublk.mapped import MappedTarget
 from pyublk.paths import DataPath
+from pyublk.resizing import Ends
 from pyublk.scheduling import NamedThread
 from pyublk.targets.copying import PIECE, Job, Step, copy_steps, sync_steps
 from pyublk.targets.record import LegRecord, LegState, MirrorState, find_record, point_to_record
@@ -61,6 +62,8 @@ class Mirror(MappedTarget):
         rebuild: bring failed legs back in step.
         direct, read_only, block_size: as for `File`.
     """
+
+    cuts_files = True
 
     def __init__(
         self,
@@ -177,6 +180,37 @@ class Mirror(MappedTarget):
     def ranges(self, file: int) -> Ranges:
         return [(0, self.layout.size)]
 
+    def ends(self, size: int) -> Ends:
+        return dict.fromkeys(range(len(self.files)), size)
+
+    def resize(self, size: int, update: Callable[[int], None]) -> None:
+        for leg, path in enumerate(self.files):
+            state = self._state(leg)
+            if state == LegState.FAILED:
+                raise ValueError(
+                    f"leg {leg} ({path}) has failed: a mirror is resized when it is whole; "
+                    "replace that leg first"
+                )
+            if state == LegState.RESYNC and size < self.layout.size:
+                raise ValueError(
+                    f"leg {leg} ({path}) is being brought in step: shrink the disk when it is"
+                )
+        super().resize(size, update)
+
+    def size_changed(self, *, fresh: bool) -> None:
+        """What is new has to be the same in every leg."""
+        with self._lock:
+            for leg in self._legs(LegState.RESYNC):  # up to the new end, from the beginning
+                self._resyncs[leg] += 1
+            if fresh or self.read_only:
+                return
+            for leg in self._legs(LegState.SYNCED)[1:]:
+                self.layout.set_leg_state(leg, LegState.RESYNC)
+                self._resyncs[leg] += 1
+            self._try_to_record()
+            self._begin_resync()
+        self.wake_queues()
+
     def open(self) -> None:
         super().open()
         self.files = [path.absolute() for path in self.files]  # a daemon changes its directory
@@ -251,7 +285,6 @@ class Mirror(MappedTarget):
                 self.files[leg],
                 os.strerror(error),
             )
-            self.status_changed()
 
     # ---- the record ----
 
@@ -354,7 +387,6 @@ class Mirror(MappedTarget):
             self._resyncs[leg] += 1
             self._try_to_record()
             self._begin_resync()
-        self.status_changed()
         self.wake_queues()
 
     def _refuse_late_writers(self, leg: int, path: Path | None) -> Identity:
@@ -465,7 +497,7 @@ class Mirror(MappedTarget):
         for region in range(self._regions):
             if not self._until_done(legs, partial(self._copy, region)):
                 return
-            self._tell_progress((region + 1) / self._regions)
+            self._progress = (region + 1) / self._regions
         if not self._until_done(legs, self._sync):
             return
         with self._lock:
@@ -473,15 +505,8 @@ class Mirror(MappedTarget):
                 layout.set_leg_state(leg, LegState.SYNCED)
                 self._since[leg] = None
             self._try_to_record()
-        self.status_changed()
         if not self.degraded:
             log.info("the mirror is in step again")
-
-    def _tell_progress(self, progress: float) -> None:
-        hundredth = int(progress * 100) > int(self._progress * 100)
-        self._progress = progress
-        if hundredth:
-            self.status_changed()
 
     def _until_done(
         self, legs: dict[int, int], work: Callable[[list[int]], tuple[int, int]]

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """A disk in memory, served in C."""
 
+from collections.abc import Callable
+
 from pyublk import _native
 from pyublk.target import NativeTarget
 
@@ -21,12 +23,22 @@ class Ram(NativeTarget):
             size=size, block_size=block_size, discard_granularity=max(4096, block_size)
         )
         self._memory: _native.Ram | None = None
+        self._room = size
 
     def open(self) -> None:
         if self._memory is None:
             self._memory = _native.Ram(self.size)
+            self._room = self.size
         self.handler = self._memory.handler
         self.context = self._memory.context
+
+    def resize(self, size: int, update: Callable[[int], None]) -> None:
+        if size > self._room:
+            raise ValueError(
+                f"a disk in memory grows to at most the {self._room} bytes that it began "
+                "with: stop it, and make another"
+            )
+        super().resize(size, update)
 
     def resident(self) -> int:
         """Bytes of memory that the disk's content occupies now."""

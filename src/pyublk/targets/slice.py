@@ -8,6 +8,7 @@ from typing import BinaryIO
 
 from pyublk.backing import Backing
 from pyublk.mapped import Extent, MappedTarget
+from pyublk.resizing import Ends
 
 #: Bytes of the largest partition table that is read; those of every tool have 16 KiB.
 MAX_TABLE = 1 << 20
@@ -43,6 +44,17 @@ class Slice(MappedTarget):
         self.offset = offset
         self.length = size
         self.partition = partition
+
+    def ends(self, size: int) -> Ends:
+        if self.partition is not None and size != self.layout.size:
+            raise ValueError(
+                f"a partition is as long as its table says: change the table of {self.files[0]}, "
+                "and serve it anew"
+            )
+        return super().ends(size)
+
+    def size_changed(self, *, fresh: bool) -> None:
+        self.length = self.size
 
     def extents(self) -> Iterable[Extent]:
         (backing,) = self.backing

@@ -6,6 +6,7 @@ from pathlib import Path
 from pyublk._native import Layout
 from pyublk.keeping import Ranges
 from pyublk.mapped import MappedTarget
+from pyublk.resizing import Ends
 
 
 class Stripe(MappedTarget):
@@ -21,6 +22,8 @@ class Stripe(MappedTarget):
         size: bytes of the disk; without, all whole chunks.
         direct, read_only, block_size: as for `File`.
     """
+
+    cuts_files = True
 
     def __init__(
         self,
@@ -54,5 +57,13 @@ class Stripe(MappedTarget):
         return Layout.stripe(files, size, self.chunk)
 
     def ranges(self, file: int) -> Ranges:
-        rows = -(-self.layout.size // (self.chunk * len(self.backing)))
-        return [(0, rows * self.chunk)]
+        return [(0, self.ends(self.layout.size)[file])]
+
+    def ends(self, size: int) -> Ends:
+        row = self.chunk * len(self.backing)
+        if size % row and size != self.layout.size:
+            raise ValueError(
+                f"a stripe of {len(self.backing)} files changes its size by whole rows of {row} "
+                f"bytes: {size // row * row or row} or {(size // row + 1) * row}, not {size}"
+            )
+        return dict.fromkeys(range(len(self.backing)), -(-size // row) * self.chunk)

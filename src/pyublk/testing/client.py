@@ -3,6 +3,7 @@
 
 import errno
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 
 from pyublk._native import Queue
 from pyublk.arguments import whole
@@ -81,6 +82,13 @@ class AsyncDisk:
     def block_size(self) -> int:
         """Bytes of the smallest request."""
         return self.params.basic.logical_block_size
+
+    def resize(self, size: int) -> None:
+        """Gives the disk another size, and the target with it, as `Device.resize` does."""
+        self.target.resize(size, self._update_size)
+
+    def _update_size(self, size: int) -> None:
+        self._params = replace(self.params, basic=replace(self.params.basic, size=size))
 
     def stats(self) -> DeviceStats:
         """Counters since the disk was opened."""

@@ -206,6 +206,10 @@ class Disk:
         """Bytes of the smallest request."""
         return self._client.block_size
 
+    def resize(self, size: int) -> None:
+        """Gives the disk another size, and the target with it, as `Device.resize` does."""
+        self._client.resize(size)
+
     def stats(self) -> DeviceStats:
         """Counters since the disk was opened."""
         return self._client.stats()

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: MIT
+"""`pyublk stats`, `resize` and `replace`: what is asked of a disk's server while it is used."""
+
+import errno
+import os
+from typing import Any
+
+import click
+
+from pyublk.cli.failures import open_controller
+from pyublk.cli.listing import find
+from pyublk.cli.output import print_json, print_table
+from pyublk.cli.parameters import DeviceId, Size, json_option
+from pyublk.service.channel import ask
+from pyublk.service.records import Record, record_trouble
+from pyublk.targets.sizes import format_size
+
+#: Seconds for a server to do it; files and the kernel may take their time.
+PATIENCE = 60.0
+
+
+def record_of(number: int) -> Record:
+    """The record of a disk of `pyublk add`; raises what keeps its server from being asked."""
+    with open_controller() as controller:
+        device = find(controller, number)
+    record = Record.of(device)
+    if record is None:
+        trouble = record_trouble(number)
+        raise OSError(
+            errno.EOPNOTSUPP,
+            trouble
+            or f"{device.path} was not made by `pyublk add`: only its own server can do that",
+        )
+    return record
+
+
+@click.command()
+@click.argument("device", metavar="ID", type=DeviceId())
+@json_option
+def stats(device: int, as_json: bool) -> None:
+    """Print what a disk's queues have done, as their server counts it.
+
+    `errors` are requests that failed, `enters` calls of io_uring_enter, `largest_batch` the most
+    requests that came by one of them, and `fallbacks` how often another data path was taken.
+    """
+    told: dict[str, Any] = ask(record_of(device), "stats", timeout=PATIENCE)
+    if as_json:
+        print_json(told)
+        return
+    queues = told["queues"]
+    columns = ["COUNTER", "TOTAL", *(f"QUEUE {number}" for number in range(len(queues)))]
+    rows = [
+        [name, str(value), *(str(queue[name]) for queue in queues)]
+        for name, value in told["total"].items()
+    ]
+    print_table(columns, rows)
+
+
+@click.command()
+@click.argument("device", metavar="ID", type=DeviceId())
+@click.argument("size", type=Size())
+@click.option("--shrink", is_flag=True, help="Also to a smaller size: what lies beyond is lost.")
+@json_option
+def resize(device: int, size: int, shrink: bool, as_json: bool) -> None:
+    """Give a disk another SIZE, such as 2G, while it is used (Linux 6.16).
+
+    The files of `file`, `linear`, `stripe` and `mirror` grow with it, and are cut when it shrinks;
+    a block device under it must have the room. A file system on it is told by its own tool
+    (resize2fs, xfs_growfs); one that is to shrink has to be made smaller first.
+    """
+    told: dict[str, Any] = ask(
+        record_of(device), "resize", timeout=PATIENCE, size=size, shrink=shrink
+    )
+    if as_json:
+        print_json(told)
+    else:
+        click.echo(f"/dev/ublkb{device} has {format_size(told['size'])}")
+
+
+@click.command()
+@click.argument("device", metavar="ID", type=DeviceId())
+@click.argument("leg", type=click.IntRange(min=0))
+@click.argument("path", required=False, type=click.Path())
+@json_option
+def replace(device: int, leg: int, path: str | None, as_json: bool) -> None:
+    """Put PATH in the place of a mirror's failed LEG, and bring it in step.
+
+    LEG is its number, from 0. Without PATH, the same file is taken back. `pyublk info` tells how
+    far it is.
+    """
+    wanted = None if path is None else os.path.abspath(path)
+    told: dict[str, Any] = ask(record_of(device), "replace", timeout=PATIENCE, leg=leg, path=wanted)
+    if as_json:
+        print_json(told)
+    else:
+        state = told["target_status"]["legs"][leg]
+        click.echo(f"leg {leg} is {state['path']}, {state['state']}")

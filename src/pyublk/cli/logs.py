@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: MIT
+"""`pyublk logs`."""
+
+import os
+
+import click
+
+from pyublk.cli.failures import NoDevice
+from pyublk.cli.parameters import DeviceId
+from pyublk.service.logs import follow, last_lines
+from pyublk.service.records import Record, log_place
+
+
+@click.command()
+@click.argument("device", metavar="ID", type=DeviceId())
+@click.option("-f", "--follow", "follows", is_flag=True, help="Go on until the server ends.")
+@click.option("-n", "--lines", type=click.IntRange(min=0), default=50, show_default=True,
+              metavar="N", help="The last so many lines.")  # fmt: skip
+def logs(device: int, follows: bool, lines: int) -> None:
+    """Print what a disk's server has logged, also of a server that died.
+
+    A server of several disks has one log for all of them. It is kept small: older lines go.
+    """
+    try:
+        log, last = last_lines(log_place(device), lines)
+    except FileNotFoundError:
+        record = Record.read(device)
+        if record is not None and record.log is None:
+            raise NoDevice(f"the server of {record.path} writes to its terminal") from None
+        raise NoDevice(
+            f"there is no log of a disk {device}: it was not made by `pyublk add`, or it has ended "
+            "without an error"
+        ) from None
+    try:
+        click.echo("".join(last), nl=False)
+        for text in follow(log) if follows else ():
+            click.echo(text, nl=False)
+    finally:
+        os.close(log)

@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: MIT
+"""The disks that a server has: each with its record, its channel and its log, from start to end."""
+
+import ctypes
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any
+
+from pyublk import errors
+from pyublk.device import Device
+from pyublk.options import DISK
+from pyublk.service import requests, title
+from pyublk.service.channel import server_place
+from pyublk.service.listener import Listener, Undoable
+from pyublk.service.processes import ProcessId
+from pyublk.service.records import Record, log_place, memory_place, socket_place
+from pyublk.service.spec import DiskSpec
+from pyublk.sharing import SharedMemory
+
+log = logging.getLogger("pyublk.server")
+
+#: Seconds that a server waits for its first disk.
+FIRST_DISK = 60.0
+#: Seconds at the end for who is starting a disk to see that it is not wanted any more.
+CLEANUP = 5.0
+
+_CLONE_FS = 0x200
+
+
+class Served:
+    """One disk of this process, with its record and its channel."""
+
+    def __init__(self, device: Device, record: Record, listener: Listener) -> None:
+        self.device = device
+        self.record = record
+        self._listener = listener
+        self.began = time.monotonic()
+        self._ending = threading.Lock()
+        self.ending = self.ended = False
+        #: What its end failed with.
+        self.failure: Exception | None = None
+        record.write()
+        try:
+            self._memory = _share(record.spec, device)  # until the end
+        except BaseException:
+            record.remove()
+            raise
+        try:
+            listener.open(
+                socket_place(record.id),
+                sorted(requests.REQUESTS),
+                lambda name, arguments: requests.call(self, name, arguments),
+            )
+        except OSError as error:  # it can be served without
+            log.warning("%s has no channel: %s", record.path, error)
+
+    def resize(self, size: int, *, shrink: bool) -> None:
+        self.device.resize(size, shrink=shrink)
+        spec = self.record.spec
+        if spec.disk.get("size") is not None:
+            self.record = replace(self.record, spec=replace(spec, disk=spec.disk | {"size": size}))
+            self.record.write()
+
+    def stop(self) -> None:
+        """Stops the disk, and forgets it; who comes second waits, and gets the same failure."""
+        with self._ending:
+            if not self.ended:
+                try:
+                    self.device.stop()
+                except Exception as error:
+                    self.failure = error
+                    raise
+                finally:
+                    self.ended = True
+                    self._memory = None  # its number is what the link names
+                    self._listener.close(socket_place(self.record.id))
+                    self.record.remove()
+            elif self.failure is not None:
+                raise self.failure
+
+
+class Host:
+    """Several disks of one server, which takes more by its own channel (`add`)."""
+
+    def __init__(self, name: str, log_file: Path) -> None:
+        self._name = name
+        self._log = log_file
+        self._listener = Listener()
+        self._place = server_place(name)
+        self._lock = threading.Lock()
+        self._import_lock = threading.Lock()
+        self._path = list(sys.path)
+        self._directories: list[str] = []
+        self.disks: list[Served] = []
+        self.failed = False
+        self._adding = 0
+        self._waits_until = time.monotonic() + FIRST_DISK
+        self._closing = False
+        self._listener.open(self._place, ["add", "disks"], self._answer)
+        self._show()
+
+    def _answer(self, name: str, arguments: dict[str, Any]) -> Any:
+        if name == "disks":
+            return [disk.record.id for disk in list(self.disks)]
+        if arguments.keys() != {"spec", "directory"}:
+            raise ValueError("add needs 'spec' and 'directory'")
+        spec = DiskSpec.from_json(json.dumps(arguments["spec"]))
+        disk = self._add(spec, arguments["directory"])
+        return Undoable({"id": disk.record.id}, disk.stop)
+
+    def _add(self, spec: DiskSpec, directory: str) -> Served:
+        with self._lock:
+            if self._closing:
+                raise errors.DeviceClosed(f"the server {self._name} is ending")
+            self._adding += 1
+        try:
+            _work_in(directory)
+            with self._imports_of(spec, directory):
+                device = spec.device()
+            device.start()
+            try:
+                disk = self._begun(spec, device)
+            except BaseException:
+                device.stop()
+                raise
+        finally:
+            os.chdir("/")  # of this thread, and those that the disk has: no directory is kept busy
+            with self._lock:
+                self._adding -= 1
+                self._waits_until = 0.0
+        log.info("serving %s as %s by %s", spec.target, disk.record.path, disk.record.data_path)
+        return disk
+
+    def _begun(self, spec: DiskSpec, device: Device) -> Served:
+        place = log_place(device.id)
+        record = replace(record_of(spec, device, place), server_name=self._name)
+        with suppress(FileNotFoundError):
+            place.unlink()  # of the server that had this id before
+        os.link(self._log, place)
+        with self._lock:
+            if self._closing:
+                place.unlink()
+                raise errors.DeviceClosed(f"the server {self._name} is ending")
+            disk = Served(device, record, self._listener)
+            self.disks.append(disk)
+        self._show()
+        return disk
+
+    def _show(self) -> None:
+        disks = [(disk.record.id, disk.record.spec.target) for disk in list(self.disks)]
+        title.show(*title.of_server(self._name, disks))
+
+    @contextmanager
+    def _imports_of(self, spec: DiskSpec, directory: str) -> Iterator[None]:
+        """Modules of the caller's directory are found, and those of other callers are not."""
+        module = spec.target.partition(":")[0] if ":" in spec.target else ""
+        with self._import_lock:
+            if module and not module.endswith(".py"):
+                _refuse_other_module(module.partition(".")[0], directory, self._directories)
+            sys.path[:] = [directory, *self._path]
+            try:
+                yield
+            finally:
+                if directory not in self._directories:
+                    self._directories.append(directory)
+                sys.path[:] = [*self._directories, *self._path]  # for what is imported later
+
+    def goes_on(self) -> bool:
+        """Whether there is a disk, or may be one; if not, nobody can add one any more."""
+        for disk in list(self.disks):
+            if disk.ended:
+                self._forget(disk)
+            elif not disk.ending and _has_ended(disk.device):
+                disk.ending = True
+                threading.Thread(target=self._end, args=(disk,), daemon=True).start()
+        with self._lock:
+            if self.disks or self._adding or time.monotonic() < self._waits_until:
+                return True
+            self._closing = True
+            self._listener.close(self._place)
+        return False
+
+    def _end(self, disk: Served) -> None:
+        with suppress(Exception):  # it is told in the log
+            disk.stop()
+
+    def _forget(self, disk: Served) -> None:
+        """Its name of the log goes, unless there is something to be read there."""
+        with self._lock:
+            if disk not in self.disks:
+                return
+            self.disks.remove(disk)
+        self._show()
+        if disk.failure is not None:
+            self.failed = True
+            log.error("%s ended with an error", disk.record.path, exc_info=disk.failure)
+            return
+        requests_served = disk.device.stats().total.requests
+        log.info("%s stopped after %d requests", disk.record.path, requests_served)
+        place = log_place(disk.record.id)
+        with suppress(OSError):
+            if place.samefile(self._log):
+                place.unlink()
+
+    def close(self) -> None:
+        """Stops all disks at the same time."""
+        with self._lock:
+            self._closing = True
+            self._listener.close(self._place)
+            disks = list(self.disks)
+        threads = [threading.Thread(target=self._end, args=(disk,)) for disk in disks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for disk in disks:
+            self._forget(disk)
+        until = time.monotonic() + CLEANUP
+        while self._adding and time.monotonic() < until:
+            time.sleep(0.01)
+        self._listener.close_all()
+
+
+def record_of(spec: DiskSpec, device: Device, log_file: Path | None) -> Record:
+    """The record of a disk that this process serves."""
+    return Record(
+        id=device.id,
+        cookie=device.info().cookie,
+        server=ProcessId.own(),
+        spec=spec,
+        log=log_file,
+        data_path=str(device.data_path),
+    )
+
+
+def _share(spec: DiskSpec, device: Device) -> SharedMemory | None:
+    """Shares memory with clients, if that was asked for, by a link that they can open."""
+    if not spec.disk.get("shared_memory"):
+        return None
+    size = spec.disk.get("shared_memory_size", DISK["shared_memory_size"].default)
+    memory = device.share(size)
+    place = memory_place(device.id)
+    place.unlink(missing_ok=True)
+    place.symlink_to(f"/proc/{os.getpid()}/fd/{memory.fd}")
+    return memory
+
+
+def _has_ended(device: Device) -> bool:
+    try:
+        return device.wait(0)
+    except Exception:  # its stop raises it once more
+        return True
+
+
+def _work_in(directory: str) -> None:
+    """This thread, and those that it starts, have a working directory of their own from now on:
+    the caller's, by which relative names are meant."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(_CLONE_FS):
+        number = ctypes.get_errno()
+        raise OSError(number, f"no working directory of its own: {os.strerror(number)}")
+    os.chdir(directory)
+
+
+def _refuse_other_module(name: str, directory: str, others: list[str]) -> None:
+    """A process has one module of a name; that of another caller is not this one's."""
+    loaded = getattr(sys.modules.get(name), "__spec__", None)
+    origin = loaded.origin if loaded is not None else None
+    if origin is None or not any(Path(origin).is_relative_to(other) for other in others):
+        return
+    found = PathFinder.find_spec(name, [directory])
+    if found is None or found.origin != origin:
+        raise ValueError(
+            f"this server has the module {name!r} from {origin} already: name the class by its "
+            "file (file.py:Class), or use another server"
+        )

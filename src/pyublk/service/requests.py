@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: MIT
+"""What a disk's channel can be asked for: each request is one function here.
+
+A request is named as its function; its arguments are the function's, but for the disk, with the
+types that it says. What it returns is made of JSON's types. What it raises is told to the client.
+"""
+
+import inspect
+import os
+import threading
+import types
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
+
+from pyublk.service.listener import version
+from pyublk.targets import Mirror
+
+if TYPE_CHECKING:
+    from pyublk.service.hosting import Served
+
+REQUESTS: dict[str, Callable[..., Any]] = {}
+
+#: How JSON calls its types.
+_WORDS = {int: "a whole number", bool: "true or false", str: "a text", type(None): "null"}
+
+
+def request(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes it a request of every disk's channel."""
+    REQUESTS[function.__name__] = function
+    return function
+
+
+def call(disk: "Served", name: str, arguments: dict[str, Any]) -> Any:
+    """What the request returns. Raises ValueError for arguments that it does not take."""
+    function = REQUESTS[name]
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    names = [parameter.name for parameter in parameters]
+    for given in arguments:
+        if given not in names:
+            raise ValueError(
+                f"{name} has no argument {given!r}; it takes {', '.join(names) or 'none'}"
+            )
+    hints = get_type_hints(function, localns={"Served": object})
+    for parameter in parameters:
+        if parameter.name not in arguments:
+            if parameter.default is parameter.empty:
+                raise ValueError(f"{name} needs {parameter.name!r}")
+            continue
+        allowed = _allowed(hints[parameter.name])
+        if type(arguments[parameter.name]) not in allowed:
+            words = " or ".join(_WORDS[kind] for kind in allowed)
+            raise ValueError(f"{parameter.name} of {name} must be {words}")
+    return function(disk, **arguments)
+
+
+def _allowed(hint: Any) -> tuple[type, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+@request
+def stats(disk: "Served") -> dict[str, Any]:
+    """The counters of each queue and of all together, `errors` among them: failed requests."""
+    found = disk.device.stats()
+    return {
+        "total": asdict(found.total),
+        "queues": [asdict(queue) for queue in found.queues],
+    }
+
+
+@request
+def status(disk: "Served") -> dict[str, Any]:
+    """What the target says of itself, and how it is served."""
+    device = disk.device
+    prefix = f"ublk{device.id}-"
+    return {
+        "path": device.path,
+        "state": str(device.state),
+        "size": device.params.basic.size,
+        "target": disk.record.spec.target,
+        "target_status": device.target.status(),
+        "failed_requests": device.stats().total.errors,
+        "data_path": str(device.data_path),
+        "pyublk": version(),
+        "pid": os.getpid(),
+        "threads": {
+            thread.name: thread.native_id
+            for thread in threading.enumerate()
+            if thread.name.startswith(prefix)
+        },
+    }
+
+
+@request
+def resize(disk: "Served", size: int, shrink: bool = False) -> dict[str, Any]:
+    """`Device.resize`; the record keeps the new size."""
+    disk.resize(size, shrink=shrink)
+    return {"size": disk.device.params.basic.size}
+
+
+@request
+def replace(disk: "Served", leg: int, path: str | None = None) -> dict[str, Any]:
+    """`Mirror.replace`: another file for a failed leg, or the same again."""
+    target = disk.device.target
+    if not isinstance(target, Mirror):
+        raise ValueError(f"{disk.record.path} is not a mirror, which alone has legs")
+    if path is not None and not os.path.isabs(path):
+        raise ValueError(f"{path!r} must be an absolute path: the server has its own directory")
+    target.replace(leg, None if path is None else Path(path))
+    return {"target_status": target.status()}
+
+
+@request
+def stop(disk: "Served") -> None:
+    """`Device.stop`; the server ends with its last disk. What was written to the disk is flushed
+    through the target, but not the kernel's page cache: `pyublk stop` does that, and asks users."""
+    disk.stop()
