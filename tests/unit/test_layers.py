@@ -3,6 +3,8 @@
 import asyncio
 import dataclasses
 import errno
+import gc
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -243,25 +245,38 @@ def test_workers_call_below_at_once(kind: str, tmp_path: Path) -> None:
         assert disk.pread(SIZE, 0) == data
 
 
-def test_threads_that_end_leave_no_queue(tmp_path: Path) -> None:
-    layer = pyublk.Layer(File(tmp_path / "file", size=SIZE))
-    layer.open()
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize("kind", ["file", "stripe", "map"])
+def test_threads_that_end_leave_no_queue(kind: str, tmp_path: Path) -> None:
+    """Nor has the target to wait for the collector, to be closed and opened again."""
+    target = TARGETS[kind](tmp_path)
+    assert isinstance(target, pyublk.MappedTarget)
+    layer = pyublk.Layer(target)
+    gc.collect()
+    gc.disable()
     try:
-        queues = layer.below._engine._files._all
         for _ in range(3):
-            with ThreadPoolExecutor(2) as pool:
-                meeting = threading.Barrier(2)
-
-                def read(_: int, meeting: threading.Barrier = meeting) -> None:
-                    meeting.wait(10)
-                    layer.below.read(0, memoryview(bytearray(4096)))
-
-                list(pool.map(read, range(2)))
-                assert len(queues) == 2
-            del pool
-            assert len(queues) == 0
+            before = descriptors()
+            layer.open()
+            layer.below.read(0, memoryview(bytearray(4096)))
+            opened = descriptors()
+            for _ in range(2):
+                one = threading.Thread(
+                    target=layer.below.read, args=(0, memoryview(bytearray(4096)))
+                )
+                one.start()
+                one.join()
+            assert descriptors() == opened
+            with ThreadPoolExecutor(1) as pool:  # whose thread is there yet when it is closed
+                pool.submit(layer.below.write, 0, memoryview(bytes(4096))).result()
+                assert descriptors() > opened
+                layer.close()
+                assert descriptors() == before
     finally:
-        layer.close()
+        gc.enable()
 
 
 def test_a_long_transfer_goes_below_in_pieces(tmp_path: Path) -> None:

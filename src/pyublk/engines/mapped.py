@@ -16,6 +16,8 @@ from pyublk.uapi import IOFlag, Op
 
 #: Bytes that a layer's read or write of files below it moves at once.
 PIECE = 1 << 20
+#: Seconds after which a call that is under way at a target's closing is left alone.
+HANGS = 1.0
 
 
 class MappedEngine(Engine):
@@ -67,10 +69,25 @@ def serve_mapped(queue: MappedQueue, target: MappedTarget, report: FailureLog) -
 
 
 class _Calling:
-    """A queue without a kernel that one thread sends its calls through."""
+    """A queue without a kernel that one thread sends its calls through; gone with that thread."""
 
     def __init__(self, queue: MappedQueue) -> None:
         self.queue = queue
+        self.lock = threading.Lock()  # a call is under way
+
+    def end(self) -> None:
+        """Gives the queue back; one that hangs in a call only when that returns. [any thread]"""
+        free = self.lock.acquire(timeout=HANGS)
+        try:
+            self.queue.close()
+            if free:  # else its thread may be in the ring
+                self.queue.__del__()  # type: ignore[attr-defined]  # not when the collector comes
+        finally:
+            if free:
+                self.lock.release()
+
+    def __del__(self) -> None:
+        self.end()
 
 
 class FileMethods:
@@ -87,7 +104,7 @@ class FileMethods:
     def read(self, offset: int, buffer: memoryview) -> None:
         for at in range(0, len(buffer), PIECE):
             piece = buffer[at : at + PIECE]
-            piece[:] = self._run(Op.READ, NO_FLAGS, offset + at, len(piece))
+            self._run(Op.READ, NO_FLAGS, offset + at, len(piece), into=piece)
 
     def write(self, offset: int, data: memoryview) -> None:
         self._write(offset, data, NO_FLAGS)
@@ -98,8 +115,7 @@ class FileMethods:
     def _write(self, offset: int, data: memoryview, flags: IOFlag) -> None:
         for at in range(0, len(data), PIECE):
             piece = data[at : at + PIECE]
-            self._queue().memory(0, len(piece))[:] = piece
-            self._run(Op.WRITE, flags, offset + at, len(piece))
+            self._run(Op.WRITE, flags, offset + at, len(piece), data=piece)
 
     def flush(self) -> None:
         self._run(Op.FLUSH, NO_FLAGS, 0, 0)
@@ -110,17 +126,30 @@ class FileMethods:
     def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         self._run(Op.WRITE_ZEROES, NO_FLAGS if unmap else IOFlag.NOUNMAP, offset, length)
 
-    def _run(self, op: Op, flags: IOFlag, offset: int, length: int) -> memoryview:
-        """Returns the memory of the request, with what was read."""
-        queue = self._queue()
-        queue.inject(0, op | flags, offset, length)
-        while (result := queue.answered(0)) is None:
-            serve_mapped(queue, self._target, self._report)
-        if result < 0:
-            raise OSError(-result, os.strerror(-result))
-        return queue.memory(0, length if op is Op.READ else 0)
+    def _run(
+        self,
+        op: Op,
+        flags: IOFlag,
+        offset: int,
+        length: int,
+        *,
+        data: memoryview | None = None,
+        into: memoryview | None = None,
+    ) -> None:
+        calling = self._calling()
+        queue = calling.queue
+        with calling.lock:
+            if data is not None:
+                queue.memory(0, length)[:] = data
+            queue.inject(0, op | flags, offset, length)
+            while (result := queue.answered(0)) is None:
+                serve_mapped(queue, self._target, self._report)
+            if result < 0:
+                raise OSError(-result, os.strerror(-result))
+            if into is not None:
+                into[:] = queue.memory(0, length)
 
-    def _queue(self) -> MappedQueue:
+    def _calling(self) -> _Calling:
         """The calling thread's own: a ring is its maker's."""
         calling: _Calling | None = getattr(self._of_thread, "calling", None)
         if calling is None:
@@ -131,7 +160,7 @@ class FileMethods:
             self._of_thread.calling = calling
             with self._lock:
                 self._all.add(calling)
-        return calling.queue
+        return calling
 
     def wake(self) -> None:
         """Makes each queue look at the layout again. From any thread."""
@@ -143,7 +172,8 @@ class FileMethods:
         """Ends every thread's queue; the next call is of a target that was opened again."""
         self._target.wake_queues = lambda: None
         with self._lock:
-            for calling in self._all:
-                calling.queue.close()
+            callings = list(self._all)
             self._all.clear()
+        for calling in callings:
+            calling.end()
         self._of_thread = threading.local()
