@@ -17,7 +17,8 @@ in a directory also from its own line; `tests/unit/test_rooms.py` reads the map 
     interruptions            what signals and cancellations may interrupt
     zones                    the zones of a zoned disk, and the rules for writing to them
     paths                    the ways a request's data takes, and the choice among them
-    backing, resizing        the files that hold a disk's bytes; another size for all of them
+    backing                  the files that hold a disk's bytes
+    resizing                 another size for all of them
     scheduling               when a disk's requests and the threads that serve them run
     options                  what a disk can be asked for; whoever takes it, takes it from here
     control                  Controller: one method per control command

@@ -267,7 +267,7 @@ def added(monkeypatch: pytest.MonkeyPatch) -> Callable[..., DiskSpec]:
     """What `pyublk add` would serve."""
     specs: list[DiskSpec] = []
 
-    def start(spec: DiskSpec, ready: object) -> None:
+    def start(spec: DiskSpec, ready: object, server: object) -> None:
         specs.append(spec)
 
     monkeypatch.setattr(adding, "open_controller", NoController)

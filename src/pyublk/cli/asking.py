@@ -13,7 +13,7 @@ from pyublk.cli.output import print_json, print_table
 from pyublk.cli.parameters import DeviceId, Size, json_option
 from pyublk.service.channel import ask
 from pyublk.service.records import Record, record_trouble
-from pyublk.targets.sizes import format_size
+from pyublk.sizes import format_size
 
 #: Seconds for a server to do it; files and the kernel may take their time.
 PATIENCE = 60.0

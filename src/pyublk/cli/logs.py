@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: MIT
 """`pyublk logs`."""
 
+import errno
 import os
 
 import click
 
-from pyublk.cli.failures import NoDevice
 from pyublk.cli.parameters import DeviceId
+from pyublk.errors import DeviceNotFound
 from pyublk.service.logs import follow, last_lines
 from pyublk.service.records import Record, log_place
 
@@ -26,10 +27,13 @@ def logs(device: int, follows: bool, lines: int) -> None:
     except FileNotFoundError:
         record = Record.read(device)
         if record is not None and record.log is None:
-            raise NoDevice(f"the server of {record.path} writes to its terminal") from None
-        raise NoDevice(
+            raise DeviceNotFound(
+                errno.ENODEV, f"the server of {record.path} writes to its terminal"
+            ) from None
+        raise DeviceNotFound(
+            errno.ENODEV,
             f"there is no log of a disk {device}: it was not made by `pyublk add`, or it has ended "
-            "without an error"
+            "without an error",
         ) from None
     try:
         click.echo("".join(last), nl=False)

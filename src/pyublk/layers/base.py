@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """What every layer is: a target that passes on to the one below what it does not do itself."""
 
-import weakref
 from collections.abc import Awaitable
 from dataclasses import replace
 from typing import Any
@@ -64,14 +63,6 @@ class Layer(Target):
     def __init__(self, below: Target) -> None:
         # Not that of Target: whatever attribute is missing here is the one below.
         self.below = Below(below)
-        self.status_changed = lambda: None
-        above = weakref.ref(self)  # a layer that nobody has goes at once, with what is below
-
-        def tell() -> None:
-            if (layer := above()) is not None:
-                layer.status_changed()
-
-        below.status_changed = tell
 
     def __getattr__(self, name: str) -> Any:
         if name == "below" or name.startswith("_"):

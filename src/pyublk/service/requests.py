@@ -12,13 +12,26 @@ import types
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Protocol, Union, get_args, get_origin, get_type_hints
 
+from pyublk.device import Device
 from pyublk.service.listener import version
+from pyublk.service.records import Record
 from pyublk.targets import Mirror
 
-if TYPE_CHECKING:
-    from pyublk.service.hosting import Served
+
+class ServedDisk(Protocol):
+    """A disk of this process, as a request finds it."""
+
+    device: Device
+    record: Record
+
+    def resize(self, size: int, *, shrink: bool) -> None:
+        """`Device.resize`, and its record."""
+
+    def stop(self) -> None:
+        """Stops it, and forgets it."""
+
 
 REQUESTS: dict[str, Callable[..., Any]] = {}
 
@@ -32,7 +45,7 @@ def request(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def call(disk: "Served", name: str, arguments: dict[str, Any]) -> Any:
+def call(disk: ServedDisk, name: str, arguments: dict[str, Any]) -> Any:
     """What the request returns. Raises ValueError for arguments that it does not take."""
     function = REQUESTS[name]
     parameters = list(inspect.signature(function).parameters.values())[1:]
@@ -42,7 +55,7 @@ def call(disk: "Served", name: str, arguments: dict[str, Any]) -> Any:
             raise ValueError(
                 f"{name} has no argument {given!r}; it takes {', '.join(names) or 'none'}"
             )
-    hints = get_type_hints(function, localns={"Served": object})
+    hints = get_type_hints(function)
     for parameter in parameters:
         if parameter.name not in arguments:
             if parameter.default is parameter.empty:
@@ -60,7 +73,7 @@ def _allowed(hint: Any) -> tuple[type, ...]:
 
 
 @request
-def stats(disk: "Served") -> dict[str, Any]:
+def stats(disk: ServedDisk) -> dict[str, Any]:
     """The counters of each queue and of all together, `errors` among them: failed requests."""
     found = disk.device.stats()
     return {
@@ -70,7 +83,7 @@ def stats(disk: "Served") -> dict[str, Any]:
 
 
 @request
-def status(disk: "Served") -> dict[str, Any]:
+def status(disk: ServedDisk) -> dict[str, Any]:
     """What the target says of itself, and how it is served."""
     device = disk.device
     prefix = f"ublk{device.id}-"
@@ -93,14 +106,14 @@ def status(disk: "Served") -> dict[str, Any]:
 
 
 @request
-def resize(disk: "Served", size: int, shrink: bool = False) -> dict[str, Any]:
+def resize(disk: ServedDisk, size: int, shrink: bool = False) -> dict[str, Any]:
     """`Device.resize`; the record keeps the new size."""
     disk.resize(size, shrink=shrink)
     return {"size": disk.device.params.basic.size}
 
 
 @request
-def replace(disk: "Served", leg: int, path: str | None = None) -> dict[str, Any]:
+def replace(disk: ServedDisk, leg: int, path: str | None = None) -> dict[str, Any]:
     """`Mirror.replace`: another file for a failed leg, or the same again."""
     target = disk.device.target
     if not isinstance(target, Mirror):
@@ -112,7 +125,7 @@ def replace(disk: "Served", leg: int, path: str | None = None) -> dict[str, Any]
 
 
 @request
-def stop(disk: "Served") -> None:
+def stop(disk: ServedDisk) -> None:
     """`Device.stop`; the server ends with its last disk. What was written to the disk is flushed
     through the target, but not the kernel's page cache: `pyublk stop` does that, and asks users."""
     disk.stop()
