@@ -28,6 +28,7 @@ __all__ = [
     "Ring",
     "ShardedLock",
     "SharedTable",
+    "WriteInChild",
     "address",
     "become_io_flusher",
     "open_private",
@@ -448,13 +449,18 @@ class Dispatcher:
     def tasks(self) -> list[Task[object]]:
         """These as tasks, made where there are none yet."""
 
-def write_in_child(path: str, text: str, *, deadline: float) -> int | None:
-    """Writes a text to a file of sysfs, by the helper: some such files wait for a disk's requests,
-    beyond the reach of signals.
+@final
+class WriteInChild:
+    """A text on its way to a file of sysfs, by the helper: some such files wait for a disk's
+    requests, beyond the reach of signals. One that is dropped is called off."""
 
-    Returns 0 or -errno (-ECANCELED: the helper was killed), or None when the deadline passed: the
-    kernel goes on as long as it must.
-    """
+    def __init__(self, path: str, text: str) -> None: ...
+    def finish(self, *, deadline: float) -> int | None:
+        """Waits for its end. Returns 0 or -errno (-ECANCELED: the helper was killed), or None when
+        the deadline passed: the kernel goes on as long as it must."""
+
+def write_in_child(path: str, text: str, *, deadline: float) -> int | None:
+    """A `WriteInChild`, finished."""
 
 HELPER_PROGRAM: str
 
@@ -493,9 +499,6 @@ class Helper:
         the kernel goes on with it all the same. Raises ChildProcessError when the helper was killed
         meanwhile.
         """
-
-    def write(self, path: str, text: str, *, deadline: float) -> int | None:
-        """See `write_in_child`."""
 
 def open_private(path: str, flags: int) -> int:
     """As os.open, with O_CLOEXEC, for a `CharDevice`: a forked child lets go of it at once."""

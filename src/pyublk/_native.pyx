@@ -59,6 +59,7 @@ __all__ = [
     "Ring",
     "ShardedLock",
     "SharedTable",
+    "WriteInChild",
     "address",
     "become_io_flusher",
     "open_private",

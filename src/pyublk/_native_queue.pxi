@@ -447,7 +447,7 @@ cdef class Queue:
 
     cdef pu_queue q
     cdef pu_watch watch
-    cdef list ios        # of each tag; None: somebody else has it
+    cdef list ios        # of each tag; None: not used yet, or somebody else has it
     cdef list forgotten  # unanswered, and nobody has them any more
     cdef bint is_open
     cdef bint fetched
@@ -514,7 +514,7 @@ cdef class Queue:
         self.look_every = 1
         self.is_open = True
         self.forgotten = []
-        self.ios = [self.new_io(tag) for tag in range(depth)]
+        self.ios = [None] * depth
 
     @classmethod
     def loopback(cls, *, depth=128, buffer_size=512 * 1024, extra_entries=0, table=None):

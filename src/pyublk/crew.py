@@ -51,6 +51,8 @@ class Hanging:
     holds_queue: bool
 
 
+#: Seconds between two looks at whether requests go on.
+LOOK = 0.02
 #: Seconds without progress that are enough when a queue is closed before the device is stopped.
 CLOSED = 0.5
 
@@ -100,6 +102,7 @@ class Crew:
         self._preempt = preempt
         self._trim_after = trim_after
         self.attention = threading.Event()  # a servant ended, or failed
+        self.moved = threading.Event()  # something that `progress_until` waits for may have ended
         #: What first ended the serving of some queues by failure: an Exception.
         self.failure: Exception | None = None
         self._failure_lock = threading.Lock()
@@ -178,7 +181,7 @@ class Crew:
             self._async_servers.append(server)
             self._servants = [
                 loops.ServingLoop(
-                    partial(make_queues, shares), self._servant_failed, self.attention.set, server
+                    partial(make_queues, shares), self._servant_failed, self._servant_ended, server
                 )
             ]
             return
@@ -192,7 +195,7 @@ class Crew:
                 serving.ServingThread(
                     partial(make_queues, group),
                     self._servant_failed,
-                    self.attention.set,
+                    self._servant_ended,
                     serve,
                     name=f"ublk{info.id}-q{group[0].queue}",
                     cpus=cpus_of([share.queue for share in group]),
@@ -235,6 +238,10 @@ class Crew:
         if concurrency == "per_queue" and self.threads > 1:
             return [threading.Lock() for _ in range(queues)]
         return [None] * queues
+
+    def _servant_ended(self) -> None:
+        self.attention.set()
+        self.moved.set()
 
     def _servant_failed(self, error: BaseException) -> None:
         """Its clients get EIO from now on; those of the others until the device is stopped."""
@@ -311,7 +318,8 @@ class Crew:
                 return False
             if enough():
                 return False
-            time.sleep(0.005)
+            self.moved.wait(LOOK)
+            self.moved.clear()
         return True
 
     def give_up(self) -> Hanging:

@@ -34,7 +34,12 @@ from pyublk.launch import fill_descriptors
 from pyublk.mapped import MappedTarget
 from pyublk.params import Params
 from pyublk.paths import DataPath, PathChoice, choose_path, named_path
-from pyublk.scheduling import Affinity, checked_affinity, choose_io_scheduler
+from pyublk.scheduling import (
+    Affinity,
+    SchedulerRemoval,
+    checked_affinity,
+    choose_io_scheduler,
+)
 from pyublk.sharing import SharedMemory, Sharing, check_share
 from pyublk.stats import DeviceStats
 from pyublk.target import Target
@@ -42,8 +47,6 @@ from pyublk.uapi import ControlCommand, Feature
 
 log = logging.getLogger("pyublk.device")
 
-#: Seconds for the id of a deleted device to become free; it does at once when nobody has it open.
-ID_FREED = 2.0
 #: Seconds between two looks of an event loop at whether a disk has ended.
 LOOK_FOR_END = 0.1
 
@@ -97,6 +100,7 @@ class Device:
             while clients send more, and be served together.
         io_scheduler: the kernel's I/O scheduler for the disk, such as "mq-deadline"; "auto": none,
             but for a zoned disk, which keeps what the kernel chose; None: what the kernel chose.
+            With "auto" the start does not wait until the kernel has taken its choice back.
         stop_timeout: seconds without progress after which `stop` gives a hanging handler up; at
             least the target's `max_stall`.
         deadline: seconds for each control command.
@@ -157,6 +161,7 @@ class Device:
         self._wish = {"queues": queues, "depth": depth, "max_io_size": max_io_size, "id": id}
         self._affinity = checked_affinity(affinity, queues)
         self._io_scheduler = io_scheduler
+        self._scheduler_removal: SchedulerRemoval | None = None
         self._stop_timeout = seconds("stop_timeout", stop_timeout, zero=True)
         self._deadline = seconds("deadline", deadline)
         self._params: Params | None = None
@@ -401,8 +406,10 @@ class Device:
         self._controller.start(self.id, os.getpid())
         self._crew.raise_error()
         self._await_node(until)
-        zoned = Feature.ZONED in self._device_info().flags
-        if self._io_scheduler is not None and not (zoned and self._io_scheduler == "auto"):
+        if self._io_scheduler == "auto":
+            if Feature.ZONED not in self._device_info().flags:
+                self._scheduler_removal = SchedulerRemoval(self.path)
+        elif self._io_scheduler is not None:
             choose_io_scheduler(self.path, self._io_scheduler, self._deadline)
         self._info = self._controller.info(self.id)
         self._state = DeviceState.LIVE
@@ -598,19 +605,22 @@ class Device:
         assert controller is not None
         self._crew.primed(self._deadline)  # a fetch that came after the stop would stay
         failure: list[BaseException] = []
+        stopped = threading.Event()
 
         def stop_device() -> None:
             try:
                 controller.stop(device, deadline=max(self._deadline, patience) + 24 * 3600)
             except BaseException as error:
                 failure.append(error)
+            stopped.set()
+            self._crew.moved.set()
 
         stopper = threading.Thread(target=stop_device, name=f"ublk{device}-stop", daemon=True)
         stopper.start()
         hung: list[str] = []
         try:
             if not self._crew.progress_until(
-                lambda: not stopper.is_alive() and self._crew.all_ended(),
+                lambda: stopped.is_set() and self._crew.all_ended(),
                 patience=patience,
                 idle=self._deadline,
                 enough=lambda: self._impatient,
@@ -644,6 +654,11 @@ class Device:
 
     def _release(self) -> None:
         """Gives everything back, also after a start that failed half-way."""
+        # The kernel waited for it when it took the disk away, and the disk's name is not given anew
+        # before it is deleted.
+        if self._scheduler_removal is not None:
+            self._scheduler_removal.finish()
+            self._scheduler_removal = None
         if self._char_device is not None:
             self._char_device.close()
             self._char_device = None
@@ -669,17 +684,11 @@ class Device:
     def _delete(self) -> None:
         assert self._controller is not None
         try:
-            # Not DEL_DEV, which waits until everybody has closed the disk.
+            # Not DEL_DEV, which waits until everybody has closed the disk, and then for RCU.
             self._controller.delete(self.id, wait=False)
-            until = time.monotonic() + ID_FREED
-            while time.monotonic() < until:
-                self._controller.info(self.id)
-                time.sleep(0.005)
         except OSError as error:
-            if error.errno != errno.ENODEV:  # else: it is gone, or somebody else deleted it
+            if error.errno != errno.ENODEV:  # else: somebody else deleted it
                 raise
-        else:
-            log.warning("%s is deleted, but its id is taken until its users close it", self.path)
 
     def _finish_quietly(self) -> None:
         """After a failed start: the first error is the one to tell."""
