@@ -71,6 +71,8 @@ __all__ = [
 include "_native_core.pxi"
 include "_native_buffers.pxi"
 include "_native_ring.pxi"
+include "_native_shared.pxi"
+include "_native_io.pxi"
 include "_native_queue.pxi"
 include "_native_async.pxi"
 include "_native_mapped.pxi"

@@ -159,19 +159,22 @@ cdef extern from "_core/buffers.h" nogil:
     void pu_buffers_free(pu_buffers *)
     void pu_buffers_unmap(const pu_buffers *, uint8_t *)
 
-cdef extern from "_core/queue.h" nogil:
-    ctypedef int64_t (*pu_handler)(
-        void *, uint32_t, uint32_t, uint64_t, uint64_t, void *
-    ) noexcept nogil
-
+cdef extern from "_core/tag.h" nogil:
     enum:
         PU_TAG_FETCHING
         PU_TAG_OWNED
 
     struct pu_tag:
         bint fetched
-        int32_t result
         uint64_t zone_lba
+
+    uint32_t pu_tag_generation(const pu_tag *)
+    int pu_tag_state(const pu_tag *)
+
+cdef extern from "_core/queue.h" nogil:
+    ctypedef int64_t (*pu_handler)(
+        void *, uint32_t, uint32_t, uint64_t, uint64_t, void *
+    ) noexcept nogil
 
     struct pu_counters:
         uint64_t requests[32]
@@ -181,6 +184,39 @@ cdef extern from "_core/queue.h" nogil:
         uint64_t largest_batch
         uint64_t fallbacks
 
+    struct pu_loopback:
+        pass
+
+    struct pu_queue:
+        int cdev
+        pu_ring ring
+        pu_desc *desc
+        pu_tag *tags
+        uint16_t *ready
+        uint32_t nr_ready
+        uint16_t id
+        uint16_t depth
+        pu_loopback *loopback
+        bint copies
+        bint user_copy
+        bint severed
+        bint watched
+        bint copying
+
+    int pu_queue_fetch(pu_queue *)
+    int pu_queue_wait(pu_queue *, int64_t)
+    void pu_queue_carry_over(pu_queue *, uint32_t)
+    int64_t pu_queue_tick() noexcept
+    int pu_queue_event_fd(pu_queue *)
+    int pu_queue_watch(pu_queue *, int)
+    int pu_queue_serve(pu_queue *, pu_handler, void *, bint)
+    uint32_t pu_queue_held(const pu_queue *)
+    void pu_queue_counters(const pu_queue *, pu_counters *)
+    uint8_t *pu_queue_buffer(const pu_queue *, uint16_t)
+    uint8_t *pu_queue_next_buffer(const pu_queue *, uint16_t)
+    bint pu_queue_holds(const pu_queue *, uint16_t, uint32_t)
+
+cdef extern from "_core/open.h" nogil:
     struct pu_queue_options:
         uint16_t id
         uint16_t depth
@@ -197,50 +233,27 @@ cdef extern from "_core/queue.h" nogil:
         uint32_t faults
         const pu_shared *client_memory
 
-    struct pu_queue:
-        int cdev
-        pu_ring ring
-        pu_desc *desc
-        pu_tag *tags
-        uint16_t *ready
-        uint32_t nr_ready
-        uint16_t id
-        uint16_t depth
-        bint loopback
-        bint copies
-        bint user_copy
-        bint severed
-        bint watched
-        bint copying
-
     void pu_io_flusher()
     int pu_queue_open(pu_queue *, int, const pu_queue_options *)
     bint pu_queue_close(pu_queue *)
     void pu_queue_free(pu_queue *)
     int pu_queue_sever(pu_queue *)
-    int pu_queue_fetch(pu_queue *)
-    int pu_queue_wait(pu_queue *, int64_t)
-    void pu_queue_carry_over(pu_queue *, uint32_t)
-    int64_t pu_queue_tick() noexcept
-    int pu_queue_event_fd(pu_queue *)
-    int pu_queue_watch(pu_queue *, int)
+
+cdef extern from "_core/answer.h" nogil:
     int pu_queue_answer(pu_queue *, uint16_t, int64_t)
-    uint32_t pu_tag_generation(const pu_tag *)
-    int pu_tag_state(const pu_tag *)
     int pu_queue_post(pu_queue *, uint16_t, uint32_t, int64_t)
     int pu_queue_answer_kept(pu_queue *, uint16_t, uint32_t, int64_t, bint, uint8_t **)
     void pu_queue_fail_held(pu_queue *, int)
     void pu_queue_wake(pu_queue *)
+
+cdef extern from "_core/copy.h" nogil:
     int pu_queue_copy(pu_queue *, uint16_t, uint32_t, void *, uint64_t, uint64_t, uint64_t)
-    int pu_queue_fill_buffer(pu_queue *, uint16_t, uint32_t)
-    int pu_queue_serve(pu_queue *, pu_handler, void *, bint)
-    uint32_t pu_queue_held(const pu_queue *)
-    int pu_queue_inject(pu_queue *, uint16_t, uint32_t, uint64_t, uint32_t)
-    void pu_queue_counters(const pu_queue *, pu_counters *)
-    uint8_t *pu_queue_buffer(const pu_queue *, uint16_t)
-    uint8_t *pu_queue_next_buffer(const pu_queue *, uint16_t)
     void *pu_queue_shared(const pu_queue *, uint16_t)
-    bint pu_queue_holds(const pu_queue *, uint16_t, uint32_t)
+    int pu_queue_fill_buffer(pu_queue *, uint16_t, uint32_t)
+
+cdef extern from "_core/loopback.h" nogil:
+    int pu_loopback_inject(pu_queue *, uint16_t, uint32_t, uint64_t, uint32_t)
+    int32_t pu_loopback_result(const pu_queue *, uint16_t)
 
 cdef extern from "fcntl.h" nogil:
     int F_DUPFD_CLOEXEC

@@ -4,7 +4,10 @@
 #ifndef PU_BENCH_H
 #define PU_BENCH_H
 
+#include "answer.h"
+#include "loopback.h"
 #include "mapped.h"
+#include "open.h"
 
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -99,12 +102,12 @@ static inline void record_failures(struct bench *b)
 
 static inline int32_t request(struct bench *b, uint16_t tag, uint32_t op, uint64_t offset, uint64_t length)
 {
-	CHECK_EQUAL(pu_queue_inject(&b->queue, tag, op, offset >> 9, (uint32_t)(length >> 9)), 0);
+	CHECK_EQUAL(pu_loopback_inject(&b->queue, tag, op, offset >> 9, (uint32_t)(length >> 9)), 0);
 	while (pu_queue_held(&b->queue)) {
 		CHECK(pu_mapped_turn(&b->mapped, 1000000000) >= 0);
 		record_failures(b);
 	}
-	return b->queue.tags[tag].result;
+	return pu_loopback_result(&b->queue, tag);
 }
 
 #endif

@@ -9,7 +9,10 @@
 #include <unistd.h>
 
 #include "failing.h"
-#include "queue.h"
+#include "answer.h"
+#include "copy.h"
+#include "loopback.h"
+#include "open.h"
 
 #define READ_MULTISHOT 49    /* IORING_OP_READ_MULTISHOT (Linux 6.7) */
 #define NOP_INJECT_RESULT 1u /* IORING_NOP_INJECT_RESULT (Linux 6.10) */

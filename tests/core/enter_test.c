@@ -10,7 +10,10 @@
 #include <unistd.h>
 
 #include "check.h"
-#include "queue.h"
+#include "answer.h"
+#include "copy.h"
+#include "loopback.h"
+#include "open.h"
 
 #define ALL 1000
 
@@ -142,7 +145,7 @@ static void open_queue(struct pu_queue *q)
 
 static bool add_nop(struct pu_queue *q, unsigned number)
 {
-	struct pu_sqe *sqe = pu_queue_sqe(q);
+	struct pu_sqe *sqe = pu_ring_next_sqe(&q->ring);
 
 	if (!sqe)
 		return false;
@@ -165,7 +168,7 @@ static void a_queue_tries_again(void)
 		CHECK_EQUAL(pu_ring_unsubmitted(&q.ring), 1);
 	}
 	/* What came meanwhile is told all the same. */
-	CHECK_EQUAL(pu_queue_inject(&q, 2, PU_OP_READ, 0, 1), 0);
+	CHECK_EQUAL(pu_loopback_inject(&q, 2, PU_OP_READ, 0, 1), 0);
 	KERNEL(-EAGAIN);
 	CHECK_EQUAL(pu_queue_wait(&q, 0), 1);
 	CHECK_EQUAL(q.ready[0], 2);

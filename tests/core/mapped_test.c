@@ -87,14 +87,14 @@ static void a_plan_with_more_parts_than_slots(void)
 		parts[i] = (struct pu_extent){
 			.file = i % FILES, .offset = (511 - i) / FILES * 512, .length = 512
 		};
-	CHECK_EQUAL(pu_queue_inject(&b.queue, 2, PU_OP_WRITE, 0, 512), 0);
+	CHECK_EQUAL(pu_loopback_inject(&b.queue, 2, PU_OP_WRITE, 0, 512), 0);
 	memset(pu_queue_next_buffer(&b.queue, 2), 7, BUFFER);
 	CHECK_EQUAL(pu_mapped_turn(&b.mapped, 0), 1);
 	CHECK_EQUAL(pu_mapped_plan(&b.mapped, 2, parts, 511), -EINVAL);
 	CHECK_EQUAL(pu_mapped_plan(&b.mapped, 2, parts, 512), 0);
 	while (pu_queue_held(&b.queue))
 		CHECK_EQUAL(pu_mapped_turn(&b.mapped, 1000000000), 0);
-	CHECK_EQUAL(b.queue.tags[2].result, 512 * 512);
+	CHECK_EQUAL(pu_loopback_result(&b.queue, 2), 512 * 512);
 	for (uint32_t i = 0; i < 512; i++) {
 		uint8_t byte = 0;
 

@@ -214,19 +214,19 @@ static void two_legs_that_fail_are_not_both_given_up(void)
 	first = read_only(0);
 	second = read_only(1);
 	pu_layout_replace_file(&b.layout, 0, first, false, false, 0);
-	CHECK_EQUAL(pu_queue_inject(&b.queue, 0, PU_OP_WRITE, 0, PAGE >> 9), 0);
+	CHECK_EQUAL(pu_loopback_inject(&b.queue, 0, PU_OP_WRITE, 0, PAGE >> 9), 0);
 	while (b.mapped.held < 1)
 		CHECK_EQUAL(pu_mapped_turn(&b.mapped, 10000000), 0);
 	pu_layout_replace_file(&b.layout, 0, fds[0], false, false, 0);
 	pu_layout_replace_file(&b.layout, 1, second, false, false, 0);
-	CHECK_EQUAL(pu_queue_inject(&b.queue, 1, PU_OP_WRITE, 0, PAGE >> 9), 0);
+	CHECK_EQUAL(pu_loopback_inject(&b.queue, 1, PU_OP_WRITE, 0, PAGE >> 9), 0);
 	while (b.mapped.held < 2)
 		CHECK_EQUAL(pu_mapped_turn(&b.mapped, 10000000), 0);
 	turn(&b);
 	CHECK_EQUAL(pu_layout_leg(&b.layout, 0), PU_LEG_FAILED);
 	CHECK_EQUAL(pu_layout_leg(&b.layout, 1), PU_LEG_SYNCED);
-	CHECK_EQUAL(b.queue.tags[0].result, PAGE);
-	CHECK_EQUAL(b.queue.tags[1].result, -EBADF);
+	CHECK_EQUAL(pu_loopback_result(&b.queue, 0), PAGE);
+	CHECK_EQUAL(pu_loopback_result(&b.queue, 1), -EBADF);
 	close(first);
 	close(second);
 	close_bench(&b);
@@ -279,7 +279,7 @@ static void a_leg_that_is_given_up_is_left_with_all_that_it_holds(void)
 	hanging = make_pipe(1);
 	open_mirror(&b);
 	for (uint16_t tag = 0; tag < 2; tag++)
-		CHECK_EQUAL(pu_queue_inject(&b.queue, tag, PU_OP_WRITE, 0, 2 * PAGE >> 9), 0);
+		CHECK_EQUAL(pu_loopback_inject(&b.queue, tag, PU_OP_WRITE, 0, 2 * PAGE >> 9), 0);
 	for (int i = 0; i < 4; i++) /* the leg takes a page, and hangs on the next */
 		turn(&b);
 	CHECK(fail_leg(&b, 1)); /* another queue has noticed */
@@ -289,8 +289,8 @@ static void a_leg_that_is_given_up_is_left_with_all_that_it_holds(void)
 		turn(&b);
 	}
 	CHECK_EQUAL(orphans(&b, 1), 2);
-	CHECK_EQUAL(b.queue.tags[0].result, 2 * PAGE);
-	CHECK_EQUAL(b.queue.tags[1].result, 2 * PAGE);
+	CHECK_EQUAL(pu_loopback_result(&b.queue, 0), 2 * PAGE);
+	CHECK_EQUAL(pu_loopback_result(&b.queue, 1), 2 * PAGE);
 	close(hanging);
 	close_bench(&b);
 	close_files();
@@ -307,7 +307,7 @@ static void a_write_keeps_its_buffer_until_it_is_cut(void)
 	open_mirror(&b);
 	rest = take_slots(&b, 1); /* the first leg's, then the second's, which keeps it */
 	memset(pu_queue_next_buffer(&b.queue, 0), 7, 2 * PAGE);
-	CHECK_EQUAL(pu_queue_inject(&b.queue, 0, PU_OP_WRITE, 0, 2 * PAGE >> 9), 0);
+	CHECK_EQUAL(pu_loopback_inject(&b.queue, 0, PU_OP_WRITE, 0, 2 * PAGE >> 9), 0);
 	for (int i = 0; i < 4; i++)
 		turn(&b);
 	CHECK_EQUAL(b.mapped.free_slot, UINT32_MAX);
@@ -319,7 +319,7 @@ static void a_write_keeps_its_buffer_until_it_is_cut(void)
 		b.mapped.look_at_ns = 0;
 		turn(&b);
 	}
-	CHECK_EQUAL(b.queue.tags[0].result, 2 * PAGE);
+	CHECK_EQUAL(pu_loopback_result(&b.queue, 0), 2 * PAGE);
 	CHECK_EQUAL(first_byte(fds[2]), 7);
 	close(hanging);
 	close_bench(&b);
@@ -335,7 +335,7 @@ static void a_gated_write_waits(void)
 	open_bench(&b, false);
 	pu_layout_block_writes(&b.layout, 0);
 	CHECK(pu_layout_is_drained(&b.layout, 0));
-	CHECK_EQUAL(pu_queue_inject(&b.queue, 0, PU_OP_WRITE, 0, 8), 0);
+	CHECK_EQUAL(pu_loopback_inject(&b.queue, 0, PU_OP_WRITE, 0, 8), 0);
 	for (int i = 0; i < 3; i++)
 		CHECK_EQUAL(pu_mapped_turn(&b.mapped, 1000000), 0);
 	CHECK_EQUAL(pu_queue_held(&b.queue), 1);
@@ -343,7 +343,7 @@ static void a_gated_write_waits(void)
 	pu_layout_block_writes(&b.layout, PU_NO_REGION);
 	while (pu_queue_held(&b.queue))
 		CHECK_EQUAL(pu_mapped_turn(&b.mapped, 1000000000), 0);
-	CHECK_EQUAL(b.queue.tags[0].result, 4096);
+	CHECK_EQUAL(pu_loopback_result(&b.queue, 0), 4096);
 	close_bench(&b);
 	close_files();
 }
@@ -394,7 +394,7 @@ static int fail_in_a_write(struct bench *b)
 	int hanging = make_pipe(1);
 
 	open_mirror(b);
-	CHECK_EQUAL(pu_queue_inject(&b->queue, 0, PU_OP_WRITE, 0, 2 * PAGE >> 9), 0);
+	CHECK_EQUAL(pu_loopback_inject(&b->queue, 0, PU_OP_WRITE, 0, 2 * PAGE >> 9), 0);
 	for (int i = 0; i < 4; i++)
 		turn(b);
 	CHECK(fail_leg(b, 1));
@@ -418,7 +418,7 @@ static void a_file_that_hangs_is_not_charged_to_the_next_one(void)
 		b.mapped.look_at_ns = 0;
 		turn(&b);
 	}
-	CHECK_EQUAL(b.queue.tags[0].result, 2 * PAGE);
+	CHECK_EQUAL(pu_loopback_result(&b.queue, 0), 2 * PAGE);
 	CHECK_EQUAL(pu_layout_leg(&b.layout, 1), PU_LEG_RESYNC);
 	CHECK_EQUAL(b.layout.legs[1].errors, 0);
 	CHECK_EQUAL(orphans(&b, 1), 1);
@@ -451,7 +451,7 @@ static void a_file_that_comes_back_is_charged_with_what_it_holds(void)
 	give_up(&b, 1);
 	while (pu_queue_held(&b.queue))
 		turn(&b);
-	CHECK_EQUAL(b.queue.tags[0].result, 2 * PAGE);
+	CHECK_EQUAL(pu_loopback_result(&b.queue, 0), 2 * PAGE);
 	CHECK_EQUAL(pu_layout_leg(&b.layout, 1), PU_LEG_FAILED);
 	close(hanging);
 	close(fresh);
@@ -462,7 +462,7 @@ static void a_file_that_comes_back_is_charged_with_what_it_holds(void)
 static void inject_writes(struct bench *b)
 {
 	for (uint16_t tag = 0; tag < b->depth; tag++)
-		CHECK_EQUAL(pu_queue_inject(&b->queue, tag, PU_OP_WRITE, 0, 2 * PAGE >> 9), 0);
+		CHECK_EQUAL(pu_loopback_inject(&b->queue, tag, PU_OP_WRITE, 0, 2 * PAGE >> 9), 0);
 }
 
 static void finish_writes(struct bench *b)
@@ -472,7 +472,7 @@ static void finish_writes(struct bench *b)
 		turn(b);
 	}
 	for (uint16_t tag = 0; tag < b->depth; tag++)
-		CHECK_EQUAL(b->queue.tags[tag].result, 2 * PAGE);
+		CHECK_EQUAL(pu_loopback_result(&b->queue, tag), 2 * PAGE);
 }
 
 static void legs_that_hang_leave_slots_for_the_others(void)
@@ -530,7 +530,7 @@ static void a_write_finds_the_file_that_is_there_when_it_begins(void)
 	open_mirror(&b);
 	pu_layout_block_writes(&b.layout, 0);
 	memset(pu_queue_next_buffer(&b.queue, 0), 3, PAGE);
-	CHECK_EQUAL(pu_queue_inject(&b.queue, 0, PU_OP_WRITE, 0, PAGE >> 9), 0);
+	CHECK_EQUAL(pu_loopback_inject(&b.queue, 0, PU_OP_WRITE, 0, PAGE >> 9), 0);
 	turn(&b);
 	before = fds[1];
 	fds[1] = make_other();
@@ -540,7 +540,7 @@ static void a_write_finds_the_file_that_is_there_when_it_begins(void)
 	CHECK_EQUAL(b.mapped.version, b.layout.version);
 	while (pu_queue_held(&b.queue))
 		turn(&b);
-	CHECK_EQUAL(b.queue.tags[0].result, PAGE);
+	CHECK_EQUAL(pu_loopback_result(&b.queue, 0), PAGE);
 	CHECK_EQUAL(first_byte(fds[1]), 3);
 	CHECK_EQUAL(first_byte(before), 0);
 	close(before);
@@ -553,13 +553,13 @@ static void a_write_finds_the_file_that_is_there_when_it_begins(void)
 static void write_and_fail_it(struct bench *b, uint8_t byte)
 {
 	memset(pu_queue_next_buffer(&b->queue, 0), byte, PAGE);
-	CHECK_EQUAL(pu_queue_inject(&b->queue, 0, PU_OP_WRITE, 0, PAGE >> 9), 0);
+	CHECK_EQUAL(pu_loopback_inject(&b->queue, 0, PU_OP_WRITE, 0, PAGE >> 9), 0);
 	turn(b);
 	CHECK_EQUAL(pu_queue_held(&b->queue), 1);
 	pu_queue_fail_held(&b->queue, EIO);
 	CHECK_EQUAL(pu_queue_wait(&b->queue, 0), 0); /* no turn: the next request comes in the same */
 	CHECK_EQUAL(pu_queue_held(&b->queue), 0);
-	CHECK_EQUAL(b->queue.tags[0].result, -EIO);
+	CHECK_EQUAL(pu_loopback_result(&b->queue, 0), -EIO);
 }
 
 static void a_gated_write_that_was_failed_is_not_done(void)
@@ -656,7 +656,7 @@ static void *serve(void *context)
 			uint64_t offset = server->offset + (round + tag) % 20 * PAGE;
 
 			memset(pu_queue_next_buffer(&queue, tag), 7, PAGE);
-			CHECK_EQUAL(pu_queue_inject(&queue, tag, tag ? PU_OP_WRITE : PU_OP_READ,
+			CHECK_EQUAL(pu_loopback_inject(&queue, tag, tag ? PU_OP_WRITE : PU_OP_READ,
 						    offset >> 9, PAGE >> 9), 0);
 		}
 		while (pu_queue_held(&queue)) {
@@ -664,7 +664,7 @@ static void *serve(void *context)
 			record_together(&mapped);
 		}
 		for (uint16_t tag = 0; tag < DEPTH; tag++)
-			server->failed += queue.tags[tag].result != PAGE;
+			server->failed += pu_loopback_result(&queue, tag) != PAGE;
 	}
 	pu_queue_close(&queue);
 	pu_mapped_close(&mapped);
@@ -723,20 +723,20 @@ static void a_write_outlives_the_buffer_of_one_that_hangs(void)
 	open_mirror(&b);
 	memory = pu_queue_next_buffer(&b.queue, 0);
 	memset(memory, 7, length);
-	CHECK_EQUAL(pu_queue_inject(&b.queue, 0, PU_OP_WRITE, 0, length >> 9), 0);
+	CHECK_EQUAL(pu_loopback_inject(&b.queue, 0, PU_OP_WRITE, 0, length >> 9), 0);
 	drain(&b, slow, 7, 2 * PAGE);
 	give_up(&b, 1);
 	/* The rest of the slow leg's part comes from where its beginning came from. */
 	drain(&b, slow, 7, length - 2 * PAGE);
 	while (pu_queue_held(&b.queue))
 		turn(&b);
-	CHECK_EQUAL(b.queue.tags[0].result, length);
+	CHECK_EQUAL(pu_loopback_result(&b.queue, 0), length);
 	CHECK_EQUAL(pu_layout_leg(&b.layout, 1), PU_LEG_FAILED);
 	CHECK_EQUAL(pu_layout_leg(&b.layout, 2), PU_LEG_SYNCED);
 
 	/* The tag is used again; what the leg takes late is of the request that it held. */
 	memset(pu_queue_next_buffer(&b.queue, 0), 8, PAGE);
-	CHECK_EQUAL(pu_queue_inject(&b.queue, 0, PU_OP_WRITE, 0, PAGE >> 9), 0);
+	CHECK_EQUAL(pu_loopback_inject(&b.queue, 0, PU_OP_WRITE, 0, PAGE >> 9), 0);
 	drain(&b, slow, 8, PAGE);
 	while (pu_queue_held(&b.queue))
 		turn(&b);
@@ -773,7 +773,7 @@ static void what_a_leg_holds_outlives_the_queue(enum fate fate)
 	open_mirror(&b);
 	memory = pu_queue_next_buffer(&b.queue, 0);
 	memset(memory, 7, 2 * PAGE);
-	CHECK_EQUAL(pu_queue_inject(&b.queue, 0, PU_OP_WRITE, 0, 2 * PAGE >> 9), 0);
+	CHECK_EQUAL(pu_loopback_inject(&b.queue, 0, PU_OP_WRITE, 0, 2 * PAGE >> 9), 0);
 	turn(&b);
 	give_up(&b, 1);
 	while (pu_queue_held(&b.queue))
@@ -783,7 +783,7 @@ static void what_a_leg_holds_outlives_the_queue(enum fate fate)
 	/* The same file is put back, and hangs on a second request. */
 	pu_layout_set_leg(&b.layout, 1, PU_LEG_SYNCED);
 	b.layout.legs[1].errors = 0;
-	CHECK_EQUAL(pu_queue_inject(&b.queue, 0, PU_OP_WRITE, 0, 2 * PAGE >> 9), 0);
+	CHECK_EQUAL(pu_loopback_inject(&b.queue, 0, PU_OP_WRITE, 0, 2 * PAGE >> 9), 0);
 	turn(&b);
 	give_up(&b, 1);
 	while (pu_queue_held(&b.queue))

@@ -2,7 +2,10 @@
  * The queue's state machine in loopback: everything but the kernel.
  */
 #define _GNU_SOURCE
-#include "queue.h"
+#include "answer.h"
+#include "copy.h"
+#include "loopback.h"
+#include "open.h"
 
 #include <errno.h>
 #include <pthread.h>
@@ -40,18 +43,18 @@ static void every_request_is_answered_once(void)
 	uint64_t calls = 0;
 
 	CHECK_EQUAL(open_queue(&q, -1, 3), 0);
-	CHECK_EQUAL(pu_queue_inject(&q, 0, PU_OP_READ, 0, 1), -EINVAL); /* not fetched */
+	CHECK_EQUAL(pu_loopback_inject(&q, 0, PU_OP_READ, 0, 1), -EINVAL); /* not fetched */
 	CHECK_EQUAL(pu_queue_fetch(&q), 0);
 	for (int round = 0; round < 100; round++) {
 		for (uint16_t tag = 0; tag < DEPTH; tag++)
-			CHECK_EQUAL(pu_queue_inject(&q, tag, PU_OP_READ, tag, 2), 0);
-		CHECK_EQUAL(pu_queue_inject(&q, 0, PU_OP_READ, 0, 2), -EINVAL); /* still ours */
+			CHECK_EQUAL(pu_loopback_inject(&q, tag, PU_OP_READ, tag, 2), 0);
+		CHECK_EQUAL(pu_loopback_inject(&q, 0, PU_OP_READ, 0, 2), -EINVAL); /* still ours */
 		CHECK_EQUAL(pu_queue_serve(&q, fail_odd_sectors, &calls, false), 0);
 		for (uint16_t tag = 0; tag < DEPTH; tag++) {
 			uint8_t *buffer = pu_queue_next_buffer(&q, tag);
 
 			CHECK_EQUAL(pu_tag_state(&q.tags[tag]), PU_TAG_FETCHING);
-			CHECK_EQUAL(q.tags[tag].result, tag & 1 ? -ENOSPC : 1024);
+			CHECK_EQUAL(pu_loopback_result(&q, tag), tag & 1 ? -ENOSPC : 1024);
 			CHECK_EQUAL(pu_tag_generation(&q.tags[tag]), (uint32_t)round + 1);
 			CHECK_EQUAL(buffer[0], tag);
 			CHECK_EQUAL(buffer[1023], tag);
@@ -75,7 +78,7 @@ static void a_second_answer_is_refused(void)
 	CHECK_EQUAL(open_queue(&q, -1, 0), 0);
 	CHECK_EQUAL(pu_queue_fetch(&q), 0);
 	CHECK_EQUAL(pu_queue_answer(&q, 0, 0), -EALREADY);
-	CHECK_EQUAL(pu_queue_inject(&q, 0, PU_OP_FLUSH, 0, 0), 0);
+	CHECK_EQUAL(pu_loopback_inject(&q, 0, PU_OP_FLUSH, 0, 0), 0);
 	CHECK_EQUAL(pu_queue_wait(&q, 0), 1);
 	CHECK(pu_queue_holds(&q, 0, 1));
 	CHECK_EQUAL(pu_queue_post(&q, 0, 1, -EIO), 0);
@@ -83,14 +86,14 @@ static void a_second_answer_is_refused(void)
 	CHECK_EQUAL(pu_queue_answer(&q, 0, 0), -EALREADY);
 	CHECK_EQUAL(pu_queue_post(&q, 0, 1, 0), -EALREADY);
 	CHECK_EQUAL(pu_queue_wait(&q, 0), 0); /* reads the post */
-	CHECK_EQUAL(q.tags[0].result, -EIO);
+	CHECK_EQUAL(pu_loopback_result(&q, 0), -EIO);
 	CHECK_EQUAL(q.owned, 0);
 	/* an errno that is none becomes EIO, a flush has no length */
-	CHECK_EQUAL(pu_queue_inject(&q, 0, PU_OP_FLUSH, 0, 0), 0);
+	CHECK_EQUAL(pu_loopback_inject(&q, 0, PU_OP_FLUSH, 0, 0), 0);
 	CHECK_EQUAL(pu_queue_wait(&q, 0), 1);
 	CHECK_EQUAL(pu_queue_post(&q, 0, 1, 0), -EALREADY); /* late: not for this request */
 	CHECK_EQUAL(pu_queue_answer(&q, 0, -100000), 0);
-	CHECK_EQUAL(q.tags[0].result, -EIO);
+	CHECK_EQUAL(pu_loopback_result(&q, 0), -EIO);
 	pu_queue_close(&q);
 	pu_queue_free(&q);
 }
@@ -103,12 +106,12 @@ static void what_is_left_comes_first_and_once(void)
 	CHECK_EQUAL(open_queue(&q, -1, 0), 0);
 	CHECK_EQUAL(pu_queue_fetch(&q), 0);
 	for (uint16_t tag = 0; tag < 4; tag++)
-		CHECK_EQUAL(pu_queue_inject(&q, tag, PU_OP_READ, 0, 1), 0);
+		CHECK_EQUAL(pu_loopback_inject(&q, tag, PU_OP_READ, 0, 1), 0);
 	CHECK_EQUAL(pu_queue_wait(&q, 0), 4);
 	CHECK_EQUAL(pu_queue_answer(&q, 0, 0), 0);
 	CHECK_EQUAL(pu_queue_post(&q, 2, 1, -EIO), 0); /* from outside: not left */
 	pu_queue_carry_over(&q, 1);
-	CHECK_EQUAL(pu_queue_inject(&q, 0, PU_OP_READ, 0, 1), 0);
+	CHECK_EQUAL(pu_loopback_inject(&q, 0, PU_OP_READ, 0, 1), 0);
 	CHECK_EQUAL(pu_queue_wait(&q, PU_FOREVER), 3);
 	CHECK_EQUAL(q.ready[0], 1);
 	CHECK_EQUAL(q.ready[1], 3);
@@ -157,7 +160,7 @@ static void threads_race_to_answer_and_one_wins(void)
 
 		pthread_barrier_init(&poster.start, NULL, 3);
 		for (uint16_t tag = 0; tag < DEPTH; tag++)
-			CHECK_EQUAL(pu_queue_inject(&q, tag, PU_OP_WRITE, 0, 8), 0);
+			CHECK_EQUAL(pu_loopback_inject(&q, tag, PU_OP_WRITE, 0, 8), 0);
 		CHECK_EQUAL(pu_queue_wait(&q, 0), DEPTH);
 		for (int i = 0; i < 3; i++)
 			CHECK_EQUAL(pthread_create(&threads[i], NULL, post_all, &poster), 0);
@@ -180,13 +183,13 @@ static void held_requests_can_be_failed_from_outside(void)
 	CHECK_EQUAL(open_queue(&q, -1, 0), 0);
 	CHECK_EQUAL(pu_queue_fetch(&q), 0);
 	for (uint16_t tag = 0; tag < DEPTH; tag++)
-		CHECK_EQUAL(pu_queue_inject(&q, tag, PU_OP_READ, 0, 8), 0);
+		CHECK_EQUAL(pu_loopback_inject(&q, tag, PU_OP_READ, 0, 8), 0);
 	CHECK_EQUAL(pu_queue_wait(&q, 0), DEPTH);
 	CHECK_EQUAL(pu_queue_answer(&q, 5, 0), 0);
 	pu_queue_fail_held(&q, EIO);
 	CHECK_EQUAL(pu_queue_wait(&q, 0), 0);
 	for (uint16_t tag = 0; tag < DEPTH; tag++)
-		CHECK_EQUAL(q.tags[tag].result, tag == 5 ? 4096 : -EIO);
+		CHECK_EQUAL(pu_loopback_result(&q, tag), tag == 5 ? 4096 : -EIO);
 	CHECK_EQUAL(q.owned, 0);
 	pu_queue_close(&q);
 	pu_queue_free(&q);
@@ -241,7 +244,7 @@ static void idle_buffers_are_given_back(void)
 	CHECK_EQUAL(pu_queue_fetch(&q), 0);
 	if (q.ring.setup_flags & PU_SETUP_DEFER_TASKRUN)
 		for (int round = 0; round < 3; round++) {
-			CHECK_EQUAL(pu_queue_inject(&q, 0, PU_OP_READ, 0, 1), 0);
+			CHECK_EQUAL(pu_loopback_inject(&q, 0, PU_OP_READ, 0, 1), 0);
 			CHECK_EQUAL(pu_queue_wait(&q, 0), 1);
 			memset(pu_queue_next_buffer(&q, 0), 'x', 512);
 			/* not while somebody has the request */

@@ -9,7 +9,7 @@
 #include <unistd.h>
 
 #include "check.h"
-#include "queue.h"
+#include "open.h"
 
 static pthread_mutex_t gil = PTHREAD_MUTEX_INITIALIZER;
 static pthread_barrier_t begun;

@@ -8,8 +8,6 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "queue.h"
-
 #define GROUP 0
 #define NO_TAG UINT16_MAX /* of a commit that is refused on purpose */
 
@@ -120,7 +118,7 @@ static int send(struct pu_queue *q, uint32_t cmd_op, enum pu_kind kind, uint8_t 
 		uint32_t count)
 {
 	struct pu_batch *b = q->batch;
-	struct pu_sqe *sqe = pu_queue_sqe(q);
+	struct pu_sqe *sqe = pu_ring_next_sqe(&q->ring);
 
 	if (!sqe)
 		return -EAGAIN;
@@ -134,7 +132,7 @@ static int send(struct pu_queue *q, uint32_t cmd_op, enum pu_kind kind, uint8_t 
 static int fetch(struct pu_queue *q)
 {
 	struct pu_batch *b = q->batch;
-	struct pu_sqe *sqe = pu_queue_sqe(q);
+	struct pu_sqe *sqe = pu_ring_next_sqe(&q->ring);
 
 	if (!sqe)
 		return -EAGAIN;
@@ -209,16 +207,6 @@ static void commit_again(struct pu_queue *q, uint8_t array, uint32_t done, int32
 	b->filled += sent - done - 1;
 }
 
-static void take_arrivals(struct pu_queue *q, const struct pu_cqe *cqe)
-{
-	struct pu_batch *b = q->batch;
-	uint16_t id = (uint16_t)(cqe->flags >> PU_CQE_BUFFER_SHIFT);
-	const uint16_t *tags = b->arrivals + (size_t)id * PU_BATCH_MAX_TAGS;
-
-	pu_queue_take(q, tags, (uint32_t)cqe->res / sizeof(*tags));
-	provide(b, id);
-}
-
 void pu_batch_complete(struct pu_queue *q, const struct pu_cqe *cqe)
 {
 	struct pu_batch *b = q->batch;
@@ -241,7 +229,7 @@ void pu_batch_complete(struct pu_queue *q, const struct pu_cqe *cqe)
 	}
 	case PU_KIND_FETCH:
 		if (cqe->res >= 0 && cqe->flags & PU_CQE_BUFFER)
-			take_arrivals(q, cqe);
+			provide(b, (uint16_t)(cqe->flags >> PU_CQE_BUFFER_SHIFT));
 		if (cqe->flags & PU_CQE_MORE)
 			break;
 		b->fetching = false;

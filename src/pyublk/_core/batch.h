@@ -10,9 +10,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "ring.h"
-
-struct pu_queue;
+#include "queue.h"
 
 struct pu_batch {
 	uint8_t *elements[2];
@@ -37,10 +35,22 @@ int pu_batch_open(struct pu_queue *q);
 void pu_batch_close(struct pu_queue *q);
 /* Prepares the queue's tags, then fetches. 0 or -errno. */
 int pu_batch_fetch(struct pu_queue *q);
-/* Queues a commit for the next submission; queue.h has the shorter way for plain ones. */
+/* Queues a commit for the next submission; pu_commit_in_batch has the shorter way for plain ones. */
 void pu_batch_commit(struct pu_queue *q, uint16_t tag, int32_t value);
 /* Turns queued commits into a command, and fetches again where that ended. 0 or -errno. */
 int pu_batch_submit(struct pu_queue *q);
+/* Tags whose requests a completion brings. To be taken before it is handled, which gives the kernel
+ * their buffer back. */
+static inline const uint16_t *pu_batch_arrivals(const struct pu_batch *batch,
+						const struct pu_cqe *cqe, uint32_t *count)
+{
+	bool fetched = cqe->user_data >> PU_KIND_SHIFT == PU_KIND_FETCH && cqe->res >= 0 &&
+		       cqe->flags & PU_CQE_BUFFER;
+
+	*count = fetched ? (uint32_t)cqe->res / sizeof(*batch->arrivals) : 0;
+	return batch->arrivals + (size_t)(cqe->flags >> PU_CQE_BUFFER_SHIFT) * PU_BATCH_MAX_TAGS;
+}
+
 /* Handles a completion of one of the three commands. */
 void pu_batch_complete(struct pu_queue *q, const struct pu_cqe *cqe);
 /* No answer is in the kernel, or waiting to go there. */

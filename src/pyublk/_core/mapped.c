@@ -232,7 +232,7 @@ static int submit(struct pu_mapped *m, struct pu_slot *slot)
 {
 	const struct pu_work *w = &m->works[slot->tag];
 	const struct pu_file *file = &m->layout->files[slot->part.file];
-	struct pu_sqe *sqe = pu_queue_sqe(m->q);
+	struct pu_sqe *sqe = pu_ring_next_sqe(&m->q->ring);
 
 	if (!sqe)
 		return -EAGAIN;
@@ -386,7 +386,7 @@ void pu_work_proceed(struct pu_mapped *m, uint16_t tag)
 static int register_buffer(struct pu_mapped *m, uint16_t tag)
 {
 	struct pu_queue *q = m->q;
-	struct pu_sqe *sqe = pu_queue_sqe(q);
+	struct pu_sqe *sqe = pu_ring_next_sqe(&q->ring);
 
 	if (!sqe)
 		return -EAGAIN;
@@ -405,7 +405,7 @@ static int register_buffer(struct pu_mapped *m, uint16_t tag)
 static void unregister_buffer(struct pu_mapped *m, uint16_t tag)
 {
 	struct pu_queue *q = m->q;
-	struct pu_sqe *sqe = pu_queue_sqe(q);
+	struct pu_sqe *sqe = pu_ring_next_sqe(&q->ring);
 
 	if (!sqe) /* the ring's end gives it back */
 		return;

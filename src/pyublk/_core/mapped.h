@@ -14,6 +14,8 @@
 #define PU_MAPPED_H
 
 #include "layout.h"
+#include "answer.h"
+#include "copy.h"
 #include "queue.h"
 
 struct pu_slot;

@@ -347,6 +347,15 @@ int pu_ring_submit(struct pu_ring *ring, uint32_t wait, int64_t timeout_ns, uint
 	}
 }
 
+struct pu_sqe *pu_ring_next_sqe(struct pu_ring *ring)
+{
+	struct pu_sqe *sqe = pu_ring_get_sqe(ring);
+
+	if (!sqe && pu_ring_submit(ring, 0, 0, 0) >= 0)
+		sqe = pu_ring_get_sqe(ring);
+	return sqe;
+}
+
 uint32_t pu_ring_ready(const struct pu_ring *ring)
 {
 	return __atomic_load_n(ring->k_cq_tail, __ATOMIC_ACQUIRE) - *ring->k_cq_head;

@@ -183,6 +183,8 @@ static inline struct pu_sqe *pu_ring_take_sqe(struct pu_ring *ring)
 	return (struct pu_sqe *)(void *)(ring->sqes +
 					 ((size_t)(ring->sq_tail++ & ring->sq_mask) << ring->sqe_shift));
 }
+/* As pu_ring_get_sqe, after submitting what is there when the queue is full. */
+struct pu_sqe *pu_ring_next_sqe(struct pu_ring *ring);
 uint32_t pu_ring_unsubmitted(const struct pu_ring *ring);
 /* Takes back the entries that the kernel has not taken. */
 void pu_ring_retract(struct pu_ring *ring);
