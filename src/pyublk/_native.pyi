@@ -24,6 +24,7 @@ __all__ = [
     "MappedQueue",
     "Mapper",
     "Queue",
+    "QueueSet",
     "Ram",
     "Ring",
     "ShardedLock",
@@ -399,9 +400,14 @@ class Queue:
     def __iter__(self) -> Iterator[IO]: ...
     def serve_native(self, handler: int, context: int = 0, *, blind: bool = False) -> None:
         """Serves by a C function (see NativeTarget) until the device stops."""
+    def turn_native(self, handler: int, context: int = 0, *, blind: bool = False) -> bool:
+        """As `turn`, by a C function."""
     def serve(self, handlers: Handlers, lock: AbstractContextManager[object] | None = None) -> None:
         """Serves by a target's methods until the device stops, under `lock` if there is one. What
         was answered goes out after 5 ms, though others of the batch are still to be handled."""
+    def turn(self, handlers: Handlers, lock: AbstractContextManager[object] | None = None) -> bool:
+        """As `serve`, of what there is, without waiting: for a queue in a `QueueSet`. False: the
+        device has stopped."""
     def counters(self) -> tuple[tuple[int, ...], tuple[int, ...], int, int, int, int]:
         """For `QueueStats.from_counters`."""
     def wake(self) -> None:
@@ -448,6 +454,46 @@ class Dispatcher:
         """The coroutines that have not ended yet. From any thread."""
     def tasks(self) -> list[Task[object]]:
         """These as tasks, made where there are none yet."""
+
+@final
+class QueueSet:
+    """Many queues of one thread, which sleeps until one of them has something.
+
+    ::
+
+        with QueueSet() as queues:
+            queues.add(queue)
+            while len(queues):
+                for queue in queues.wait():
+                    if not queue.turn(handlers):
+                        queues.remove(queue)
+                        queue.close()
+
+    Used by the thread that made it and its queues (RuntimeError else), but for `wake` and `close`.
+    Each queue has its own ring, so a round of many busy queues takes system calls for each; idle
+    ones cost nothing.
+
+    Args:
+        room: the most queues that it takes, as far as the process may open files; OSError ENOSPC
+            says when it is full.
+    """
+
+    def __init__(self, room: int = 4096) -> None: ...
+    def close(self) -> None:
+        """Closes the set, not its queues. Not while its thread waits."""
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *exc: object) -> None: ...
+    def __len__(self) -> int: ...
+    def add(self, queue: Queue) -> None:
+        """Watches a queue, and brings it with the next `wait`."""
+    def remove(self, queue: Queue) -> None:
+        """Watches it no more."""
+    def wait(self, timeout: float | None = None) -> list[Queue]:
+        """Waits until some queues have something, and returns these: none after `timeout` seconds,
+        a signal or a `wake`. What a queue has is taken by its own `wait(0)`, or a `turn`; where
+        something is left, the next call returns it again, at once."""
+    def wake(self) -> None:
+        """Makes a wait return. [any thread]"""
 
 @final
 class WriteInChild:
@@ -616,6 +662,12 @@ class MappedQueue(Queue):
         """Serves until the device stops. `leg_failed` is told of a mirror's leg, its errno (0: a
         failure that is known is only to be put on record) and the generation of its file, before
         the requests that noticed it are answered."""
+    def turn_mapped(
+        self,
+        mapper: Mapper | None = None,
+        leg_failed: Callable[[int, int, int], object] | None = None,
+    ) -> bool:
+        """As `turn`, of a mapped target."""
 
 @final
 class Ram:

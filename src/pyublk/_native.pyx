@@ -20,8 +20,8 @@ from cpython.contextvars cimport PyContext_CopyCurrent, PyContext_Enter, PyConte
 from cpython.exc cimport PyErr_CheckSignals, PyErr_SetObject, PyErr_WriteUnraisable
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.errno cimport (
-    errno, EAGAIN, EALREADY, EBUSY, ECHILD, EINTR, EINVAL, EIO, ENODEV, ENOMEM, EOPNOTSUPP,
-    ESHUTDOWN, ESTALE, ETIME,
+    errno, EAGAIN, EALREADY, EBUSY, ECHILD, EINTR, EINVAL, EIO, ENODEV, ENOMEM, ENOSPC,
+    EOPNOTSUPP, ESHUTDOWN, ESTALE, ETIME,
 )
 from libc.limits cimport INT_MAX
 from libc.stdint cimport (
@@ -55,6 +55,7 @@ __all__ = [
     "MappedQueue",
     "Mapper",
     "Queue",
+    "QueueSet",
     "Ram",
     "Ring",
     "ShardedLock",
@@ -76,5 +77,6 @@ include "_native_io.pxi"
 include "_native_queue.pxi"
 include "_native_async.pxi"
 include "_native_mapped.pxi"
+include "_native_set.pxi"
 include "_native_control.pxi"
 include "_native_targets.pxi"

@@ -302,29 +302,40 @@ cdef class MappedQueue(Queue):
         return 0
 
     def serve_mapped(self, Mapper mapper=None, leg_failed=None):
-        cdef int there
-        cdef pu_leg_failure failure
         self.alive()
         if mapper is None:
             pu_watch_end(&self.watch)
-        while True:
-            with nogil:
-                there = pu_mapped_turn(&self.mapped, -1)
-                while there == 0 and self.mapped.failed_legs == 0 and not self.q.loopback:
-                    there = pu_mapped_turn(&self.mapped, -1)
-            if there == -ENODEV:
-                return
-            if there == -ESHUTDOWN:
-                self.alive()
-                raise errors.DeviceLost(
-                    f"queue {self.q.id} was cut off while its files' I/O did not end"
-                )
-            if there < 0:
-                raise errors.queue_error(-there, self.q.id)
-            for i in range(there):
-                mapper.map_request(self, &self.mapped, self.q.ready[i])
-            while pu_mapped_next_failure(&self.mapped, &failure):
-                leg_failed(failure.leg, failure.error, failure.file_generation)
-            pu_mapped_recorded(&self.mapped)
+        while self.mapped_round(mapper, leg_failed, -1):
             if self.q.loopback and not pu_queue_held(&self.q):
                 return
+
+    def turn_mapped(self, Mapper mapper=None, leg_failed=None):
+        self.alive()
+        if mapper is None:
+            pu_watch_end(&self.watch)
+        for _ in range(PU_TURN_ROUNDS):
+            if not self.mapped_round(mapper, leg_failed, 0):
+                return False
+            if not pu_queue_pending(&self.q):
+                break
+        return True
+
+    cdef bint mapped_round(self, Mapper mapper, leg_failed, int64_t timeout_ns) except -1:
+        cdef int there
+        cdef pu_leg_failure failure
+        cdef bint again = timeout_ns < 0 and not self.q.loopback
+        with nogil:
+            there = pu_mapped_turn(&self.mapped, timeout_ns)
+            while again and there == 0 and self.mapped.failed_legs == 0:
+                there = pu_mapped_turn(&self.mapped, timeout_ns)
+        if not self.goes_on(there):
+            return False
+        for i in range(there):
+            mapper.map_request(self, &self.mapped, self.q.ready[i])
+        while pu_mapped_next_failure(&self.mapped, &failure):
+            leg_failed(failure.leg, failure.error, failure.file_generation)
+        pu_mapped_recorded(&self.mapped)
+        return True
+
+    cdef str obstacle(self):
+        return "its files' I/O did not end"
