@@ -6,6 +6,7 @@ import ctypes
 import errno
 import logging
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ import pytest
 import pyublk
 from pyublk.stats import DeviceStats
 from pyublk.targets import File, Ram
+from pyublk.testing import Faulty
 from pyublk.uapi import Op
 
 SIZE = 1 << 20
@@ -183,13 +185,19 @@ RAISING = [kind for kind in FAILING if kind != "pointer"]  # C raises nothing
 KINDS = ["ram", "file", "sync", "async", "pointer"]
 
 
-@pytest.fixture(params=KINDS)
-def target(request: pytest.FixtureRequest, tmp_path: Path) -> pyublk.Target:
-    if request.param == "ram":
+def made(kind: str, folder: Path) -> pyublk.Target:
+    if kind == "ram":
         return Ram(size=SIZE)
-    if request.param == "file":
-        return File(tmp_path / "disk", size=SIZE)
-    return FAILING[request.param][0]()  # type: ignore[no-any-return]
+    if kind == "file":
+        return File(folder / "disk", size=SIZE)
+    return FAILING[kind][0]()  # type: ignore[no-any-return]
+
+
+@pytest.fixture(params=[*KINDS, *(f"layer over {kind}" for kind in KINDS)])
+def target(request: pytest.FixtureRequest, tmp_path: Path) -> pyublk.Target:
+    layer, _, kind = request.param.rpartition(" ")
+    target = made(kind, tmp_path)
+    return pyublk.Layer(target) if layer else target
 
 
 def pattern(length: int, seed: int) -> bytes:
@@ -405,3 +413,31 @@ class TargetContract:
         assert record.exc_info is not None
         assert record.exc_info[1] is STRANGE[0]
         assert "raise self.error" in caplog.text
+
+    @pytest.mark.parametrize("kind", [*KINDS, "workers", "handle"])
+    def test_faults_over_every_kind(
+        self, open_disk: OpenDisk, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+    ) -> None:
+        faulty = Faulty(made(kind, tmp_path))
+        disk = open_disk(faulty, **FAILING[kind][1] if kind in FAILING else {})
+        calls: dict[str, Callable[[], object]] = {
+            "read": lambda: disk.pread(4096, HALF),
+            "write": lambda: disk.pwrite(b"w" * 4096, HALF),
+            "flush": disk.flush,
+            "discard": lambda: disk.discard(HALF, 4096),
+            "write_zeroes": lambda: disk.write_zeroes(HALF, 4096),
+        }
+        for method, call in calls.items():
+            if faulty.announces(method):
+                faulty.fail("handle" if kind == "handle" else method, errno.ENOSPC, every=True)
+                assert failure_of(call) == errno.ENOSPC, method
+                faulty.heal()
+                call()
+        faulty.delay("handle" if kind == "handle" else "write", 0.001)
+        disk.pwrite(b"late" * 1024, HALF)
+        faulty.hang("handle" if kind == "handle" else "read")
+        release = threading.Timer(0.1, faulty.heal)
+        release.start()
+        assert disk.pread(4096, HALF) == b"late" * 1024
+        release.join()
+        assert caplog.records == []

@@ -1,30 +1,37 @@
 # SPDX-License-Identifier: MIT
 """Linux block devices written in Python, over ublk.
 
-General layout, from the bottom up; a module imports only from the lines above its own:
+General layout, from the bottom up. A module imports only from the lines above its own, and what is
+in a directory also from its own line; `tests/unit/test_rooms.py` reads the map here and holds it.
 
     arguments, launch        numbers that callers pass; how the command and a disk's server begin
-    uapi, uring              the kernel's numbers and layouts
-    files, openers           what the kernel says of a file; who has it open
+    uapi, files              the kernel's numbers and layouts; what it says of a file
+    uring, causes            an io_uring's numbers; why the kernel refuses a command
+    openers                  who has a file open
     keeping                  a file's bytes for one disk only
     errors                   what is raised, and the sentences for it
-    _native (over _core/)    Ring, Queue, IO; control commands; native targets
+    _native                  over _core/: Ring, Queue, IO; control commands; native targets
     features, params, stats  what the kernel can do; device parameters; counters
-    occupants                who has an id that is taken
-    methods                  whether a target's methods can be called as they will be
+    occupants, methods       who has an id that is taken; whether methods can be called as they are
+    interruptions            what signals and cancellations may interrupt
     zones                    the zones of a zoned disk, and the rules for writing to them
     paths                    the ways a request's data takes, and the choice among them
     control                  Controller: one method per control command
     backing                  the files that hold a disk's bytes
     scheduling               when a disk's requests and the threads that serve them run
-    target, mapped, serving  what a target implements; the ways requests reach it
-    zoned, sharing           the base of zoned targets; memory shared with clients
-    loops                    queues served on an event loop
-    crew                     everyone who serves a device, until nobody holds a request
-    device                   Device: queues, threads, start in step, clean stop
-    targets/, testing/       the targets that ship; disks without a kernel
-    vm/                      a kernel with ublk for machines without
+    profile                  what a target says of itself, as one value
+    target                   what a target implements
+    mapped, zoned, sharing   the bases of mapped and zoned targets; memory shared with clients
+    queue_servers            who serves some queues: a thread, or a loop
+    engines/                 how requests reach a target: one engine for each kind
+    servers                  threads that serve the queues of many disks
+    kernel_disk, session     a disk's two halves: the kernel's device; one target served on it
+    lifecycle                the steps of a disk's life, in which the two halves meet
+    device                   Device: who takes these steps, and when
+    layers/                  targets over targets
+    targets/, testing/, vm/  the targets that ship; disks without a kernel; a kernel with ublk
     service/                 daemons that serve a disk: started, recorded, found, stopped
+    demo                     what `./run demo` shows
     cli/                     the command
 """
 
@@ -44,9 +51,12 @@ from pyublk.errors import (
     UblkError,
 )
 from pyublk.features import Features
+from pyublk.layers import Layer
 from pyublk.mapped import MappedTarget
 from pyublk.params import Params
 from pyublk.paths import DataPath, PathChoice
+from pyublk.profile import Profile
+from pyublk.servers import Servers
 from pyublk.sharing import SharedMemory
 from pyublk.stats import DeviceStats, QueueStats
 from pyublk.target import NativeTarget, Target
@@ -68,13 +78,16 @@ __all__ = [
     "HandlerTimeout",
     "InternalError",
     "InvalidTarget",
+    "Layer",
     "MappedTarget",
     "NativeTarget",
     "Params",
     "PathChoice",
+    "Profile",
     "Queue",
     "QueueStats",
     "Ring",
+    "Servers",
     "ShardedLock",
     "SharedMemory",
     "StaleIO",

@@ -1,28 +1,23 @@
 # SPDX-License-Identifier: MIT
-"""A disk from start to stop: queues and their servants, in step with the control commands."""
+"""A disk from start to stop: the kernel's device, and the session that serves it, in step."""
 
 import atexit
-import errno
 import logging
-import os
-import stat
 import sys
 import threading
 import time
 import warnings
 import weakref
 from contextlib import suppress
-from dataclasses import replace
 from enum import StrEnum
 from functools import partial
 from types import FrameType, TracebackType
 from typing import Self
 
 from pyublk import errors
-from pyublk._native import CharDevice, Helper, open_private, process, this_thread
+from pyublk._native import process, this_thread
 from pyublk.arguments import seconds, whole
-from pyublk.control import Controller, DeviceInfo, check_wish, new_cookie
-from pyublk.crew import Crew
+from pyublk.control import DeviceInfo, check_wish
 from pyublk.interruptions import (
     LOOK_FOR_SIGNALS,
     Signalled,
@@ -31,19 +26,15 @@ from pyublk.interruptions import (
     signals_raised,
 )
 from pyublk.launch import fill_descriptors
-from pyublk.mapped import MappedTarget
+from pyublk.lifecycle import Lifecycle, Wish, handler_timeout
 from pyublk.params import Params
-from pyublk.paths import DataPath, PathChoice, choose_path, named_path
-from pyublk.scheduling import (
-    Affinity,
-    SchedulerRemoval,
-    checked_affinity,
-    choose_io_scheduler,
-)
-from pyublk.sharing import SharedMemory, Sharing, check_share
+from pyublk.paths import DataPath, PathChoice, named_path
+from pyublk.scheduling import Affinity, checked_affinity
+from pyublk.servers import Servers
+from pyublk.sharing import SharedMemory, check_share
 from pyublk.stats import DeviceStats
 from pyublk.target import Target
-from pyublk.uapi import ControlCommand, Feature
+from pyublk.uapi import SECTOR_SIZE
 
 log = logging.getLogger("pyublk.device")
 
@@ -100,10 +91,10 @@ class Device:
             while clients send more, and be served together.
         io_scheduler: the kernel's I/O scheduler for the disk, such as "mq-deadline"; "auto": none,
             but for a zoned disk, which keeps what the kernel chose; None: what the kernel chose.
-            With "auto" the start does not wait until the kernel has taken its choice back.
         stop_timeout: seconds without progress after which `stop` gives a hanging handler up; at
             least the target's `max_stall`.
         deadline: seconds for each control command.
+        on: threads that serve many disks (`Servers`); None: threads of its own, for each queue.
 
     With `with`, the disk is usable inside the block and deleted at its end. With `async with`, an
     async target is served on the running event loop, which several devices may share.
@@ -132,45 +123,41 @@ class Device:
         io_scheduler: str | None = "auto",
         stop_timeout: float = 10.0,
         deadline: float = 30.0,
+        on: Servers | None = None,
     ) -> None:
         self._state = DeviceState.CREATED
         check_wish(queues=queues, depth=depth, id=id)
-        whole("max_io_size", max_io_size)
-        whole("threads", threads)
-        if max_io_size % 4096 or not 4096 <= max_io_size <= 32 << 20:
-            raise ValueError(
-                f"max_io_size must be a multiple of 4096 from 4096 to {32 << 20}, not {max_io_size}"
-            )
-        if not 1 <= threads <= depth:
-            raise ValueError(f"threads must be 1 to the depth, {depth}, not {threads}")
-        self.target = target
-        self._crew = Crew(
-            target, threads=threads, workers=workers, preempt=preempt, trim_after=trim_after
-        )
+        _check_sizes(max_io_size, threads, depth)
         if path != "auto":
             named_path(path, tuple(DataPath))  # which of them it takes, it says when it is open
-        self._path_wish = path
-        self._batch_wish = batch
-        self._needed = Feature(0) if partition_scan else Feature.NO_AUTO_PART_SCAN
-        if shared_memory:
-            if isinstance(target, MappedTarget):
-                target.check_shared_memory()
-            self._needed |= Feature.SHMEM_ZC
-        self._sharing: Sharing | None = None
-        self._choice: PathChoice | None = None
-        self._wish = {"queues": queues, "depth": depth, "max_io_size": max_io_size, "id": id}
-        self._affinity = checked_affinity(affinity, queues)
-        self._io_scheduler = io_scheduler
-        self._scheduler_removal: SchedulerRemoval | None = None
+        wish = Wish(
+            queues=queues,
+            depth=depth,
+            id=id,
+            max_io_size=max_io_size,
+            workers=workers,
+            path=path,
+            batch=batch,
+            threads=threads,
+            trim_after=trim_after,
+            partition_scan=partition_scan,
+            shared_memory=shared_memory,
+            affinity=checked_affinity(affinity, queues),
+            preempt=preempt,
+            io_scheduler=io_scheduler,
+            deadline=seconds("deadline", deadline),
+            on=_checked_servers(on, affinity),
+        )
+        self.target = target
+        self._life = Lifecycle(target, wish)
+        self._session = self._life.session
+        self._shares_memory = shared_memory
+        self._on = on
         self._stop_timeout = seconds("stop_timeout", stop_timeout, zero=True)
-        self._deadline = seconds("deadline", deadline)
-        self._params: Params | None = None
-        self._info: DeviceInfo | None = None
-        self._controller: Controller | None = None
-        self._guard: Helper | None = None
-        self._char_device: CharDevice | None = None
-        self._opened = False
-        self._final_stats: DeviceStats | None = None
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """What it needs to be started once, and stopped once, whoever does."""
         self._stopped = threading.Event()
         self._start_over = threading.Event()
         self._start_over.set()
@@ -178,7 +165,6 @@ class Device:
         self._stop_lock = threading.Lock()
         self._stop_thread = 0  # which stops it now
         self._impatient = False  # what hangs is given up at once
-        self._kept_by_kernel = False  # until this process ends
         self._failure_told = False  # to the caller
         self._made_at = _caller()
         self._process = process()
@@ -193,31 +179,31 @@ class Device:
     @property
     def id(self) -> int:
         """The N in `/dev/ublkbN`. Raises DeviceClosed before the device exists."""
-        return self._device_info().id
+        return self._life.disk().info.id
 
     @property
     def path(self) -> str:
         """The block device, such as `/dev/ublkb0`."""
-        return self._device_info().path
+        return self._life.disk().info.path
 
     @property
     def char_path(self) -> str:
         """The server's node, such as `/dev/ublkc0`."""
-        return self._device_info().char_path
+        return self._life.disk().info.char_path
 
     @property
     def data_path(self) -> PathChoice:
         """How the data travels, and why."""
-        if self._choice is None:
+        if self._life.choice is None:
             raise errors.DeviceClosed("the device has no data path before it is started")
-        return self._choice
+        return self._life.choice
 
     @property
     def params(self) -> Params:
         """The parameters as the kernel took them."""
-        if self._params is None:
+        if self._life.kernel is None:
             raise errors.DeviceClosed("the device has no parameters before it is started")
-        return self._params
+        return self._life.kernel.params
 
     def _inherited(self) -> bool:
         """Whether this is a forked child's copy: the disk is the parent's, and nothing is done."""
@@ -227,36 +213,34 @@ class Device:
         if self._inherited():
             raise errors.forked_error(self._process)
 
-    def _device_info(self) -> DeviceInfo:
-        if self._info is None:
-            raise errors.DeviceClosed("the device does not exist before it is started")
-        return self._info
-
     def info(self) -> DeviceInfo:
         """What the kernel says of the device now."""
         self._check_process()
-        if self._controller is None or self._state is DeviceState.STOPPED:
+        kernel = self._life.kernel
+        if kernel is None or self._state is DeviceState.STOPPED:
             raise errors.DeviceClosed(f"the device is {self._state}")
-        return self._controller.info(self.id)
+        return kernel.look()
 
     def stats(self) -> DeviceStats:
         """Counters since the start; after the stop, the last ones."""
         self._check_process()
-        if self._final_stats is not None:
-            return self._final_stats
-        return self._crew.stats()
+        return self._life.stats()
 
     def __repr__(self) -> str:
-        where = self._info.path if self._info else "no node yet"
+        kernel = self._life.kernel
+        where = kernel.info.path if kernel is not None and kernel.exists else "no node yet"
         return f"<Device {where} {self._state} target {type(self.target).__name__}>"
 
     # ---- starting ----
 
     def start(self) -> None:
         """Makes the disk; returns when it is usable. On failure nothing is left behind."""
+        if self._on is not None and self._session.needs_loop:
+            self._start_on_servers_loop(self._on)
+            return
         self._begin_start()
         try:
-            self._crew.prepare(on_this_loop=False)
+            self._session.prepare(on_this_loop=False)
             self._configure()
             self._begin_serving(on_this_loop=False)
             self._go_live()
@@ -266,18 +250,26 @@ class Device:
             raise
         self._end_start()
 
+    def _start_on_servers_loop(self, servers: Servers) -> None:
+        import asyncio
+
+        start = asyncio.run_coroutine_threadsafe(self._start_on_loop(), servers.loop())
+
+        def interrupted() -> None:
+            start.cancel()
+
+        run_shielded(start.result, interrupted)
+
     async def _start_on_loop(self) -> None:
         self._begin_start()
         try:
-            self._crew.prepare(on_this_loop=True)
-            await run_shielded_async(self._configure, self._crew.cancel_opening)
-            self._begin_serving(on_this_loop=self._crew.dispatch == "async")
+            self._session.prepare(on_this_loop=True)
+            await run_shielded_async(self._configure, self._session.cancel_opening)
+            self._begin_serving(on_this_loop=self._session.needs_loop)
             await run_shielded_async(self._go_live)
         except BaseException:
             self._end_start()
-            await run_shielded_async(
-                self._finish_quietly
-            )  # to which the loop may have to contribute
+            await run_shielded_async(self._finish_quietly)  # the loop may have to contribute
             raise
         self._end_start()
 
@@ -299,147 +291,19 @@ class Device:
     def _configure(self) -> None:
         self._start_threads.add(this_thread())
         fill_descriptors()
-        self._controller = Controller(deadline=self._deadline)
-        self._guard = self._controller.helper
-        self._crew.open_target()
-        self._opened = True
-        params = self.target.params(self._wish["max_io_size"] or 0)
-        features = self._controller.features()
-        if self._crew.threads > 1:
-            features.require(Feature.PER_IO_DAEMON)
-        depth = self._wish["depth"] or 0
-        self._choice = choose_path(
-            self.target.paths,
-            features,
-            path=self._path_wish,
-            batch=self._batch_wish,
-            depth=depth,
-            needed=self.target.needs | self._needed,
-        )
-        if (
-            isinstance(self.target, MappedTarget)
-            and Feature.SUPPORT_ZERO_COPY in self._choice.flags
-        ):
-            params = replace(params, dma_align=self.target.dma_alignment())
-        cookie = new_cookie()
-        try:
-            self._info = self._controller.add(
-                cookie=cookie,
-                guarded=True,
-                flags=self._choice.flags,
-                **self._wish,  # type: ignore[arg-type]
-            )
-        except BaseException:
-            self._delete_added(cookie)
-            raise
-        if Feature.SHMEM_ZC in self._needed:
-            by_handler = weakref.WeakMethod(self._crew.runs_here)
-            self._sharing = Sharing(self._controller, self.id, by_handler)
-        params.check_granted(max_io_size=self._info.max_io_size, flags=self._info.flags)
-        self._controller.set_params(self.id, params)
-        self._params = self._controller.get_params(self.id)
-        if dropped := params.difference(self._params):
-            raise errors.negotiation_error(
-                f"parameters of device {self.id}",
-                "what the target announces",
-                "; ".join(dropped),
-                "announce less, or use a newer kernel",
-            )
+        self._life.configure()
         self._state = DeviceState.CONFIGURED
-        self._char_device = self._open_char_device()
-
-    def _delete_added(self, cookie: int) -> None:
-        """What interrupts ADD_DEV, or ends our patience, may leave the device that it made."""
-        assert self._controller is not None
-        with suppress(OSError):
-            for device in self._controller.devices():
-                if device.cookie == cookie:
-                    self._controller.delete(device.id, wait=False)
-
-    def _open_char_device(self) -> CharDevice:
-        until = time.monotonic() + 5.0
-        while True:
-            try:
-                return CharDevice(open_private(self.char_path, os.O_RDWR))
-            except OSError as error:
-                # The node and its rights come a moment after the device.
-                transient = error.errno in (errno.ENOENT, errno.EACCES, errno.EBUSY)
-                if not transient:
-                    raise
-                if time.monotonic() > until:
-                    if error.errno == errno.ENOENT:
-                        raise errors.node_missing_error(self.char_path) from None
-                    raise
-            time.sleep(0.005)
+        self._life.disk().open_char_device()
 
     def _begin_serving(self, *, on_this_loop: bool) -> None:
         self._state = DeviceState.STARTING
-        assert self._char_device is not None
-        self._crew.begin(
-            self._char_device,
-            self._device_info(),
-            table=None if self._sharing is None else self._sharing.table,
-            cpus_of=self._cpus_of,
-            on_this_loop=on_this_loop,
-            failed=partial(_end_failed, weakref.ref(self)),
-        )
-
-    def _cpus_of(self, queues: list[int]) -> frozenset[int] | None:
-        if self._affinity is None:
-            return None
-        if self._affinity != "auto":
-            return frozenset[int]().union(*(self._affinity[queue] for queue in queues))
-        assert self._controller is not None
-        wanted = frozenset[int]().union(
-            *(self._controller.queue_affinity(self.id, queue) for queue in queues)
-        )
-        return (wanted & os.sched_getaffinity(0)) or None
+        failed = partial(_end_failed, weakref.ref(self))
+        self._life.begin_serving(on_this_loop=on_this_loop, failed=failed)
 
     def _go_live(self) -> None:
-        """START_DEV, once every tag is fetched; the partition scan in it is served already."""
-        assert self._controller is not None
         self._start_threads.add(this_thread())
-        until = time.monotonic() + self._deadline
-        if not self._crew.primed(self._deadline):
-            raise errors.InternalError(f"a queue was not primed within {self._deadline:g} s")
-        self._raise_if_over()  # START_DEV after somebody's STOP_DEV would crash the kernel
-        self._controller.start(self.id, os.getpid())
-        self._crew.raise_error()
-        self._await_node(until)
-        if self._io_scheduler == "auto":
-            if Feature.ZONED not in self._device_info().flags:
-                self._scheduler_removal = SchedulerRemoval(self.path)
-        elif self._io_scheduler is not None:
-            choose_io_scheduler(self.path, self._io_scheduler, self._deadline)
-        self._info = self._controller.info(self.id)
+        self._life.go_live()
         self._state = DeviceState.LIVE
-
-    def _raise_if_over(self) -> None:
-        self._crew.raise_error()
-        if self._crew.one_ended():
-            raise errors.DeviceLost(f"device {self.id} was stopped while it was started")
-
-    def _await_node(self, until: float) -> None:
-        """Waits until `path` is this disk. Another file of that name would take what clients write:
-        programs that create what they write to leave one where a disk was gone before them."""
-        assert self._controller is not None
-        devt = self._controller.get_params(self.id).devt
-        assert devt is not None
-        ours = os.makedev(devt.disk_major, devt.disk_minor)
-        while True:
-            with suppress(FileNotFoundError):
-                node = os.stat(self.path)
-                if node.st_rdev == ours and stat.S_ISBLK(node.st_mode):
-                    return
-                if not stat.S_ISBLK(node.st_mode):
-                    raise errors.DeviceLost(
-                        f"{self.path} is not the disk but another file, which hides it: remove "
-                        f"that file (a program made it that wrote there while no disk was)"
-                    )
-            self._raise_if_over()
-            if time.monotonic() > until:
-                raise errors.node_missing_error(self.path)
-            time.sleep(0.005)
 
     # ---- while it lives ----
 
@@ -455,13 +319,13 @@ class Device:
         try:
             with signals_raised():
                 while True:
-                    self._crew.attention.clear()  # what comes from here on is seen by the wait
+                    self._session.attention.clear()  # what comes from here on is seen by the wait
                     if self._has_ended():
                         return True
                     left = LOOK_FOR_SIGNALS if until is None else until - time.monotonic()
                     if left <= 0:
                         return False
-                    self._crew.attention.wait(min(left, LOOK_FOR_SIGNALS))
+                    self._session.attention.wait(min(left, LOOK_FOR_SIGNALS))
         except Signalled:
             pass
         return True
@@ -470,7 +334,7 @@ class Device:
         if self._state is DeviceState.CREATED:
             raise errors.DeviceClosed("the device is created: start it first")
         self._raise_failure()
-        return self._stopped.is_set() or self._crew.one_ended()
+        return self._stopped.is_set() or self._session.one_ended()
 
     async def wait_async(self, timeout: float | None = None) -> bool:
         """As `wait`, without holding up the event loop, and without an eye on signals: those of a
@@ -491,19 +355,19 @@ class Device:
         Not that of a mapped target, whose layout says how large it is.
         """
         self._check_process()
-        if isinstance(self.target, MappedTarget):
+        profile = self._session.profile
+        if profile is not None and not profile.resizable:
             raise ValueError(
                 "a mapped target keeps its size as long as it is served: stop the disk, and "
                 "serve it anew"
             )
         whole("size", size)
-        block_size = self.target.block_size
+        block_size = SECTOR_SIZE if profile is None else profile.block_size
         if size <= 0 or size % block_size:
             raise ValueError(f"size must be a positive multiple of {block_size}, not {size}")
-        if self._controller is None or self._state is not DeviceState.LIVE:
+        if self._state is not DeviceState.LIVE:
             raise errors.DeviceClosed(f"the device is {self._state}, only a live one is resized")
-        self._controller.update_size(self.id, size)
-        self._params = self._controller.get_params(self.id)
+        self._life.disk().resize(size)
 
     def share(
         self, size: int | None = None, *, fd: int | None = None, read_only: bool = False
@@ -517,11 +381,12 @@ class Device:
         """
         self._check_process()
         check_share(size, fd)
-        if Feature.SHMEM_ZC not in self._needed:
+        if not self._shares_memory:
             raise ValueError("share needs a device made with shared_memory=True")
-        if self._sharing is None or self._state is not DeviceState.LIVE:
+        sharing = self._life.sharing
+        if sharing is None or self._state is not DeviceState.LIVE:
             raise errors.DeviceClosed(f"the device is {self._state}, only a live one shares memory")
-        return self._sharing.begin(size, fd, read_only=read_only)
+        return sharing.begin(size, fd, read_only=read_only)
 
     # ---- stopping ----
 
@@ -541,22 +406,22 @@ class Device:
         try:
             self._stop_once(timeout)
         except Exception as error:
-            if self._crew.failure is None:
+            if self._session.failure is None:
                 raise
             log.warning("stopping %r, which failed: %s", self, error)
         if self._state is DeviceState.STOPPED and not self._failure_told:
             self._raise_failure()
 
     def _raise_failure(self) -> None:
-        if self._crew.failure is not None:
+        if self._session.failure is not None:
             self._failure_told = True
-            raise self._crew.failure
+            raise self._session.failure
 
     def _stop_once(self, timeout: float | None = None) -> None:
         here = this_thread()
         if here == self._stop_thread:
             return
-        if here in self._start_threads or self._crew.runs_here():
+        if here in self._start_threads or self._session.runs_here():
             threading.Thread(target=self._stop_once, args=(timeout,), name="ublk-stop").start()
             return
         # A kernel that gets START_DEV after STOP_DEV may crash.
@@ -571,124 +436,33 @@ class Device:
     def _stop(self, timeout: float | None) -> None:
         if self._state is DeviceState.STOPPED:
             return
-        usual = max(self._stop_timeout, self.target.max_stall)
+        usual = max(self._stop_timeout, self._session.max_stall)
         patience = usual if timeout is None else timeout
         try:
             hung = run_shielded(partial(self._stop_serving, patience), self._lose_patience)
         finally:
             self._release()
         if hung:
-            who = "a handler" if len(hung) == 1 else f"{len(hung)} handlers"
-            outcome = (
-                f"every request it held was failed, and {self.path} was deleted"
-                if not self._kept_by_kernel
-                else f"every request of a queue is in its hands, and Linux before 6.16 keeps such "
-                f"a disk until its server ends: {self.path} goes half a minute after this process"
-            )
-            error = errors.HandlerTimeout(
-                f"{who} of {type(self.target).__name__} never returned: {outcome}"
-            )
-            for stack in hung:
-                error.add_note(stack)
-            raise error
+            raise handler_timeout(self.target, self._life.disk(), hung)
 
     def _lose_patience(self) -> None:
         self._impatient = True
 
     def _stop_serving(self, patience: float) -> list[str]:
-        """STOP_DEV beside the serving threads; returns the stacks of those given up."""
+        """Returns the stacks of what hung and was given up."""
         started = self._state is not DeviceState.CREATED
         self._state = DeviceState.STOPPING
-        if not started or self._info is None:
-            return []
-        controller, device = self._controller, self.id
-        assert controller is not None
-        self._crew.primed(self._deadline)  # a fetch that came after the stop would stay
-        failure: list[BaseException] = []
-        stopped = threading.Event()
-
-        def stop_device() -> None:
-            try:
-                controller.stop(device, deadline=max(self._deadline, patience) + 24 * 3600)
-            except BaseException as error:
-                failure.append(error)
-            stopped.set()
-            self._crew.moved.set()
-
-        stopper = threading.Thread(target=stop_device, name=f"ublk{device}-stop", daemon=True)
-        stopper.start()
-        hung: list[str] = []
-        try:
-            if not self._crew.progress_until(
-                lambda: stopped.is_set() and self._crew.all_ended(),
-                patience=patience,
-                idle=self._deadline,
-                enough=lambda: self._impatient,
-            ):
-                hung = self._give_up_hanging()
-        finally:
-            if not self._kept_by_kernel:
-                stopper.join(self._deadline)
-        if self._kept_by_kernel:
-            return hung
-        if stopper.is_alive():
-            raise errors.command_error(
-                ControlCommand.STOP_DEV, errno.ETIMEDOUT, device=device, detail="still waiting"
-            )
-        if failure and getattr(failure[0], "errno", None) != errno.ENODEV:  # else: deleted already
-            raise failure[0]
-        return hung
-
-    def _give_up_hanging(self) -> list[str]:
-        hanging = self._crew.give_up()
-        # The number stays theirs who were cut off from it, and may yet come to use it.
-        if self._char_device is not None and self._crew.all_ended():
-            self._char_device.close()
-        self._char_device = None
-        if hanging.holds_queue:
-            assert self._controller is not None
-            # These kernels learn of a server's end by a FETCH that it takes along, or, half a
-            # minute later, by the end of the thread itself.
-            self._kept_by_kernel = not self._controller.features().has(Feature.UPDATE_SIZE)
-        return hanging.stacks
+        return self._life.stop(patience, lambda: self._impatient) if started else []
 
     def _release(self) -> None:
-        """Gives everything back, also after a start that failed half-way."""
-        # The kernel waited for it when it took the disk away, and the disk's name is not given anew
-        # before it is deleted.
-        if self._scheduler_removal is not None:
-            self._scheduler_removal.finish()
-            self._scheduler_removal = None
-        if self._char_device is not None:
-            self._char_device.close()
-            self._char_device = None
         try:
-            # What the kernel keeps, the helper deletes when this process ends.
-            if not self._kept_by_kernel and self._controller is not None and self._info is not None:
-                self._delete()
+            self._life.release()
         finally:
-            self._guard = None
-            if self._sharing is not None:
-                self._sharing.over(unused=self._crew.all_ended())
-            if self._controller is not None:
-                self._controller.close()
-            self._final_stats = self.stats()
-            self._crew.dismiss()
             self._state = DeviceState.STOPPED
             self._stopped.set()
-            self._crew.attention.set()
+            self._session.attention.set()
             _open_devices.discard(self)
-            opened, self._opened = self._opened, False
-            self._crew.close_target(opened=opened)
-
-    def _delete(self) -> None:
-        assert self._controller is not None
-        try:
-            # Not DEL_DEV, which waits until everybody has closed the disk, and then for RCU.
-            self._controller.delete(self.id, wait=False)
-        except OSError as error:
-            if error.errno != errno.ENODEV:  # else: somebody else deleted it
-                raise
+            self._session.close_target()
 
     def _finish_quietly(self) -> None:
         """After a failed start: the first error is the one to tell."""
@@ -706,7 +480,7 @@ class Device:
         if self._state is not DeviceState.LIVE:  # who starts or stops it does that
             return
         with suppress(BaseException):  # the program's log may do anything
-            log.error("%r is stopped: a queue of it failed", self, exc_info=self._crew.failure)
+            log.error("%r is stopped: a queue of it failed", self, exc_info=self._session.failure)
         try:
             self._stop_once()
         except Exception as error:
@@ -754,6 +528,27 @@ class Device:
         self._finish_quietly()
 
 
+def _check_sizes(max_io_size: int, threads: int, depth: int) -> None:
+    """Raises ValueError for what no disk can have."""
+    whole("max_io_size", max_io_size)
+    whole("threads", threads)
+    if max_io_size % 4096 or not 4096 <= max_io_size <= 32 << 20:
+        raise ValueError(
+            f"max_io_size must be a multiple of 4096 from 4096 to {32 << 20}, not {max_io_size}"
+        )
+    if not 1 <= threads <= depth:
+        raise ValueError(f"threads must be 1 to the depth, {depth}, not {threads}")
+
+
+def _checked_servers(on: Servers | None, affinity: Affinity) -> Servers | None:
+    """Raises ValueError for what threads of many disks cannot do for one."""
+    if on is not None and not isinstance(on, Servers):
+        raise TypeError(f"on must be Servers or None, not {type(on).__name__}")
+    if on is not None and affinity not in ("auto", None):
+        raise ValueError("affinity is for threads of the disk's own: leave it out, or on")
+    return on
+
+
 def _caller() -> str:
     """The place outside this package that is making a Device."""
     frame: FrameType | None = sys._getframe(1)
@@ -763,7 +558,7 @@ def _caller() -> str:
 
 
 def _end_failed(device: "weakref.ref[Device]") -> None:
-    """By the servant that failed, which has its clients' requests to refuse meanwhile."""
+    """By the server that failed, which has its clients' requests to refuse meanwhile."""
     if (failed := device()) is not None:
         with suppress(RuntimeError):  # no more threads: then who waits for it stops it
             threading.Thread(target=failed._stop_failed, name="ublk-stop").start()

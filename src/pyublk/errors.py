@@ -24,6 +24,7 @@ import os
 from pathlib import Path
 from typing import Self
 
+from pyublk.causes import ADMIN, CALLER, DRIVER, OTHER, usual_cause
 from pyublk.uapi import ControlCommand
 
 
@@ -79,339 +80,6 @@ class InternalError(UblkError):
     """A bug in pyublk."""
 
 
-_DRIVER = "the driver"
-_CALLER = "the caller"
-_ADMIN = "this machine's set-up"
-_OTHER = "another process"
-_SERVER = "the device's server"
-
-#: Likely cause, whose doing, what to do.
-_Cause = tuple[str, str, str]
-
-_NOT_NAMED: _Cause = (
-    "the device belongs to an unprivileged user, and then each command must name its node",
-    _CALLER,
-    "look whether its node is there, and yours to open",
-)
-_NOT_STARTED: _Cause = (
-    "there is no such device, or it is not started",
-    _CALLER,
-    "see `pyublk list` for the devices there are, and their states",
-)
-_NO_ZONES: _Cause = (
-    "this kernel was built without zoned block devices",
-    _ADMIN,
-    "serve the target without zones, or use a kernel with CONFIG_BLK_DEV_ZONED",
-)
-_NO_SHARED_MEMORY: _Cause = (
-    "the device was added without SHMEM_ZC, or this kernel is older than Linux 7.1",
-    _CALLER,
-    "add the device with SHMEM_ZC; see `pyublk features`",
-)
-_HELD_REQUESTS: _Cause = (
-    "it waits for requests that the server holds",
-    _SERVER,
-    "let the server answer, or kill it: that releases the device",
-)
-_STARTS_ONCE = "delete the device and add it again: a device starts once"
-
-#: By errno, for the commands without an entry of their own.
-_GENERAL: dict[int, _Cause] = {
-    errno.EPERM: (
-        "it needs CAP_SYS_ADMIN, unless the device is an unprivileged one of yours",
-        _CALLER,
-        "run as root",
-    ),
-    errno.EACCES: (
-        "the device's node is closed to you",
-        _ADMIN,
-        "run as root, or have the node's owner set by a udev rule",
-    ),
-    errno.ENODEV: (
-        "there is no such device",
-        _CALLER,
-        "see `pyublk list` for the devices there are",
-    ),
-    errno.EOPNOTSUPP: (
-        "this kernel's driver does not know the command",
-        _DRIVER,
-        "see `pyublk features`; a newer kernel has it (`pyublk vm` runs one)",
-    ),
-    errno.EINTR: (
-        "the wait was interrupted",
-        _CALLER,
-        "look at the device's state, then try again",
-    ),
-    errno.ETIMEDOUT: (
-        "the kernel did not answer in time",
-        _SERVER,
-        "see whether the server still answers its requests; killing it releases the device",
-    ),
-    errno.ENOMEM: (
-        "the kernel has no memory for it",
-        _ADMIN,
-        "ask for fewer queues, a smaller depth, or smaller requests",
-    ),
-    errno.EFAULT: (
-        "the kernel cannot reach the memory that was passed",
-        _CALLER,
-        "pass memory that stays mapped until the command ends",
-    ),
-    errno.EINVAL: ("an argument was refused", _CALLER, "check the arguments"),
-    errno.EBUSY: ("the device is in use", _OTHER, "wait for it, or stop its users"),
-}
-
-#: By command and errno; rests on drivers/block/ublk_drv.c of Linux 6.12 to 7.3.
-_CAUSES: dict[ControlCommand, dict[int, _Cause]] = {
-    ControlCommand.GET_FEATURES: {
-        errno.ENODEV: (
-            "this kernel is older than Linux 6.5 and cannot tell its features",
-            _DRIVER,
-            "use Linux 6.8 or newer (`pyublk vm` runs one)",
-        ),
-        errno.EINVAL: (
-            "this driver's mask of features is not 8 bytes long",
-            _DRIVER,
-            "use a newer pyublk",
-        ),
-    },
-    ControlCommand.ADD_DEV: {
-        errno.EPERM: (
-            "it needs CAP_SYS_ADMIN, unless the device is to be an unprivileged one",
-            _CALLER,
-            "run as root, or ask for UNPRIVILEGED_DEV",
-        ),
-        errno.EEXIST: (
-            "the id is in use",
-            _CALLER,
-            "choose another id, or none to get the lowest free; `pyublk list` shows who has it",
-        ),
-        errno.EINVAL: (
-            "the kernel refused queues, depth, or a combination of flags",
-            _CALLER,
-            "queues and depth are 1 to 4096; see `pyublk features` for what may go together",
-        ),
-        errno.EACCES: (
-            "there are as many unprivileged devices as the driver allows",
-            _ADMIN,
-            "delete one, or raise the module parameter ublks_max",
-        ),
-        errno.EINTR: (
-            "it was killed while it waited for another device to be added or deleted",
-            _OTHER,
-            "see `pyublk doctor` for a deletion that hangs",
-        ),
-        errno.ETIMEDOUT: (
-            "it waits for another device to be deleted, and while that hangs none can be added",
-            _OTHER,
-            "kill the server of the device that is being deleted; see `pyublk doctor`",
-        ),
-    },
-    ControlCommand.DEL_DEV: {
-        errno.EINVAL: _NOT_NAMED,
-        errno.EINTR: (
-            "the wait was interrupted; the deletion goes on without it",
-            _CALLER,
-            "wait until `pyublk list` no longer shows the device",
-        ),
-        errno.ETIMEDOUT: (
-            "it waits for requests that the server holds, or until nobody has the device's nodes "
-            "open or mapped",
-            _SERVER,
-            "close the char device and its mappings, or kill the server",
-        ),
-    },
-    ControlCommand.DEL_DEV_ASYNC: {
-        errno.EINVAL: (
-            "an unprivileged device cannot be deleted without waiting",
-            _DRIVER,
-            "delete it with wait=True",
-        ),
-        errno.ETIMEDOUT: _HELD_REQUESTS,
-    },
-    ControlCommand.START_DEV: {
-        errno.EINVAL: (
-            "the parameters were never set, or the pid is not that of the process that opened the "
-            "char device",
-            _CALLER,
-            "set the parameters first, and open the char device in the process that serves",
-        ),
-        errno.EEXIST: ("the device is live already", _CALLER, _STARTS_ONCE),
-        errno.EBUSY: (
-            "the device was stopped since its char device was opened",
-            _CALLER,
-            _STARTS_ONCE,
-        ),
-        errno.EOPNOTSUPP: _NO_ZONES,
-        errno.EINTR: (
-            "it was called off while it waited for the server's queues",
-            _CALLER,
-            "delete the device, and start all its queues the next time",
-        ),
-        errno.ETIMEDOUT: (
-            "it waits until every tag of every queue was fetched",
-            _SERVER,
-            "start all the queues that the kernel granted, and serve them during the start",
-        ),
-    },
-    ControlCommand.STOP_DEV: {errno.EINVAL: _NOT_NAMED, errno.ETIMEDOUT: _HELD_REQUESTS},
-    ControlCommand.TRY_STOP_DEV: {
-        errno.EINVAL: _NOT_NAMED,
-        errno.ENODEV: _NOT_STARTED,
-        errno.EBUSY: (
-            "somebody has the block device open (udev does so for a moment)",
-            _OTHER,
-            "unmount it, or wait and try again",
-        ),
-        errno.EOPNOTSUPP: (
-            "this kernel is older than Linux 7.0, which brought it",
-            _DRIVER,
-            "make sure that nobody uses the device, then stop it by STOP_DEV",
-        ),
-        errno.ETIMEDOUT: _HELD_REQUESTS,
-    },
-    ControlCommand.SET_PARAMS: {
-        errno.EACCES: (
-            "the device is started already",
-            _CALLER,
-            "set parameters between adding and starting",
-        ),
-        errno.EINVAL: (
-            "the kernel refused a parameter that passed our checks",
-            _DRIVER,
-            "compare block sizes, request size and device size with what this kernel allows",
-        ),
-        errno.EOPNOTSUPP: _NO_ZONES,
-    },
-    ControlCommand.GET_PARAMS: {errno.EINVAL: _NOT_NAMED},
-    ControlCommand.GET_DEV_INFO: {errno.EINVAL: _NOT_NAMED},
-    ControlCommand.GET_DEV_INFO2: {
-        errno.EPERM: (
-            "the path is not that of the device's node, or you lack CAP_SYS_ADMIN",
-            _CALLER,
-            "run as root, where /dev is the kernel's own",
-        ),
-        errno.EINVAL: ("the path of the device's node is missing", _CALLER, "pass its path"),
-        errno.ENOENT: (
-            "the device's node is not there",
-            _ADMIN,
-            "mount devtmpfs on /dev, or wait a moment after adding the device",
-        ),
-    },
-    ControlCommand.GET_QUEUE_AFFINITY: {
-        errno.EINVAL: (
-            "the device has no such queue, or the machine has more than 1024 CPUs",
-            _CALLER,
-            "use the number of queues that the device was granted",
-        ),
-    },
-    ControlCommand.START_USER_RECOVERY: {
-        errno.EINVAL: (
-            "the device was added without USER_RECOVERY",
-            _CALLER,
-            "delete it and add it again with that flag",
-        ),
-        errno.EBUSY: (
-            "the old server still has the char device open, or the device is not quiesced yet",
-            _SERVER,
-            "wait for the state QUIESCED or FAIL_IO, then try again",
-        ),
-    },
-    ControlCommand.END_USER_RECOVERY: {
-        errno.EINVAL: (
-            "the pid is not that of the process that opened the char device, or the device has no "
-            "recovery",
-            _CALLER,
-            "open the char device in the new server and pass its pid",
-        ),
-        errno.EBUSY: ("the device is not in recovery", _CALLER, "start the recovery first"),
-        errno.EINTR: (
-            "it was called off while it waited for the new server's queues",
-            _CALLER,
-            "start the recovery again",
-        ),
-        errno.ETIMEDOUT: (
-            "it waits until the new server has fetched every tag of every queue",
-            _SERVER,
-            "start as many queues, of the same depth, as the old server had",
-        ),
-    },
-    ControlCommand.UPDATE_SIZE: {
-        errno.EINVAL: _NOT_NAMED,
-        errno.ENODEV: _NOT_STARTED,
-        errno.EOPNOTSUPP: (
-            "this kernel is older than Linux 6.16, which brought it",
-            _DRIVER,
-            "delete the device and add it with the new size (`pyublk vm` runs a newer kernel)",
-        ),
-    },
-    ControlCommand.QUIESCE_DEV: {
-        errno.EINVAL: _NOT_NAMED,
-        errno.ENODEV: _NOT_STARTED,
-        errno.EOPNOTSUPP: (
-            "the device was added without QUIESCE, or this kernel is older than Linux 6.16",
-            _CALLER,
-            "add the device with USER_RECOVERY and QUIESCE",
-        ),
-        errno.EBUSY: (
-            "the server held every tag for all of the timeout",
-            _SERVER,
-            "try again when it is less busy, or with a longer timeout",
-        ),
-        errno.EINTR: (
-            "the wait for an idle moment was interrupted",
-            _CALLER,
-            "look at the device's state, then try again",
-        ),
-    },
-    ControlCommand.REG_BUF: {
-        errno.EINVAL: (
-            "address and length must be multiples of the page size, and the length at most 4 GiB",
-            _CALLER,
-            "map the memory in whole pages",
-        ),
-        errno.EEXIST: (
-            "a page of it is registered already",
-            _CALLER,
-            "unregister the other buffer first",
-        ),
-        errno.EFAULT: (
-            "its pages cannot be pinned",
-            _CALLER,
-            "use shared memory, a memfd or hugetlbfs",
-        ),
-        errno.ENOMEM: (
-            "the pages cannot be locked in memory",
-            _ADMIN,
-            "register less, or raise RLIMIT_MEMLOCK (ulimit -l)",
-        ),
-        errno.ENOSPC: (
-            "the device's table of buffers is full",
-            _CALLER,
-            "unregister a buffer first",
-        ),
-        errno.EOPNOTSUPP: _NO_SHARED_MEMORY,
-        errno.ETIMEDOUT: _HELD_REQUESTS,
-    },
-    ControlCommand.UNREG_BUF: {
-        errno.EINVAL: (
-            "the index is out of range",
-            _CALLER,
-            "use the index that registering returned",
-        ),
-        errno.ENOENT: (
-            "no buffer is registered under that index",
-            _CALLER,
-            "use the index that registering returned",
-        ),
-        errno.EOPNOTSUPP: _NO_SHARED_MEMORY,
-        errno.ETIMEDOUT: _HELD_REQUESTS,
-    },
-}
-
-_UNKNOWN: _Cause = ("no usual cause is known", _DRIVER, "see the kernel's log (dmesg)")
-
-
 def _described(error: int) -> str:
     return f"{os.strerror(error)} ({errno.errorcode.get(error, error)})"
 
@@ -434,7 +102,7 @@ def command_error(
     """
     if error == errno.ETIME:
         error = errno.ETIMEDOUT
-    cause, whose, remedy = _CAUSES.get(command, {}).get(error) or _GENERAL.get(error, _UNKNOWN)
+    cause, whose, remedy = usual_cause(command, error)
     if detail:
         cause = f"{detail}; {cause}" if error == errno.ETIMEDOUT else detail
     message = f"{_subject(command, device)}: {_described(error)}: {cause}"
@@ -457,22 +125,22 @@ def control_missing_error(error: int) -> OSError:
     """The OSError for a control node that cannot be opened with errno `error`."""
     if error in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
         cause, remedy = _why_no_driver()
-        return _refusal(error, f"{_CONTROL_NODE} does not exist: {cause}", _ADMIN, remedy)
+        return _refusal(error, f"{_CONTROL_NODE} does not exist: {cause}", ADMIN, remedy)
     if error == errno.EACCES:
         return _refusal(
             error,
             f"{_CONTROL_NODE} is closed to user {os.geteuid()}",
-            _CALLER,
+            CALLER,
             "run as root, or have the node's rights changed",
         )
     if error == errno.EPERM:
         return _refusal(
             error,
             f"{_CONTROL_NODE} is forbidden, most likely by the device rules of a container",
-            _ADMIN,
+            ADMIN,
             "run outside the container, or allow it the device",
         )
-    return _refusal(error, f"{_CONTROL_NODE}: {_described(error)}", _ADMIN, "see `pyublk doctor`")
+    return _refusal(error, f"{_CONTROL_NODE}: {_described(error)}", ADMIN, "see `pyublk doctor`")
 
 
 def _why_no_driver() -> tuple[str, str]:
@@ -502,33 +170,33 @@ def _why_no_driver() -> tuple[str, str]:
 def helper_error(error: int, program: str) -> OSError:
     """The OSError for a helper process that could not be started, or asked, with errno `error`."""
     cause, whose, remedy = {
-        errno.ENOENT: ("it is missing", _ADMIN, "install pyublk anew"),
+        errno.ENOENT: ("it is missing", ADMIN, "install pyublk anew"),
         errno.EACCES: (
             "it may not be executed here",
-            _ADMIN,
+            ADMIN,
             "install pyublk where programs may run: not on a file system mounted noexec",
         ),
         errno.ENOEXEC: (
             "it is not for this machine",
-            _ADMIN,
+            ADMIN,
             "install pyublk anew, on this machine",
         ),
         errno.EPERM: (
             "a filter forbids new processes, most likely that of a container or a service",
-            _ADMIN,
+            ADMIN,
             "allow clone and execve, or make the first Device or Controller before the filter",
         ),
         errno.EMFILE: (
             "no descriptor is left for it",
-            _CALLER,
+            CALLER,
             "close files, or raise RLIMIT_NOFILE (ulimit -n)",
         ),
         errno.EAGAIN: (
             "there are as many processes as this user, or this service, may have",
-            _ADMIN,
+            ADMIN,
             "raise the limit (RLIMIT_NPROC, pids.max)",
         ),
-    }.get(error, (os.strerror(error), _ADMIN, "see `pyublk doctor`"))
+    }.get(error, (os.strerror(error), ADMIN, "see `pyublk doctor`"))
     return _refusal(
         error, f"the helper program {program} cannot be started: {cause}", whose, remedy
     )
@@ -547,13 +215,13 @@ def node_missing_error(path: str, proc: Path = Path("/proc"), sys: Path = Path("
     place = "class/ublk-char" if "ublkc" in path else "class/block"
     kind = kind_of_dev(proc)
     if not (sys / place / os.path.basename(path)).exists():
-        cause, whose = "the kernel knows no such device any more", _OTHER
+        cause, whose = "the kernel knows no such device any more", OTHER
         remedy = "see the kernel's log (dmesg), and `pyublk list`"
     elif kind == "devtmpfs":
-        cause, whose = "/dev is a devtmpfs, and the kernel has made the device", _OTHER
+        cause, whose = "/dev is a devtmpfs, and the kernel has made the device", OTHER
         remedy = "see who removes nodes from /dev"
     else:
-        whose = _ADMIN
+        whose = ADMIN
         cause = (
             f"the kernel has made the device, but /dev is {kind}, as in a container, and nobody "
             "puts nodes there"
@@ -584,25 +252,25 @@ def io_uring_error(error: int) -> OSError:
     cause, whose, remedy = {
         errno.ENOSYS: (
             f"this kernel ({os.uname().release}) has no io_uring that is new enough",
-            _ADMIN,
+            ADMIN,
             "use Linux 6.8 or newer",
         ),
         errno.ENOMEM: (
             "no memory for an io_uring, or the limit of locked memory is too low",
-            _ADMIN,
+            ADMIN,
             "raise RLIMIT_MEMLOCK (ulimit -l), or use smaller rings",
         ),
         errno.EINVAL: (
             "this kernel lacks a required io_uring set-up flag, or the sizes are out of range",
-            _CALLER,
+            CALLER,
             "pass the flag as `wanted` instead of `required`",
         ),
         errno.EMFILE: (
             "no descriptor is left for an io_uring",
-            _CALLER,
+            CALLER,
             "close files, or raise RLIMIT_NOFILE (ulimit -n)",
         ),
-    }.get(error, (f"io_uring: {_described(error)}", _DRIVER, "see the kernel's log (dmesg)"))
+    }.get(error, (f"io_uring: {_described(error)}", DRIVER, "see the kernel's log (dmesg)"))
     return _refusal(error, cause, whose, remedy)
 
 
@@ -615,7 +283,7 @@ def _io_uring_forbidden() -> OSError:
         return _refusal(
             errno.EPERM,
             "io_uring is forbidden, most likely by the seccomp filter of a container",
-            _ADMIN,
+            ADMIN,
             "run outside the container, or with a profile that allows io_uring_setup",
         )
     remedy = "set it to 0"
@@ -624,7 +292,7 @@ def _io_uring_forbidden() -> OSError:
     return _refusal(
         errno.EPERM,
         f"io_uring is forbidden: the sysctl kernel.io_uring_disabled is {switch}",
-        _ADMIN,
+        ADMIN,
         remedy,
     )
 
@@ -636,31 +304,31 @@ def queue_error(error: int, queue: int) -> OSError:
     cause, whose, remedy = {
         errno.EINVAL: (
             "the kernel refused the queue's number, a tag, or the thread",
-            _CALLER,
+            CALLER,
             "use the depth and the queues that the device was granted, and serve a queue on the "
             "thread that made it",
         ),
         errno.EBUSY: (
             "its tags were fetched already",
-            _CALLER,
+            CALLER,
             "a queue is fetched once: delete the device and add it again",
         ),
         errno.ENODEV: (
             "the device is gone, or the file is no ublk char device",
-            _CALLER,
+            CALLER,
             "open /dev/ublkcN of a device that exists",
         ),
         errno.ENOMEM: (
             "no memory for its ring, descriptors and buffers",
-            _ADMIN,
+            ADMIN,
             "use a smaller depth or smaller requests",
         ),
         errno.EOPNOTSUPP: (
             "the device wants another data path (batch I/O)",
-            _CALLER,
+            CALLER,
             "pass the device's flags to the queue, or add the device without BATCH_IO",
         ),
-    }.get(error, ("the kernel ended it", _DRIVER, "see the kernel's log (dmesg)"))
+    }.get(error, ("the kernel ended it", DRIVER, "see the kernel's log (dmesg)"))
     return _refusal(error, f"queue {queue}: {_described(error)}: {cause}", whose, remedy)
 
 
@@ -669,6 +337,6 @@ def negotiation_error(what: str, wished: str, got: str, remedy: str) -> OSError:
     return _refusal(
         errno.EOPNOTSUPP,
         f"{what}: asked for {wished}, the kernel granted {got} without saying so",
-        _DRIVER,
+        DRIVER,
         remedy,
     )

@@ -4,6 +4,7 @@
 import errno
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
@@ -12,9 +13,9 @@ from pyublk._native import Layout
 from pyublk.backing import Backing
 from pyublk.files import about
 from pyublk.keeping import Ranges
-from pyublk.params import DmaAlign
 from pyublk.paths import DataPath
-from pyublk.target import Dispatch, Target
+from pyublk.profile import Dispatch, Profile
+from pyublk.target import Target
 
 #: A part of a file: its index among the target's files, offset, and length (bytes).
 Extent = tuple[int, int, int]
@@ -218,12 +219,12 @@ class MappedTarget(Target):
             else:
                 backing.close(written_late=late.pop())
 
-    def dma_alignment(self) -> DmaAlign | None:
-        """What zero copy to these files demands of a request's memory; None: nothing."""
-        if not self._direct:
-            return None
-        demanded = (backing.memory_alignment for backing in self.backing)
-        return DmaAlign(alignment=max(self.block_size, *demanded))
+    def profile(self) -> Profile:
+        alignment = None
+        if self._direct:
+            demanded = (backing.memory_alignment for backing in self.backing)
+            alignment = max(self.block_size, *demanded)
+        return replace(super().profile(), resizable=False, dma_alignment=alignment)
 
     def _check_extents(self, extents: list[Extent]) -> None:
         for number, offset, length in extents:

@@ -1,40 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""What a target implements, and how its methods become device parameters."""
+"""What a target implements, and what follows from it for its disk."""
 
-import errno
 import inspect
-import logging
-import operator
-import sys
-import threading
-import time
-import traceback
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
-from types import CoroutineType, TracebackType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-from pyublk._native import IO
 from pyublk.arguments import whole
-from pyublk.errors import InvalidTarget, StaleIO
-from pyublk.methods import ARGUMENTS, check_handlers, check_plain
-from pyublk.params import Basic, Discard, Integrity, Params
+from pyublk.methods import ARGUMENTS
+from pyublk.params import Integrity
 from pyublk.paths import DataPath
+from pyublk.profile import MAX_DISCARD, Concurrency, Dispatch, Profile
 from pyublk.uapi import Feature
-
-Concurrency = Literal["serial", "per_queue", "parallel"]
-Dispatch = Literal["native", "mapped", "sync", "async"]
-
-log = logging.getLogger("pyublk.target")
 
 #: The methods a kernel request can call; their presence announces the operation.
 METHODS = tuple(name for name in ARGUMENTS if name != "map")
-#: What a target says of itself: asked for by threads without an event loop.
-_SAID = ("params", "status", "announces")
-_SCOPE = ("open", "close")
-
-#: The most one DISCARD or WRITE_ZEROES request covers unless the target says otherwise (bytes).
-MAX_DISCARD = 1 << 30
 
 
 class Target:
@@ -166,43 +145,41 @@ class Target:
             "discard": self.discards,
             "write_zeroes": self.writes_zeroes,
             "write_fua": self.takes_fua,
-        }[method]
+        }.get(method, False)
 
-    def params(self, max_io_size: int) -> Params:
-        """The device parameters that follow from attributes and methods.
+    def profile(self) -> Profile:
+        """What its disk is like, from attributes and methods; asked for once it is open.
 
-        Raises ValueError, naming field, value and what is allowed.
+        A target that says more of its disk returns `super().profile()` with changes.
         """
-        flushes = self.announces("flush")
-        discards = self.announces("discard")
-        zeroes = self.announces("write_zeroes")
         physical = self.physical_block_size or self.block_size
-        discard = None
-        if (discards or zeroes) and not self.read_only:
-            granularity = self.discard_granularity or self.block_size
-            limit = self.max_discard or MAX_DISCARD
-            limit -= limit % granularity
-            discard = Discard(
-                granularity=granularity,
-                max_discard_size=limit if discards else 0,
-                max_write_zeroes_size=limit if zeroes else 0,
-            )
-        return Params(
-            basic=Basic(
-                size=self.size,
-                logical_block_size=self.block_size,
-                physical_block_size=physical,
-                io_min=self.io_min or physical,
-                io_opt=self.io_opt or 0,
-                max_io_size=max_io_size,
-                read_only=self.read_only,
-                rotational=self.rotational,
-                volatile_cache=flushes or self.announces("write_fua"),
-                fua=self.announces("write_fua"),
-            ),
-            discard=discard,
+        return Profile(
+            kind=kind_of(self),
+            concurrency=self.concurrency,
+            operations=frozenset(one for one in METHODS if self.announces(one)),
+            size=self.size,
+            block_size=self.block_size,
+            physical_block_size=physical,
+            io_min=self.io_min or physical,
+            io_opt=self.io_opt or 0,
+            discard_granularity=self.discard_granularity or self.block_size,
+            max_discard=self.max_discard or MAX_DISCARD,
+            read_only=self.read_only,
+            rotational=self.rotational,
+            resizable=True,
+            paths=self.paths,
+            needs=self.needs,
+            max_stall=self.max_stall,
             integrity=self.integrity,
         )
+
+
+def kind_of(target: Target) -> Dispatch:
+    """How requests reach a target."""
+    if target.dispatch is not None:
+        return target.dispatch
+    methods = (getattr(target, method, None) for method in METHODS)
+    return "async" if any(map(inspect.iscoroutinefunction, methods)) else "sync"
 
 
 class NativeTarget(Target):
@@ -227,177 +204,3 @@ class NativeTarget(Target):
 
     handler: int = 0
     context: int = 0
-
-
-#: What Target.__init__ gives every target.
-_OWN = frozenset(vars(Target(size=0)))
-
-
-def dispatch_of(target: Target) -> Dispatch:
-    """How a target is served; raises InvalidTarget for one that cannot be."""
-    name = type(target).__name__
-    if isinstance(target, type):
-        raise InvalidTarget(
-            f"a disk is of an object, and {target.__name__} is a class: call it, as in "
-            f"{target.__name__}(...)"
-        )
-    if not isinstance(target, Target):
-        raise InvalidTarget(f"{name} is not a pyublk.Target: subclass it and define read and write")
-    if missing := sorted(_OWN - {one for one in _OWN if hasattr(target, one)}):
-        raise InvalidTarget(
-            f"{name} lacks {', '.join(missing)}: its __init__ must call super().__init__(size=...)"
-        )
-    check_plain(target, _SAID, "it is asked for outside of any event loop")
-    if target.concurrency not in ("serial", "per_queue", "parallel"):
-        raise InvalidTarget(
-            f"{name}.concurrency is {target.concurrency!r}: use 'serial', 'per_queue' or 'parallel'"
-        )
-    if target.dispatch is not None:
-        check_plain(target, (*_SCOPE, "map"), "no event loop serves this target")
-        if callable(planned := getattr(target, "map", None)):
-            check_handlers(name, {"map": planned})
-        return target.dispatch
-    methods = {m: f for m in METHODS if (f := getattr(target, m, None)) is not None}
-    for method, function in methods.items():
-        if not callable(function):
-            raise InvalidTarget(f"{name}.{method} is {function!r}, not a method: rename it")
-    if "handle" in methods:
-        if extra := sorted(methods.keys() - {"handle"}):
-            raise InvalidTarget(
-                f"{name} defines handle and {', '.join(extra)}: handle gets every request, "
-                "define either it or the others"
-            )
-    elif "read" not in methods:
-        raise InvalidTarget(f"{name} has no read method: define read(self, offset, buffer)")
-    elif not ({"write", "write_fua"} & methods.keys()) and not target.read_only:
-        raise InvalidTarget(
-            f"{name} has no write method: define write(self, offset, data), or pass read_only=True"
-        )
-    check_handlers(name, methods)
-    coroutines = {m for m, f in methods.items() if inspect.iscoroutinefunction(f)}
-    if coroutines and coroutines != methods.keys():
-        plain = ", ".join(sorted(methods.keys() - coroutines))
-        raise InvalidTarget(
-            f"{name} mixes async methods ({', '.join(sorted(coroutines))}) with plain ones "
-            f"({plain}): make all of them async, or none"
-        )
-    if not coroutines:
-        check_plain(target, _SCOPE, "no event loop serves a target with plain handlers")
-    return "async" if coroutines else "sync"
-
-
-#: A class's name and an exception's traceback, whatever the class says they are.
-_name_of: Callable[[type], str] = vars(type)["__name__"].__get__
-_trace_of: Callable[[Any], TracebackType | None] = vars(BaseException)["__traceback__"].__get__
-
-
-def _errno_of(outcome: object) -> int:
-    """The errno that an OSError came with; 0 without one that a client can be given."""
-    if not issubclass(type(outcome), OSError):  # isinstance would ask the object itself
-        return 0
-    try:
-        number = outcome.errno  # type: ignore[attr-defined]
-        number = 0 if type(number) is bool else operator.index(number)
-    except BaseException:
-        return 0
-    return number if 0 < number < 4096 else 0
-
-
-def _place_of(trace: TracebackType | None) -> tuple[str, int]:
-    """The line that raised."""
-    if trace is None:
-        return "", 0
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace.tb_frame.f_code.co_filename, trace.tb_lineno or 0
-
-
-class FailureLog:
-    """Turns what a handler raised into an errno, and tells of it once per place and minute.
-
-    It is what stands between a handler and its answer, so it raises nothing, whatever the handler
-    raised or returned, and whatever the program has the log do.
-    """
-
-    INTERVAL = 60.0  # seconds between two reports from the same line of code
-
-    def __init__(self, target: Target) -> None:
-        self._name = type(target).__name__
-        self._lock = threading.Lock()
-        self._last: dict[tuple[str, int], float] = {}
-        self._silent: dict[tuple[str, int], int] = {}
-        self._log_failed = False
-
-    def __call__(self, outcome: object, io: IO) -> int:
-        """The errno (positive) for an exception, or for a return value that is not None.
-
-        None: the request was deferred, and nobody has it any more.
-        """
-        number = _errno_of(outcome)
-        if number == 0:
-            self.tell(outcome, io)
-        return number or errno.EIO
-
-    def tell(self, outcome: object, io: IO | None, method: str = "") -> None:
-        """Logs it: what came of a request, or, without one, what `method` of the target raised."""
-        try:
-            self._tell(outcome, io, method)
-        except BaseException as failure:  # of a handler, a filter or a factory of the program's
-            if not self._log_failed:
-                self._log_failed = True
-                with suppress(BaseException):
-                    print(
-                        f"pyublk: {_name_of(type(outcome))} of {self._name} could not be logged: "
-                        f"{_name_of(type(failure))}",
-                        file=sys.stderr,
-                    )
-
-    def _tell(self, outcome: object, io: IO | None, method: str) -> None:
-        kind = _name_of(type(outcome))
-        who, result = f"{method}()", "nobody is told"
-        if io is not None:
-            operation, result = _describe(io)
-            who = f"the handler of a {operation}"
-        if outcome is None:
-            self._report(
-                ("dropped", 0),
-                f"{self._name}: {who} deferred it, and nobody has its IO any more; {result}",
-            )
-        elif not issubclass(type(outcome), BaseException):
-            if type(outcome) is CoroutineType:
-                outcome.close()
-            self._report(
-                (f"return {who}", 0),
-                f"{self._name}: {who} returned {kind} instead of None (to read, fill the buffer); "
-                f"{result}",
-            )
-        else:
-            trace = _trace_of(outcome)
-            shown: Any = (type(outcome), outcome, trace)
-            message = f"{self._name}: {who} raised {kind}; {result}"
-            try:
-                traceback.format_exception(*shown)
-            except BaseException:
-                shown = None
-                message += " (its traceback cannot be shown)"
-            self._report(_place_of(trace), message, shown)
-
-    def _report(self, place: tuple[str, int], message: str, exc_info: Any = None) -> None:
-        now = time.monotonic()
-        with self._lock:
-            if now - self._last.get(place, -self.INTERVAL) < self.INTERVAL:
-                self._silent[place] = self._silent.get(place, 0) + 1
-                return
-            self._last[place] = now
-            silent = self._silent.pop(place, 0)
-        if silent:
-            message += f" ({silent} more since the last report)"
-        log.error(message, exc_info=exc_info)
-
-
-def _describe(io: IO) -> tuple[str, str]:
-    """The operation of a request, and what its client gets."""
-    try:
-        return str(getattr(io.op, "name", io.op)), "the client gets EIO"
-    except StaleIO:
-        return "request", "which was answered already"

@@ -5,8 +5,8 @@ import dataclasses
 import errno
 
 from pyublk._native import IO
-from pyublk.params import Params, Zoned
 from pyublk.paths import DataPath
+from pyublk.profile import Profile, ZoneLimits
 from pyublk.target import Target
 from pyublk.uapi import SECTOR_SIZE, Feature, Op
 from pyublk.zones import Zones
@@ -54,16 +54,12 @@ class ZonedTarget(Target):
             max_active=max_active,
         )
 
-    def params(self, max_io_size: int) -> Params:
-        params = super().params(max_io_size)
+    def profile(self) -> Profile:
         zones = self.zones
-        basic = dataclasses.replace(params.basic, chunk_size=zones.zone_size)
-        zoned = Zoned(
-            max_append_size=min(max_io_size, zones.zone_size),
-            max_open_zones=zones.max_open,
-            max_active_zones=zones.max_active,
+        limits = ZoneLimits(
+            zone_size=zones.zone_size, max_open=zones.max_open, max_active=zones.max_active
         )
-        return dataclasses.replace(params, basic=basic, zoned=zoned)
+        return dataclasses.replace(super().profile(), zones=limits)
 
     def load(self, io: IO) -> None:
         """Answers a read."""

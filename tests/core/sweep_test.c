@@ -642,7 +642,6 @@ static int sweep(const char *name, int (*scenario)(void))
 int main(void)
 {
 	fail_nothing();
-	CHECK(pu_inert_file() >= 0); /* which stays */
 	SWEEP(rings);
 	SWEEP(severed_rings);
 	SWEEP(queues_without_ring);

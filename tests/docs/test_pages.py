@@ -90,3 +90,10 @@ def test_the_table_of_errors_has_the_exit_codes() -> None:
             made = cls.__new__(cls) if number is None else cls(getattr(errno, number), "")
             if code != "–" and "ublk-control" not in detail:  # which the command looks for itself
                 assert failures.exit_code(made) == int(code), f"{name} {number or ''}"
+
+
+def test_the_page_on_the_design_names_files_that_are_there() -> None:
+    page = (ROOT / "docs" / "design.md").read_text()
+    package = ROOT / "src" / "pyublk"
+    for new, name in re.findall(r"(\*\*)?`((?:\w+/)*\w+\.(?:pyi?|pxi|c|h)|\w+/)`", page):
+        assert ((package / name).exists() or (ROOT / name).exists()) != bool(new), name

@@ -63,8 +63,8 @@ def dying(base: Any, armed: threading.Event, how: str) -> Any:
 @pytest.fixture
 def armed(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     armed = threading.Event()
-    monkeypatch.setattr("pyublk.crew.Queue", dying(pyublk.Queue, armed, "raises"))
-    monkeypatch.setattr("pyublk.crew.MappedQueue", dying(MappedQueue, armed, "raises"))
+    monkeypatch.setattr("pyublk.engines.base.Queue", dying(pyublk.Queue, armed, "raises"))
+    monkeypatch.setattr("pyublk.engines.mapped.MappedQueue", dying(MappedQueue, armed, "raises"))
     return armed
 
 
@@ -135,7 +135,7 @@ def test_clients_and_wait_are_told(
 ) -> None:
     armed = threading.Event()
     took: list[float] = []
-    monkeypatch.setattr("pyublk.crew.Queue", dying(pyublk.Queue, armed, how))
+    monkeypatch.setattr("pyublk.engines.base.Queue", dying(pyublk.Queue, armed, how))
     raised = pyublk.InternalError if how == "returns" else Dies
 
     def body(disk: Device) -> None:
@@ -196,7 +196,9 @@ def test_other_dispatchers(
         "mapped": lambda: File(tmp_path / "file", size=MIB),
         "workers": lambda: ParallelMemory(MIB),
     }
-    monkeypatch.setattr("pyublk.serving.serve_with_workers", lambda queue, pool: queue.live())
+    monkeypatch.setattr(
+        "pyublk.engines.methods.serve_with_workers", lambda queue, pool: queue.live()
+    )
     with pytest.raises(Dies):
         serve_until_dead(armed, make[kind](), wait, workers=2 if kind == "workers" else 0)
 
@@ -250,7 +252,7 @@ def test_the_users_loop_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
                 raise Dies
             return self._real.turn(queue)
 
-    monkeypatch.setattr("pyublk.loops.Dispatcher", Dying)
+    monkeypatch.setattr("pyublk.engines.coroutines.Dispatcher", Dying)
 
     def use(disk: Device) -> None:  # not on the loop: opening a disk may read from it
         with clients(disk) as ended:
@@ -270,21 +272,21 @@ def test_stop_from_a_thread_with_a_dead_ones_ident(
 ) -> None:
     """Idents go to new threads. One of these is no handler: its stop is over when it returns."""
     monkeypatch.setattr(Device, "_stop_failed", lambda self: None)  # else it is stopped already
-    monkeypatch.setattr("pyublk.serving.refuse", lambda queues: [])  # so its thread ends
+    monkeypatch.setattr("pyublk.queue_servers.refuse", lambda queues: [])  # so its thread ends
     disk = Device(Memory(MIB))
     disk.start()
-    servant = disk._crew._servants[0]
+    server = disk._session._servers[0]
     armed.set()
     states: list[DeviceState] = []
 
     def stop() -> None:
-        if threading.get_ident() == servant._ident:
+        if threading.get_ident() == server._ident:
             with pytest.raises(Dies):
                 disk.stop()
             states.append(disk.state)
 
     with clients(disk) as ended:
-        assert servant.ended.wait(60)
+        assert server.ended.wait(60)
         # Some wait beside, so that the ident is given out again.
         with ThreadPoolExecutor(50) as pool:
             everybody = threading.Barrier(50)

@@ -24,7 +24,7 @@ from servers import Server, device_is_gone, sleeping_beyond_signals, until
 
 import pyublk
 from pyublk import Device
-from pyublk.target import FailureLog
+from pyublk.engines.failures import FailureLog
 from pyublk.uapi import Feature, Op
 
 pytestmark = pytest.mark.timeout(240)
@@ -683,7 +683,7 @@ class Null(pyublk.Target):
         pass
 
 with pyublk.Device(Null(size=1 << 40), queues=min(2, os.cpu_count()), depth=16) as disk:
-    tell_when_waiting(disk.id, disk._guard.pid)
+    tell_when_waiting(disk.id, disk._life.kernel.controller.helper.pid)
     disk.wait()
 tell(disk.state)
 """
@@ -769,7 +769,7 @@ def test_a_server_without_wait_that_is_terminated(controller: pyublk.Controller)
     program = """
 disk = pyublk.Device(Memory(MIB))
 disk.start()
-tell(disk.id, disk._guard.pid)
+tell(disk.id, disk._life.kernel.controller.helper.pid)
 sys.stdin.read()
 """
     with Server(program) as server:
@@ -789,7 +789,7 @@ class Hangs(Memory):
 
 disk = pyublk.Device(Hangs(MIB), depth=int(sys.argv[1]))
 disk.start()
-tell(disk.id, disk._guard.pid)
+tell(disk.id, disk._life.kernel.controller.helper.pid)
 """
 
 
@@ -876,7 +876,7 @@ def look():
 
 threading.Thread(target=look, daemon=True).start()
 with disk:
-    tell_when_waiting(disk.id, disk._guard.pid)
+    tell_when_waiting(disk.id, disk._life.kernel.controller.helper.pid)
     disk.wait()
 """
     )
@@ -902,7 +902,7 @@ def stacks_of(pid: int) -> str:
     return found
 
 
-@pytest.mark.parametrize("stop", ["disk.stop(3600)", "disk._controller.stop(disk.id)"])
+@pytest.mark.parametrize("stop", ["disk.stop(3600)", "disk._life.kernel.controller.stop(disk.id)"])
 def test_who_stops_a_hanging_disk_of_its_own_can_be_killed(
     controller: pyublk.Controller, stop: str
 ) -> None:
@@ -925,9 +925,9 @@ def test_the_guardian_leaves_a_stranger_of_the_same_number(
     program = """
 disk = pyublk.Device(Memory(MIB), id=5)
 disk.start()
-tell(disk._guard.pid)
+tell(disk._life.kernel.controller.helper.pid)
 disk.wait()
-disk._char_device.close()  # lets the device go, and the guardian stay
+disk._life.kernel.char_device.close()  # lets the device go, and the guardian stay
 tell("let go")
 sys.stdin.read()
 """

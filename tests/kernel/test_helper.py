@@ -152,9 +152,9 @@ def test_one_that_is_killed_is_replaced(controller: pyublk.Controller) -> None:
     program = """
 disk = pyublk.Device(Memory(MIB))
 disk.start()
-tell(disk.id, disk._guard.pid)
+tell(disk.id, disk._life.kernel.controller.helper.pid)
 sys.stdin.readline()
-tell(disk.info().status.name, disk._guard.pid)
+tell(disk.info().status.name, disk._life.kernel.controller.helper.pid)
 sys.stdin.read()
 """
     with Server(program) as server:

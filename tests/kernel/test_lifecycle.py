@@ -22,7 +22,7 @@ from servers import Server, device_is_gone, run_program, until
 
 import pyublk
 from pyublk import Device, DeviceState
-from pyublk.crew import Crew
+from pyublk.session import Session
 from pyublk.targets import Null, Ram
 from pyublk.uapi import DeviceStatus, Feature, Op
 
@@ -535,16 +535,16 @@ def test_a_disk_that_somebody_stops_while_it_starts(
     monkeypatch: pytest.MonkeyPatch, controller: pyublk.Controller
 ) -> None:
     """START_DEV is not sent any more."""
-    primed = Crew.primed
+    primed = Session.primed
 
-    def stop_then(crew: Crew, timeout: float) -> bool:
-        assert primed(crew, timeout)
+    def stop_then(session: Session, timeout: float) -> bool:
+        assert primed(session, timeout)
         for device in controller.devices():
             controller.stop(device.id)
-        until(crew.all_ended, what="the queues end")
+        until(session.all_ended, what="the queues end")
         return True
 
-    monkeypatch.setattr(Crew, "primed", stop_then)
+    monkeypatch.setattr(Session, "primed", stop_then)
     disk = Device(Memory(MIB))
     with pytest.raises(pyublk.DeviceLost, match=r"device \d+ was stopped while it was started"):
         disk.start()
@@ -918,7 +918,7 @@ def test_a_queue_that_cannot_be_primed(monkeypatch: pytest.MonkeyPatch, failing:
         # The other one takes part in nothing but the map of a queue that is not there.
         return pyublk.Queue(fd, number + 100 if number == failing else number, **options)
 
-    monkeypatch.setattr("pyublk.crew.Queue", queue)
+    monkeypatch.setattr("pyublk.engines.base.Queue", queue)
     target = Closing(MIB)
     disk = Device(target, queues=queues)
     with pytest.raises(OSError, match=f"queue {failing + 100}: Invalid argument") as refused:

@@ -17,6 +17,7 @@ from servers import until
 
 import pyublk
 from pyublk import DataPath, MappedTarget
+from pyublk._native import MappedQueue
 from pyublk.targets import File, Linear, Mirror, Slice, Stripe
 from pyublk.testing import Faulty
 from pyublk.uapi import Feature
@@ -131,13 +132,11 @@ def test_several_threads_serve_a_mapped_queue(serve: Serve, tmp_path: Path) -> N
 def test_registrations_that_fail_are_survived(
     serve: Serve, tmp_path: Path, faults: int, batch: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pyublk import crew
-
-    class Failing(crew.MappedQueue):
+    class Failing(MappedQueue):
         def __init__(self, *args: object, **options: object) -> None:
             super().__init__(*args, faults=faults, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(crew, "MappedQueue", Failing)
+    monkeypatch.setattr("pyublk.engines.mapped.MappedQueue", Failing)
     disk = started(serve, TARGETS["stripe"](tmp_path), path="auto-buffer", batch=batch)
     verified(disk.path, rw="randwrite", bsrange="4k-128k", size="4m", iodepth=16)
     total = disk.stats().total

@@ -13,7 +13,7 @@ from fio import verified
 from servers import until
 
 import pyublk
-from pyublk import DataPath, Device, crew
+from pyublk import DataPath, Device
 from pyublk._native import Queue
 from pyublk.targets import Null, Ram
 from pyublk.uapi import Op
@@ -205,7 +205,7 @@ def faulty_queues(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, faults=faults[0], **options)
 
-    monkeypatch.setattr(crew, "Queue", Failing)
+    monkeypatch.setattr("pyublk.engines.base.Queue", Failing)
     return faults
 
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 import pyublk
 from pyublk import IO, Queue
 from pyublk._native import Handlers
-from pyublk.target import FailureLog
+from pyublk.engines.failures import FailureLog
 from pyublk.targets import Mirror
 from pyublk.testing import Disk
 from pyublk.uapi import Op

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 import pyublk
-from pyublk import loops
 from pyublk._native import Handlers, Queue
-from pyublk.target import FailureLog
+from pyublk.engines import coroutines as loops
+from pyublk.engines.failures import FailureLog
 from pyublk.targets import Ram
 from pyublk.testing import Disk
 from pyublk.uapi import Op
@@ -925,7 +925,7 @@ def test_a_failing_open_is_not_closed_and_a_failing_start_is() -> None:
             raise ConnectionRefusedError("nobody there")
 
     class TellsNoSize(Scoped):
-        def params(self, max_io_size: int) -> pyublk.Params:
+        def profile(self) -> pyublk.Profile:
             raise ValueError("no size yet")
 
     async def enter(target: pyublk.Target) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pyublk import errors
+from pyublk import causes, errors
 from pyublk.uapi import ControlCommand
 
 C = ControlCommand
@@ -133,9 +133,11 @@ def test_a_refusal_with_a_cause_of_its_own(command: ControlCommand, number: int)
 
 
 def test_every_cause_is_read_by_a_test() -> None:
-    written = {(command, number) for command, causes in errors._CAUSES.items() for number in causes}
+    written = {
+        (command, number) for command, numbers in causes._CAUSES.items() for number in numbers
+    }
     assert written == set(CAUSES)
-    assert set(errors._GENERAL) == set(GENERAL) - {errno.EIO}
+    assert set(causes._GENERAL) == set(GENERAL) - {errno.EIO}
 
 
 @pytest.mark.parametrize("command", C)

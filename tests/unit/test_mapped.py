@@ -865,7 +865,7 @@ def test_mapped_targets_announce_what_files_can_do(tmp_path: Path) -> None:
     target = File(make(tmp_path, "a", SIZE))
     target.open()
     try:
-        params = target.params(65536)
+        params = target.profile().params(65536)
         assert params.basic.volatile_cache
         assert params.basic.fua
         assert params.discard is not None

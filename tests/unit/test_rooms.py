@@ -1,6 +1,7 @@
 """The rooms of the house: who may import whom, and what an import must not bring along."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,59 +13,130 @@ import pyublk
 
 PACKAGE = Path(pyublk.__file__).parent
 
-#: From the bottom up. A room imports from its own row or rows above it in this list only.
-ROOMS = [
-    ["arguments", "launch", "uapi", "uring", "interruptions", "files"],
-    ["openers"],
-    ["keeping"],
-    ["errors"],
-    ["_native"],
-    ["features", "methods", "occupants", "params", "stats", "zones"],
-    ["paths", "backing", "scheduling"],
-    ["control"],
-    ["target", "sharing"],
-    ["mapped"],
-    ["serving", "zoned"],
-    ["loops"],
-    ["crew"],
-    ["device"],
-    ["targets", "vm", "testing"],
-    ["service"],
-    ["demo"],
-    ["cli"],
-    ["__main__"],
-]
-LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
+#: The most lines of a module, and of a function.
+MODULE, FUNCTION = 600, 60
+#: What is longer, and is still to be split: one that has become short is taken from here.
+LONG_MODULES = {"_native.pyi", "_core/mapped.c"}
+LONG_FUNCTIONS = {"cli.adding.add"}
+
+
+def rows() -> list[list[str]]:
+    """The map in the package's docstring, from the bottom up: the rooms of each row."""
+    assert pyublk.__doc__ is not None
+    found = re.findall(r"^ {4}(\S+(?:, \S+)*) {2,}\S", pyublk.__doc__, re.MULTILINE)
+    return [[room.rstrip("/") for room in row.split(", ")] for row in found]
+
+
+ROWS = rows()
+LEVEL = {room: level for level, row in enumerate(ROWS) for room in row}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+#: Of what the binding is made, which is one room.
+BINDING = sorted(PACKAGE.glob("_native*.p[yx]*"))
+TARGET_KINDS = re.compile(r"isinstance\([^)]*Target|dispatch (==|!=|in|not in) ")
 
 
-def room_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def module_of(path: Path) -> str:
+    """Its dotted name below the package: `cli.output`; that of a package is its directory's."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
 
 
-def imported_rooms(path: Path) -> Iterator[str]:
+def room_of(module: str) -> str:
+    return module.partition(".")[0]
+
+
+NAMES = {module_of(path) for path in MODULES} | {"_native"}
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The modules of ours that it imports, wherever in it."""
     for node in ast.walk(ast.parse(path.read_text())):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-        for name in names:
-            parts = name.split(".")
-            if parts[0] == "pyublk" and len(parts) > 1 and parts[1] in LEVEL:
-                yield parts[1]
+        yield from (module for name in names if (module := module_named(name)) is not None)
+
+
+def module_named(name: str) -> str | None:
+    """The module that is meant by `pyublk.some.name`, which may be one or something in one."""
+    package, _, inner = name.partition(".")
+    if package != "pyublk":
+        return None
+    while inner and inner not in NAMES:
+        if "." not in inner:  # what the package itself exports
+            return str(getattr(pyublk, inner).__module__).removeprefix("pyublk.")
+        inner = inner.rpartition(".")[0]
+    return inner or None
+
+
+IMPORTS = {module_of(path): sorted(set(imported(path))) for path in MODULES} | {"_native": []}
+IMPORTS["_native"] = [
+    name
+    for path in BINDING
+    for line in re.findall(r"^from pyublk import (.+)$", path.read_text(), re.MULTILINE)
+    for name in line.split(", ")
+]
+
+
+def test_the_map_has_every_room_once() -> None:
+    on_the_map = [room for row in ROWS for room in row]
+    assert sorted(on_the_map) == sorted({room_of(module) for module in NAMES} - {"__main__"})
+
+
+@pytest.mark.parametrize("module", sorted(NAMES - {"__main__"}))
+def test_imports_only_from_below(module: str) -> None:
+    room = room_of(module)
+    for other in map(room_of, IMPORTS[module]):
+        assert other == room or LEVEL[other] < LEVEL[room], f"{room} imports {other}"
+
+
+def test_there_is_no_circle() -> None:
+    """Nor one inside of a room, and whether or not an import is at the top of its module."""
+    done: set[str] = set()
+
+    def visit(module: str, way: tuple[str, ...]) -> None:
+        assert module not in way, " imports ".join([*way[way.index(module) :], module])
+        if module not in done:
+            for other in IMPORTS[module]:
+                if other != module:
+                    visit(other, (*way, module))
+            done.add(module)
+
+    for module in IMPORTS:
+        visit(module, ())
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_only_from_below(path: Path) -> None:
-    room = room_of(path)
-    assert room in LEVEL, f"{room} has no place in the house: give it a row in ROOMS"
-    for other in imported_rooms(path):
-        assert LEVEL[other] <= LEVEL[room], f"{room} imports {other}, which is above it"
+def test_only_engines_tell_kinds_of_targets_apart(path: Path) -> None:
+    if room_of(module_of(path)) != "engines":
+        assert not TARGET_KINDS.search(path.read_text())
+
+
+def test_no_module_is_long() -> None:
+    kinds = (".py", ".pyi", ".pyx", ".pxi", ".c", ".h")
+    lines = {
+        str(path.relative_to(PACKAGE)): len(path.read_text().splitlines())
+        for path in PACKAGE.rglob("*")
+        if path.suffix in kinds and "_native.c" not in path.name
+    }
+    assert {name for name, count in lines.items() if count > MODULE} == LONG_MODULES
+
+
+def test_no_function_is_long() -> None:
+    long = {
+        f"{module_of(path)}.{node.name}"
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        and (node.end_lineno or 0) - node.lineno + 1 > FUNCTION
+    }
+    assert long == LONG_FUNCTIONS
 
 
 def test_the_leaf_imports_nothing_of_ours() -> None:
-    assert list(imported_rooms(PACKAGE / "uapi.py")) == []
+    assert IMPORTS["uapi"] == []
 
 
 def test_the_core_never_sees_python() -> None:

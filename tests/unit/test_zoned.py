@@ -34,7 +34,7 @@ def states(disk: Disk) -> list[ZoneState]:
 
 def test_the_parameters_say_that_it_is_zoned() -> None:
     target = zoned(max_open=3, max_active=5)
-    params = target.params(128 * KIB)
+    params = target.profile().params(128 * KIB)
     assert params.basic.chunk_size == ZONE
     assert params.zoned is not None
     assert (params.zoned.max_open_zones, params.zoned.max_active_zones) == (3, 5)
@@ -204,7 +204,7 @@ def test_what_cannot_be_zoned_is_refused(options: dict[str, int], said: str) -> 
 
 def test_limits_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="max_open_zones must be at most max_active_zones"):
-        zoned(max_open=4, max_active=2).params(128 * KIB)
+        zoned(max_open=4, max_active=2).profile().params(128 * KIB)
 
 
 def test_the_command_can_make_one() -> None:

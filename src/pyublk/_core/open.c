@@ -25,6 +25,38 @@ static size_t page_round(size_t bytes)
 	return (bytes + page - 1) / page * page;
 }
 
+/* What takes the place of files that are given up; open as long as there are queues, since then it may
+ * be too late for one more descriptor. Guarded by pu_fork_hold. */
+static int inert = -1;
+static uint32_t inert_users;
+
+static int get_inert(struct pu_queue *q)
+{
+	int error = 0;
+
+	pu_fork_hold();
+	if (!inert_users)
+		inert = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	if (inert < 0)
+		error = -errno;
+	else
+		inert_users++;
+	q->inert = inert;
+	pu_fork_release();
+	return error;
+}
+
+static void put_inert(struct pu_queue *q)
+{
+	if (q->inert < 0)
+		return;
+	q->inert = -1;
+	pu_fork_hold();
+	if (!--inert_users)
+		close(inert);
+	pu_fork_release();
+}
+
 static int open_ring(struct pu_queue *q, uint32_t extra)
 {
 	uint32_t wanted = q->depth + 4u + extra; /* a few for wakes and batches */
@@ -117,6 +149,7 @@ int pu_queue_open(struct pu_queue *q, int cdev, const struct pu_queue_options *o
 	q->post_ring.fd = -1;
 	q->wake = (struct pu_wake){ .fd = -1, .closed = true };
 	q->event_fd = -1;
+	q->inert = -1;
 	q->cdev = cdev;
 	q->own_cdev = options->own_device && cdev >= 0;
 	q->process = pu_process();
@@ -139,7 +172,9 @@ int pu_queue_open(struct pu_queue *q, int cdev, const struct pu_queue_options *o
 	q->inbox = calloc(q->depth, sizeof(*q->inbox));
 	if (!q->tags || !q->ready || !q->inbox)
 		error = -ENOMEM;
-	else if (cdev < 0)
+	else
+		error = get_inert(q);
+	if (!error && cdev < 0)
 		error = pu_loopback_open(q);
 	if (!error)
 		error = open_parts(q, options);
@@ -192,7 +227,7 @@ static void leave_number(struct pu_queue *q)
 {
 	if (!q->own_cdev)
 		return;
-	if (q->copying && !pu_replace_file(q->cdev, pu_inert_file()))
+	if (q->copying && !pu_replace_file(q->cdev, q->inert))
 		return;
 	pu_fork_drop(q->cdev);
 	close(q->cdev);
@@ -233,6 +268,7 @@ void pu_queue_free(struct pu_queue *q)
 		pu_fork_drop(q->cdev);
 		close(q->cdev);
 	}
+	put_inert(q);
 	pu_loopback_free(q);
 	free(q->tags);
 	free(q->ready);
@@ -249,17 +285,15 @@ void pu_queue_free(struct pu_queue *q)
 
 int pu_queue_sever(struct pu_queue *q)
 {
-	int inert = pu_inert_file(), error;
+	int error;
 
 	__atomic_store_n(&q->severed, true, __ATOMIC_RELEASE);
 	error = leave_device(q);
-	if (!error && inert < 0)
-		error = inert;
 	pthread_mutex_lock(&q->inbox_lock);
 	if (!error && !q->wake.closed && q->ring.fd >= 0)
-		error = pu_ring_sever(&q->ring, inert);
+		error = pu_ring_sever(&q->ring, q->inert);
 	if (!error && !q->wake.closed && q->cdev >= 0)
-		error = pu_replace_file(q->cdev, inert);
+		error = pu_replace_file(q->cdev, q->inert);
 	/* An owner that waits in the old ring keeps it. */
 	pu_wake_call(&q->wake);
 	if (q->event_fd >= 0)

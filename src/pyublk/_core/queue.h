@@ -107,6 +107,7 @@ struct pu_queue {
 	uint32_t nr_inbox;
 	struct pu_wake wake; /* called by other threads */
 	int event_fd; /* -1 until somebody asks for it */
+	int inert; /* takes the place of files that are given up */
 	bool watching; /* the ring polls a descriptor */
 	bool watched;  /* it became readable */
 	struct pu_ring post_ring; /* batch: other threads commit here; fd -1 until one does */

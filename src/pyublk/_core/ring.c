@@ -5,7 +5,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <string.h>
-#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -243,22 +242,6 @@ int pu_replace_file(int fd, int inert)
 	int error = error_or(dup3(inert, fd, O_CLOEXEC));
 
 	return error < 0 ? error : 0;
-}
-
-int pu_inert_file(void)
-{
-	static int file = -1;
-	static int process;
-	int error = 0;
-
-	pu_fork_hold();
-	if (process != pu_process()) { /* a parent's is not ours */
-		file = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-		error = -errno;
-		process = file < 0 ? 0 : pu_process();
-	}
-	pu_fork_release();
-	return file < 0 ? error : file;
 }
 
 int pu_ring_sever(struct pu_ring *ring, int inert)

@@ -161,8 +161,6 @@ bool pu_ring_end(struct pu_ring *ring, const uint32_t *in_flight, pu_over over, 
 /* Gives the file behind a number up, and keeps the number: whoever comes to use it late meets
  * `inert`, such as an eventfd, never somebody else's file. 0 or -errno. */
 int pu_replace_file(int fd, int inert);
-/* An inert file, which stays open: an eventfd of this process, or -errno. [any thread] */
-int pu_inert_file(void);
 
 /* Replaces the ring under its (stuck) owner by inert memory and an inert file, so that the kernel
  * lets go of it and the owner's next call fails instead of touching freed memory.

@@ -2,19 +2,17 @@
 """A disk without a kernel: a target behind the same dispatch code that serves real requests."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from types import TracebackType
 from typing import Any, ClassVar, Self, TypeVar
 
-from pyublk import loops, serving
-from pyublk._native import Handlers, MappedQueue, Queue
+from pyublk._native import Queue
 from pyublk.arguments import whole
-from pyublk.crew import check_workers
-from pyublk.mapped import MappedTarget
-from pyublk.methods import call_plain
+from pyublk.engines import engine_for
+from pyublk.engines.base import Setup
 from pyublk.params import Params
 from pyublk.stats import DeviceStats
-from pyublk.target import FailureLog, NativeTarget, Target, dispatch_of
+from pyublk.target import Target
 from pyublk.testing.client import POISON, AsyncDisk
 from pyublk.uapi import Op
 from pyublk.zones import Zone
@@ -77,8 +75,8 @@ class Disk:
     ) -> None:
         whole("depth", depth, least=1)
         whole("max_io_size", max_io_size, least=512)
-        self._dispatch = dispatch_of(target)
-        check_workers(target, workers)
+        self._engine = engine_for(target)
+        self._engine.check(workers=workers)
         self.target = target
         self._max_io_size = max_io_size
         self._workers = workers
@@ -86,57 +84,39 @@ class Disk:
         self._depth = depth
         self._client = AsyncDisk(target, max_io_size=max_io_size, depth=depth)
         self._opened = False
-        self._pool: serving.WorkerPool | None = None
-        self._server: loops.AsyncServer | None = None
         self._runner: asyncio.Runner | None = None
 
     # ---- scope ----
 
     def open(self) -> None:
         """Opens the target; `with` does it too."""
-        if self._dispatch != "async":
-            _now(self._open(None))
+        if not self._engine.needs_loop:
+            _now(self._open())
             return
         _check_no_loop_runs()
-        selector = loops.RingSelector()
-        self._runner = asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector))
+        self._runner = self._engine.make_runner()
         try:
-            self._runner.run(self._open(selector))
+            self._runner.run(self._open())
         except BaseException:
             self._end_loop()
             raise
 
-    async def _open(self, selector: loops.RingSelector | None) -> None:
+    async def _open(self) -> None:
+        engine = self._engine
         try:
-            await self._call(self.target.open)
+            await engine.call(self.target.open)
             self._opened = True
-            params = self.target.params(self._max_io_size)
-            self._queue = self._make_queue()
+            params = self.target.profile().params(self._max_io_size)
+            self._queue = engine.loopback(depth=self._depth, buffer_size=self._max_io_size)
             self._queue.fetch()
-            self._report = FailureLog(self.target)
-            self._handlers = Handlers(self.target, self._report)
-            if self._workers:
-                self._pool = serving.WorkerPool(self._handlers, self._workers, "disk")
-            if self._dispatch == "async":
-                self._server = loops.AsyncServer(self._handlers)
-                self._server.attach(self._queue, selector)
+            engine.begin(
+                Setup(name="disk", queues=1, threads=1, workers=self._workers, wake=self._wake)
+            )
+            engine.attach(self._queue)
             self._client._begin(self._queue, params, self._serve)
         except BaseException:
             await self._close()
             raise
-
-    async def _call(self, step: Callable[[], object]) -> None:
-        if self._dispatch == "async":
-            await loops.awaited(step())
-        else:
-            call_plain(step)
-
-    def _make_queue(self) -> Queue:
-        depth, size = self._depth, self._max_io_size
-        if isinstance(self.target, MappedTarget):
-            self.target.wake_queues = self._wake
-            return MappedQueue.loopback(layout=self.target.layout, depth=depth, buffer_size=size)
-        return Queue.loopback(depth=depth, buffer_size=size)
 
     def _wake(self) -> None:
         if self._queue is not None:
@@ -159,37 +139,22 @@ class Disk:
         self._runner = None
 
     async def _close(self) -> None:
-        if self._pool is not None:
-            self._pool.close()
-            self._pool = None
-        if self._server is not None:
-            if self._queue is not None:
-                self._server.detach(self._queue)
-            await self._server.end_held()
-            self._server = None
+        self._engine.end()
         if self._queue is not None:
+            await self._engine.detach(self._queue)
             self._queue.close()
             self._queue = None
         self._client._end()
         if self._opened:
             self._opened = False
-            await self._call(self.target.close)
+            await self._engine.call(self.target.close)
 
     async def _serve(self, queue: Queue) -> None:
         """Answers the requests that the queue has, or some."""
-        if isinstance(self.target, NativeTarget):
-            queue.serve_native(self.target.handler, self.target.context)
-        elif isinstance(self.target, MappedTarget):
-            serving.serve_mapped(queue, self.target, self._report)
-        elif self._runner is not None:
-            self._runner.get_loop().run_until_complete(asyncio.sleep(0))
-        elif self._server is not None:
-            await asyncio.sleep(0)
-        elif self._pool is not None:
-            for io in queue.wait() or ():
-                self._pool.submit(io)
+        if self._runner is not None:
+            self._runner.get_loop().run_until_complete(self._engine.answer(queue))
         else:
-            queue.serve(self._handlers)
+            await self._engine.answer(queue)
 
     def _now(self, call: Coroutine[Any, Any, T]) -> T:
         if self._runner is not None:
@@ -213,7 +178,7 @@ class Disk:
         self.close()
 
     async def __aenter__(self) -> AsyncDisk:
-        await self._open(None)
+        await self._open()
         return self._client
 
     async def __aexit__(

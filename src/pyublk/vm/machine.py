@@ -163,14 +163,7 @@ class Machine:
             WrongUsage: there is no command, or `timeout` is none.
             VMError: the emulator did not start.
         """
-        if not argv:
-            raise WrongUsage("no command was given")
-        if timeout is not None and not 0 < timeout <= LONGEST:
-            raise WrongUsage(f"timeout must be above 0 and at most {LONGEST:g} s, not {timeout:g}")
-        if forward_signals and threading.current_thread() is not threading.main_thread():
-            raise VMError("signals can be forwarded from the main thread only")
-        if terminal:
-            programs.find("script", "bsdutils")
+        _check_run(argv, timeout, terminal=terminal, forward_signals=forward_signals)
         directory = self._directory(Path.cwd() if cwd is None else Path(cwd).absolute())
         attempt = partial(
             self._attempt,
@@ -208,18 +201,9 @@ class Machine:
         mark = secrets.token_hex(16)
         with ExitStack() as stack:
             emulator = Emulator(stack)
-            settings = guest_scripts.settings(
-                self.kernel, self._busybox, mark, self.outputs, terminal=terminal
-            )
-            job = guest_scripts.job(
-                argv,
-                directory,
-                environment,
-                os.get_terminal_size(0) if terminal else None,
-            )
-            emulator.initramfs.write_bytes(
-                initramfs.build(self.kernel, self._busybox, settings, job)
-            )
+            size = os.get_terminal_size(0) if terminal else None
+            job = guest_scripts.job(argv, directory, environment, size)
+            self._write_initramfs(emulator, mark, job, terminal=terminal)
             ports = emulator.ports
             out, err = Sink(1 if stdout is None else stdout), Sink(2 if stderr is None else stderr)
             descriptor = None if input is not None else _input_descriptor(stdin)
@@ -259,6 +243,14 @@ class Machine:
                 self.kernel.release,
             )
 
+    def _write_initramfs(
+        self, emulator: Emulator, mark: str, job: bytes, *, terminal: bool
+    ) -> None:
+        settings = guest_scripts.settings(
+            self.kernel, self._busybox, mark, self.outputs, terminal=terminal
+        )
+        emulator.initramfs.write_bytes(initramfs.build(self.kernel, self._busybox, settings, job))
+
     def _accelerator(self) -> str:
         if self.count_instructions:
             return "count"
@@ -275,6 +267,19 @@ class Machine:
                     "of its own: choose another, or make it an output"
                 )
         return directory
+
+
+def _check_run(
+    argv: Sequence[str], timeout: float | None, *, terminal: bool, forward_signals: bool
+) -> None:
+    if not argv:
+        raise WrongUsage("no command was given")
+    if timeout is not None and not 0 < timeout <= LONGEST:
+        raise WrongUsage(f"timeout must be above 0 and at most {LONGEST:g} s, not {timeout:g}")
+    if forward_signals and threading.current_thread() is not threading.main_thread():
+        raise VMError("signals can be forwarded from the main thread only")
+    if terminal:
+        programs.find("script", "bsdutils")
 
 
 def _input_descriptor(stdin: int | None) -> int | None:

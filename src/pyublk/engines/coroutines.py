@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Queues served on an asyncio event loop.
+"""Targets with coroutines: queues served on an asyncio event loop.
 
 Imported when a disk needs it: asyncio is half of what importing pyublk would cost.
 """
@@ -17,8 +17,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pyublk._native import Dispatcher, Handlers, Queue, become_io_flusher
+from pyublk.engines.base import Engine, Setup
 from pyublk.interruptions import run_shielded
-from pyublk.serving import ROUND, QueueServer, refuse
+from pyublk.queue_servers import ROUND, QueueServer, ServingTask, TagSet, refuse
+from pyublk.target import Target
 
 if TYPE_CHECKING:
     from _typeshed import FileDescriptorLike
@@ -185,28 +187,26 @@ def _stack_of_coroutine(coroutine: object) -> str:
     return "".join(traceback.StackSummary.extract(iter(frames)).format())
 
 
-async def awaited(outcome: object) -> None:
-    """Awaits what a method returned, if that can be."""
-    if inspect.isawaitable(outcome):
-        await outcome
+class LoopProvider:
+    """Serves tasks on the running event loop."""
+
+    def __init__(self, server: AsyncServer) -> None:
+        self._server = server
+
+    def begin(self, task: ServingTask) -> QueueServer:
+        return ServingLoop(task, self._server)
 
 
 class ServingLoop(QueueServer):
     """Queues served on the running event loop."""
 
-    def __init__(
-        self,
-        make_queues: Callable[[], list[Queue]],
-        failed: Callable[[BaseException], None],
-        over: Callable[[], None],
-        server: AsyncServer,
-    ) -> None:
-        super().__init__(make_queues, failed, over)
+    def __init__(self, task: ServingTask, server: AsyncServer) -> None:
+        super().__init__(task)
         self._loop = asyncio.get_running_loop()
         try:
             self._open()
         except BaseException as error:
-            failed(error)
+            task.failed(error)
             self._close()
             return
         done = asyncio.gather(*map(server.attach, self.queues))
@@ -218,7 +218,7 @@ class ServingLoop(QueueServer):
 
     def _finish(self, done: "asyncio.Future[list[None]]") -> None:
         if not done.cancelled() and (error := done.exception()) is not None:
-            self._failed(error)
+            self._task.failed(error)
         self._refuse(self.queues)
 
     def _refuse(self, queues: list[Queue]) -> None:
@@ -342,29 +342,113 @@ async def _end_other_tasks() -> None:
             )
 
 
-def serve_on_own_loop(
-    queues: list[Queue],
-    handlers: Handlers,
-    servers: list[AsyncServer],
-    first: TargetLoop,
-) -> None:
-    """An event loop for these queues on the calling thread; its server is added to `servers`. With
-    the first queue it is the loop `first`, which goes on afterwards."""
-    loop = first if queues[0].id == 0 else TargetLoop()
+class CoroutinesEngine(Engine):
+    """Serves by methods that are coroutines, on the running event loop or on loops of its own."""
 
-    async def main() -> None:
-        server = AsyncServer(handlers)
-        servers.append(server)
+    kind = "async"
+    needs_loop = True
+
+    def __init__(self, target: Target) -> None:
+        super().__init__(target)
+        self._servers: list[AsyncServer] = []
+        self._first: TargetLoop | None = None
+        self._selector: RingSelector | None = None
+
+    def check(self, *, threads: int = 1, workers: int = 0, shared_memory: bool = False) -> None:
+        super().check(threads=threads, workers=workers, shared_memory=shared_memory)
+        if threads > 1:
+            raise ValueError(
+                f"threads={threads} needs a target without coroutines, which one event loop runs; "
+                f"{type(self.target).__name__} is async"
+            )
+
+    # ---- the target's own beginning and end ----
+
+    def prepare(self, *, on_this_loop: bool) -> None:
+        self._first = TargetLoop(asyncio.get_running_loop() if on_this_loop else None)
+
+    def cancel_opening(self) -> None:
+        if self._first is not None:
+            self._first.cancel()
+
+    def close(self, *, opened: bool) -> None:
         try:
-            if len(queues) == 1:
-                await server.attach(queues[0], loop.selector)
-            else:
-                await asyncio.gather(*map(server.attach, queues))
+            super().close(opened=opened)
         finally:
-            await server.end_held()
+            if self._first is not None:
+                self._first.close()
 
-    try:
-        loop.serve(main())
-    finally:
-        if loop is not first:
-            loop.close()
+    def _call(self, step: Callable[[], object]) -> None:
+        assert self._first is not None
+        self._first.call(step)
+
+    async def call(self, step: Callable[[], object]) -> None:
+        outcome = step()
+        if inspect.isawaitable(outcome):
+            await outcome
+
+    # ---- serving ----
+
+    def groups(self, tag_sets: list[TagSet]) -> list[list[TagSet]]:
+        return [tag_sets] if self.target.concurrency == "serial" else super().groups(tag_sets)
+
+    def begin(self, setup: Setup) -> None:
+        self._handlers = Handlers(self.target, self.report)
+
+    def loop_provider(self) -> LoopProvider:
+        return LoopProvider(self._new_server())
+
+    def _new_server(self) -> AsyncServer:
+        server = AsyncServer(self._handlers)
+        self._servers.append(server)
+        return server
+
+    def serve(self, queues: list[Queue]) -> None:
+        """On an event loop of its own; with the first queue it is that of the target's `open`,
+        which goes on afterwards."""
+        first = self._first
+        assert first is not None
+        loop = first if queues[0].id == 0 else TargetLoop()
+
+        async def main() -> None:
+            server = self._new_server()
+            try:
+                if len(queues) == 1:
+                    await server.attach(queues[0], loop.selector)
+                else:
+                    await asyncio.gather(*map(server.attach, queues))
+            finally:
+                await server.end_held()
+
+        try:
+            loop.serve(main())
+        finally:
+            if loop is not first:
+                loop.close()
+
+    # ---- without a kernel ----
+
+    def make_runner(self) -> asyncio.Runner:
+        self._selector = selector = RingSelector()
+        return asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector))
+
+    def attach(self, queue: Queue) -> None:
+        self._new_server().attach(queue, self._selector)
+
+    async def answer(self, queue: Queue) -> None:
+        await asyncio.sleep(0)
+
+    async def detach(self, queue: Queue) -> None:
+        for server in self._servers:
+            server.detach(queue)
+            await server.end_held()
+        self._servers.clear()
+
+    # ---- what hangs ----
+
+    def waiting(self) -> list[str]:
+        return [stack for server in self._servers for stack in server.hanging()]
+
+    def cancel(self) -> None:
+        for server in self._servers:
+            server.cancel_held()

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: MIT
+"""Targets that say where their bytes live: each queue's own ring does the I/O."""
+
+import os
+import threading
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+from weakref import WeakSet
+
+from pyublk._native import CharDevice, MappedQueue, Mapper, Queue
+from pyublk.engines.base import Engine, Setup
+from pyublk.engines.failures import FailureLog
+from pyublk.engines.native import NO_FLAGS, announced
+from pyublk.mapped import MappedTarget
+from pyublk.uapi import IOFlag, Op
+
+#: Bytes that a layer's read or write of files below it moves at once.
+PIECE = 1 << 20
+
+
+class MappedEngine(Engine):
+    """Serves by the layout of a `MappedTarget`; Python is asked where the bytes are, if at all."""
+
+    kind = "mapped"
+    target: MappedTarget
+    _files: "FileMethods | None" = None
+
+    def check(self, *, threads: int = 1, workers: int = 0, shared_memory: bool = False) -> None:
+        super().check(threads=threads, workers=workers, shared_memory=shared_memory)
+        self.target.check_threads(threads)
+        if shared_memory:
+            self.target.check_shared_memory()
+
+    def make_queue(self, char_device: CharDevice, number: int, **options: Any) -> Queue:
+        return MappedQueue(char_device, number, layout=self.target.layout, **options)
+
+    def loopback(self, *, depth: int, buffer_size: int) -> MappedQueue:
+        return MappedQueue.loopback(layout=self.target.layout, depth=depth, buffer_size=buffer_size)
+
+    def begin(self, setup: Setup) -> None:
+        self.target.wake_queues = setup.wake
+
+    def serve(self, queues: list[Queue]) -> None:
+        queue = queues[0]
+        assert isinstance(queue, MappedQueue)
+        queue.serve_mapped(*policy(self.target, self.report))
+
+    def turns(self, queue: Queue) -> Callable[[], bool]:
+        assert isinstance(queue, MappedQueue)
+        return partial(queue.turn_mapped, *policy(self.target, self.report))
+
+    def methods(self) -> Mapping[str, Callable[..., Any]]:
+        self._files = FileMethods(self.target, self.report)
+        return announced(self.target, self._files)
+
+    def end_calls(self) -> None:
+        if self._files is not None:
+            self._files.close()
+
+
+def policy(
+    target: MappedTarget, report: FailureLog
+) -> tuple[Mapper | None, Callable[[int, int, int], None]]:
+    """What a queue asks Python: where bytes are, if at all, and who is told of a leg's failure."""
+    mapper = None if target.map is None else Mapper(target, report)
+
+    def leg_failed(leg: int, error: int, file_generation: int) -> None:
+        try:
+            target.leg_failed(leg, error, file_generation)
+        except BaseException as raised:
+            report.tell(raised, None, "leg_failed")
+
+    return mapper, leg_failed
+
+
+class _Calling:
+    """A queue without a kernel that one thread sends its calls through."""
+
+    def __init__(self, queue: MappedQueue) -> None:
+        self.queue = queue
+
+
+class FileMethods:
+    """Does to the files what a target's methods do: each call is a request of a queue that has no
+    kernel, so that splitting, mirrors and maps are those of a disk of its own."""
+
+    def __init__(self, target: MappedTarget, report: FailureLog) -> None:
+        self._target = target
+        self._report = report
+        self._of_thread = threading.local()
+        self._all: WeakSet[_Calling] = WeakSet()
+        self._lock = threading.Lock()
+
+    def read(self, offset: int, buffer: memoryview) -> None:
+        for at in range(0, len(buffer), PIECE):
+            piece = buffer[at : at + PIECE]
+            piece[:] = self._run(Op.READ, NO_FLAGS, offset + at, len(piece))
+
+    def write(self, offset: int, data: memoryview) -> None:
+        self._write(offset, data, NO_FLAGS)
+
+    def write_fua(self, offset: int, data: memoryview) -> None:
+        self._write(offset, data, IOFlag.FUA)
+
+    def _write(self, offset: int, data: memoryview, flags: IOFlag) -> None:
+        for at in range(0, len(data), PIECE):
+            piece = data[at : at + PIECE]
+            self._queue().memory(0, len(piece))[:] = piece
+            self._run(Op.WRITE, flags, offset + at, len(piece))
+
+    def flush(self) -> None:
+        self._run(Op.FLUSH, NO_FLAGS, 0, 0)
+
+    def discard(self, offset: int, length: int) -> None:
+        self._run(Op.DISCARD, NO_FLAGS, offset, length)
+
+    def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        self._run(Op.WRITE_ZEROES, NO_FLAGS if unmap else IOFlag.NOUNMAP, offset, length)
+
+    def _run(self, op: Op, flags: IOFlag, offset: int, length: int) -> memoryview:
+        """Returns the memory of the request, with what was read."""
+        queue = self._queue()
+        queue.inject(0, op | flags, offset, length)
+        while (result := queue.answered(0)) is None:
+            queue.serve_mapped(*policy(self._target, self._report))
+        if result < 0:
+            raise OSError(-result, os.strerror(-result))
+        return queue.memory(0, length if op is Op.READ else 0)
+
+    def _queue(self) -> MappedQueue:
+        """The calling thread's own: a ring is its maker's."""
+        calling: _Calling | None = getattr(self._of_thread, "calling", None)
+        if calling is None:
+            self._target.wake_queues = self.wake
+            layout = self._target.layout
+            calling = _Calling(MappedQueue.loopback(layout=layout, depth=1, buffer_size=PIECE))
+            calling.queue.fetch()
+            self._of_thread.calling = calling
+            with self._lock:
+                self._all.add(calling)
+        return calling.queue
+
+    def wake(self) -> None:
+        """Makes each queue look at the layout again. From any thread."""
+        with self._lock:
+            for calling in self._all:
+                calling.queue.wake()
+
+    def close(self) -> None:
+        """Ends every thread's queue; the next call is of a target that was opened again."""
+        self._target.wake_queues = lambda: None
+        with self._lock:
+            for calling in self._all:
+                calling.queue.close()
+            self._all.clear()
+        self._of_thread = threading.local()

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: MIT
+"""The kernel's side of a disk, from ADD_DEV to DEL_DEV: knows no target, and nobody who serves."""
+
+import errno
+import os
+import stat
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from pyublk import errors
+from pyublk._native import CharDevice, open_private
+from pyublk.control import Controller, DeviceInfo, new_cookie
+from pyublk.features import Features
+from pyublk.params import Params
+from pyublk.scheduling import SchedulerRemoval, choose_io_scheduler
+from pyublk.uapi import Feature
+
+#: Seconds for the char device's node, and our right to open it, to come after the device.
+NODE_OPENS = 5.0
+
+
+class KernelDisk:
+    """A device of the kernel's: who serves it comes and goes.
+
+    `deadline`: seconds for each control command. The controller's helper deletes the device when
+    this process ends without having done so.
+    """
+
+    def __init__(self, *, deadline: float) -> None:
+        self.controller = Controller(deadline=deadline)
+        self.char_device: CharDevice | None = None
+        #: It stays until this process ends: the helper deletes it then.
+        self.kept = False
+        self._info: DeviceInfo | None = None
+        self._params: Params | None = None
+        self._scheduler_removal: SchedulerRemoval | None = None
+
+    # ---- looking at it ----
+
+    @property
+    def exists(self) -> bool:
+        """Whether it was added."""
+        return self._info is not None
+
+    @property
+    def info(self) -> DeviceInfo:
+        """What the kernel said of it last."""
+        if self._info is None:
+            raise errors.DeviceClosed("the device does not exist before it is started")
+        return self._info
+
+    @property
+    def params(self) -> Params:
+        """The parameters as the kernel took them."""
+        if self._params is None:
+            raise errors.DeviceClosed("the device has no parameters before it is started")
+        return self._params
+
+    def features(self) -> Features:
+        """What this kernel can do."""
+        return self.controller.features()
+
+    def look(self) -> DeviceInfo:
+        """What the kernel says of it now."""
+        return self.controller.info(self.info.id)
+
+    # ---- beginning ----
+
+    def add(
+        self, *, queues: int, depth: int, max_io_size: int, id: int | None, flags: Feature
+    ) -> DeviceInfo:
+        """ADD_DEV, guarded: from here on it is there, and deleted with this process."""
+        cookie = new_cookie()
+        try:
+            self._info = self.controller.add(
+                queues=queues,
+                depth=depth,
+                max_io_size=max_io_size,
+                id=id,
+                flags=flags,
+                cookie=cookie,
+                guarded=True,
+            )
+        except BaseException:
+            self._delete_added(cookie)
+            raise
+        return self._info
+
+    def _delete_added(self, cookie: int) -> None:
+        """What interrupts ADD_DEV, or ends our patience, may leave the device that it made."""
+        with suppress(OSError):
+            for device in self.controller.devices():
+                if device.cookie == cookie:
+                    self.controller.delete(device.id, wait=False)
+
+    def set_params(self, params: Params) -> None:
+        """SET_PARAMS. Raises OSError for what the kernel dropped or changed without a word."""
+        info = self.info
+        params.check_granted(max_io_size=info.max_io_size, flags=info.flags)
+        self.controller.set_params(info.id, params)
+        self._params = self.controller.get_params(info.id)
+        if dropped := params.difference(self._params):
+            raise errors.negotiation_error(
+                f"parameters of device {info.id}",
+                "what the target announces",
+                "; ".join(dropped),
+                "announce less, or use a newer kernel",
+            )
+
+    def open_char_device(self) -> CharDevice:
+        """Opens the server's node; it and the rights on it come a moment after the device."""
+        path = self.info.char_path
+        until = time.monotonic() + NODE_OPENS
+        while True:
+            try:
+                self.char_device = CharDevice(open_private(path, os.O_RDWR))
+                return self.char_device
+            except OSError as error:
+                transient = error.errno in (errno.ENOENT, errno.EACCES, errno.EBUSY)
+                if not transient:
+                    raise
+                if time.monotonic() > until:
+                    if error.errno == errno.ENOENT:
+                        raise errors.node_missing_error(path) from None
+                    raise
+            time.sleep(0.005)
+
+    def queue_cpus(self, queues: list[int]) -> frozenset[int]:
+        """The CPUs whose requests come to these queues."""
+        device, ask = self.info.id, self.controller.queue_affinity
+        return frozenset[int]().union(*(ask(device, queue) for queue in queues))
+
+    def start(self) -> None:
+        """START_DEV, once every tag is fetched; the partition scan in it is served already."""
+        self.controller.start(self.info.id, os.getpid())
+
+    def await_node(self, until: float, check: Callable[[], None]) -> None:
+        """Waits until `path` is this disk, and calls `check` meanwhile. Another file of that name
+        would take what clients write: programs that create what they write to leave one where a
+        disk was gone before them."""
+        path = self.info.path
+        devt = self.controller.get_params(self.info.id).devt
+        assert devt is not None
+        ours = os.makedev(devt.disk_major, devt.disk_minor)
+        while True:
+            with suppress(FileNotFoundError):
+                node = os.stat(path)
+                if node.st_rdev == ours and stat.S_ISBLK(node.st_mode):
+                    break
+                if not stat.S_ISBLK(node.st_mode):
+                    raise errors.DeviceLost(
+                        f"{path} is not the disk but another file, which hides it: remove "
+                        f"that file (a program made it that wrote there while no disk was)"
+                    )
+            check()
+            if time.monotonic() > until:
+                raise errors.node_missing_error(path)
+            time.sleep(0.005)
+
+    def choose_scheduler(self, name: str | None, deadline: float) -> None:
+        """Gives it that I/O scheduler; "auto": none, but for a zoned disk, and some time later;
+        None: leaves it the kernel's choice."""
+        if name == "auto":
+            if Feature.ZONED not in self.info.flags:
+                self._scheduler_removal = SchedulerRemoval(self.info.path)
+        elif name is not None:
+            choose_io_scheduler(self.info.path, name, deadline)
+
+    def refresh(self) -> None:
+        """Takes note of what the kernel says of it now."""
+        self._info = self.look()
+
+    # ---- while it lives ----
+
+    def resize(self, size: int) -> None:
+        """UPDATE_SIZE: the live disk has `size` bytes from now on."""
+        self.controller.update_size(self.info.id, size)
+        self._params = self.controller.get_params(self.info.id)
+
+    # ---- ending ----
+
+    def stop(self, deadline: float) -> None:
+        """STOP_DEV: ends when every request was answered. Whoever serves must not call it."""
+        self.controller.stop(self.info.id, deadline=deadline)
+
+    def give_up_queue(self) -> None:
+        """A thread that hangs holds every request of a queue, and was cut off from it.
+
+        Kernels before 6.16 learn of a server's end by a FETCH that it takes along, or, half a
+        minute later, by the end of the thread itself.
+        """
+        self.kept = not self.features().has(Feature.UPDATE_SIZE)
+
+    def close_char_device(self, *, in_use: bool = False) -> None:
+        """Closes it; `in_use`: the number stays theirs who were cut off from it, and may yet come
+        to use it."""
+        if self.char_device is not None and not in_use:
+            self.char_device.close()
+        self.char_device = None
+
+    def delete(self) -> None:
+        """DEL_DEV, unless the kernel keeps it; its id is free soon, once nobody has it open."""
+        # The kernel waited for it when it took the disk away, and gives nobody the disk's name
+        # before it is deleted.
+        if self._scheduler_removal is not None:
+            self._scheduler_removal.finish()
+            self._scheduler_removal = None
+        if self.kept or self._info is None:
+            return
+        try:
+            # Not waiting: that would be until everybody has closed the disk, and then for RCU.
+            self.controller.delete(self._info.id, wait=False)
+        except OSError as error:
+            if error.errno != errno.ENODEV:  # else: somebody else deleted it
+                raise
+
+    def close(self) -> None:
+        """Lets go of the helper and the control node."""
+        self.controller.close()
