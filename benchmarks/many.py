@@ -115,12 +115,14 @@ def _load(paths: list[str], runtime: float) -> float:
     return jobs.run(line, timeout=None, unblock=lambda: None).iops
 
 
-def measure(kind: str, disks: int, runtime: float) -> Run:
-    """Serve so many disks of this kind, look at them, stop them. Raises RuntimeError."""
+def measure(kind: str, disks: int, threads: int, runtime: float) -> Run:
+    """Serve so many disks of this kind, by so many shared threads (0: their own), look at them,
+    stop them. Raises RuntimeError."""
+    line = [sys.executable, "-m", "benchmarks.many_server", kind, str(disks)]
     with (
         tempfile.TemporaryDirectory() as directory,
         subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.many_server", kind, str(disks), directory],
+            [*line, directory, f"--threads={threads}"],
             cwd=_ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -152,7 +154,7 @@ def measure(kind: str, disks: int, runtime: float) -> Run:
         stopped = go_on()
         server.stdin.close() if server.stdin else None
     return Run(
-        kind=kind,
+        kind=f"{kind} on {threads}" if threads else kind,
         disks=disks,
         starts=started["starts"],
         stops=stopped["stops"],
@@ -241,6 +243,7 @@ def _show(results: Results, output: Path) -> None:
 @click.command()
 @click.option("--disks", type=click.IntRange(1), multiple=True, help="How many (1, 100, 1000).")
 @click.option("--kind", "kinds", type=click.Choice(list(TARGETS)), multiple=True, help="All.")
+@click.option("--threads", type=click.IntRange(0), default=0, help="Shared (0: of their own).")
 @click.option("--runtime", type=click.FloatRange(0.1), default=2.0, help="Seconds of fio (2).")
 @click.option("--vm", is_flag=True, help="Measure in the virtual machine.")
 @click.option("--count-instructions", is_flag=True, help="In one whose clock counts instructions.")
@@ -254,6 +257,7 @@ def _show(results: Results, output: Path) -> None:
 def main(
     disks: tuple[int, ...],
     kinds: tuple[str, ...],
+    threads: int,
     runtime: float,
     vm: bool,
     count_instructions: bool,
@@ -264,7 +268,14 @@ def main(
     output.mkdir(parents=True, exist_ok=True)
     answer = output / "many.json"
     if vm or count_instructions:
-        words = ["--runtime", str(runtime), "--output", str(output.resolve())]
+        words = [
+            "--threads",
+            str(threads),
+            "--runtime",
+            str(runtime),
+            "--output",
+            str(output.resolve()),
+        ]
         words += [word for count in disks for word in ("--disks", str(count))]
         words += [word for kind in kinds for word in ("--kind", kind)]
         environment = {**os.environ, _CLOCK: "instructions" if count_instructions else "time"}
@@ -286,7 +297,7 @@ def main(
     try:
         for kind in kinds or tuple(TARGETS):
             for count in disks or (1, 100, 1000):
-                runs.append(measure(kind, count, runtime))
+                runs.append(measure(kind, count, threads, runtime))
                 results = Results(
                     date=datetime.date.today().isoformat(),
                     kernel=platform.release(),

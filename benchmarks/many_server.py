@@ -11,6 +11,8 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +85,20 @@ def main() -> None:
     parser.add_argument("kind", choices=TARGETS)
     parser.add_argument("disks", type=int)
     parser.add_argument("directory", type=Path)
+    parser.add_argument("--threads", type=int, default=0)
     options = parser.parse_args()
     # More than a shell's hard limit may be needed; only root may have it.
     most = max(resource.getrlimit(resource.RLIMIT_NOFILE)[1], 32768)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     make = TARGETS[options.kind]
     # What the first disk of a process brings along (helper, threads that watch) counts for none.
-    with pyublk.Device(make(options.directory, options.disks)):
-        disks = [pyublk.Device(make(options.directory, n)) for n in range(options.disks)]
+    with ExitStack() as opened:
+        serve: Callable[[pyublk.Target], pyublk.Device] = pyublk.Device
+        if options.threads:
+            servers = opened.enter_context(pyublk.Servers(threads=options.threads))
+            serve = partial(pyublk.Device, on=servers)
+        opened.enter_context(serve(make(options.directory, options.disks)))
+        disks = [serve(make(options.directory, n)) for n in range(options.disks)]
         _say()
         spent = timed_commands()
         starts = each_timed(disks, pyublk.Device.start)

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pyublk import errors
 from pyublk._native import CharDevice, open_private
 from pyublk.control import Controller, DeviceInfo, new_cookie
+from pyublk.descriptors import make_room
 from pyublk.features import Features
 from pyublk.params import Params
 from pyublk.scheduling import SchedulerRemoval, choose_io_scheduler
@@ -114,7 +115,9 @@ class KernelDisk:
         until = time.monotonic() + NODE_OPENS
         while True:
             try:
-                self.char_device = CharDevice(open_private(path, os.O_RDWR))
+                number = open_private(path, os.O_RDWR)
+                make_room(number)
+                self.char_device = CharDevice(number)
                 return self.char_device
             except OSError as error:
                 transient = error.errno in (errno.ENOENT, errno.EACCES, errno.EBUSY)
