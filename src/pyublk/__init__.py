@@ -37,7 +37,7 @@ in a directory also from its own line; `tests/unit/test_rooms.py` reads the map 
 """
 
 from pyublk import launch as launch  # first: Ctrl-C, from here on
-from pyublk._native import IO, Queue, Ring, ShardedLock
+from pyublk._native import IO, Queue, QueueSet, Ring, ShardedLock
 from pyublk.control import Controller, DeviceInfo
 from pyublk.device import Device, DeviceState
 from pyublk.errors import (
@@ -86,6 +86,7 @@ __all__ = [
     "PathChoice",
     "Profile",
     "Queue",
+    "QueueSet",
     "QueueStats",
     "Ring",
     "Servers",

@@ -57,9 +57,11 @@ static void put_inert(struct pu_queue *q)
 	pu_fork_release();
 }
 
-static int open_ring(struct pu_queue *q, uint32_t extra)
+/* A batch is one entry, whatever the depth; beside it there are fetches, the wake and the timer. */
+static int open_ring(struct pu_queue *q, const struct pu_queue_options *options)
 {
-	uint32_t wanted = q->depth + 4u + extra; /* a few for wakes and batches */
+	bool batch = !q->loopback && options->flags & PU_F_BATCH_IO;
+	uint32_t wanted = (batch ? 12u : q->depth + 4u) + options->extra_entries;
 	uint32_t entries = 8;
 	int error;
 
@@ -126,7 +128,7 @@ static int open_parts(struct pu_queue *q, const struct pu_queue_options *options
 		error = give_buffers(q, options->buffers, options->buffer_bytes);
 	if (error || (q->loopback && !options->extra_entries))
 		return error ? error : pu_wake_open(&q->wake, NULL);
-	error = open_ring(q, options->extra_entries);
+	error = open_ring(q, options);
 	if (!error)
 		error = pu_wake_open(&q->wake, &q->ring);
 	return error ? error : register_files(q, options->files, options->nr_files);

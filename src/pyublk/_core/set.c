@@ -38,8 +38,8 @@ int pu_set_open(struct pu_set *set, uint32_t room)
 	int error;
 
 	*set = (struct pu_set){ .wake = { .fd = -1, .closed = true } };
-	/* Every read has one completion, and one is the wake's. */
-	error = pu_ring_open(&set->ring, ENTRIES, 2 * (room + 2), PU_SETUP_CLAMP,
+	/* Each place has one completion at most, beside the wake and cancelled reads. */
+	error = pu_ring_open(&set->ring, ENTRIES, ENTRIES + room, PU_SETUP_CLAMP,
 			     PU_SETUP_SUBMIT_ALL | PU_SETUP_COOP_TASKRUN | PU_SETUP_SINGLE_ISSUER |
 				     PU_SETUP_DEFER_TASKRUN | PU_SETUP_NO_SQARRAY);
 	if (error < 0) {
