@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from pyublk import errors
-from pyublk._native import Queue, QueueSet, process
+from pyublk._native import Queue, QueueSet, become_io_flusher, process
 from pyublk.arguments import whole
 from pyublk.errors import InternalError
 from pyublk.queue_servers import ROUND, QueueServer, ServingTask, end_child, refuse
@@ -52,6 +52,7 @@ class Servers:
         self._process = process()
         self._lock = threading.Lock()
         self._closed = False
+        self._preempt = preempt
         self._threads = [_SharedThread(f"ublk-servers-{n}", preempt) for n in range(threads)]
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_thread: threading.Thread | None = None
@@ -71,14 +72,18 @@ class Servers:
 
     def loop(self) -> "asyncio.AbstractEventLoop":
         """The event loop of the disks with coroutines; it runs from now on."""
-        import asyncio
-
         with self._lock:
             self._check()
             if self._loop is None:
-                self._loop = asyncio.new_event_loop()
+                self._loop = loop = _make_loop()
+
+                def run() -> None:
+                    if not self._preempt:
+                        never_interrupt()
+                    loop.run_forever()
+
                 self._loop_thread = threading.Thread(
-                    target=self._loop.run_forever, name="ublk-servers-loop", daemon=True
+                    target=run, name="ublk-servers-loop", daemon=True
                 )
                 self._loop_thread.start()
             return self._loop
@@ -115,9 +120,7 @@ class Servers:
         for thread in self._threads:
             thread.end()
         if self._loop is not None and self._loop_thread is not None:
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._loop_thread.join()
-            self._loop.close()
+            _end_loop(self._loop, self._loop_thread)
             self._loop = None
 
     def __enter__(self) -> Self:
@@ -136,6 +139,27 @@ class Servers:
         if not getattr(self, "_closed", True):
             with suppress(RuntimeError):
                 self.close()
+
+
+def _make_loop() -> "asyncio.AbstractEventLoop":
+    import asyncio
+    from concurrent.futures import ThreadPoolExecutor
+
+    loop = asyncio.new_event_loop()
+    # What a handler gives to threads serves requests too.
+    loop.set_default_executor(
+        ThreadPoolExecutor(thread_name_prefix="asyncio", initializer=become_io_flusher)
+    )
+    return loop
+
+
+def _end_loop(loop: "asyncio.AbstractEventLoop", thread: threading.Thread) -> None:
+    import asyncio
+
+    asyncio.run_coroutine_threadsafe(loop.shutdown_default_executor(), loop).result()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
 
 
 class SharedServer(QueueServer):
@@ -228,9 +252,12 @@ class _SharedThread:
             self._ready.set()
         with self._queues as queues:
             while not self._over:
-                for queue in queues.wait(ROUND if self._refusing else None):
-                    self._turn(queue)
+                self._take_turns(queues)
                 self._look_around()
+
+    def _take_turns(self, queues: QueueSet) -> None:
+        for queue in queues.wait(ROUND if self._refusing else None):
+            self._turn(queue)
 
     def _turn(self, queue: Queue) -> None:
         server, turn = self._turns[queue]

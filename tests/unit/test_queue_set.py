@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from pyublk import DeviceClosed, Queue, Target
-from pyublk._native import NULL_HANDLER, Handlers, QueueSet
+from pyublk._native import NULL_HANDLER, Handlers, Layout, MappedQueue, QueueSet
 from pyublk.uapi import Op
 
 RING = pytest.mark.parametrize("extra_entries", [0, 8], ids=["without ring", "with ring"])
@@ -191,3 +191,23 @@ def test_a_native_turn(extra_entries: int) -> None:
     ask(queue)
     assert queue.turn_native(NULL_HANDLER)
     assert queue.answered(0) == 512
+
+
+def test_a_mapped_turn(queues: QueueSet) -> None:
+    file = os.memfd_create("bytes", os.MFD_CLOEXEC)
+    os.pwrite(file, b"x" * 4096, 0)
+    try:
+        layout = Layout.table([(file, False, False)], [(0, 0, 4096)])
+        with MappedQueue.loopback(layout=layout, depth=2) as queue:
+            queue.fetch()
+            queues.add(queue)
+            ask(queue)
+            while queue.answered(0) is None:
+                for one in queues.wait(10):
+                    assert one is queue
+                    assert queue.turn_mapped()
+            assert queue.answered(0) == 512
+            assert bytes(queue.memory(0, 512)) == b"x" * 512
+            queues.remove(queue)
+    finally:
+        os.close(file)

@@ -1,5 +1,6 @@
 """Threads that serve many disks, with queues that have no kernel."""
 
+import asyncio
 import errno
 import os
 import threading
@@ -176,3 +177,16 @@ def test_what_a_device_cannot_be_served_on(servers: Servers) -> None:
         pyublk.Device(Memory(), on=2)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="affinity is for threads of the disk's own"):
         pyublk.Device(Memory(), on=servers, affinity=[[0]])
+
+
+def test_an_event_loop_of_theirs() -> None:
+    with Servers() as servers:
+        loop = servers.loop()
+        assert loop is servers.loop()
+        work = asyncio.run_coroutine_threadsafe(asyncio.to_thread(int, "7"), loop)
+        assert work.result(10) == 7
+        servers.enter_loop()
+        with pytest.raises(RuntimeError, match="1 on the event loop"):
+            servers.close()
+        servers.leave_loop()
+    assert loop.is_closed()
