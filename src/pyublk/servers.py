@@ -8,7 +8,7 @@ all queues that they have (`QueueSet`), and take turns among those that have som
 import threading
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -132,7 +132,8 @@ class Servers:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        with nullcontext() if kind is None else suppress(RuntimeError):  # what came first is told
+            self.close()
 
     def __del__(self) -> None:
         # Whatever is served holds this one by its Device.

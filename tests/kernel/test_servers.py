@@ -4,7 +4,7 @@
 import asyncio
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +13,7 @@ import pytest
 
 import pyublk
 from pyublk._native import QueueSet
+from pyublk.engines.methods import MethodsEngine
 from pyublk.targets import File, Ram
 from tests.kernel.blocks import Blocks
 from tests.kernel.conftest import Serve
@@ -58,13 +59,6 @@ class AsyncMemory(pyublk.Target):
     async def write(self, offset: int, data: memoryview) -> None:
         await asyncio.sleep(0)
         self.bytes[offset : offset + len(data)] = data
-
-
-class Broken(Memory):
-    """Ends its queue's serving."""
-
-    def write(self, offset: int, data: memoryview) -> None:
-        raise SystemExit(3)
 
 
 class HasPath(Protocol):
@@ -152,19 +146,36 @@ def test_a_handler_that_hangs_holds_up_its_thread_and_is_given_up(serve: Serve) 
         until(lambda: len(servers) == 0)
 
 
-def test_a_queue_that_fails_ends_its_disk_alone(serve: Serve) -> None:
+def test_a_queue_that_fails_ends_its_disk_alone(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pyublk.Servers() as servers:
         other = serve(Ram(size=SIZE), on=servers)
-        disk = pyublk.Device(Broken(), on=servers)
+        fails = threading.Event()
+        turns = MethodsEngine.turns
+
+        def turns_that_may_fail(engine: MethodsEngine, queue: pyublk.Queue) -> Callable[[], bool]:
+            turn = turns(engine, queue)
+
+            def take() -> bool:
+                if fails.is_set():
+                    raise OSError("the ring is gone")
+                return turn()
+
+            return take
+
+        monkeypatch.setattr(MethodsEngine, "turns", turns_that_may_fail)
+        disk = pyublk.Device(Memory(), on=servers)
         disk.start()
+        fails.set()
         with Blocks(disk.path) as client, pytest.raises(OSError, match="Input/output"):
-            client.write(bytes(512), 0)
-        with pytest.raises(pyublk.DeviceLost):
+            client.read(512, 0)
+        with pytest.raises(OSError, match="the ring is gone"):
             disk.wait(60)
         until(lambda: disk.state is pyublk.DeviceState.STOPPED)
         verify([other])
         other.stop()
-        assert len(servers) == 0
+        until(lambda: len(servers) == 0)
 
 
 def test_a_forked_child_has_no_part_in_them(serve: Serve) -> None:
