@@ -13,6 +13,7 @@ in a directory also from its own line; `tests/unit/test_rooms.py` reads the map 
     errors                   what is raised, and the sentences for it
     _native                  over _core/: Ring, Queue, IO; control commands; native targets
     features, params, stats  what the kernel can do; device parameters; counters
+    descriptors              room for the open files of many disks
     occupants, methods       who has an id that is taken; whether methods can be called as they are
     interruptions            what signals and cancellations may interrupt
     zones                    the zones of a zoned disk, and the rules for writing to them
@@ -27,6 +28,7 @@ in a directory also from its own line; `tests/unit/test_rooms.py` reads the map 
     mapped, zoned, sharing   the bases of mapped and zoned targets; memory shared with clients
     queue_servers            who serves some queues: a thread, or a loop
     engines/                 how requests reach a target: one engine for each kind
+    servers                  threads that serve the queues of many disks
     kernel_disk, session     a disk's two halves: the kernel's device; one target served on it
     lifecycle                the steps of a disk's life, in which the two halves meet
     device                   Device: who takes these steps, and when
@@ -38,7 +40,7 @@ in a directory also from its own line; `tests/unit/test_rooms.py` reads the map 
 """
 
 from pyublk import launch as launch  # first: Ctrl-C, from here on
-from pyublk._native import IO, Layout, MappedQueue, Mapper, Queue, Ring, ShardedLock
+from pyublk._native import IO, Layout, MappedQueue, Mapper, Queue, QueueSet, Ring, ShardedLock
 from pyublk.control import Controller, DeviceInfo
 from pyublk.device import Device, DeviceState
 from pyublk.errors import (
@@ -59,6 +61,7 @@ from pyublk.mapped import MappedTarget
 from pyublk.params import Params
 from pyublk.paths import DataPath, PathChoice
 from pyublk.profile import Profile
+from pyublk.servers import Servers
 from pyublk.sharing import SharedMemory
 from pyublk.stats import DeviceStats, QueueStats
 from pyublk.target import NativeTarget, Target
@@ -91,8 +94,10 @@ __all__ = [
     "PathChoice",
     "Profile",
     "Queue",
+    "QueueSet",
     "QueueStats",
     "Ring",
+    "Servers",
     "ShardedLock",
     "SharedMemory",
     "StaleIO",

@@ -24,10 +24,12 @@ __all__ = [
     "Mapper",
     "MirrorLayout",
     "Queue",
+    "QueueSet",
     "Ram",
     "Ring",
     "ShardedLock",
     "SharedTable",
+    "WriteInChild",
     "address",
     "become_io_flusher",
     "name_thread",
@@ -375,9 +377,14 @@ class Queue:
     def __iter__(self) -> Iterator[IO]: ...
     def serve_native(self, handler: int, context: int = 0, *, blind: bool = False) -> None:
         """Serves by a C function (see NativeTarget) until the device stops."""
+    def turn_native(self, handler: int, context: int = 0, *, blind: bool = False) -> bool:
+        """As `turn`, by a C function."""
     def serve(self, handlers: Handlers, lock: AbstractContextManager[object] | None = None) -> None:
         """Serves by a target's methods until the device stops, under `lock` if there is one. What
         was answered goes out after 5 ms, though others of the batch are still to be handled."""
+    def turn(self, handlers: Handlers, lock: AbstractContextManager[object] | None = None) -> bool:
+        """As `serve`, of what there is, without waiting: for a queue in a `QueueSet`. False: the
+        device has stopped."""
     def counters(self) -> tuple[tuple[int, ...], tuple[int, ...], int, int, int, int]:
         """For `QueueStats.from_counters`."""
     def wake(self) -> None:
@@ -420,10 +427,58 @@ class Dispatcher:
     def tasks(self) -> list[Task[object]]:
         """These as tasks, made where there are none yet."""
 
+@final
+class QueueSet:
+    """Many queues of one thread, which sleeps until one of them has something.
+
+    ::
+
+        with QueueSet() as queues:
+            queues.add(queue)
+            while len(queues):
+                for queue in queues.wait():
+                    if not queue.turn(handlers):
+                        queues.remove(queue)
+                        queue.close()
+
+    Used by the thread that made it and its queues (RuntimeError else), but for `wake` and `close`.
+    Each queue has its own ring, so a round of many busy queues takes system calls for each; idle
+    ones cost nothing.
+
+    Args:
+        room: the most queues that it takes, as far as the process may open files; OSError ENOSPC
+            says when it is full.
+    """
+
+    def __init__(self, room: int = 4096) -> None: ...
+    def close(self) -> None:
+        """Closes the set, not its queues. Not while its thread waits."""
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *exc: object) -> None: ...
+    def __len__(self) -> int: ...
+    def add(self, queue: Queue) -> None:
+        """Watches a queue, and brings it with the next `wait`."""
+    def remove(self, queue: Queue) -> None:
+        """Watches it no more."""
+    def wait(self, timeout: float | None = None) -> list[Queue]:
+        """Waits until some queues have something, and returns these: none after `timeout` seconds,
+        a signal or a `wake`. What a queue has is taken by its own `wait(0)`, or a `turn`; where
+        something is left, the next call returns it again, at once."""
+    def wake(self) -> None:
+        """Makes a wait return. [any thread]"""
+
+@final
+class WriteInChild:
+    """A text on its way to a file of sysfs, by the helper: some such files wait for a disk's
+    requests, beyond the reach of signals. One that is dropped is called off."""
+
+    def __init__(self, path: str, text: str) -> None: ...
+    def finish(self, *, deadline: float) -> int | None:
+        """Waits for its end. Returns 0 or -errno (-ECANCELED: the helper was killed), or None when
+        the deadline passed: the kernel goes on as long as it must."""
+
 def write_in_child(path: str, text: str, *, deadline: float) -> int | None:
-    """Writes a text to a file of sysfs, by the helper: some such files wait for a disk's requests,
-    beyond the reach of signals. Returns 0 or -errno (-ECANCELED: the helper was killed), or None
-    when the deadline passed: the kernel goes on as long as it must."""
+    """A `WriteInChild`, finished."""
 
 HELPER_PROGRAM: str
 
@@ -463,8 +518,6 @@ class Helper:
 
     def guard(self, device: int, cookie: int, guarded: bool, *, deadline: float) -> int:
         """Whether it deletes the device of that cookie when this process ends. 0 or -errno."""
-    def write(self, path: str, text: str, *, deadline: float) -> int | None:
-        """See `write_in_child`."""
 
 def open_private(path: str, flags: int) -> int:
     """As os.open, with O_CLOEXEC, for a `CharDevice`: a forked child lets go of it at once."""
@@ -600,6 +653,12 @@ class MappedQueue(Queue):
         """Serves what has come, having waited for it for `timeout` seconds at most (None: for
         ever); False when the device has been stopped. With `fileno` in a poller, one thread serves
         several queues so; it must be the one that made them."""
+    def turn_mapped(
+        self,
+        mapper: Mapper | None = None,
+        leg_failed: Callable[[int, int, int], object] | None = None,
+    ) -> bool:
+        """As `turn`, of a mapped target."""
 
 @final
 class Ram:

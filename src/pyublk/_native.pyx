@@ -20,8 +20,8 @@ from cpython.contextvars cimport PyContext_CopyCurrent, PyContext_Enter, PyConte
 from cpython.exc cimport PyErr_CheckSignals, PyErr_SetObject, PyErr_WriteUnraisable
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.errno cimport (
-    errno, EAGAIN, EALREADY, EBUSY, ECHILD, EINTR, EINVAL, EIO, ENODEV, ENOMEM, EOPNOTSUPP,
-    ESHUTDOWN, ESTALE, ETIME,
+    errno, EAGAIN, EALREADY, EBUSY, ECHILD, EINTR, EINVAL, EIO, ENODEV, ENOMEM, ENOSPC,
+    EOPNOTSUPP, ESHUTDOWN, ESTALE, ETIME,
 )
 from libc.limits cimport INT_MAX
 from libc.stdint cimport (
@@ -57,10 +57,12 @@ __all__ = [
     "Mapper",
     "MirrorLayout",
     "Queue",
+    "QueueSet",
     "Ram",
     "Ring",
     "ShardedLock",
     "SharedTable",
+    "WriteInChild",
     "address",
     "become_io_flusher",
     "name_thread",
@@ -80,5 +82,6 @@ include "_native_async.pxi"
 include "_native_layout.pxi"
 include "_native_mirror.pxi"
 include "_native_mapped.pxi"
+include "_native_set.pxi"
 include "_native_control.pxi"
 include "_native_targets.pxi"

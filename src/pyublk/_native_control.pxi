@@ -116,20 +116,60 @@ cdef class Helper:
         _, result = outcome
         return -_errno.ECHILD if result == PU_CONTROL_KILLED else result
 
-    def write(self, path, text, *, double deadline):
+
+@cython.final
+@cython.no_gc_clear
+cdef class WriteInChild:
+    """A text on its way to a file, by the helper."""
+
+    cdef Helper helper
+    cdef pu_control call
+    cdef bint under_way
+    cdef object result
+
+    def __init__(self, path, text):
         cdef pu_ask ask
+        cdef bytes words = os.fsencode(path) + b"\0" + os.fsencode(text) + b"\0"
+        cdef const char *source = words
+        cdef size_t size = len(words)
+        cdef int error
+        if self.helper is not None:
+            raise RuntimeError("this write is under way already")
+        self.helper = Helper()
         memset(&ask, 0, sizeof(ask))
         ask.kind = PU_ASK_WRITE
-        words = bytearray(os.fsencode(path) + b"\0" + os.fsencode(text) + b"\0")
-        outcome = self.ask(&ask, words, -1, deadline)
-        if not outcome:
-            return None
-        _, result = outcome
-        return -_errno.ECANCELED if result == PU_CONTROL_KILLED else result
+        with nogil:
+            error = pu_control_begin(&self.call, self.helper.helper, &ask, source, size, -1)
+        if error < 0:
+            raise errors.helper_error(-error, HELPER_PROGRAM)
+        self.under_way = True
+
+    def __dealloc__(self):
+        self.end()
+
+    cdef bint end(self) noexcept:
+        """Calls it off, unless it has ended. Whether it has."""
+        cdef bint ended
+        if not self.under_way or not pu_helper_is_ours(self.helper.helper):
+            return True
+        self.under_way = False
+        with nogil:
+            ended = pu_control_end(&self.call)
+        return ended
+
+    def finish(self, *, double deadline):
+        if self.under_way:
+            try:
+                if await_helper(&self.call, deadline):
+                    killed = self.call.result == PU_CONTROL_KILLED
+                    self.result = -_errno.ECANCELED if killed else self.call.result
+            finally:
+                self.end()
+        return self.result
 
 
 def write_in_child(path, text, *, double deadline):
-    return Helper().write(path, text, deadline=deadline)
+    return WriteInChild(path, text).finish(deadline=deadline)
 
 
 cdef void helper_was_killed(int pid) noexcept nogil:

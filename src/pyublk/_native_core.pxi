@@ -211,6 +211,9 @@ cdef extern from "_core/queue.h" nogil:
     int pu_queue_event_fd(pu_queue *)
     int pu_queue_watch(pu_queue *, int)
     int pu_queue_serve(pu_queue *, pu_handler, void *, bint)
+    int pu_queue_turn(pu_queue *, pu_handler, void *, bint)
+    bint pu_queue_pending(const pu_queue *)
+    int PU_TURN_ROUNDS
     uint32_t pu_queue_held(const pu_queue *)
     void pu_queue_counters(const pu_queue *, pu_counters *)
     uint8_t *pu_queue_buffer(const pu_queue *, uint16_t)
@@ -321,6 +324,18 @@ cdef extern from "_core/watch.h" nogil:
     void pu_watch_begin(pu_watch *, const pu_queue *, void (*)() noexcept)
     void pu_watch_end(pu_watch *)
     void pu_watch_stop()
+
+cdef extern from "_core/set.h" nogil:
+    struct pu_set:
+        uint32_t *ready
+        uint32_t nr_ready
+
+    int pu_set_open(pu_set *, uint32_t)
+    void pu_set_close(pu_set *)
+    int pu_set_add(pu_set *, pu_queue *)
+    void pu_set_remove(pu_set *, uint32_t)
+    int pu_set_wait(pu_set *, int64_t)
+    void pu_set_wake(pu_set *)
 
 cdef extern from "_core/lock.h" nogil:
     struct pu_lock:

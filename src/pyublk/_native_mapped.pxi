@@ -117,29 +117,16 @@ cdef class MappedQueue(Queue):
         return 0
 
     def serve_mapped(self, Mapper mapper=None, leg_failed=None):
-        cdef int there
         self.alive()
         if mapper is None:
             pu_watch_end(&self.watch)
-        while True:
-            with nogil:
-                there = pu_mapped_turn(&self.mapped, -1)
-                while there == 0 and not self.mapped.to_tell and not self.q.loopback:
-                    there = pu_mapped_turn(&self.mapped, -1)
-            if not self.finish_turn(there, mapper, leg_failed):
-                return
+        while self.mapped_round(mapper, leg_failed, -1, not self.q.loopback):
             if self.q.loopback and not pu_queue_held(&self.q):
                 return
 
     def step(self, Mapper mapper=None, leg_failed=None, *, timeout=None):
-        cdef int there
-        cdef int64_t timeout_ns = nanoseconds(timeout)
         self.alive()
-        with nogil:
-            there = pu_mapped_turn(&self.mapped, timeout_ns)
-        if there == 0:
-            PyErr_CheckSignals()
-        if not self.finish_turn(there, mapper, leg_failed):
+        if not self.mapped_round(mapper, leg_failed, nanoseconds(timeout), False):
             return False
         # Whoever waits for `fileno` now must not wait for what has not been handed over.
         with nogil:
@@ -148,21 +135,35 @@ cdef class MappedQueue(Queue):
             pu_ring_submit(&self.q.ring, 0, 0, 0)
         return True
 
-    cdef bint finish_turn(self, int there, Mapper mapper, leg_failed) except -1:
-        """What Python does after a turn that found `there` requests to map. False: the device has
-        been stopped."""
-        if there == -ENODEV:
+    def turn_mapped(self, Mapper mapper=None, leg_failed=None):
+        self.alive()
+        if mapper is None:
+            pu_watch_end(&self.watch)
+        for _ in range(PU_TURN_ROUNDS):
+            if not self.mapped_round(mapper, leg_failed, 0, False):
+                return False
+            if not pu_queue_pending(&self.q):
+                break
+        return True
+
+    cdef bint mapped_round(
+        self, Mapper mapper, leg_failed, int64_t timeout_ns, bint until_there
+    ) except -1:
+        """A wait, or as many as it takes, and what Python does after it. False: the device has been
+        stopped."""
+        cdef int there
+        with nogil:
+            there = pu_mapped_turn(&self.mapped, timeout_ns)
+            while until_there and there == 0 and not self.mapped.to_tell:
+                there = pu_mapped_turn(&self.mapped, timeout_ns)
+        if not self.goes_on(there):
             return False
-        if there == -ESHUTDOWN:
-            self.alive()
-            raise errors.DeviceLost(
-                f"queue {self.q.id} was cut off while its files' I/O did not end"
-            )
-        if there < 0:
-            raise errors.queue_error(-there, self.q.id)
         if there and mapper is None:
             raise ValueError("the layout is asked for each request: pass a Mapper")
         for i in range(there):
             mapper.map_request(self, &self.mapped, self.q.ready[i])
         self.layout.tell(&self.mapped, leg_failed)
         return True
+
+    cdef str obstacle(self):
+        return "its files' I/O did not end"

@@ -29,7 +29,7 @@ cdef class Queue:
 
     cdef pu_queue q
     cdef pu_watch watch
-    cdef list ios        # of each tag; None: somebody else has it
+    cdef list ios        # of each tag; None: not used yet, or somebody else has it
     cdef list forgotten  # unanswered, and nobody has them any more
     cdef bint is_open
     cdef bint fetched
@@ -97,7 +97,7 @@ cdef class Queue:
         self.look_every = 1
         self.is_open = True
         self.forgotten = []
-        self.ios = [self.new_io(tag) for tag in range(depth)]
+        self.ios = [None] * depth
 
     @classmethod
     def loopback(cls, *, depth=DEFAULT_DEPTH, buffer_size=DEFAULT_MAX_IO_SIZE, extra_entries=0,
@@ -212,16 +212,12 @@ cdef class Queue:
             timeout_ns = 0  # these answers go out now
         with nogil:
             there = pu_queue_wait(&self.q, timeout_ns)
-        if there >= 0:
-            if there == 0:
-                PyErr_CheckSignals()
-            return there
-        if there == -ENODEV:
+        if there == 0:
+            PyErr_CheckSignals()
+        elif there < 0:
+            self.goes_on(there)
             return -1
-        if there == -ESHUTDOWN:
-            self.alive()
-            raise errors.DeviceLost(f"queue {self.q.id} was cut off while a handler did not return")
-        raise errors.queue_error(-there, self.q.id)
+        return there
 
     cdef IO take(self, uint16_t tag):
         io = <IO>self.ios[tag]
@@ -326,23 +322,56 @@ cdef class Queue:
         cdef int error
         with nogil:
             error = pu_queue_serve(&self.q, <pu_handler>handler, <void *>context, blind)
-        if error == -ESHUTDOWN:
-            self.alive()
-            raise errors.DeviceLost(f"queue {self.q.id} was cut off while a handler did not return")
         if error < 0:
-            raise errors.queue_error(-error, self.q.id)
+            self.goes_on(error)
+
+    def turn_native(self, uintptr_t handler, uintptr_t context=0, *, bint blind=False):
+        self.alive()
+        pu_watch_end(&self.watch)
+        cdef int error
+        with nogil:
+            error = pu_queue_turn(&self.q, <pu_handler>handler, <void *>context, blind)
+        return self.goes_on(error)
+
+    cdef bint goes_on(self, int there) except -1:
+        """After a wait: False when the kernel has taken every tag back."""
+        if there >= 0:
+            return True
+        if there == -ENODEV:
+            return False
+        if there == -ESHUTDOWN:
+            self.alive()
+            raise errors.DeviceLost(f"queue {self.q.id} was cut off while {self.obstacle()}")
+        raise errors.queue_error(-there, self.q.id)
+
+    cdef str obstacle(self):
+        return "a handler did not return"
 
     def serve(self, Handlers handlers not None, lock=None):
         self.alive()
-        while self.wait_batch(-1) >= 0:
-            if self.q.nr_ready:
-                if lock is None:
-                    self.answer_batch(handlers)
-                else:
-                    with lock:
-                        self.answer_batch(handlers)
+        while self.serve_round(handlers, lock, -1):
             if self.q.loopback:
                 return
+
+    def turn(self, Handlers handlers not None, lock=None):
+        self.alive()
+        for _ in range(PU_TURN_ROUNDS):
+            if not self.serve_round(handlers, lock, 0):
+                return False
+            if not pu_queue_pending(&self.q):
+                break
+        return True
+
+    cdef bint serve_round(self, Handlers handlers, object lock, int64_t timeout_ns) except -1:
+        if self.wait_batch(timeout_ns) < 0:
+            return False
+        if self.q.nr_ready:
+            if lock is None:
+                self.answer_batch(handlers)
+            else:
+                with lock:
+                    self.answer_batch(handlers)
+        return True
 
     cdef int answer_batch(self, Handlers handlers) except -1:
         cdef int64_t result

@@ -34,6 +34,9 @@ NO_FLAGS = Feature(0)
 
 #: Here they are a number: "max" is resolved by `Device`.
 _QUEUES = replace(DEVICE["queues"], literals=())
+#: Seconds for the id of a deleted device to become free: the kernel takes some grace periods of RCU
+#: for it, once nobody has the device open.
+ID_FREED = 1.0
 
 #: The high half of a device's cookie (ublksrv_flags) when pyublk made it: "pyub".
 COOKIE_MAGIC = 0x70797562
@@ -77,6 +80,11 @@ class DeviceInfo:
     def ours(self) -> bool:
         """Whether pyublk made this device."""
         return self.cookie >> 32 == COOKIE_MAGIC
+
+
+def _has_node(device: int) -> bool:
+    """Whether there is such a device: the id of one that was deleted may be taken still."""
+    return os.path.exists(f"/sys/class/ublk-char/ublkc{device}")
 
 
 def _check_id(device: int | None) -> None:
@@ -132,19 +140,19 @@ class Controller:
     def __init__(self, *, deadline: float = 30.0) -> None:
         self.deadline = deadline
         self._stopped: set[int] = set()  # by this one, and not deleted since
-        self._fd = -1
+        self._helper: Helper | None = None
         try:
-            self._fd = os.open(CONTROL_NODE, os.O_RDWR | os.O_CLOEXEC)
+            node = os.open(CONTROL_NODE, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
             raise errors.control_missing_error(error.errno or errno.ENOENT) from None
-        self._helper: Helper | None = Helper(self._fd)
+        try:
+            self._helper = Helper(node)  # which has a descriptor of its own, for all Controllers
+        finally:
+            os.close(node)
 
     def close(self) -> None:
-        """Closes the control node; closing twice is allowed."""
+        """Ends its use; closing twice is allowed."""
         self._helper = None
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
 
     def __enter__(self) -> Self:
         return self
@@ -159,12 +167,6 @@ class Controller:
 
     def __del__(self) -> None:
         self.close()
-
-    def fileno(self) -> int:
-        """The control node's descriptor."""
-        if self._fd < 0:
-            raise errors.DeviceClosed("this Controller is closed")
-        return self._fd
 
     @property
     def helper(self) -> Helper:
@@ -246,10 +248,8 @@ class Controller:
         """Some commands answer ENODEV also for a device that is not started."""
         try:
             self._run(ControlCommand.GET_DEV_INFO, device, payload=bytearray(64))
-        except errors.DeviceNotFound:
-            return False
-        except OSError:
-            pass
+        except OSError as error:
+            return not isinstance(error, errors.DeviceNotFound)
         return True
 
     def _wants_its_name(self, device: int) -> bool:
@@ -295,19 +295,7 @@ class Controller:
             io_desc_size=uapi.DESCRIPTOR_SIZE if Feature.IO_DESC_SIZE in flags else 0,
         )
         payload = bytearray(wish)
-        try:
-            self._run(
-                ControlCommand.ADD_DEV, id, payload=payload, guarded=guarded, deadline=deadline
-            )
-        except FileExistsError as error:
-            if id is None or error.errno != errno.EEXIST:
-                raise
-            raise errors.command_error(
-                ControlCommand.ADD_DEV,
-                errno.EEXIST,
-                device=id,
-                detail=f"the id is in use: {self._who_has(id)}",
-            ) from None
+        self._add(id, payload, guarded=guarded, deadline=deadline)
         granted = _device_info(payload)
         self._stopped.discard(granted.id)
         try:
@@ -317,6 +305,28 @@ class Controller:
             self.delete(granted.id, deadline=deadline)
             raise
         return granted
+
+    def _add(
+        self, id: int | None, payload: bytearray, *, guarded: bool, deadline: float | None
+    ) -> None:
+        until = time.monotonic() + ID_FREED
+        while True:
+            try:
+                self._run(
+                    ControlCommand.ADD_DEV, id, payload=payload, guarded=guarded, deadline=deadline
+                )
+                return
+            except FileExistsError as error:
+                if id is None or error.errno != errno.EEXIST:
+                    raise
+                if _has_node(id) or time.monotonic() > until:
+                    raise errors.command_error(
+                        ControlCommand.ADD_DEV,
+                        errno.EEXIST,
+                        device=id,
+                        detail=f"the id is in use: {self._who_has(id)}",
+                    ) from None
+            time.sleep(0.005)
 
     def guard(self, device: int, *, deadline: float | None = None) -> None:
         """From now on the helper process deletes the device when this process ends, however it
@@ -342,7 +352,7 @@ class Controller:
     def _who_has(self, id: int) -> str:
         with suppress(OSError):
             info = self.info(id)  # the kernel answers for a while when it has deleted the device
-            if os.path.exists(f"/sys/class/ublk-char/ublkc{id}"):
+            if _has_node(id):
                 return who_has(id, info.status, info.server_pid)
         return who_has(id, None, None)
 

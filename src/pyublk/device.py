@@ -30,6 +30,8 @@ from pyublk.lifecycle import Lifecycle, handler_timeout
 from pyublk.options import DEVICE, DeviceOptions, complete, documented
 from pyublk.params import Params
 from pyublk.paths import PathChoice
+from pyublk.scheduling import Affinity
+from pyublk.servers import Servers
 from pyublk.sharing import SharedMemory, check_share
 from pyublk.stats import DeviceStats
 from pyublk.target import Target
@@ -67,6 +69,7 @@ class Device:
     Args:
         target: what to serve; its methods decide how (see `Target`).
         **options: see `pyublk.options.DeviceOptions`.
+        on: threads that serve many disks (`Servers`); None: threads of its own, for each queue.
 
     With `with`, the disk is usable inside the block and deleted at its end. With `async with`, an
     async target is served on the running event loop, which several devices may share.
@@ -75,13 +78,16 @@ class Device:
     # Where __del__ finds them when an interpreter that ends has taken this module apart already.
     _NOTHING_OPEN = (DeviceState.CREATED, DeviceState.STOPPED)
 
-    def __init__(self, target: Target, **options: Unpack[DeviceOptions]) -> None:
+    def __init__(
+        self, target: Target, *, on: Servers | None = None, **options: Unpack[DeviceOptions]
+    ) -> None:
         self._state = DeviceState.CREATED
         asked = complete(options)
         self.target = target
-        self._life = Lifecycle(target, asked)
+        self._life = Lifecycle(target, asked, _checked_servers(on, asked["affinity"]))
         self._session = self._life.session
         self._shares_memory = asked["shared_memory"]
+        self._on = on
         self._stop_timeout = asked["stop_timeout"]
         self._prepare()
 
@@ -165,6 +171,9 @@ class Device:
 
     def start(self) -> None:
         """Makes the disk; returns when it is usable. On failure nothing is left behind."""
+        if self._on is not None and self._session.needs_loop:
+            self._start_on_servers_loop(self._on)
+            return
         self._begin_start()
         try:
             self._session.prepare(on_this_loop=False)
@@ -176,6 +185,16 @@ class Device:
             self._finish_quietly()
             raise
         self._end_start()
+
+    def _start_on_servers_loop(self, servers: Servers) -> None:
+        import asyncio
+
+        start = asyncio.run_coroutine_threadsafe(self._start_on_loop(), servers.loop())
+
+        def interrupted() -> None:
+            start.cancel()
+
+        run_shielded(start.result, interrupted)
 
     async def _start_on_loop(self) -> None:
         self._begin_start()
@@ -467,6 +486,15 @@ class Device:
             stacklevel=2,
         )
         self._finish_quietly()
+
+
+def _checked_servers(on: Servers | None, affinity: Affinity) -> Servers | None:
+    """Raises ValueError for what threads of many disks cannot do for one."""
+    if on is not None and not isinstance(on, Servers):
+        raise TypeError(f"on must be Servers or None, not {type(on).__name__}")
+    if on is not None and affinity not in ("auto", None):
+        raise ValueError("affinity is for threads of the disk's own: leave it out, or on")
+    return on
 
 
 def _caller() -> str:

@@ -2,7 +2,6 @@
 """The kernel's side of a disk, from ADD_DEV to DEL_DEV: knows no target, and nobody who serves."""
 
 import errno
-import logging
 import os
 import stat
 import time
@@ -12,14 +11,12 @@ from contextlib import suppress
 from pyublk import errors
 from pyublk._native import CharDevice, open_private
 from pyublk.control import Controller, DeviceInfo, new_cookie
+from pyublk.descriptors import make_room
 from pyublk.features import Features
 from pyublk.params import Params
+from pyublk.scheduling import SchedulerRemoval, choose_io_scheduler
 from pyublk.uapi import Feature
 
-log = logging.getLogger("pyublk.device")
-
-#: Seconds for the id of a deleted device to become free; it does at once when nobody has it open.
-ID_FREED = 2.0
 #: Seconds for the char device's node, and our right to open it, to come after the device.
 NODE_OPENS = 5.0
 
@@ -38,6 +35,7 @@ class KernelDisk:
         self.kept = False
         self._info: DeviceInfo | None = None
         self._params: Params | None = None
+        self._scheduler_removal: SchedulerRemoval | None = None
 
     # ---- looking at it ----
 
@@ -117,7 +115,9 @@ class KernelDisk:
         until = time.monotonic() + NODE_OPENS
         while True:
             try:
-                self.char_device = CharDevice(open_private(path, os.O_RDWR))
+                number = open_private(path, os.O_RDWR)
+                make_room(number)
+                self.char_device = CharDevice(number)
                 return self.char_device
             except OSError as error:
                 transient = error.errno in (errno.ENOENT, errno.EACCES, errno.EBUSY)
@@ -161,6 +161,15 @@ class KernelDisk:
                 raise errors.node_missing_error(path)
             time.sleep(0.005)
 
+    def choose_scheduler(self, name: str | None, deadline: float) -> None:
+        """Gives it that I/O scheduler; "auto": none, but for a zoned disk, and some time later;
+        None: leaves it the kernel's choice."""
+        if name == "auto":
+            if Feature.ZONED not in self.info.flags:
+                self._scheduler_removal = SchedulerRemoval(self.info.path)
+        elif name is not None:
+            choose_io_scheduler(self.info.path, name, deadline)
+
     def refresh(self) -> None:
         """Takes note of what the kernel says of it now."""
         self._info = self.look()
@@ -194,24 +203,20 @@ class KernelDisk:
         self.char_device = None
 
     def delete(self) -> None:
-        """DEL_DEV, unless the kernel keeps it; returns when its id is free, or soon."""
+        """DEL_DEV, unless the kernel keeps it; its id is free soon, once nobody has it open."""
+        # The kernel waited for it when it took the disk away, and gives nobody the disk's name
+        # before it is deleted.
+        if self._scheduler_removal is not None:
+            self._scheduler_removal.finish()
+            self._scheduler_removal = None
         if self.kept or self._info is None:
             return
-        device = self._info.id
         try:
-            # Not DEL_DEV, which waits until everybody has closed the disk.
-            self.controller.delete(device, wait=False)
-            until = time.monotonic() + ID_FREED
-            while time.monotonic() < until:
-                self.controller.info(device)
-                time.sleep(0.005)
+            # Not waiting: that would be until everybody has closed the disk, and then for RCU.
+            self.controller.delete(self._info.id, wait=False)
         except OSError as error:
-            if error.errno != errno.ENODEV:  # else: it is gone, or somebody else deleted it
+            if error.errno != errno.ENODEV:  # else: somebody else deleted it
                 raise
-        else:
-            log.warning(
-                "%s is deleted, but its id is taken until its users close it", self._info.path
-            )
 
     def close(self) -> None:
         """Lets go of the helper and the control node."""

@@ -13,7 +13,8 @@ from pyublk.kernel_disk import KernelDisk
 from pyublk.options import DeviceOptions, number_of_queues
 from pyublk.paths import PathChoice, choose_path
 from pyublk.queue_servers import OwnThreads
-from pyublk.scheduling import checked_affinity, choose_io_scheduler
+from pyublk.scheduling import checked_affinity
+from pyublk.servers import Servers
 from pyublk.session import Session
 from pyublk.sharing import Sharing
 from pyublk.stats import DeviceStats
@@ -25,7 +26,7 @@ class Lifecycle:
     """Takes each step once, in this order: `configure`, `begin_serving`, `go_live`, `stop`,
     `release`. Who takes them, and when, is the `Device`'s business."""
 
-    def __init__(self, target: Target, asked: DeviceOptions) -> None:
+    def __init__(self, target: Target, asked: DeviceOptions, on: Servers | None) -> None:
         depth, threads = asked["depth"], asked["threads"]
         if threads > depth:
             raise ValueError(f"threads must be 1 to the depth, {depth}, not {threads}")
@@ -35,15 +36,17 @@ class Lifecycle:
             workers=asked["workers"],
             shared_memory=asked["shared_memory"],
             trim_after=asked["trim_after"],
-            provider=OwnThreads(preempt=asked["preempt"]),
+            provider=OwnThreads(preempt=asked["preempt"]) if on is None else on,
         )
         self.kernel: KernelDisk | None = None
         self.sharing: Sharing | None = None
         self.choice: PathChoice | None = None
         self._asked = asked
+        self._on = on
         self._queues = number_of_queues(asked)
         self._affinity = checked_affinity(asked["affinity"], self._queues)
         self._final_stats: DeviceStats | None = None
+        self._on_shared_loop = False
 
     def disk(self) -> KernelDisk:
         """The kernel's device; raises DeviceClosed before there is one."""
@@ -89,6 +92,9 @@ class Lifecycle:
         """Has every queue made and fetched; `failed` is called when one fails."""
         kernel = self.disk()
         assert kernel.char_device is not None
+        if on_this_loop and self._on is not None:
+            self._on.enter_loop()
+            self._on_shared_loop = True
         self.session.begin(
             kernel.char_device,
             kernel.info,
@@ -100,7 +106,7 @@ class Lifecycle:
 
     def _cpus_of(self, queues: list[int]) -> frozenset[int] | None:
         affinity = self._affinity
-        if affinity is None:
+        if affinity is None or self._on is not None:
             return None
         if affinity != "auto":
             return frozenset[int]().union(*(affinity[queue] for queue in queues))
@@ -116,10 +122,7 @@ class Lifecycle:
         kernel.start()
         self.session.raise_error()
         kernel.await_node(until, self._raise_if_over)
-        zoned = Feature.ZONED in kernel.info.flags
-        scheduler = self._asked["io_scheduler"]
-        if scheduler is not None and not (zoned and scheduler == "auto"):
-            choose_io_scheduler(kernel.info.path, scheduler, deadline)
+        kernel.choose_scheduler(self._asked["io_scheduler"], deadline)
         kernel.refresh()
 
     def _raise_if_over(self) -> None:
@@ -152,6 +155,9 @@ class Lifecycle:
                 kernel.close()
             self._final_stats = self.stats()
             session.dismiss()
+            if self._on_shared_loop and self._on is not None:
+                self._on.leave_loop()
+                self._on_shared_loop = False
 
 
 def _needed(asked: DeviceOptions) -> Feature:
@@ -171,12 +177,15 @@ def stop_serving(
     """STOP_DEV beside the serving threads; see `Lifecycle.stop`."""
     session.primed(deadline)  # a fetch that came after the stop would stay
     failure: list[BaseException] = []
+    stopped = threading.Event()
 
     def stop_device() -> None:
         try:
             kernel.stop(max(deadline, patience) + 24 * 3600)
         except BaseException as error:
             failure.append(error)
+        stopped.set()
+        session.moved.set()
 
     name = f"ublk{kernel.info.id}-stop"
     stopper = threading.Thread(target=stop_device, name=name, daemon=True)
@@ -184,7 +193,7 @@ def stop_serving(
     hung: list[str] = []
     try:
         if not session.progress_until(
-            lambda: not stopper.is_alive() and session.all_ended(),
+            lambda: stopped.is_set() and session.all_ended(),
             patience=patience,
             idle=deadline,
             enough=enough,

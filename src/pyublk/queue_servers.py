@@ -39,12 +39,14 @@ class ServingTask:
 
     `make_queues` and then `serve`, which returns when the kernel has taken every tag back, are
     called on one thread, kept to `cpus` if given. `failed` is told what ended the serving by
-    failure, `ended` is called at the end.
+    failure, `ended` is called at the end. Who serves other tasks beside takes turns instead (see
+    `Engine.turns`).
     """
 
     name: str
     make_queues: Callable[[], list[Queue]]
     serve: Callable[[list[Queue]], None]
+    turns: Callable[[Queue], Callable[[], bool]]
     cpus: frozenset[int] | None
     failed: Callable[[BaseException], None]
     ended: Callable[[], None]
@@ -92,6 +94,11 @@ class QueueServer:
     def holds_everything(self) -> bool:
         """Whether every request that some queue can carry is unanswered."""
         return any(queue.held == queue.depth for queue in self.queues)
+
+    def sever(self) -> None:
+        """Cuts the thread that serves, which hangs, off from these queues."""
+        for queue in self.queues:
+            queue.sever()
 
     def stack(self) -> str:
         """Where the thread that serves is now."""

@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from pyublk._native import name_thread, write_in_child
+from pyublk._native import WriteInChild, name_thread, write_in_child
 from pyublk.arguments import whole
 
 log = logging.getLogger("pyublk.scheduling")
@@ -29,10 +29,6 @@ log = logging.getLogger("pyublk.scheduling")
 _NAME_BYTES = 15
 
 Affinity = Literal["auto"] | Sequence[Iterable[int]] | None
-
-#: Seconds that a disk's start waits for a switch that nobody asked for by name: the kernel waits
-#: for all requests in flight first, of which the partition scan may have some.
-PATIENCE = 1.0
 
 
 class NamedThread(threading.Thread):
@@ -157,7 +153,7 @@ def _parsed(place: Path) -> tuple[str | None, list[str]]:
 
 
 def choose_io_scheduler(disk: str, name: str, deadline: float) -> None:
-    """Gives a disk the I/O scheduler of that name; "auto": none at all, if that can be had soon.
+    """Gives a disk the I/O scheduler of that name.
 
     Raises:
         ValueError: this kernel has none of that name.
@@ -165,21 +161,46 @@ def choose_io_scheduler(disk: str, name: str, deadline: float) -> None:
     """
     place = _place(disk)
     current, offered = _parsed(place)
-    wanted = "none" if name == "auto" else name
-    if wanted == current:
+    if name == current:
         return
     # One that is not offered may be in a module, which the kernel loads when its name is written.
-    result = (
-        write_in_child(str(place), wanted, deadline=PATIENCE if name == "auto" else deadline)
-        if wanted.strip()
-        else -errno.EINVAL
-    )
+    result = write_in_child(str(place), name, deadline=deadline) if name.strip() else -errno.EINVAL
     if result == 0:
         return
-    if result == -errno.EINVAL and name != "auto":
+    if result == -errno.EINVAL:
         raise ValueError(f"io_scheduler must be one of {', '.join(offered)}, not {name!r}")
-    reason = "requests are in flight" if result is None else os.strerror(-result)
-    if name != "auto":
-        number = errno.ETIMEDOUT if result is None else -result
-        raise OSError(number, f"{disk} cannot have the I/O scheduler {name}: {reason}", str(place))
-    log.info("%s has the I/O scheduler %s for now: %s", disk, current or "of the kernel", reason)
+    number = errno.ETIMEDOUT if result is None else -result
+    raise OSError(
+        number, f"{disk} cannot have the I/O scheduler {name}: {_reason(result)}", str(place)
+    )
+
+
+def _reason(result: int | None) -> str:
+    return "requests are in flight" if result is None else os.strerror(-result)
+
+
+class SchedulerRemoval:
+    """Takes a disk's I/O scheduler away while the disk is in use already.
+
+    The kernel waits for grace periods of RCU meanwhile, ten to fifty milliseconds in which it
+    holds requests back, and for those in flight. Nobody asked for it by name, so nobody waits.
+    """
+
+    def __init__(self, disk: str) -> None:
+        place = _place(disk)
+        self._disk = disk
+        self._current, _ = _parsed(place)
+        self._write = None if self._current == "none" else WriteInChild(str(place), "none")
+
+    def finish(self, deadline: float = 0.0) -> None:
+        """Waits for its end, at most so many seconds, and calls it off after them."""
+        if self._write is None:
+            return
+        result = self._write.finish(deadline=deadline)
+        if result != 0:
+            log.info(
+                "%s kept the I/O scheduler %s: %s",
+                self._disk,
+                self._current or "of the kernel",
+                _reason(result),
+            )

@@ -35,6 +35,8 @@ class Hanging:
     holds_queue: bool
 
 
+#: Seconds between two looks at whether requests go on.
+LOOK = 0.02
 #: Seconds without progress that are enough when a queue is closed before the device is stopped.
 CLOSED = 0.5
 
@@ -67,6 +69,7 @@ class Session:
         self.profile: Profile | None = None
         self._opened = False
         self.attention = threading.Event()  # a queue's server ended, or failed
+        self.moved = threading.Event()  # something that `progress_until` waits for may have ended
         #: What first ended the serving of some queues by failure: an Exception.
         self.failure: Exception | None = None
         self._failure_lock = threading.Lock()
@@ -149,9 +152,10 @@ class Session:
                 name=queue_thread_name(info.id, [one.queue for one in group]),
                 make_queues=partial(make, group),
                 serve=engine.serve,
+                turns=engine.turns,
                 cpus=None if on_this_loop else cpus_of([one.queue for one in group]),
                 failed=self._server_failed,
-                ended=self.attention.set,
+                ended=self._server_ended,
             )
             self._servers.append(provider.begin(task))
 
@@ -162,6 +166,10 @@ class Session:
             for thread in range(self.threads):
                 found.append(TagSet(queue, thread, self.threads, buffers))
         return found
+
+    def _server_ended(self) -> None:
+        self.attention.set()
+        self.moved.set()
 
     def _server_failed(self, error: BaseException) -> None:
         """Its clients get EIO from now on; those of the others until the device is stopped."""
@@ -237,7 +245,8 @@ class Session:
                 return False
             if enough():
                 return False
-            time.sleep(0.005)
+            self.moved.wait(LOOK)
+            self.moved.clear()
         return True
 
     def give_up(self) -> Hanging:
@@ -260,8 +269,8 @@ class Session:
             return Hanging(workers + waiting or held, holds_queue=False)
         with self._failure_lock:
             self._severed = True
-        for queue in self._queues():
-            queue.sever()
+        for server in self._servers:
+            server.sever()
         if self.failure is not None:  # those that hang nowhere end now
             self.progress_until(self.all_ended, patience=CLOSED, idle=CLOSED)
         still = [server for server in servers if not server.ended.is_set()]

@@ -13,6 +13,7 @@
 #include "driver.h"
 #include "direct.h"
 #include "mirrored.h"
+#include "set.h"
 #include "null.h"
 #include "ram.h"
 #include "work.h"
@@ -204,6 +205,57 @@ static int queues_with_ring(void)
 static int severed_queues(void)
 {
 	return loopback(8, true);
+}
+
+/* ---- many queues of a thread ---- */
+
+static int use_set(struct pu_set *set, struct pu_queue *q)
+{
+	int place = pu_set_add(set, q), error = place < 0 ? place : 0;
+
+	if (!error)
+		error = pu_queue_fetch(q);
+	if (!error && pu_set_wait(set, 10000000) >= 0)
+		pu_set_wake(set);
+	for (int turn = 0; !error && turn < 2; turn++) {
+		int there = pu_set_wait(set, 0);
+
+		if (there < 0 || (there > 0 && (there = pu_queue_wait(q, 0)) < 0))
+			error = there;
+	}
+	if (place >= 0)
+		pu_set_remove(set, (uint32_t)place);
+	return error;
+}
+
+static int set_of(uint32_t extra)
+{
+	struct pu_queue_options options = {
+		.depth = DEPTH, .buffer_bytes = BUFFER, .extra_entries = extra
+	};
+	struct pu_set set;
+	struct pu_queue q;
+	int error = pu_set_open(&set, 4);
+
+	if (error)
+		return error;
+	error = pu_queue_open(&q, -1, &options);
+	if (!error) {
+		error = use_set(&set, &q);
+		end_queue(&q, NULL);
+	}
+	pu_set_close(&set);
+	return error;
+}
+
+static int sets_of_queues_with_rings(void)
+{
+	return set_of(8);
+}
+
+static int sets_of_queues_without(void)
+{
+	return set_of(0);
 }
 
 /* ---- a queue, with the kernel's side played ---- */
@@ -658,6 +710,8 @@ int main(void)
 	SWEEP(queues_without_ring);
 	SWEEP(queues_with_ring);
 	SWEEP(severed_queues);
+	SWEEP(sets_of_queues_with_rings);
+	SWEEP(sets_of_queues_without);
 	can_play = find_out();
 	if (can_play) {
 		SWEEP(played_by_tags);

@@ -1011,7 +1011,7 @@ def test_a_closed_controller_says_so() -> None:
     controller = Controller()
     controller.close()
     controller.close()
-    for use in (controller.fileno, controller.features, lambda: controller.info(0)):
+    for use in (controller.features, lambda: controller.info(0)):
         with pytest.raises(pyublk.DeviceClosed, match="this Controller is closed"):
             use()
 

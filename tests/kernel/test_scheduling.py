@@ -14,6 +14,7 @@ from pyublk.scheduling import io_scheduler, queue_threads
 from pyublk.targets import Null, Zoned
 from tests.kernel.blocks import Blocks
 from tests.kernel.conftest import Serve
+from tests.kernel.servers import until
 
 
 def threads(disk: pyublk.Device) -> list[int]:
@@ -32,8 +33,14 @@ def test_a_disk_has_no_scheduler_and_threads_that_never_interrupt(
     serve: Serve, queues: int
 ) -> None:
     disk = serve(Null(size=1 << 30), queues=queues)
-    assert io_scheduler(disk.path) == "none"
+    until(lambda: io_scheduler(disk.path) == "none")  # the start does not wait for it
     assert policies(disk) == {os.SCHED_BATCH}
+
+
+def test_a_stop_on_the_heels_of_a_start(serve: Serve) -> None:
+    for _ in range(5):
+        disk = serve(Null(size=1 << 30), id=33)
+        disk.stop()
 
 
 def test_the_kernels_own_choices(serve: Serve) -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import guest, jobs, kublk, measure, programs, report, ring  # noqa: E402
+from benchmarks import guest, jobs, kublk, many, measure, programs, report, ring  # noqa: E402
 from benchmarks.__main__ import main  # noqa: E402
 from benchmarks.contenders import CONTENDERS, REFERENCES  # noqa: E402
 from benchmarks.plan import Measurement, Plan, Results  # noqa: E402
@@ -269,3 +269,31 @@ def test_a_run_that_broke_off_has_not_passed(
     monkeypatch.setattr(guest, "carry_out", lambda *_: results)
     arguments = ["--count-instructions", "--only", "pyublk-null", "--output", str(tmp_path)]
     assert CliRunner().invoke(main, arguments).exit_code == code
+
+
+def test_many_disks_are_shown_one_by_one(tmp_path: Path) -> None:
+    run = many.Run(
+        kind="ram",
+        disks=4,
+        starts=[0.004, 0.004, 0.004, 0.008],
+        stops=[0.009] * 4,
+        commands={"add": [0.0002] * 4, "set_params": [], "start": [0.001] * 4, "stop": [0.007] * 4},
+        idle=4 << 16,
+        used=4 << 17,
+        helper=4096,
+        descriptors=12,
+        threads=4,
+        switches=2.0,
+        iops=50000.0,
+    )
+    results = many.Results("2026-11-28", "7.3.4", "Python 3.11.2", counting=True, runs=(run,))
+    results.save(tmp_path / "many.json")
+    assert many.Results.load(tmp_path / "many.json") == results
+    output = StringIO()
+    Console(file=output, width=160).print(many.table(results))
+    (line,) = [line for line in output.getvalue().splitlines() if "ram" in line]
+    cells = [cell.strip() for cell in line.split("│")[1:-1]]
+    assert cells == [
+        *("ram", "4", "4.0", "8.0", "9.0", "9.0", "1.2", "7.0"),
+        *("64", "128", "1.0", "3.00", "1.00", "0.50", "50,000"),
+    ]

@@ -226,7 +226,6 @@ def test_a_child_has_no_part_in_it(node: int, fork: Callable[[], int]) -> None:
     def child() -> None:
         refused(lambda: helper.pid, parent)
         refused(lambda: helper.control(GET_DEV_INFO, 0), parent)
-        refused(lambda: helper.write("/nonexistent", "", deadline=1.0), parent)
         own = Helper(node)
         asked(own)
         pid = own.pid

@@ -95,7 +95,7 @@ def test_an_option_is_added_by_one_edit() -> None:
 
 def test_a_device_shows_every_option() -> None:
     parameters = inspect.signature(pyublk.Device).parameters
-    assert list(parameters) == ["target", *options.DEVICE]
+    assert list(parameters) == ["target", "on", *options.DEVICE]
     for name, option in options.DEVICE.items():
         assert parameters[name].default == option.default
         assert pyublk.Device.__doc__

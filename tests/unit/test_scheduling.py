@@ -16,9 +16,10 @@ from typing import TypeVar
 import pytest
 
 from pyublk import scheduling
-from pyublk._native import Helper, write_in_child
+from pyublk._native import Helper, WriteInChild, write_in_child
 from pyublk.scheduling import (
     NamedThread,
+    SchedulerRemoval,
     choose_io_scheduler,
     io_scheduler,
     keep_to,
@@ -73,15 +74,19 @@ def test_the_scheduler_in_use_is_in_brackets(place: Path) -> None:
     assert io_scheduler("/dev/ublkb0") is None
 
 
-@pytest.mark.parametrize(("name", "written"), [("auto", "none"), ("kyber", "kyber")])
-def test_a_scheduler_is_chosen(place: Path, name: str, written: str) -> None:
-    choose_io_scheduler("/dev/ublkb0", name, 5.0)
-    assert place.read_text().startswith(written)
+def test_a_scheduler_is_chosen(place: Path) -> None:
+    choose_io_scheduler("/dev/ublkb0", "kyber", 5.0)
+    assert place.read_text().startswith("kyber")
+
+
+def test_a_scheduler_is_taken_away(place: Path) -> None:
+    SchedulerRemoval("/dev/ublkb0").finish(5.0)
+    assert place.read_text().startswith("none")
 
 
 def test_nothing_is_written_where_it_is_so_already(place: Path) -> None:
     place.write_text("[none] mq-deadline\n")
-    choose_io_scheduler("/dev/ublkb0", "auto", 5.0)
+    SchedulerRemoval("/dev/ublkb0").finish()
     choose_io_scheduler("/dev/ublkb0", "none", 5.0)
     assert place.read_text() == "[none] mq-deadline\n"
 
@@ -101,34 +106,48 @@ def test_a_scheduler_in_a_module(place: Path) -> None:
     assert place.read_text().startswith("bfq")
 
 
-def test_a_scheduler_that_is_refused(
-    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_scheduler_that_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduling, "write_in_child", lambda *_, **__: -errno.EROFS)
     words = "/dev/ublkb0 cannot have the I/O scheduler kyber: Read-only file system"
     with pytest.raises(OSError, match=words) as caught:
         choose_io_scheduler("/dev/ublkb0", "kyber", 5.0)
     assert caught.value.errno == errno.EROFS
-    with caplog.at_level(logging.INFO):
-        choose_io_scheduler("/dev/ublkb0", "auto", 5.0)  # nobody asked for it by name
-    assert "/dev/ublkb0 has the I/O scheduler mq-deadline for now: Read-only" in caplog.text
 
 
-def test_a_switch_that_waits_too_long(
-    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    given: list[float] = []
-
-    def write(_place: str, _text: str, *, deadline: float) -> None:
-        given.append(deadline)
-
-    monkeypatch.setattr(scheduling, "write_in_child", write)
+def test_a_switch_that_waits_too_long(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduling, "write_in_child", lambda *_, **__: None)
     with pytest.raises(TimeoutError, match="scheduler kyber: requests are in flight"):
         choose_io_scheduler("/dev/ublkb0", "kyber", 5.0)
+
+
+def test_a_scheduler_that_does_not_go_fails_nobody(
+    place: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place.unlink()
+    place.mkdir()
     with caplog.at_level(logging.INFO):
-        choose_io_scheduler("/dev/ublkb0", "auto", 5.0)
-    assert "for now: requests are in flight" in caplog.text
-    assert given == [5.0, scheduling.PATIENCE]
+        SchedulerRemoval("/dev/ublkb0").finish(5.0)
+    assert "/dev/ublkb0 kept the I/O scheduler of the kernel: Is a directory" in caplog.text
+
+
+def test_a_removal_that_waits_is_called_off(place: Path, caplog: pytest.LogCaptureFixture) -> None:
+    place.unlink()
+    os.mkfifo(place)
+    reader = threading.Thread(target=place.write_text, args=("none [mq-deadline]\n",))
+    reader.start()
+    removal = SchedulerRemoval("/dev/ublkb0")
+    reader.join(10)
+    with caplog.at_level(logging.INFO):
+        removal.finish(0.2)  # nobody reads from it
+        removal.finish(0.2)
+    assert "/dev/ublkb0 kept the I/O scheduler mq-deadline: requests are in" in caplog.text
+
+
+def test_a_write_that_is_dropped_is_called_off(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    WriteInChild(str(pipe), "none")
+    assert write_in_child(str(pipe), "none", deadline=0.2) is None
 
 
 def test_writing_apart(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_parameters_are_not_known(sys: Path) -> None:
 
 def test_who_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     controller = pyublk.Controller.__new__(pyublk.Controller)
-    controller._fd, controller._helper = -1, None
+    controller._helper = None
     monkeypatch.setattr(sysfs, "Ring", lambda _entries: pyublk.Ring(4))
     assert whom_to_ask(controller) is controller
 

@@ -4,7 +4,6 @@
 
 #include <errno.h>
 #include <string.h>
-#include <sys/eventfd.h>
 
 #include "batch.h"
 #include "commit.h"
@@ -32,8 +31,8 @@ static void send_message(struct pu_queue *q, uint16_t tag, int32_t result)
 	pthread_mutex_lock(&q->inbox_lock);
 	q->inbox[q->nr_inbox] = (struct pu_message){ tag, result };
 	__atomic_store_n(&q->nr_inbox, q->nr_inbox + 1, __ATOMIC_RELAXED);
-	if (q->nr_inbox == 1 && q->wake_fd >= 0)
-		eventfd_write(q->wake_fd, 1);
+	if (q->nr_inbox == 1)
+		pu_wake_call(&q->wake);
 	pthread_mutex_unlock(&q->inbox_lock);
 }
 
@@ -49,7 +48,7 @@ static int post_to_kernel(struct pu_queue *q, uint16_t tag, int64_t result)
 	int error = 0;
 
 	pthread_mutex_lock(&q->inbox_lock);
-	if (q->wake_fd < 0) /* closed */
+	if (q->wake.closed)
 		error = -ESHUTDOWN;
 	else if (q->post_ring.fd < 0)
 		error = pu_ring_open(&q->post_ring, 4, 0, 0, PU_SETUP_SUBMIT_ALL | PU_SETUP_NO_SQARRAY);
@@ -60,7 +59,7 @@ static int post_to_kernel(struct pu_queue *q, uint16_t tag, int64_t result)
 			__atomic_fetch_add(&q->counters.errors, 1, __ATOMIC_RELAXED);
 		__atomic_fetch_add(&q->posted, 1, __ATOMIC_RELEASE);
 		if (__atomic_load_n(&q->aborted, __ATOMIC_ACQUIRE))
-			eventfd_write(q->wake_fd, 1); /* it may have waited for this one alone */
+			pu_wake_call(&q->wake); /* it may have waited for this one alone */
 	}
 	pthread_mutex_unlock(&q->inbox_lock);
 	return error;
@@ -139,8 +138,7 @@ void pu_queue_fail_held(struct pu_queue *q, int error)
 void pu_queue_wake(struct pu_queue *q)
 {
 	pthread_mutex_lock(&q->inbox_lock);
-	if (q->wake_fd >= 0)
-		eventfd_write(q->wake_fd, 1);
+	pu_wake_call(&q->wake);
 	pthread_mutex_unlock(&q->inbox_lock);
 }
 

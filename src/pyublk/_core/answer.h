@@ -28,7 +28,7 @@ void pu_queue_wake(struct pu_queue *q);
 int pu_queue_commit_messages(struct pu_queue *q);
 
 /* The same with an unlocked look first: an idle inbox must not cost the fast path a lock. A message
- * that is missed here has written the wake_fd, so the wait that follows returns at once. */
+ * that is missed here has called the owner, so the wait that follows returns at once. */
 static inline int pu_queue_read_inbox(struct pu_queue *q)
 {
 	return __atomic_load_n(&q->nr_inbox, __ATOMIC_RELAXED) ? pu_queue_commit_messages(q) : 0;

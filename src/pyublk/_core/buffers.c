@@ -24,6 +24,8 @@ static uint8_t *map(size_t bytes)
 		munmap(memory, bytes);
 		return NULL;
 	}
+	/* A huge page for the first small request would be most of an idle disk's memory. */
+	madvise(memory, bytes, MADV_NOHUGEPAGE); /* refused where there are none: as well */
 	return memory;
 }
 

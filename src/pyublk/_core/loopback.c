@@ -56,11 +56,11 @@ void pu_loopback_wait(struct pu_queue *q, int64_t timeout_ns)
 {
 	struct timespec limit = { timeout_ns / 1000000000, timeout_ns % 1000000000 };
 	struct pollfd fds[] = {
-		{ .fd = q->wake_fd, .events = POLLIN },
+		{ .fd = q->wake.fd, .events = POLLIN },
 		{ .fd = q->loopback->watch_fd, .events = POLLIN },
 	};
 
 	if (ppoll(fds, 2, timeout_ns < 0 ? NULL : &limit, NULL) > 0 && fds[0].revents)
-		eventfd_read(q->wake_fd, &q->wake_value);
+		eventfd_read(q->wake.fd, &q->wake.value);
 	q->watched = fds[1].revents;
 }

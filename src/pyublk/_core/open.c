@@ -25,10 +25,43 @@ static size_t page_round(size_t bytes)
 	return (bytes + page - 1) / page * page;
 }
 
-/* Written by the owner, read by anyone: whole values, no order wanted. */
-static int open_ring(struct pu_queue *q, uint32_t extra)
+/* What takes the place of files that are given up; open as long as there are queues, since then it may
+ * be too late for one more descriptor. Guarded by pu_fork_hold. */
+static int inert = -1;
+static uint32_t inert_users;
+
+static int get_inert(struct pu_queue *q)
 {
-	uint32_t wanted = q->depth + 4u + extra; /* a few for wakes and batches */
+	int error = 0;
+
+	pu_fork_hold();
+	if (!inert_users)
+		inert = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	if (inert < 0)
+		error = -errno;
+	else
+		inert_users++;
+	q->inert = inert;
+	pu_fork_release();
+	return error;
+}
+
+static void put_inert(struct pu_queue *q)
+{
+	if (q->inert < 0)
+		return;
+	q->inert = -1;
+	pu_fork_hold();
+	if (!--inert_users)
+		close(inert);
+	pu_fork_release();
+}
+
+/* A batch is one entry, whatever the depth; beside it there are fetches, the wake and the timer. */
+static int open_ring(struct pu_queue *q, const struct pu_queue_options *options)
+{
+	bool batch = !q->loopback && options->flags & PU_F_BATCH_IO;
+	uint32_t wanted = (batch ? 12u : q->depth + 4u) + options->extra_entries;
 	uint32_t entries = 8;
 	int error;
 
@@ -94,8 +127,10 @@ static int open_parts(struct pu_queue *q, const struct pu_queue_options *options
 	if (!error)
 		error = give_buffers(q, options->buffers, options->buffer_bytes);
 	if (error || (q->loopback && !options->extra_entries))
-		return error;
-	error = open_ring(q, options->extra_entries);
+		return error ? error : pu_wake_open(&q->wake, NULL);
+	error = open_ring(q, options);
+	if (!error)
+		error = pu_wake_open(&q->wake, &q->ring);
 	return error ? error : register_files(q, options->files, options->nr_files);
 }
 
@@ -114,8 +149,9 @@ int pu_queue_open(struct pu_queue *q, int cdev, const struct pu_queue_options *o
 	memset(q, 0, sizeof(*q));
 	q->ring.fd = -1;
 	q->post_ring.fd = -1;
-	q->wake_fd = -1;
+	q->wake = (struct pu_wake){ .fd = -1, .closed = true };
 	q->event_fd = -1;
+	q->inert = -1;
 	q->cdev = cdev;
 	q->own_cdev = options->own_device && cdev >= 0;
 	q->process = pu_process();
@@ -136,12 +172,11 @@ int pu_queue_open(struct pu_queue *q, int cdev, const struct pu_queue_options *o
 	q->tags = calloc(q->depth, sizeof(*q->tags));
 	q->ready = calloc(2u * q->depth, sizeof(*q->ready)); /* left ones, and as many that came */
 	q->inbox = calloc(q->depth, sizeof(*q->inbox));
-	q->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	if (!q->tags || !q->ready || !q->inbox)
 		error = -ENOMEM;
-	else if (q->wake_fd < 0)
-		error = -errno;
-	else if (cdev < 0)
+	else
+		error = get_inert(q);
+	if (!error && cdev < 0)
 		error = pu_loopback_open(q);
 	if (!error)
 		error = open_parts(q, options);
@@ -194,7 +229,7 @@ static void leave_number(struct pu_queue *q)
 {
 	if (!q->own_cdev)
 		return;
-	if (q->copying && q->wake_fd >= 0 && !pu_replace_file(q->cdev, q->wake_fd))
+	if (q->copying && !pu_replace_file(q->cdev, q->inert))
 		return;
 	pu_fork_drop(q->cdev);
 	close(q->cdev);
@@ -216,7 +251,7 @@ bool pu_queue_close(struct pu_queue *q)
 	leave_number(q);
 	pu_ring_close(&q->post_ring);
 	pu_batch_close(q); /* after the rings: they may read it */
-	close_fd(&q->wake_fd);
+	pu_wake_close(&q->wake);
 	close_fd(&q->event_fd);
 	if (!parents)
 		pthread_mutex_unlock(&q->inbox_lock);
@@ -235,6 +270,7 @@ void pu_queue_free(struct pu_queue *q)
 		pu_fork_drop(q->cdev);
 		close(q->cdev);
 	}
+	put_inert(q);
 	pu_loopback_free(q);
 	free(q->tags);
 	free(q->ready);
@@ -251,17 +287,17 @@ void pu_queue_free(struct pu_queue *q)
 
 int pu_queue_sever(struct pu_queue *q)
 {
-	__atomic_store_n(&q->severed, true, __ATOMIC_RELEASE);
-	int error = leave_device(q);
+	int error;
 
+	__atomic_store_n(&q->severed, true, __ATOMIC_RELEASE);
+	error = leave_device(q);
 	pthread_mutex_lock(&q->inbox_lock);
-	if (!error && q->wake_fd >= 0 && q->ring.fd >= 0)
-		error = pu_ring_sever(&q->ring, q->wake_fd);
-	if (!error && q->wake_fd >= 0 && q->cdev >= 0)
-		error = pu_replace_file(q->cdev, q->wake_fd);
+	if (!error && !q->wake.closed && q->ring.fd >= 0)
+		error = pu_ring_sever(&q->ring, q->inert);
+	if (!error && !q->wake.closed && q->cdev >= 0)
+		error = pu_replace_file(q->cdev, q->inert);
 	/* An owner that waits in the old ring keeps it. */
-	if (q->wake_fd >= 0)
-		eventfd_write(q->wake_fd, 1);
+	pu_wake_call(&q->wake);
 	if (q->event_fd >= 0)
 		eventfd_write(q->event_fd, 1);
 	pthread_mutex_unlock(&q->inbox_lock);

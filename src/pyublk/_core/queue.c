@@ -16,20 +16,6 @@
 #define WATCH PU_USER_DATA(PU_KIND_WATCH, 0)
 #define IDLE PU_USER_DATA(PU_KIND_IDLE, 0)
 
-static int arm_wake(struct pu_queue *q)
-{
-	struct pu_sqe *sqe = pu_ring_next_sqe(&q->ring);
-
-	if (!sqe)
-		return -EAGAIN;
-	sqe->opcode = PU_OPCODE_READ;
-	sqe->fd = q->wake_fd;
-	sqe->addr = (uint64_t)(uintptr_t)&q->wake_value;
-	sqe->len = sizeof(q->wake_value);
-	sqe->user_data = WAKE;
-	return 0;
-}
-
 static int fetch_tags(struct pu_queue *q)
 {
 	int error = 0;
@@ -50,7 +36,7 @@ static int fetch_tags(struct pu_queue *q)
 int pu_queue_fetch(struct pu_queue *q)
 {
 	bool ring = q->ring.fd >= 0;
-	int error = ring ? arm_wake(q) : 0;
+	int error = ring ? pu_wake_arm(&q->wake, &q->ring, WAKE) : 0;
 
 	if (!error)
 		error = fetch_tags(q);
@@ -180,7 +166,7 @@ static int reap(struct pu_queue *q)
 			q->timing = false;
 			q->elapsed = true;
 		} else
-			failed = arm_wake(q);
+			failed = pu_wake_arm(&q->wake, &q->ring, WAKE);
 		error = error ? error : failed;
 	}
 	pu_ring_advance(&q->ring, there);
@@ -203,7 +189,7 @@ int pu_queue_event_fd(struct pu_queue *q)
 	int fd, error;
 
 	if (q->loopback && q->ring.fd < 0)
-		return q->wake_fd;
+		return q->wake.fd;
 	if (q->event_fd >= 0)
 		return q->event_fd;
 	fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -382,6 +368,31 @@ int pu_queue_serve(struct pu_queue *q, pu_handler handler, void *context, bool b
 	while (there >= 0 && !q->loopback);
 	q->native = NULL;
 	return there >= 0 || there == -ENODEV ? 0 : there;
+}
+
+bool pu_queue_pending(const struct pu_queue *q)
+{
+	if (q->nr_carried_over || __atomic_load_n(&q->nr_inbox, __ATOMIC_RELAXED))
+		return true;
+	if (q->loopback && q->loopback->nr_injected)
+		return true;
+	return q->ring.fd >= 0 && (pu_ring_unsubmitted(&q->ring) || pu_ring_ready(&q->ring) ||
+				   (q->batch && q->batch->filled));
+}
+
+int pu_queue_turn(struct pu_queue *q, pu_handler handler, void *context, bool blind)
+{
+	struct pu_native native = { handler, context, q->user_copy && !blind };
+	int there = 0;
+
+	q->native = &native;
+	for (int round = 0; round < PU_TURN_ROUNDS; round++) {
+		there = pu_queue_wait(q, 0);
+		if (there < 0 || !pu_queue_pending(q))
+			break;
+	}
+	q->native = NULL;
+	return there < 0 ? there : 0;
 }
 
 void pu_queue_counters(const struct pu_queue *q, struct pu_counters *snapshot)

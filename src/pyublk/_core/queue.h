@@ -24,6 +24,7 @@
 #include "shared.h"
 #include "tag.h"
 #include "ublk.h"
+#include "wake.h"
 
 /* What each request runs through counts by the instruction: a call costs ten of some two thousand.
  * The commonest way is one piece of code, and the rarer ones are kept out of it. */
@@ -104,9 +105,9 @@ struct pu_queue {
 	pthread_mutex_t inbox_lock; /* guards inbox, nr_inbox and post_ring */
 	struct pu_message *inbox;
 	uint32_t nr_inbox;
-	int wake_fd; /* written by other threads, read by the ring */
-	uint64_t wake_value;
+	struct pu_wake wake; /* called by other threads */
 	int event_fd; /* -1 until somebody asks for it */
+	int inert; /* takes the place of files that are given up */
 	bool watching; /* the ring polls a descriptor */
 	bool watched;  /* it became readable */
 	struct pu_ring post_ring; /* batch: other threads commit here; fd -1 until one does */
@@ -156,9 +157,16 @@ int pu_queue_event_fd(struct pu_queue *q);
  * before every wait, always of the same one, which stays open as long as the queue. 0 or -errno. */
 int pu_queue_watch(struct pu_queue *q, int fd);
 
+/* Whether a wait has something to do at once, but for what the kernel has. */
+bool pu_queue_pending(const struct pu_queue *q);
+
 /* How a native handler is served: `blind` when it never looks at the buffer. Serves until the
  * kernel takes the tags back: 0, or -errno as pu_queue_wait. */
 int pu_queue_serve(struct pu_queue *q, pu_handler handler, void *context, bool blind);
+
+#define PU_TURN_ROUNDS 4 /* before others have their turn */
+/* Serves what there is, without waiting. 0: there may be more; else as pu_queue_wait. */
+int pu_queue_turn(struct pu_queue *q, pu_handler handler, void *context, bool blind);
 
 void pu_queue_counters(const struct pu_queue *q, struct pu_counters *snapshot);
 

@@ -50,6 +50,16 @@ struct rsrc_update { /* io_uring_rsrc_update */
 	uint32_t offset, resv;
 	uint64_t data;
 };
+struct probe { /* io_uring_probe, for every operation that there may be */
+	uint8_t last_op, ops_len;
+	uint16_t resv;
+	uint32_t resv2[3];
+	struct {
+		uint8_t op, resv;
+		uint16_t flags;
+		uint32_t resv2;
+	} ops[256];
+};
 struct sync_cancel { /* io_uring_sync_cancel_reg */
 	uint64_t addr;
 	int32_t fd;
@@ -64,6 +74,7 @@ enum {
 	ENTER_EXT_ARG = 1u << 3,
 	ENTER_REGISTERED_RING = 1u << 4,
 };
+#define OP_SUPPORTED 1u
 enum {
 	CANCEL_ALL = 1u << 0,
 	CANCEL_ANY = 1u << 2,
@@ -248,6 +259,29 @@ int pu_ring_sever(struct pu_ring *ring, int inert)
 int pu_ring_register(struct pu_ring *ring, uint32_t opcode, const void *arg, uint32_t count)
 {
 	return error_or(syscall(SYS_io_uring_register, ring->fd, opcode, arg, count));
+}
+
+bool pu_ring_knows(const struct pu_ring *ring, uint8_t opcode)
+{
+	struct probe probe = { .last_op = 0 };
+
+	if (error_or(syscall(SYS_io_uring_register, ring->fd, PU_REGISTER_PROBE, &probe, 256)) < 0)
+		return false;
+	return opcode <= probe.last_op && probe.ops[opcode].flags & OP_SUPPORTED;
+}
+
+int pu_ring_register_sparse_files(struct pu_ring *ring, uint32_t count)
+{
+	struct rsrc_register table = { .count = count, .flags = 1 /* sparse */ };
+
+	return pu_ring_register(ring, PU_REGISTER_FILES2, &table, sizeof(table));
+}
+
+int pu_ring_update_file(struct pu_ring *ring, uint32_t place, int fd)
+{
+	struct rsrc_update update = { .offset = place, .data = (uint64_t)(uintptr_t)&fd };
+
+	return pu_ring_register(ring, PU_REGISTER_FILES_UPDATE, &update, 1);
 }
 
 int pu_ring_register_sparse_buffers(struct pu_ring *ring, uint32_t count)

@@ -49,6 +49,7 @@ enum {
 	PU_OPCODE_WRITE = 23,
 	PU_OPCODE_MSG_RING = 40,
 	PU_OPCODE_URING_CMD = 46,
+	PU_OPCODE_FUTEX_WAIT = 51,
 	PU_OPCODE_READV_FIXED = 60,
 	PU_OPCODE_WRITEV_FIXED = 61,
 };
@@ -58,7 +59,9 @@ enum {
 	PU_UNREGISTER_FILES = 3,
 	PU_REGISTER_EVENTFD = 4,
 	PU_REGISTER_FILES_UPDATE = 6,
+	PU_REGISTER_PROBE = 8,
 	PU_REGISTER_ENABLE_RINGS = 12,
+	PU_REGISTER_FILES2 = 13,
 	PU_REGISTER_BUFFERS2 = 15,
 	PU_REGISTER_RING_FDS = 20,
 	PU_UNREGISTER_RING_FDS = 21,
@@ -165,6 +168,11 @@ int pu_replace_file(int fd, int inert);
 int pu_ring_sever(struct pu_ring *ring, int inert);
 
 int pu_ring_register(struct pu_ring *ring, uint32_t opcode, const void *arg, uint32_t count);
+/* Whether the kernel has an operation. */
+bool pu_ring_knows(const struct pu_ring *ring, uint8_t opcode);
+/* An empty table for `count` registered files, and one of its places: a file, or (-1) none. */
+int pu_ring_register_sparse_files(struct pu_ring *ring, uint32_t count);
+int pu_ring_update_file(struct pu_ring *ring, uint32_t place, int fd);
 /* An empty table for `count` registered buffers. 0 or -errno. */
 int pu_ring_register_sparse_buffers(struct pu_ring *ring, uint32_t count);
 /* Makes `entries` (a power of two) at `provided` (page-aligned) buffer group `group`. */

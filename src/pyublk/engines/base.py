@@ -109,6 +109,11 @@ class Engine:
         taken every tag back; a queue without a kernel until it has nothing more."""
         raise NotImplementedError(f"{type(self).__name__} must define serve(self, queues)")
 
+    def turns(self, queue: Queue) -> Callable[[], bool]:
+        """What serves a queue whose thread has others too: serves what there is, without waiting,
+        and returns False when the kernel has taken every tag back."""
+        raise NotImplementedError(f"{type(self).__name__} must define turns(self, queue)")
+
     # ---- without a kernel ----
 
     def make_runner(self) -> "asyncio.Runner":

@@ -4,6 +4,7 @@
 import os
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -45,7 +46,11 @@ class MappedEngine(Engine):
     def serve(self, queues: list[Queue]) -> None:
         queue = queues[0]
         assert isinstance(queue, MappedQueue)
-        serve_mapped(queue, self.target, self.report)
+        queue.serve_mapped(*policy(self.target, self.report))
+
+    def turns(self, queue: Queue) -> Callable[[], bool]:
+        assert isinstance(queue, MappedQueue)
+        return partial(queue.turn_mapped, *policy(self.target, self.report))
 
     def methods(self) -> Mapping[str, Callable[..., Any]]:
         self._files = FileMethods(self.target, self.report)
@@ -56,7 +61,10 @@ class MappedEngine(Engine):
             self._files.close()
 
 
-def serve_mapped(queue: MappedQueue, target: MappedTarget, report: FailureLog) -> None:
+def policy(
+    target: MappedTarget, report: FailureLog
+) -> tuple[Mapper | None, Callable[[int, int, int], None]]:
+    """What a queue asks Python: where bytes are, if at all, and who is told of a leg's failure."""
     mapper = None if target.map is None else Mapper(target, report)
 
     def leg_failed(leg: int, error: int, file_generation: int) -> None:
@@ -65,7 +73,7 @@ def serve_mapped(queue: MappedQueue, target: MappedTarget, report: FailureLog) -
         except BaseException as raised:
             report.tell(raised, None, "leg_failed")
 
-    queue.serve_mapped(mapper, leg_failed)
+    return mapper, leg_failed
 
 
 class _Calling:
@@ -143,7 +151,7 @@ class FileMethods:
                 queue.memory(0, length)[:] = data
             queue.inject(0, op | flags, offset, length)
             while (result := queue.answered(0)) is None:
-                serve_mapped(queue, self._target, self._report)
+                queue.serve_mapped(*policy(self._target, self._report))
             if result < 0:
                 raise OSError(-result, os.strerror(-result))
             if into is not None:

@@ -4,7 +4,9 @@
 import logging
 import queue as queues
 import threading
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 from pyublk._native import IO, Handlers, Queue, become_io_flusher, process
 from pyublk.engines.base import Engine, Setup
@@ -45,6 +47,11 @@ class MethodsEngine(Engine):
         else:
             serve_with_workers(queue, self._pool)
 
+    def turns(self, queue: Queue) -> Callable[[], bool]:
+        if self._pool is None:
+            return partial(queue.turn, self._handlers, self._locks[queue.id])
+        return partial(submit_to_workers, queue, self._pool, 0)
+
     async def answer(self, queue: Queue) -> None:
         if self._pool is None:
             self.serve([queue])
@@ -66,10 +73,18 @@ class MethodsEngine(Engine):
 
 def serve_with_workers(queue: Queue, pool: "WorkerPool") -> None:
     """The queue's thread takes and commits, the pool's threads handle."""
-    while (batch := queue.wait()) is not None:
-        batch.reverse()
-        while batch:  # what was submitted is only the pool's
-            pool.submit(batch.pop())
+    while submit_to_workers(queue, pool):
+        pass
+
+
+def submit_to_workers(queue: Queue, pool: "WorkerPool", timeout: float | None = None) -> bool:
+    """False: the kernel has taken every tag back."""
+    if (batch := queue.wait(timeout)) is None:
+        return False
+    batch.reverse()
+    while batch:  # what was submitted is only the pool's
+        pool.submit(batch.pop())
+    return True
 
 
 class WorkerPool:

@@ -4,6 +4,7 @@
 import ctypes
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from pyublk._native import Queue, address
@@ -43,6 +44,10 @@ class NativeEngine(Engine):
     def serve(self, queues: list[Queue]) -> None:
         handler, context, blind = self._served
         queues[0].serve_native(handler, context, blind=blind)
+
+    def turns(self, queue: Queue) -> Callable[[], bool]:
+        handler, context, blind = self._served
+        return partial(queue.turn_native, handler, context, blind=blind)
 
     def methods(self) -> Mapping[str, Callable[..., Any]]:
         return announced(self.target, FunctionMethods(self.target))
