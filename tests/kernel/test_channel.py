@@ -4,7 +4,6 @@ import json
 import os
 import re
 import select
-import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 from blocks import Blocks
 from command_line import COMMAND, added, run_here
+from needs import Program, needs
 from servers import helpers_of, until
 
 import pyublk
@@ -41,7 +41,7 @@ import pyublk
 
 class Says(pyublk.Target):
     def __init__(self, what: str = "nothing"):
-        super().__init__(size=1 << 20)
+        super().__init__(size=1 << 20, read_only=True)
         self.what = what.encode()
 
     def read(self, offset, buffer):
@@ -171,8 +171,8 @@ def test_every_request_of_the_page_is_answered_as_shown(
     until(lambda: left() == [])
 
 
-@pytest.mark.skipif(shutil.which("socat") is None, reason="there is no socat")
 def test_socat_is_enough(place: Path) -> None:
+    needs(Program("socat"))
     disk = added("null", "--size", "1M")
     (command,) = re.findall(r"^# (echo .*socat.*)$", PAGE.read_text(), re.M)
     command = command.replace("/run/pyublk/0.sock", str(socket_place(disk["id"])))
@@ -294,7 +294,7 @@ def test_resize_by_the_command(place: Path, controller: pyublk.Controller) -> No
     assert Path("disk.img").stat().st_size == 2 * MIB
     assert json.loads(run_here("list", "--json").stdout)[0]["size"] == 2 * MIB
     (info,) = json.loads(run_here("info", number, "--json").stdout)
-    assert info["spec"]["size"] == 2 * MIB
+    assert info["spec"]["disk"]["size"] == 2 * MIB
     done = run_here("resize", number, "1M")
     assert done.exit_code == ExitCode.USAGE
     assert "would cut off what lies beyond" in done.stderr

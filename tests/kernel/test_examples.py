@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from blocks import Blocks
+from needs import needs
 
 import pyublk
 from pyublk.uapi import Feature
@@ -73,9 +74,8 @@ def test_mapped_by_hand(tmp_path: Path) -> None:
     assert file.read_bytes()[65536:65543] == b"through"
 
 
-def test_threads_by_hand(controller: pyublk.Controller) -> None:
-    if not controller.features().has(Feature.PER_IO_DAEMON):
-        pytest.skip("needs Linux 6.16")
+def test_threads_by_hand() -> None:
+    needs(Feature.PER_IO_DAEMON)
     example = load("threads_by_hand")
     answer, by = example.answer, Counter[int]()
 

@@ -11,6 +11,7 @@ import pytest
 from blocks import Blocks
 from conftest import Serve
 from fio import verified
+from needs import needs
 from servers import until
 
 import pyublk
@@ -24,9 +25,8 @@ pytestmark = pytest.mark.timeout(150)
 
 
 @pytest.fixture(autouse=True)
-def able(controller: pyublk.Controller) -> None:
-    if not controller.features().has(Feature.UPDATE_SIZE):
-        pytest.skip("Linux before 6.16 does not resize")
+def able() -> None:
+    needs(Feature.UPDATE_SIZE)
 
 
 KINDS: dict[str, Callable[[Path], pyublk.MappedTarget]] = {
