@@ -17,7 +17,7 @@ from pyublk._native import Queue, QueueSet, become_io_flusher, process
 from pyublk.arguments import whole
 from pyublk.errors import InternalError
 from pyublk.queue_servers import ROUND, QueueServer, ServingTask, end_child, refuse
-from pyublk.scheduling import never_interrupt
+from pyublk.scheduling import NamedThread, never_interrupt
 
 if TYPE_CHECKING:  # event loops are for disks that need one
     import asyncio
@@ -82,9 +82,7 @@ class Servers:
                         never_interrupt()
                     loop.run_forever()
 
-                self._loop_thread = threading.Thread(
-                    target=run, name="ublk-servers-loop", daemon=True
-                )
+                self._loop_thread = NamedThread(target=run, name="ublk-servers-loop", daemon=True)
                 self._loop_thread.start()
             return self._loop
 
@@ -203,7 +201,7 @@ class _SharedThread:
         self._ready = threading.Event()
         self._queues: QueueSet | None = None
         self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread = NamedThread(target=self._run, name=name, daemon=True)
         self._thread.start()
         self._ready.wait()
         if self._failure is not None:
