@@ -534,7 +534,7 @@ def test_a_disk_that_hangs_is_stopped_without_the_others(place: Path) -> None:
     assert done.exit_code == ExitCode.TIMEOUT, done.output
     assert "never returned" in done.output
     assert Path(good["path"]).read_bytes()[:5] == b"good."
-    assert "never returned" in run_here("logs", str(bad["id"])).stdout
+    until(lambda: "never returned" in run_here("logs", str(bad["id"])).stdout)
     stopped(good)
 
 

@@ -54,7 +54,7 @@ memory.data[:] = os.urandom(4096) * (16 * 1024)
 disks = [pyublk.Device(target) for target in (memory, Memory(MIB))]
 for disk in disks:
     disk.start()
-tell(*(disk.id for disk in disks), disks[0]._guard.pid)
+tell(*(disk.id for disk in disks), disks[0]._life.kernel.controller.helper.pid)
 sys.stdin.readline()
 memory.data[:] = bytes(len(memory.data))  # whoever had a copy would have one of its own now
 tell("written")
