@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -90,7 +91,8 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     if left := existing() - devices:
         with pyublk.Controller(deadline=10) as controller:
             for device in left:
-                controller.delete(device)
+                with suppress(pyublk.DeviceNotFound):
+                    controller.delete(device)
         pytest.fail(f"devices left behind: {sorted(left)}")
     until(lambda: running_children() <= children, what="every process of the test ends")
     if strays := [node for node in Path("/dev").glob("ublkb*") if node.is_file()]:

@@ -935,7 +935,7 @@ with pyublk.Controller() as controller:
     for spare in range(30):
         disk = pyublk.Device(Memory(MIB))
         used = max(map(int, os.listdir("/proc/self/fd")))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (used + spare, 4096))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + spare, used + spare))
         try:
             disk.start()
         except OSError as error:
