@@ -362,7 +362,7 @@ def test_logs_are_printed_also_of_a_server_that_died(place: Path) -> None:
     assert "serving disks.py:Says" in run_here("logs", number).stdout
     done = run_here("logs", "77")
     assert done.exit_code == ExitCode.NO_DEVICE
-    assert "there is no log of a disk 77" in done.stderr
+    assert "there is no log of disk 77" in done.stderr
 
 
 def test_ps_tells_which_disk_a_server_serves(place: Path) -> None:

@@ -43,7 +43,7 @@ def _source(controller: Controller) -> Controller | Sysfs:
 def list_(as_json: bool) -> None:
     """List the disks of this machine.
 
-    Disks of other servers are listed too; the target is known only of those that `pyublk add`
+    Disks of other servers are listed too; the target is shown only for disks that `pyublk add`
     made.
     """
     with open_controller() as controller:
@@ -102,7 +102,7 @@ def _summary(one: DiskEntry) -> dict[str, Any]:
 @click.argument("ids", metavar="ID...", nargs=-1, required=True, type=DeviceId())
 @json_option
 def info(ids: tuple[int, ...], as_json: bool) -> None:
-    """Tell everything about disks: queues, flags, parameters, server, log, users, I/O so far.
+    """Show all details of disks: queues, flags, parameters, server, log, users, I/O so far.
 
     ID is a number or a node such as /dev/ublkb0. With --json, prints a list.
     """
