@@ -345,8 +345,8 @@ class Controller:
         if result < 0:
             raise OSError(
                 -result,
-                f"the helper process did not take up what was said of device {device}: "
-                f"{os.strerror(-result)}; say it again",
+                f"the helper process could not be told whether to guard device {device}: "
+                f"{os.strerror(-result)}; try again",
             )
 
     def _who_has(self, id: int) -> str:

@@ -304,8 +304,8 @@ class Device:
             before = self.params.basic.size
             if size < before and not shrink:
                 raise ValueError(
-                    f"{self.path} has {before} bytes: {size} would cut off what lies beyond, which "
-                    "must be asked for (shrink=True, or --shrink)"
+                    f"{self.path} has {before} bytes: shrinking to {size} loses the data beyond, "
+                    "so it must be asked for (shrink=True, or --shrink)"
                 )
             if size != before:
                 self.target.resize(size, self._update_size)
@@ -493,7 +493,9 @@ def _checked_servers(on: Servers | None, affinity: Affinity) -> Servers | None:
     if on is not None and not isinstance(on, Servers):
         raise TypeError(f"on must be Servers or None, not {type(on).__name__}")
     if on is not None and affinity not in ("auto", None):
-        raise ValueError("affinity is for threads of the disk's own: leave it out, or on")
+        raise ValueError(
+            "affinity is for threads of the disk's own: leave out one of affinity and on"
+        )
     return on
 
 

@@ -127,8 +127,8 @@ class MappedTarget(Target):
         """
         if self._table is None:
             raise ValueError(
-                f"{type(self).__name__} says for each request where the bytes are, and keeps its "
-                "size while it is served: stop the disk, and serve it anew"
+                f"{type(self).__name__} has a map method, and cannot be resized while it is "
+                "served: stop the disk, and serve it with the new size"
             )
         file, offset, length = self._table[-1]
         start = self.layout.size - length
@@ -343,5 +343,5 @@ def _cut_off(extents: list[Extent], size: int | None) -> list[Extent]:
             kept.append((number, offset, min(length, size)))
         size -= length
     if size > 0:
-        raise ValueError(f"size is {size} bytes more than the extents have together")
+        raise ValueError(f"size is {size} bytes more than all extents together")
     return kept

@@ -140,8 +140,8 @@ class Sharing:
         called_by_handler = self._by_handler()
         if called_by_handler is not None and called_by_handler():
             raise RuntimeError(
-                "memory is not shared, or unshared, from a handler: the kernel waits for every "
-                "request in flight, this one too; do it from another thread"
+                "memory cannot be shared or unshared in a handler: the kernel waits for every "
+                "request in flight, also for this one; do it on another thread"
             )
         with self._lock:
             self.table.changing(True)

@@ -56,7 +56,7 @@ class ZonedTarget(Target):
         )
 
     def resize(self, size: int, update: Callable[[int], None]) -> None:
-        raise ValueError("a zoned disk keeps its size: its zones are laid out when it starts")
+        raise ValueError("a zoned disk cannot be resized: its zones are laid out when it starts")
 
     def profile(self) -> Profile:
         zones = self.zones

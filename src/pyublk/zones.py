@@ -127,8 +127,8 @@ class Zones:
         count = size // zone_size
         if not 0 <= conventional < count:
             raise ValueError(
-                f"conventional must be 0 to {count - 1}: of the {count} zones one at least is "
-                f"written in sequence, not {conventional}"
+                f"conventional must be 0 to {count - 1}, not {conventional}: at least one of the "
+                f"{count} zones must be sequential"
             )
         self.zone_size = zone_size
         self.max_open = max_open

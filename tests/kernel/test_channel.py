@@ -297,7 +297,7 @@ def test_resize_by_the_command(place: Path, controller: pyublk.Controller) -> No
     assert info["spec"]["size"] == 2 * MIB
     done = run_here("resize", number, "1M")
     assert done.exit_code == ExitCode.USAGE
-    assert "would cut off what lies beyond" in done.stderr
+    assert "loses the data beyond" in done.stderr
     assert run_here("resize", number, "1M", "--shrink").exit_code == 0
     assert Path("disk.img").stat().st_size == MIB
     assert run_here("resize", number, "1000").exit_code == ExitCode.USAGE
@@ -333,7 +333,7 @@ def test_only_a_mirror_has_legs(place: Path) -> None:
     disk = added("null", "--size", "1M")
     done = run_here("replace", str(disk["id"]), "0")
     assert done.exit_code == ExitCode.USAGE
-    assert "is not a mirror, which alone has legs" in done.stderr
+    assert "is not a mirror: only a mirror has legs" in done.stderr
     stopped(disk)
 
 

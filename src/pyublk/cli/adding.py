@@ -88,7 +88,7 @@ def _split_options(
 @click.option("-f", "--foreground", is_flag=True,
               help="Serve in this process until Ctrl-C, instead of in the background.")  # fmt: skip
 @click.option("--server", metavar="NAME",
-              help="Serve it in the server process NAME, which several disks can share.")  # fmt: skip
+              help="Serve it in the server process NAME, which disks can share.")  # fmt: skip
 @json_option
 def add(
     target: str | None,

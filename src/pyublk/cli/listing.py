@@ -34,7 +34,7 @@ def find(controller: Controller | Sysfs, number: int) -> DeviceInfo:
 def _source(controller: Controller) -> Controller | Sysfs:
     source = whom_to_ask(controller)
     if source is not controller:
-        message("io_uring is forbidden: this is what sysfs and the records tell, not the driver")
+        message("io_uring is forbidden: this comes from sysfs and the records, not the driver")
     return source
 
 
@@ -54,7 +54,7 @@ def list_(as_json: bool) -> None:
                 disks.append(disk(source, device, ask_server=as_json))
     for one in disks:
         if one.record_trouble:
-            message(f"what serves {one.device.path} is not known: {one.record_trouble}")
+            message(f"the server of {one.device.path} is not known: {one.record_trouble}")
     if as_json:
         print_json([_summary(one) for one in disks])
     elif disks:

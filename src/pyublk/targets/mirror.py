@@ -157,7 +157,7 @@ class Mirror(MappedTarget):
         if self._leg_timeout:
             raise ValueError(
                 "shared_memory=True needs a mirror with leg_timeout 0: a leg that answers late "
-                "would write into memory that the client has back already"
+                "would write into memory that the client uses again already"
             )
 
     def make_layout(self, files: list[tuple[int, bool, bool]]) -> MirrorLayout:
@@ -188,12 +188,12 @@ class Mirror(MappedTarget):
             state = self._state(leg)
             if state == LegState.FAILED:
                 raise ValueError(
-                    f"leg {leg} ({path}) has failed: a mirror is resized when it is whole; "
-                    "replace that leg first"
+                    f"leg {leg} ({path}) has failed, and a mirror with a failed leg cannot "
+                    "be resized: replace that leg first"
                 )
             if state == LegState.RESYNC and size < self.layout.size:
                 raise ValueError(
-                    f"leg {leg} ({path}) is being brought in step: shrink the disk when it is"
+                    f"leg {leg} ({path}) is being brought in step: shrink the disk after that"
                 )
         super().resize(size, update)
 
@@ -218,8 +218,8 @@ class Mirror(MappedTarget):
             if self._state_path is None:
                 if self.backing[0].is_device:
                     raise ValueError(
-                        f"{self.files[0]} is a block device: say with state which file is to hold "
-                        "the record of legs that failed"
+                        f"{self.files[0]} is a block device: name a file for the record of "
+                        "failed legs by the option state"
                     )
                 self._state_path = _record_beside(self.files[0])
             self._state_path = find_record(self._state_path)
@@ -320,8 +320,8 @@ class Mirror(MappedTarget):
                 states[leg] = LegState.RESYNC if again else LegState.FAILED
         if LegState.SYNCED not in states:
             raise ValueError(
-                f"no leg is in step, says {self._state_path}: name one that is, or remove that "
-                "file, and the first leg will be copied to the others"
+                f"no leg is in step according to {self._state_path}: name one that is, or remove "
+                "that file, and the first leg will be copied to the others"
             )
         if record.active:
             first = states.index(LegState.SYNCED)

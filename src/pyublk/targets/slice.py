@@ -48,8 +48,8 @@ class Slice(MappedTarget):
     def ends(self, size: int) -> Ends:
         if self.partition is not None and size != self.layout.size:
             raise ValueError(
-                f"a partition is as long as its table says: change the table of {self.files[0]}, "
-                "and serve it anew"
+                f"a partition's size is in its partition table: change that of {self.files[0]}, "
+                "and serve it again"
             )
         return super().ends(size)
 

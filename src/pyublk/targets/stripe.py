@@ -63,7 +63,7 @@ class Stripe(MappedTarget):
         row = self.chunk * len(self.backing)
         if size % row and size != self.layout.size:
             raise ValueError(
-                f"a stripe of {len(self.backing)} files changes its size by whole rows of {row} "
-                f"bytes: {size // row * row or row} or {(size // row + 1) * row}, not {size}"
+                f"a stripe of {len(self.backing)} files can only be resized by whole rows of {row} "
+                f"bytes: to {size // row * row or row} or {(size // row + 1) * row}, not {size}"
             )
         return dict.fromkeys(range(len(self.backing)), -(-size // row) * self.chunk)
