@@ -13,9 +13,7 @@ from pyublk.control import Controller, DeviceInfo
 from pyublk.service.stacking import top_first
 from pyublk.service.stopping import delete, stop
 
-_force = click.option(
-    "--force", is_flag=True, help="Even if it is in use, or cannot be flushed."
-)
+_force = click.option("--force", is_flag=True, help="Even if it is in use, or cannot be flushed.")
 _timeout = click.option(
     "--timeout",
     type=Seconds(min=0.1),
