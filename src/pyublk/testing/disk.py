@@ -194,7 +194,7 @@ class Disk:
 
     @property
     def params(self) -> Params:
-        """The parameters a kernel would be given."""
+        """The parameters that a kernel would get."""
         return self._client.params
 
     @property
@@ -230,7 +230,7 @@ class Disk:
         self._now(self._client.flush())
 
     def discard(self, offset: int, length: int) -> None:
-        """Tells that these bytes are needed no more."""
+        """Tells the target that these bytes are not needed any more."""
         self._now(self._client.discard(offset, length))
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:
