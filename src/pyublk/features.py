@@ -156,7 +156,7 @@ def check_together(combination: Feature) -> None:
     """Raises ValueError for flags that do not go together on any kernel."""
     for feature, needed in _NEEDS.items():
         if feature in combination and not needed & combination:
-            raise ValueError(f"{feature.name} needs {_names(needed, 'or')} beside it")
+            raise ValueError(f"{feature.name} needs {_names(needed, 'or')} as well")
     for feature, excluded in _EXCLUDES.items():
         if feature in combination and (both := excluded & combination):
             raise ValueError(f"{feature.name} does not go together with {_names(both, 'and')}")

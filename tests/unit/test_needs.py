@@ -43,7 +43,7 @@ def test_a_kernel_that_may_be_built_without_zones_is_told_the_option() -> None:
 
 
 def test_what_does_not_go_with_the_path_is_refused() -> None:
-    with pytest.raises(ValueError, match="INTEGRITY needs USER_COPY beside it"):
+    with pytest.raises(ValueError, match="INTEGRITY needs USER_COPY as well"):
         choose_path(NEW, LINUX_7_2, path="copy", needed=Feature.INTEGRITY)
 
 
