@@ -48,37 +48,37 @@ class Ring:
     Args:
         entries: room in the submission queue, 1 to 32768 (the kernel rounds up to a power of two).
         cq_entries: room in the completion queue; 0: twice `entries`.
-        required: `SetupFlag` bits that must be had (OSError EINVAL if not).
-        wanted: `SetupFlag` bits to be had where the kernel has them; the default is
-            `uring.RECOMMENDED`, whose bits are dropped, the youngest first, until the kernel takes
-            the ring. `flags` tells what was accepted.
+        required: `SetupFlag` bits that the kernel must accept (OSError EINVAL if it does not).
+        wanted: `SetupFlag` bits to use if the kernel has them; by default
+            `uring.RECOMMENDED`, whose bits are dropped, the newest first, until the kernel accepts
+            the ring. `flags` says what was accepted.
 
     With SINGLE_ISSUER (part of the default), only the thread that made the ring may submit; others
-    get OSError EEXIST. Raises OSError, in one sentence, where io_uring is forbidden.
-    Documents: io_uring_setup(2), io_uring_enter(2), io_uring_register(2).
+    get OSError EEXIST. Raises OSError if io_uring is forbidden.
+    See io_uring_setup(2), io_uring_enter(2), io_uring_register(2).
     """
 
     def __init__(
         self, entries: int = 64, *, cq_entries: int = 0, required: int = 0, wanted: int = ...
     ) -> None: ...
     def close(self) -> None:
-        """Closes the ring, also when it is dropped or its `with` ends.
+        """Closes the ring. The end of its `with`, or of its last reference, does the same.
 
-        What was not submitted is not done. What is in flight is cancelled and waited for, at most a
-        second. What goes on then keeps its buffers until the process ends, and a ResourceWarning
-        says so; and so does all that is in flight when another thread than the ring's own, which
-        still runs, closes one with SINGLE_ISSUER.
+        Entries that were not submitted are dropped. Those in flight are cancelled and waited for,
+        at most a second. The buffers of entries that are still in flight then are kept until the
+        process ends, and there is a ResourceWarning. The same happens to all entries in flight when
+        a ring with SINGLE_ISSUER is closed by another thread while its own thread still runs.
 
-        A forked child gives up its copy, and changes nothing for the parent; any other use there is
-        a ValueError. RuntimeError while `submit`, `completions` or `for_each` is under way.
+        In a forked child it gives up the child's copy, and changes nothing for the parent; any
+        other use there is a ValueError. RuntimeError during `submit`, `completions` or `for_each`.
         """
     def __enter__(self) -> Self: ...
     def __exit__(self, *raised: object) -> None: ...
     def fileno(self) -> int:
-        """The ring's descriptor: readable when completions are there.
+        """The ring's descriptor: readable when there are completions.
 
-        With DEFER_TASKRUN, what arrives becomes a completion only in `submit`, and a poller is not
-        woken for it: give an event loop an eventfd instead (`register_eventfd`).
+        With DEFER_TASKRUN, completions are posted only in `submit`, and do not wake a poller: give
+        an event loop an eventfd instead (`register_eventfd`).
         """
     @property
     def flags(self) -> int:
@@ -120,9 +120,9 @@ class Ring:
         file_index: int = 0,
         command: bytes = b"",
     ) -> None:
-        """Fills any entry by hand (struct io_uring_sqe).
+        """Fills any entry by its fields (struct io_uring_sqe).
 
-        Memory at `address` is yours to keep until the completion; `close` does not wait for it.
+        Keep the memory at `address` valid until the completion; `close` does not wait for it.
         `command` (16 bytes, 80 in an SQE128 ring) goes to offset 48. A full queue is submitted
         first; BlockingIOError if the kernel takes nothing then either.
         """
@@ -131,10 +131,10 @@ class Ring:
     def timeout(self, seconds: float, user_data: int = 0) -> None:
         """Completes with -ETIME after `seconds`."""
     def read(self, fd: int, buffer: Buffer, offset: int, user_data: int = 0) -> None:
-        """Reads at `offset` (bytes) into a writable buffer, which is kept until completion.
+        """Reads at `offset` (bytes) into a writable buffer, which is kept until completion, also
+        after `close`.
 
-        Also across `close`. `user_data` must not be that of another read, write or timeout in
-        flight (ValueError).
+        `user_data` must not be that of another read, write or timeout in flight (ValueError).
         """
     def write(self, fd: int, buffer: Buffer, offset: int, user_data: int = 0) -> None:
         """Writes the buffer at `offset` (bytes); it is kept until completion."""
@@ -153,17 +153,17 @@ class Ring:
         short of memory. Entries that were not taken stay for the next call.
         """
     def completions(self) -> list[Completion]:
-        """Takes every completion that is there."""
+        """Takes all completions that there are."""
     def for_each(self, callback: Callable[[int, int], object]) -> int:
-        """Calls `callback(user_data, result)` for every completion that is there; returns how many.
+        """Calls `callback(user_data, result)` for every completion; returns how many there were.
 
-        An exception stops it; what was called is taken, the rest stays. The callback may fill
-        entries and submit, but take no completions (RuntimeError).
+        An exception stops it; completions that it was not called for stay. The callback may fill
+        entries and submit, but must not take completions (RuntimeError).
         """
     def register_files(self, fds: Iterable[int]) -> None:
         """Registers descriptors: entries with sqe_flags 1 then name them by their index."""
     def unregister_files(self) -> None:
-        """Takes that back."""
+        """Undoes `register_files`."""
     def register_eventfd(self, fd: int) -> None:
         """Has the kernel write to an eventfd when completions, or work for `submit`, are there."""
     def register_self(self) -> None:
@@ -173,13 +173,13 @@ class Ring:
 class IO:
     """One request, as `Target.handle` and the iteration over a `Queue` get it.
 
-    Valid until it is completed: then every use but `completed`, `tag` and `queue_id` raises
-    StaleIO, also when the tag carries its next request already.
+    Valid until it is completed: then every use except `completed`, `tag` and `queue_id` raises
+    StaleIO, also when its tag already has the next request.
     """
 
     @property
     def op(self) -> Op:
-        """What is asked for; a plain number for one that this version does not know."""
+        """The operation; a plain number for one that this version does not know."""
     @property
     def flags(self) -> int:
         """The request's `IOFlag` bits."""
@@ -197,25 +197,25 @@ class IO:
         """Bytes."""
     @property
     def tag(self) -> int:
-        """Its place in the queue, from 0 to the depth less 1; no other request has it now."""
+        """Its tag, from 0 to the depth less 1; no other request of the queue has it now."""
     @property
     def queue_id(self) -> int:
-        """The queue that it came by."""
+        """The number of its queue."""
     @property
     def buffer(self) -> memoryview:
         """The request's bytes, to fill for a READ, read-only for a WRITE, empty for the others.
 
-        With user copy they come when this is looked at, and go when the request is completed.
-        Whoever keeps the view, or a slice or array made of it, has bytes that stay as they are, and
-        takes `buffer_size` bytes of memory from the queue for it. (Memory that is shared with a
-        client is the client's: the view is released when the request is completed.)
+        With user copy, a write's data is copied when this is first used, and a read's when the
+        request is completed. You may keep the view, or a slice or array made of it: its bytes do
+        not change, but it takes `buffer_size` bytes of memory. (Memory that is shared with a client
+        is the client's: that view is released when the request is completed.)
         """
     @property
     def zones(self) -> int:
         """How many zones a REPORT_ZONES asks for; 0 for every other request."""
     @property
     def metadata(self) -> bool:
-        """Whether the request has integrity metadata beside its data."""
+        """Whether the request has integrity metadata besides its data."""
     def read_into(self, memory: Buffer, at: int = 0, *, metadata: bool = False) -> None:
         """Copies a write's data, from its byte `at` on, into `memory` (writable, contiguous).
 
@@ -226,18 +226,19 @@ class IO:
         """Copies `memory` into a read's data, from its byte `at` on; as `read_into`."""
     @property
     def completed(self) -> bool:
-        """Whether it has been answered, by whomever."""
+        """Whether it has been answered, also from outside the handler."""
     @property
     def deferred(self) -> bool:
         """Whether `defer` was called."""
     def complete(self, *, zone_sector: int | None = None) -> None:
-        """Ends the request with success, whole. From any thread. `zone_sector`: where a
+        """Completes the whole request successfully. From any thread. `zone_sector`: where a
         ZONE_APPEND was written, in 512-byte sectors."""
     def fail(self, error: int) -> None:
         """Ends the request with an errno (positive). From any thread."""
     def defer(self) -> None:
-        """In `handle`: whoever has the IO completes it after the method returned. When the last one
-        drops it, or the method raises all the same, the request fails with EIO."""
+        """Called in `handle`: the request is completed after the method has returned, by any code
+        that keeps the IO. If its last reference is dropped before, or the method raises, the
+        request fails with EIO."""
 
 @final
 class Handlers:
@@ -303,15 +304,15 @@ class SharedTable:
 class Queue:
     """One queue of an open char device (`/dev/ublkcN`), served by the thread that makes it.
 
-    Args: `fd` of the char device (a number, of which the queue makes a duplicate, or a CharDevice),
-    the queue's number, its `depth` (1 to 4096, as the device was added with), `buffer_size` in
-    bytes for each tag (the device's max_io_size), and the device's `flags`, from which the data
-    path follows. Several of these may serve one queue, each on its own thread with every
+    Args: `fd` of the char device (a number, which the queue duplicates, or a CharDevice),
+    the queue's number, its `depth` (1 to 4096, that of the device), `buffer_size` in
+    bytes for each tag (the device's max_io_size), and the device's `flags`, which determine the
+    data path. Several objects may serve one queue, each on its own thread with every
     `tag_step`th tag from `first_tag` on, and with batch I/O the same `buffers`.
     After `trim_after` seconds without a request, the memory of its buffers goes back to the kernel.
-    `faults` makes failures of a path, for tests.
+    `faults` makes a data path fail, for tests.
 
-    By hand: ``queue.fetch()``, then START_DEV from another thread, then ``for io in queue: ...``
+    Call ``queue.fetch()``, then START_DEV from another thread, then ``for io in queue: ...``
     with ``io.complete()`` or ``io.fail(errno)``. Commits are submitted with the next wait.
     """
 
@@ -341,14 +342,14 @@ class Queue:
         extra_entries: int = 0,
         table: SharedTable | None = None,
     ) -> Self:
-        """A queue without kernel: requests are injected, answers read back (pyublk.testing)."""
+        """A kernel-free queue: requests are injected, answers are read back (pyublk.testing)."""
     def close(self) -> None:
-        """Gives ring, map and buffers back. IOs that somebody kept are stale then.
+        """Frees its ring, map and buffers. IOs that were kept become stale.
 
-        So it is when the queue is dropped. I/O on files that the ring carries out for it is
-        cancelled and waited for, at most a second; if some goes on, the queue's memory is kept
-        until the process ends. When another thread than its own closes it, that one's wait ends
-        with DeviceClosed, and the rest is given back when nobody has the queue any more.
+        The end of its last reference does the same. I/O on files that is in flight in its ring is
+        cancelled and waited for, at most a second; if some is still in flight then, the queue's
+        memory is kept until the process ends. If another thread than its own closes it, a wait of
+        its own thread ends with DeviceClosed, and the rest is freed with the last reference.
         """
     def __enter__(self) -> Self: ...
     def __exit__(self, *raised: object) -> None: ...
@@ -357,7 +358,7 @@ class Queue:
         """The queue's number."""
     @property
     def depth(self) -> int:
-        """Its tags."""
+        """The number of its tags."""
     @property
     def held(self) -> int:
         """Requests taken and not yet committed."""
@@ -367,12 +368,12 @@ class Queue:
     def fileno(self) -> int:
         """An eventfd, readable when there is something to `wait` for; every `wait` resets it."""
     def fetch(self) -> None:
-        """Fetches every tag, once; the queue is primed when this returns."""
+        """Fetches every tag, once; the queue is then ready for START_DEV."""
     def wait(self, timeout: float | None = None) -> list[IO] | None:
         """Submits the commits and waits for requests, at most `timeout` seconds.
 
         An empty list after a time-out or a wake; None when the kernel has taken every tag back.
-        An IO that is dropped unanswered fails with EIO in the next wait, and the log tells.
+        An IO that is dropped unanswered fails with EIO in the next wait, and is logged.
         """
     def __iter__(self) -> Iterator[IO]: ...
     def serve_native(self, handler: int, context: int = 0, *, blind: bool = False) -> None:
@@ -380,11 +381,11 @@ class Queue:
     def turn_native(self, handler: int, context: int = 0, *, blind: bool = False) -> bool:
         """As `turn`, by a C function."""
     def serve(self, handlers: Handlers, lock: AbstractContextManager[object] | None = None) -> None:
-        """Serves by a target's methods until the device stops, under `lock` if there is one. What
-        was answered goes out after 5 ms, though others of the batch are still to be handled."""
+        """Serves by a target's methods until the device stops, under `lock` if there is one.
+        Answers are sent every 5 ms, even if other requests of the batch are not handled yet."""
     def turn(self, handlers: Handlers, lock: AbstractContextManager[object] | None = None) -> bool:
-        """As `serve`, of what there is, without waiting: for a queue in a `QueueSet`. False: the
-        device has stopped."""
+        """As `serve`, but only for requests that have come, without waiting: for a queue in a
+        `QueueSet`. False: the device has stopped."""
     def counters(self) -> tuple[tuple[int, ...], tuple[int, ...], int, int, int, int]:
         """For `QueueStats.from_counters`."""
     def wake(self) -> None:
@@ -392,7 +393,7 @@ class Queue:
     def fail_held(self, error: int = 5) -> None:
         """Fails every request not yet answered; each tag gets other memory. From any thread."""
     def sever(self) -> None:
-        """Takes the device away from a serving thread that is stuck. From any thread."""
+        """Closes the device under a serving thread that hangs. From any thread."""
     def inject(self, tag: int, op_flags: int, offset: int, length: int, address: int = 0) -> None:
         """Loopback: a request (bytes) appears on a tag."""
     def answered(self, tag: int) -> int | None:
@@ -429,7 +430,7 @@ class Dispatcher:
 
 @final
 class QueueSet:
-    """Many queues of one thread, which sleeps until one of them has something.
+    """Many queues of one thread, which waits until one of them has requests.
 
     ::
 
@@ -441,13 +442,13 @@ class QueueSet:
                         queues.remove(queue)
                         queue.close()
 
-    Used by the thread that made it and its queues (RuntimeError else), but for `wake` and `close`.
-    Each queue has its own ring, so a round of many busy queues takes system calls for each; idle
-    ones cost nothing.
+    Only the thread that made it and its queues may use it (RuntimeError otherwise), except for
+    `wake` and `close`. Each queue has its own ring, so each busy queue takes system calls of its
+    own; idle queues cost nothing.
 
     Args:
-        room: the most queues that it takes, as far as the process may open files; OSError ENOSPC
-            says when it is full.
+        room: the largest number of queues, as far as the process may open files; when it is full,
+            `add` raises OSError ENOSPC.
     """
 
     def __init__(self, room: int = 4096) -> None: ...
@@ -457,13 +458,13 @@ class QueueSet:
     def __exit__(self, *exc: object) -> None: ...
     def __len__(self) -> int: ...
     def add(self, queue: Queue) -> None:
-        """Watches a queue, and brings it with the next `wait`."""
+        """Watches a queue; the next `wait` returns it."""
     def remove(self, queue: Queue) -> None:
-        """Watches it no more."""
+        """Stops watching a queue."""
     def wait(self, timeout: float | None = None) -> list[Queue]:
-        """Waits until some queues have something, and returns these: none after `timeout` seconds,
-        a signal or a `wake`. What a queue has is taken by its own `wait(0)`, or a `turn`; where
-        something is left, the next call returns it again, at once."""
+        """Waits until some queues have requests, and returns these queues: none after `timeout`
+        seconds, a signal or a `wake`. Take a queue's requests by its own `wait(0)`, or a `turn`; if
+        some are left, the next call returns that queue again, at once."""
     def wake(self) -> None:
         """Makes a wait return. [any thread]"""
 
@@ -531,8 +532,8 @@ _File: TypeAlias = tuple[int, bool, bool]
 
 @disjoint_base
 class Layout:
-    """Where a disk's bytes live, for `MappedQueue`s; `MappedTarget` makes it. Extents are (file's
-    index, offset, length). All sizes are bytes."""
+    """Where a disk's bytes are, for `MappedQueue`s; `MappedTarget` makes it. Extents are (file's
+    index, offset, length). All sizes are in bytes."""
 
     @classmethod
     def table(cls, files: Sequence[_File], extents: Iterable[tuple[int, int, int]]) -> Self:
@@ -542,7 +543,7 @@ class Layout:
         """Chunks of `chunk` bytes, in turn from every file."""
     @classmethod
     def per_request(cls, files: Sequence[_File], size: int) -> Self:
-        """Said anew for each request."""
+        """A `Mapper` says for each request where its bytes are."""
     @property
     def size(self) -> int: ...
     def resize(self, size: int) -> None:
@@ -600,10 +601,10 @@ class MirrorLayout(Layout):
 
 @final
 class Mapper:
-    """Asks `target.map(op, offset, length)` where a request's bytes are: for a `MappedQueue` of a
-    `Layout.per_request`. What it answers is what `MappedTarget.map` may.
+    """Calls `target.map(op, offset, length)` to find out where a request's bytes are, for a
+    `MappedQueue` with a `Layout.per_request`. It may return what `MappedTarget.map` may.
 
-    `report` is called with what it raised, and returns the errno that the request fails with.
+    `report` is called with the exception that it raised, and returns the errno of the request.
     """
 
     def __init__(self, target: object, report: Callable[[object, IO], int]) -> None: ...
@@ -612,8 +613,8 @@ class Mapper:
 class MappedQueue(Queue):
     """A queue that serves its requests from a layout's files, by its own ring.
 
-    As `Queue`, but nobody takes its requests: `serve_mapped` or `step` serve them. The files of the
-    layout must stay open until it is closed.
+    As `Queue`, but its requests are not returned: `serve_mapped` or `step` serve them. The files of
+    the layout must stay open until it is closed.
     """
 
     def __init__(
@@ -640,9 +641,9 @@ class MappedQueue(Queue):
         mapper: Mapper | None = None,
         leg_failed: Callable[[int, int, int], object] | None = None,
     ) -> None:
-        """Serves until the device stops. `leg_failed` is told of a mirror's leg, its errno (0: a
-        failure that is known is only to be put on record) and the generation of its file, before
-        the requests that noticed it are answered."""
+        """Serves until the device stops. `leg_failed` is called with a mirror's leg that failed,
+        its errno (0: a known failure that only has to be recorded) and the generation of its file,
+        before the requests that noticed it are answered."""
     def step(
         self,
         mapper: Mapper | None = None,
@@ -650,9 +651,9 @@ class MappedQueue(Queue):
         *,
         timeout: float | None = None,
     ) -> bool:
-        """Serves what has come, having waited for it for `timeout` seconds at most (None: for
-        ever); False when the device has been stopped. With `fileno` in a poller, one thread serves
-        several queues so; it must be the one that made them."""
+        """Waits for requests, at most `timeout` seconds (None: for ever), and serves those that
+        have come; False when the device has been stopped. With `fileno` in a poller, one thread can
+        serve several queues in this way; it must be the thread that made them."""
     def turn_mapped(
         self,
         mapper: Mapper | None = None,
@@ -673,8 +674,9 @@ class Ram:
 class ShardedLock:
     """Reader-writer locks over byte ranges, for `parallel` targets.
 
-    A range locks each of `shards` it touches, `granule` bytes apiece, in one order everywhere:
-    ranges that overlap exclude each other as readers and writers do, distant ones rarely meet.
+    The disk is divided into granules of `granule` bytes, each of which belongs to one of `shards`
+    locks. A range takes the locks of all its granules, always in the same order. So overlapping
+    ranges exclude each other as readers and writers do; distant ranges rarely share a lock.
     The GIL is released while waiting. Not reentrant.
     """
 
@@ -682,4 +684,4 @@ class ShardedLock:
     def reading(self, offset: int, length: int) -> AbstractContextManager[None]:
         """``with lock.reading(offset, length):`` shares the range with other readers."""
     def writing(self, offset: int, length: int) -> AbstractContextManager[None]:
-        """``with lock.writing(offset, length):`` has the range alone."""
+        """``with lock.writing(offset, length):`` has the range exclusively."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Why the kernel refuses a control command: the likely cause, whose doing it is, what to do."""
+"""Why the kernel refuses a control command: the likely cause, where it lies, what to do."""
 
 import errno
 
@@ -11,7 +11,7 @@ ADMIN = "this machine's set-up"
 OTHER = "another process"
 SERVER = "the device's server"
 
-#: Likely cause, whose doing, what to do.
+#: Likely cause, where it lies, what to do.
 Cause = tuple[str, str, str]
 
 _NOT_NAMED: Cause = (
@@ -170,7 +170,7 @@ _CAUSES: dict[ControlCommand, dict[int, Cause]] = {
         ),
         errno.EOPNOTSUPP: _NO_ZONES,
         errno.EINTR: (
-            "it was called off while it waited for the server's queues",
+            "it was interrupted while it waited for the server's queues",
             CALLER,
             "delete the device, and start all its queues the next time",
         ),
@@ -190,7 +190,7 @@ _CAUSES: dict[ControlCommand, dict[int, Cause]] = {
             "unmount it, or wait and try again",
         ),
         errno.EOPNOTSUPP: (
-            "this kernel is older than Linux 7.0, which brought it",
+            "this kernel is older than Linux 7.0, which introduced it",
             DRIVER,
             "make sure that nobody uses the device, then stop it by STOP_DEV",
         ),
@@ -252,7 +252,7 @@ _CAUSES: dict[ControlCommand, dict[int, Cause]] = {
         ),
         errno.EBUSY: ("the device is not in recovery", CALLER, "start the recovery first"),
         errno.EINTR: (
-            "it was called off while it waited for the new server's queues",
+            "it was interrupted while it waited for the new server's queues",
             CALLER,
             "start the recovery again",
         ),
@@ -266,7 +266,7 @@ _CAUSES: dict[ControlCommand, dict[int, Cause]] = {
         errno.EINVAL: _NOT_NAMED,
         errno.ENODEV: _NOT_STARTED,
         errno.EOPNOTSUPP: (
-            "this kernel is older than Linux 6.16, which brought it",
+            "this kernel is older than Linux 6.16, which introduced it",
             DRIVER,
             "delete the device and add it with the new size (`pyublk vm` runs a newer kernel)",
         ),

@@ -131,10 +131,10 @@ class Controller:
 
     `deadline` (seconds) holds for every command that is not given its own. Refusals are OSError, of
     the subclass that fits the errno: the message names command, device and likely cause, the notes
-    whose doing it was and what to do. A device of a user without CAP_SYS_ADMIN (UNPRIVILEGED_DEV)
-    is commanded by whoever may open its char device.
+    say where the cause lies and what to do. A device with UNPRIVILEGED_DEV can be commanded by any
+    user who may open its char device.
 
-    Raises FileNotFoundError or PermissionError when the control node is missing or closed to us.
+    Raises FileNotFoundError when the control node is missing, PermissionError if access is denied.
     """
 
     def __init__(self, *, deadline: float = 30.0) -> None:
@@ -275,8 +275,8 @@ class Controller:
     ) -> DeviceInfo:
         """ADD_DEV: makes the char device; the answer is what the kernel granted.
 
-        `max_io_size` is in bytes, `id` None lets the kernel choose. The kernel lowers `queues` to
-        the number of CPUs and clears flags that it does not know, both without a word: then the
+        `max_io_size` is in bytes, `id` None lets the kernel choose. The kernel silently lowers
+        `queues` to the number of CPUs, and clears flags that it does not know. If it does, the
         device is deleted again, and OSError (EOPNOTSUPP) says what was dropped. With IO_DESC_SIZE
         descriptors are asked for as large as `Queue` reads them: 24 bytes, all that has a meaning.
         A `guarded` device is deleted when this process ends, however it ends (see `guard`).
@@ -334,8 +334,8 @@ class Controller:
         self._guard(device, True, deadline)
 
     def unguard(self, device: int, *, deadline: float | None = None) -> None:
-        """From now on the helper process leaves the device alone when this process ends; also one
-        that `Device` made."""
+        """From now on the helper process does not delete the device when this process ends, even if
+        `Device` made it."""
         self._guard(device, False, deadline)
 
     def _guard(self, device: int, guarded: bool, deadline: float | None) -> None:
@@ -345,8 +345,8 @@ class Controller:
         if result < 0:
             raise OSError(
                 -result,
-                f"the helper process did not take up what was said of device {device}: "
-                f"{os.strerror(-result)}; say it again",
+                f"the helper process could not be told whether to guard device {device}: "
+                f"{os.strerror(-result)}; try again",
             )
 
     def _who_has(self, id: int) -> str:
@@ -479,7 +479,7 @@ class Controller:
     def quiesce(self, device: int, *, timeout: float = 0.0, deadline: float | None = None) -> None:
         """QUIESCE_DEV (Linux 6.16): new requests wait, so that the server can be replaced.
 
-        `timeout` (seconds) limits the kernel's wait for an idle moment; 0 does not.
+        `timeout` (seconds) limits the kernel's wait for an idle moment; 0: no limit.
         """
         self._command(
             ControlCommand.QUIESCE_DEV, device, data=int(timeout * 1000), deadline=deadline

@@ -46,7 +46,7 @@ LOOK_FOR_STOP = 0.05
 
 
 class DeviceState(StrEnum):
-    """Where a `Device` is in its life; a stopped one cannot be started again."""
+    """The state of a `Device`; a stopped one cannot be started again."""
 
     CREATED = "created"
     CONFIGURED = "configured"
@@ -69,7 +69,7 @@ class Device:
     Args:
         target: what to serve; its methods decide how (see `Target`).
         **options: see `pyublk.options.DeviceOptions`.
-        on: threads that serve many disks (`Servers`); None: threads of its own, for each queue.
+        on: threads that serve many disks (`Servers`); None: a thread of its own for each queue.
 
     With `with`, the disk is usable inside the block and deleted at its end. With `async with`, an
     async target is served on the running event loop, which several devices may share.
@@ -109,7 +109,7 @@ class Device:
 
     @property
     def state(self) -> DeviceState:
-        """How far the disk's life has come."""
+        """The disk's state."""
         return self._state
 
     @property
@@ -129,14 +129,14 @@ class Device:
 
     @property
     def data_path(self) -> PathChoice:
-        """How the data travels, and why."""
+        """The disk's data path, and why it was chosen."""
         if self._life.choice is None:
             raise errors.DeviceClosed("the device has no data path before it is started")
         return self._life.choice
 
     @property
     def params(self) -> Params:
-        """The parameters as the kernel took them."""
+        """The parameters as the kernel accepted them."""
         if self._life.kernel is None:
             raise errors.DeviceClosed("the device has no parameters before it is started")
         return self._life.kernel.params
@@ -150,7 +150,7 @@ class Device:
             raise errors.forked_error(self._process)
 
     def info(self) -> DeviceInfo:
-        """What the kernel says of the device now."""
+        """The device's current state, as the kernel reports it."""
         self._check_process()
         kernel = self._life.kernel
         if kernel is None or self._state is DeviceState.STOPPED:
@@ -158,7 +158,7 @@ class Device:
         return kernel.look()
 
     def stats(self) -> DeviceStats:
-        """Counters since the start; after the stop, the last ones."""
+        """The counters since the start; after the stop, their last values."""
         self._check_process()
         return self._life.stats()
 
@@ -244,11 +244,11 @@ class Device:
     # ---- while it lives ----
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Waits until the disk ends; for ever, or `timeout` seconds (then returns False).
+        """Waits until the disk ends, at most `timeout` seconds, after which it returns False.
 
-        Returns True when the device was stopped from elsewhere, and, in the main thread, on SIGINT,
-        SIGTERM and SIGHUP (whose handlers are put back afterwards). Raises what ended the serving
-        of a queue by failure, which ends the disk (DeviceLost from it, when it is no Exception).
+        Returns True when someone else has stopped the device, and, in the main thread, on SIGINT,
+        SIGTERM and SIGHUP (whose handlers are restored afterwards). If the serving of a queue
+        fails, the disk ends, and the cause is raised (as DeviceLost, when it is no Exception).
         """
         self._check_process()
         until = None if timeout is None else time.monotonic() + timeout
@@ -273,8 +273,8 @@ class Device:
         return self._stopped.is_set() or self._session.one_ended()
 
     async def wait_async(self, timeout: float | None = None) -> bool:
-        """As `wait`, without holding up the event loop, and without an eye on signals: those of a
-        loop are its owner's (`loop.add_signal_handler`)."""
+        """As `wait`, without blocking the event loop. It does not watch signals: add handlers for
+        these to the loop (`loop.add_signal_handler`)."""
         import asyncio
 
         until = None if timeout is None else time.monotonic() + timeout
@@ -288,9 +288,10 @@ class Device:
     def resize(self, size: int, *, shrink: bool = False) -> None:
         """Gives the live disk, and its target, a new `size` in bytes (Linux 6.16).
 
-        Clients may go on meanwhile. The files of `file`, `linear`, `stripe` and `mirror` grow
-        first, and are cut last; `Target.resize` says what others do. When something fails, all have
-        the size that they had. `shrink`: it may be a smaller size, and what lies beyond it is lost.
+        Clients may use the disk meanwhile. The files of `file`, `linear`, `stripe` and `mirror` are
+        extended before the disk grows, and cut after it has shrunk; others do what their
+        `Target.resize` does. If a step fails, the disk and its files keep the old size. `shrink`
+        allows a smaller size; the data beyond it is lost.
         """
         self._check_process()
         whole("size", size)
@@ -304,8 +305,8 @@ class Device:
             before = self.params.basic.size
             if size < before and not shrink:
                 raise ValueError(
-                    f"{self.path} has {before} bytes: {size} would cut off what lies beyond, which "
-                    "must be asked for (shrink=True, or --shrink)"
+                    f"{self.path} has {before} bytes: shrinking to {size} loses the data beyond, "
+                    "so it must be asked for (shrink=True, or --shrink)"
                 )
             if size != before:
                 self.target.resize(size, self._update_size)
@@ -335,9 +336,9 @@ class Device:
         """Shares memory with clients (Linux 7.1): `size` bytes of it, or the file behind `fd`.
 
         Data that a client reads or writes by direct I/O, in its own mapping of the same file, is
-        never copied: `IO.buffer` is the shared memory. `read_only`: the server only reads it, which
-        serves clients' writes alone. The device needs `shared_memory=True`. Not from a handler
-        (RuntimeError): the kernel waits for every request in flight first.
+        never copied: `IO.buffer` is the shared memory. With `read_only` the server cannot write to
+        it, so only clients' writes avoid the copy. The device needs `shared_memory=True`. Must not
+        be called in a handler (RuntimeError): the kernel waits for every request in flight first.
         """
         self._check_process()
         check_share(size, fd)
@@ -351,16 +352,16 @@ class Device:
     # ---- stopping ----
 
     def stop(self, timeout: float | None = None) -> None:
-        """Stops and deletes the disk: written data is flushed through the target first.
+        """Stops and deletes the disk; written data is flushed through the target first.
 
         `timeout`: seconds without progress (default: the device's stop_timeout) after which
-        handlers that hang are given up: their requests fail, the disk goes away all the same, and
-        HandlerTimeout tells where they hang. From a handler's own thread, and from a start's, the
-        stop goes on in the background. Stopping twice is allowed, also from a signal's handler on
-        top of another stop; stopping a mounted disk takes it from its users.
+        handlers that hang are given up. Then their requests fail, the disk is deleted, and
+        HandlerTimeout says where they hang. If a handler, or the thread that starts the disk, calls
+        it, the stop goes on in the background. Stopping twice is allowed, also in a signal handler
+        that interrupts another stop. A disk is stopped even if it is mounted.
 
-        A disk whose queue failed has begun to stop by itself: what `wait` would raise is raised,
-        unless `wait` has raised it, or another stop.
+        A disk with a queue that failed stops by itself. Then this raises the cause, unless `wait`
+        or another stop has raised it.
         """
         self._check_process()
         try:
@@ -493,7 +494,9 @@ def _checked_servers(on: Servers | None, affinity: Affinity) -> Servers | None:
     if on is not None and not isinstance(on, Servers):
         raise TypeError(f"on must be Servers or None, not {type(on).__name__}")
     if on is not None and affinity not in ("auto", None):
-        raise ValueError("affinity is for threads of the disk's own: leave it out, or on")
+        raise ValueError(
+            "affinity is for threads of the disk's own: leave out one of affinity and on"
+        )
     return on
 
 

@@ -6,18 +6,18 @@
     Exception
     ├── OSError                 the kernel refused; of the subclass that fits the errno
     └── UblkError
-        ├── DeviceClosed        you: it was not started yet, or stopped already
-        ├── DeviceBusy          somebody else uses it
-        ├── DeviceLost          the world: the device or its node went away
+        ├── DeviceClosed        it was not started yet, or was stopped already
+        ├── DeviceBusy          another program or device uses it
+        ├── DeviceLost          the device or its node went away
         ├── DeviceNotFound      there is no such device (also an OSError, ENODEV)
-        ├── FeatureMissing      this kernel, or these rights, lack it
+        ├── FeatureMissing      the kernel, or the caller's rights, do not offer it
         ├── HandlerTimeout      a target's handler never returned (also a TimeoutError)
         ├── InvalidTarget       this class cannot be served (also a TypeError)
         ├── StaleIO             a request was used after its completion (also a ValueError)
-        └── InternalError       our bug: please report it
+        └── InternalError       a bug in pyublk: please report it
 
 A wrong argument is a ValueError that names argument, value and what is allowed. An OSError names
-the command, the device and the likely cause; its notes say whose doing it was and what to do.
+the command, the device and the likely cause; its notes say where the cause lies and what to do.
 """
 
 import errno
@@ -30,7 +30,7 @@ from pyublk.uapi import ControlCommand
 
 
 class UblkError(Exception):
-    """The root of what is not an OSError."""
+    """The base class of what pyublk raises and is not an OSError."""
 
 
 class DeviceClosed(UblkError):
@@ -38,7 +38,7 @@ class DeviceClosed(UblkError):
 
 
 class DeviceBusy(UblkError):
-    """Somebody uses the device, so it was left as it is."""
+    """The device is in use, so it was left as it is."""
 
 
 class DeviceLost(UblkError):
@@ -68,8 +68,8 @@ class FeatureMissing(UblkError):
 class HandlerTimeout(UblkError, TimeoutError):
     """Handlers never returned; their stacks are in the notes.
 
-    The device is gone all the same, unless every request of a queue is in their hands on Linux
-    before 6.16, which keeps it until the process ends.
+    The device is deleted even so. One exception: if they hold every request of a queue, Linux
+    before 6.16 keeps it until the process ends.
     """
 
 
@@ -196,7 +196,7 @@ def helper_error(error: int, program: str) -> OSError:
             "install pyublk where programs may run: not on a file system mounted noexec",
         ),
         errno.ENOEXEC: (
-            "it is not for this machine",
+            "it was built for another kind of machine",
             ADMIN,
             "install pyublk anew, on this machine",
         ),
@@ -247,8 +247,8 @@ def node_missing_error(path: str, proc: Path = Path("/proc"), sys: Path = Path("
     else:
         whose = ADMIN
         cause = (
-            f"the kernel has made the device, but /dev is {kind}, as in a container, and nobody "
-            "puts nodes there"
+            f"the kernel has made the device, but /dev is {kind}, as in a container, and nothing "
+            "creates nodes there"
         )
         remedy = OWN_DEV
     return _refusal(errno.ENOENT, f"{path} did not appear: {cause}", whose, remedy)
@@ -357,7 +357,7 @@ def queue_error(error: int, queue: int) -> OSError:
 
 
 def negotiation_error(what: str, wished: str, got: str, remedy: str) -> OSError:
-    """The OSError for a wish that the kernel dropped or lowered without a word."""
+    """The OSError for what the kernel silently dropped or lowered."""
     return _refusal(
         errno.EOPNOTSUPP,
         f"{what}: asked for {wished}, the kernel granted {got} without saying so",

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """What this kernel and these rights allow, with the reason for what is missing.
 
-The driver clears flags that it does not know, and those that do not go together, without a word.
-So features are asked for once (GET_FEATURES) and a wish is checked against the answer. Releases are
-named to explain, never compared: distributions move features between them.
+The driver silently clears flags that it does not know, and those that do not go together. So its
+features are read once (GET_FEATURES), and wanted flags are checked against them. Releases are only
+named in explanations, and never compared: distributions move features between them.
 """
 
 import os
@@ -22,7 +22,7 @@ _FIRST_USER_NAMESPACE = 0xEFFFFFFD
 _ABOUT: dict[Feature, tuple[str, str]] = {
     Feature.SUPPORT_ZERO_COPY: ("6.15", "requests' memory as io_uring buffers, never copied"),
     Feature.URING_CMD_COMP_IN_TASK: ("6.0", "nothing any more; always on"),
-    Feature.NEED_GET_DATA: ("6.0", "a buffer for each write only once it is there"),
+    Feature.NEED_GET_DATA: ("6.0", "a write's data is copied only when the server asks for it"),
     Feature.USER_RECOVERY: ("6.1", "the disk outlives its server; new requests wait"),
     Feature.USER_RECOVERY_REISSUE: ("6.1", "with recovery: the dead server's requests come again"),
     Feature.UNPRIVILEGED_DEV: ("6.3", "devices for users without CAP_SYS_ADMIN"),
@@ -30,17 +30,17 @@ _ABOUT: dict[Feature, tuple[str, str]] = {
     Feature.USER_COPY: ("6.5", "only the bytes that are looked at are copied, by pread and pwrite"),
     Feature.ZONED: ("6.6", "zoned disks"),
     Feature.USER_RECOVERY_FAIL_IO: ("6.13", "with recovery: new requests fail instead of waiting"),
-    Feature.UPDATE_SIZE: ("6.16", "live disks change their size"),
+    Feature.UPDATE_SIZE: ("6.16", "live disks can be resized"),
     Feature.AUTO_BUF_REG: ("6.16", "zero copy without a command to register each request's memory"),
     Feature.QUIESCE: ("6.16", "with recovery: the server is replaced without a failed request"),
     Feature.PER_IO_DAEMON: ("6.16", "each tag may have its own thread; always on"),
     Feature.BUF_REG_OFF_DAEMON: ("6.17", "any thread registers requests' memory; always on"),
     Feature.BATCH_IO: ("7.0", "many tags in one command, committed by any thread"),
-    Feature.INTEGRITY: ("7.0", "metadata and protection information beside the data"),
+    Feature.INTEGRITY: ("7.0", "metadata and protection information for the data"),
     Feature.SAFE_STOP_DEV: ("7.0", "a stop that refuses while the disk is open; always on"),
     Feature.NO_AUTO_PART_SCAN: ("7.0", "no partition scan at the start"),
-    Feature.SHMEM_ZC: ("7.1", "clients that share memory with the server are not copied for"),
-    Feature.IO_DESC_SIZE: ("7.3", "room in the descriptors for what is to come"),
+    Feature.SHMEM_ZC: ("7.1", "no copy for clients that share memory with the server"),
+    Feature.IO_DESC_SIZE: ("7.3", "larger descriptors, with room for future fields"),
 }
 
 #: Features that rest on others: any of the right-hand side will do.
@@ -95,10 +95,10 @@ _NOT_A_TARGETS: dict[Feature, str] = {
         "yet: leave it out, or serve by hand (Controller.add, docs/by-hand.md)"
     ),
     Feature.UNPRIVILEGED_DEV: (
-        "whose device it is depends on who makes it: leave it out, or serve by hand "
+        "who owns the device depends on who makes it: leave it out, or serve by hand "
         "(Controller.add, docs/by-hand.md)"
     ),
-    _DATA_PATHS: "how data travels is the user's choice: name the ways in `paths` instead",
+    _DATA_PATHS: "the data path is the user's choice: list those that you support in `paths`",
     Feature.NO_AUTO_PART_SCAN: "it is the user's choice: pass Device(partition_scan=False)",
     Feature.SHMEM_ZC: "it is the user's choice: pass Device(shared_memory=True)",
 }
@@ -156,7 +156,7 @@ def check_together(combination: Feature) -> None:
     """Raises ValueError for flags that do not go together on any kernel."""
     for feature, needed in _NEEDS.items():
         if feature in combination and not needed & combination:
-            raise ValueError(f"{feature.name} needs {_names(needed, 'or')} beside it")
+            raise ValueError(f"{feature.name} needs {_names(needed, 'or')} as well")
     for feature, excluded in _EXCLUDES.items():
         if feature in combination and (both := excluded & combination):
             raise ValueError(f"{feature.name} does not go together with {_names(both, 'and')}")

@@ -67,7 +67,7 @@ def keep(fd: int, path: Path, ranges: Ranges, *, read_only: bool) -> None:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 raise _in_use(path, path, _who(wanted)) from None
             log.warning(
-                "%s cannot be locked (%s): no other process is kept from using it as well",
+                "%s cannot be locked (%s): other processes can use it at the same time",
                 path,
                 error.strerror,
             )

@@ -153,8 +153,8 @@ class KernelDisk:
                     break
                 if not stat.S_ISBLK(node.st_mode):
                     raise errors.DeviceLost(
-                        f"{path} is not the disk but another file, which hides it: remove "
-                        f"that file (a program made it that wrote there while no disk was)"
+                        f"{path} is not the disk, but a file that hides it: remove that "
+                        "file (a program wrote to this path while there was no disk)"
                     )
             check()
             if time.monotonic() > until:

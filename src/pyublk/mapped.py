@@ -26,15 +26,15 @@ _PARTS_KEPT = 64
 
 
 class MappedTarget(Target):
-    """A disk whose bytes live in files. Python says where, once; the kernel moves them.
+    """A disk whose bytes are in files. Python says where, once; the queue's ring moves them.
 
-    The disk is `extents()`, one after the other: as it stands, all the files, each whole. A
-    subclass says something else there, or defines
+    The disk is `extents()`, one after the other: by default all the files, each whole. A
+    subclass returns other extents there, or defines
 
     ``map(op, offset, length)``
-        called for each request but flush: returns where these bytes are, as an offset in the only
-        file, one ``(file, offset, length)``, or a sequence of them that add up to `length`. It is
-        called by every queue's thread, so what it changes needs a lock. An exception fails the
+        called for each request except flush: returns where these bytes are, as an offset in the
+        only file, one ``(file, offset, length)``, or a sequence of these that add up to `length`.
+        Every queue's thread calls it, so data that it changes needs a lock. An exception fails the
         request, as in other targets.
 
     Reads and writes become reads and writes of the files, discard a hole punch, write-zeroes
@@ -43,13 +43,13 @@ class MappedTarget(Target):
     are; when one fails, the request fails with its errno.
 
     Args:
-        files: regular files, or block devices, which are opened exclusively; when the disk starts.
-            Of a regular file, nobody else may serve the same bytes (unless both only read them).
-        size: bytes of the disk; without, what the extents add up to. A target with `map` and more
-            than one file needs it. With one file it is made, or extended, to this size.
+        files: regular files, or block devices, which are opened exclusively, when the disk starts.
+            No other disk may serve the same bytes of a regular file (unless both are read-only).
+        size: bytes of the disk; by default, the sum of the extents. A target with `map` and more
+            than one file needs it. A single file is created with, or extended to, this size.
         block_size: the disk's logical block size in bytes; at least that of its block devices.
         direct: bypass the page cache (O_DIRECT); the block size is then at least what the files'
-            devices demand.
+            devices require.
         read_only: open the files for reading, and make the disk read-only.
     """
 
@@ -121,14 +121,14 @@ class MappedTarget(Target):
         return parts
 
     def ends(self, size: int) -> Ends:
-        """Where a disk of this size would end, in each file that has an end of it.
+        """Where a disk of this size would end, in each file in which it can end.
 
         Raises ValueError when the disk cannot have that size while it is served.
         """
         if self._table is None:
             raise ValueError(
-                f"{type(self).__name__} says for each request where the bytes are, and keeps its "
-                "size while it is served: stop the disk, and serve it anew"
+                f"{type(self).__name__} has a map method, and cannot be resized while it is "
+                "served: stop the disk, and serve it with the new size"
             )
         file, offset, length = self._table[-1]
         start = self.layout.size - length
@@ -343,5 +343,5 @@ def _cut_off(extents: list[Extent], size: int | None) -> list[Extent]:
             kept.append((number, offset, min(length, size)))
         size -= length
     if size > 0:
-        raise ValueError(f"size is {size} bytes more than the extents have together")
+        raise ValueError(f"size is {size} bytes more than all extents together")
     return kept

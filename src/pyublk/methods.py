@@ -28,7 +28,7 @@ def check_handlers(owner: str, methods: Mapping[str, Callable[..., object]]) -> 
         _check_arguments(f"{owner}.{method}", function, ARGUMENTS[method])
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise InvalidTarget(
-                f"{owner}.{method} is a generator, of which nothing would ever run: it must not "
+                f"{owner}.{method} is a generator, so a call of it runs nothing: it must not "
                 "contain yield"
             )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a disk can be asked for: each option once, with its type, default, bounds, unit and help.
+"""The options of a disk: each once, with its type, default, bounds, unit and help.
 
 `Device`, `DiskSpec`, TOML and `pyublk add` derive their parameters, checks, defaults, help and
 completion from here. The definition is a TypedDict, not a dataclass, because that is what
@@ -29,7 +29,7 @@ C = TypeVar("C", bound=type)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """One thing that a disk can be asked for.
+    """One option of a disk.
 
     Args:
         help: a sentence for the command's help; Python's has it too, and `more` after it.
@@ -189,7 +189,7 @@ class Option:
 
 
 class DeviceOptions(TypedDict, total=False):
-    """What `Device` takes beside the target."""
+    """What `Device` takes besides the target."""
 
     queues: Annotated[
         int | Literal["max"],
@@ -205,8 +205,8 @@ class DeviceOptions(TypedDict, total=False):
     clamp_queues: Annotated[
         bool,
         Option(
-            help="Take one queue for each CPU when more are asked for.",
-            more="Otherwise the start is refused then.",
+            help="Make one queue for each CPU when more are asked for.",
+            more="Without it, the start is refused.",
             default=False,
         ),
     ]
@@ -231,9 +231,9 @@ class DeviceOptions(TypedDict, total=False):
     max_io_size: Annotated[
         int,
         Option(
-            help="Largest request, and buffer of each.",
-            more="A multiple of 4096 bytes up to 32 MiB. Kernels before 6.18 split at 1280 KiB "
-            "whatever is asked, later ones at 4 MiB.",
+            help="Size of the largest request, and of each request's buffer.",
+            more="A multiple of 4096 bytes up to 32 MiB. Kernels before 6.18 split requests at "
+            "1280 KiB whatever is asked for, later ones at 4 MiB.",
             default=DEFAULT_MAX_IO_SIZE,
             unit="bytes",
             least=4096,
@@ -254,21 +254,21 @@ class DeviceOptions(TypedDict, total=False):
     path: Annotated[
         DataPath | str,
         Option(
-            help="How data travels: auto, copy, user-copy, zero-copy, auto-buffer; get-data for "
+            help="Data path: auto, copy, user-copy, zero-copy, auto-buffer; get-data for "
             "compatibility.",
-            more='A `pyublk.DataPath`; "auto" takes the best that target and kernel can. '
+            more='A `pyublk.DataPath`; "auto" takes the best that target and kernel support. '
             "One that the kernel lacks is refused (FeatureMissing). "
             '"get-data" gains nothing: its writes are slower than those of "copy".',
             default="auto",
             choices=("auto", *DataPath),
-            metavar="WAY",
+            metavar="NAME",
         ),
     ]
     batch: Annotated[
         bool | None,
         Option(
-            help="Commands that carry many tags (Linux 7.0).",
-            default_text="where the kernel can",
+            help="Batch I/O: one command for many requests (Linux 7.0).",
+            default_text="where the kernel has it",
         ),
     ]
     threads: Annotated[
@@ -285,10 +285,10 @@ class DeviceOptions(TypedDict, total=False):
     trim_after: Annotated[
         float | None,
         Option(
-            help="Idle time after which a queue gives the memory of its buffers back; or never.",
-            more="A server that had 64 reads of 1 MiB at once then has 18 MiB in place of 145. It "
-            "takes at most twice as long, since the queue looks once in that time. None: "
-            "never. Not with several `threads`.",
+            help="Idle time after which a queue gives back the memory of its buffers, or never.",
+            more="A server that had 64 reads of 1 MiB at once then takes 18 MiB instead of 145. "
+            "It may take up to twice as long, since the queue checks once in that time. None: "
+            "never. It has no effect with several `threads`.",
             default=60.0,
             unit="seconds",
             words={"never": None},
@@ -299,28 +299,28 @@ class DeviceOptions(TypedDict, total=False):
         bool,
         Option(
             help="Look for partitions when the disk starts.",
-            more="False (Linux 7.0) keeps the kernel from reading what an image says of itself; "
-            "BLKRRPART, which `blockdev --rereadpt` calls, looks for them later.",
+            more="False (Linux 7.0) keeps the kernel from reading the partition table of an image "
+            "that you do not trust; BLKRRPART (`blockdev --rereadpt`) reads it later.",
             default=True,
         ),
     ]
     shared_memory: Annotated[
         bool,
         Option(
-            help="Let memory be shared with clients (Linux 7.1).",
-            more="`Device.share` does it.",
+            help="Allow memory to be shared with clients (Linux 7.1).",
+            more="`Device.share` shares it.",
             default=False,
         ),
     ]
     affinity: Annotated[
         Affinity,
         Option(
-            help="CPUs of the queues' threads: 0-3 for one queue, 0-3:4-7 for two; any: no choice.",
-            more='"auto" keeps each thread to the CPUs whose requests it gets: the kernel '
+            help="CPUs of the queues' threads: 0-3 for one queue, 0-3:4-7 for two; any: all CPUs.",
+            more='"auto" keeps each thread on the CPUs whose requests it gets: the kernel '
             "allocates its buffers on their NUMA node, on first use. In Python a sequence of sets "
             "of CPUs, one for each queue, or None, which leaves the choice to the scheduler.",
             default="auto",
-            default_text="auto, those whose requests it gets",
+            default_text="auto: the CPUs whose requests the queue gets",
             words={"auto": "auto", "any": None},
             metavar="LIST",
         ),
@@ -328,17 +328,17 @@ class DeviceOptions(TypedDict, total=False):
     preempt: Annotated[
         bool,
         Option(
-            help="Let each request take the CPU from the client that runs on it, instead of "
-            "gathering what clients send.",
-            more="Without it threads run under SCHED_BATCH, where the process has no policy of its "
-            "own.",
+            help="Let the queues' threads preempt clients; otherwise requests gather until a "
+            "client pauses.",
+            more="Without it, threads run under SCHED_BATCH, unless the process has a policy of "
+            "its own.",
             default=False,
         ),
     ]
     io_scheduler: Annotated[
         str | None,
         Option(
-            help="The kernel's I/O scheduler; auto: none, but for zoned disks; default: "
+            help="The disk's I/O scheduler; auto: none, except for zoned disks; default: "
             "the kernel's choice.",
             more="In Python, None is the kernel's choice.",
             default="auto",
@@ -386,17 +386,17 @@ class TargetOptions(TypedDict, total=False):
     ]
     read_only: Annotated[
         bool | None,
-        Option(help="Refuse writes.", default_text="as the target is"),
+        Option(help="Refuse writes.", default_text="the target's"),
     ]
 
 
 class DiskOptions(TargetOptions, DeviceOptions, total=False):
-    """What a disk can be asked for beside its target's class and that class's own parameters."""
+    """The options of a disk, besides its target's class and that class's own parameters."""
 
     shared_memory_size: Annotated[
         int,
         Option(
-            help="With --shared-memory: how much; `pyublk info` tells where clients find it.",
+            help="With --shared-memory: how much; `pyublk info` shows where clients find it.",
             default=16 << 20,
             unit="bytes",
             least=4096,

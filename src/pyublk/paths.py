@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How a request's data travels between client and target, and which way a device takes."""
+"""The ways of a request's data between client and target, and the choice of one for a device."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from pyublk.uapi import Feature
 
 
 class DataPath(StrEnum):
-    """A way for the data; `docs/paths.md` compares them.
+    """The way of a request's data between client and target; `docs/paths.md` compares them.
 
     - COPY: the kernel copies between the request and the tag's buffer.
-    - GET_DATA: the same, but a write's data comes only when it is asked for (a round more). It is
-      there for compatibility: nothing is gained.
+    - GET_DATA: the same, but a write's data is copied only after a second command asks for it. It
+      gains nothing, and is there for compatibility.
     - USER_COPY: the target copies the bytes it wants, and no others (`IO.read_into`,
-      `IO.write_from`, or `IO.buffer`, which copies when it is looked at).
-    - ZERO_COPY: the request's memory is registered with the ring, by a command, for the ring's own
-      I/O to use in place. Nothing is copied, and nobody can look at the bytes.
+      `IO.write_from`, or `IO.buffer`, which copies when it is first used).
+    - ZERO_COPY: a command registers the request's memory with the ring, whose own I/O uses it
+      directly. Nothing is copied, and Python cannot see the bytes.
     - AUTO_BUFFER: the same, registered by the kernel before the request arrives.
     """
 
@@ -47,10 +47,10 @@ _FLAGS: dict[DataPath, Feature] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PathChoice:
-    """The way a device's data takes.
+    """A device's data path.
 
-    `flags` are the device flags that it needs; `batch` tells whether commands carry many tags;
-    `reason` is one sentence on why, for people.
+    `flags` are the device flags that it needs; `batch` says whether it has batch I/O;
+    `reason` says in one sentence why it was chosen.
     """
 
     path: DataPath

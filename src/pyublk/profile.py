@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a target says of itself once it is open, as one value: nobody asks it anything else."""
+"""The properties of a target's disk, as one value, which is read once the target is open."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -28,26 +28,25 @@ class ZoneLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """What a disk of a target is like; from `Target.profile`, once the target is open.
+    """The properties of a target's disk; from `Target.profile`, once the target is open.
 
-    A target that wants more said of its disk, and a layer that changes what lies below it, returns
-    this with changes (`dataclasses.replace`).
+    To change properties, a target or a layer returns a changed copy (`dataclasses.replace`).
 
     Args:
         kind: how requests reach the target.
         concurrency: which calls may run at once; see `Target`.
-        operations: the methods behind the requests that it takes ("read", "write", "flush",
-            "discard", "write_zeroes", "write_fua"; all but "handle").
+        operations: the methods of the requests that it supports ("read", "write", "flush",
+            "discard", "write_zeroes", "write_fua"; never "handle").
         size, block_size, physical_block_size, io_min, io_opt, discard_granularity, max_discard:
             bytes; see `Target`.
         read_only, rotational: whether the disk is.
-        paths: the data paths that it can be served by, the best first.
-        needs: device features that it cannot do without, beside those of its path.
-        max_stall: seconds that a request may take with nothing wrong.
-        integrity: the metadata beside the data.
+        paths: the data paths that it supports, the best first.
+        needs: device features that it cannot do without, besides those of its data path.
+        max_stall: seconds that a request may take without a failure; see `Target`.
+        integrity: the metadata for the data.
         zones: those of a zoned disk.
-        segment, virt_boundary_mask: how the memory of a request may be pieced together.
-        dma_alignment: bytes that zero copy demands of a request's place in memory.
+        segment, virt_boundary_mask: how the memory of a request may be split.
+        dma_alignment: bytes to which zero copy requires a request's memory to be aligned.
     """
 
     kind: Dispatch

@@ -84,7 +84,7 @@ def _shorten(backing: list[Backing], file: int, before: Backing) -> None:
 def _check_room(one: Backing, end: int) -> None:
     if one.size < end:
         raise ValueError(
-            f"{one.path} has {one.size} bytes, the disk would need {end} of it: enlarge it first"
+            f"{one.path} has {one.size} bytes, and the disk would need {end}: enlarge it first"
         )
 
 

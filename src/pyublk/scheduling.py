@@ -104,7 +104,7 @@ def _parse_cpus(text: str) -> list[int]:
     for part in text.split(","):
         match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part)
         if match is None or (match[2] and int(match[2]) < int(match[1])):
-            raise ValueError(f"{text!r} names no CPUs: give such as 0-3,8")
+            raise ValueError(f"{text!r} is not a list of CPUs such as 0-3,8")
         cpus.update(range(int(match[1]), int(match[2] or match[1]) + 1))
     return sorted(cpus)
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Threads that serve the queues of many disks.
 
-A disk of its own thread for each queue costs that thread, idle or not. Here a few threads sleep for
-all queues that they have (`QueueSet`), and take turns among those that have something.
+A thread for each queue of each disk costs memory, even if it is idle. Here a few threads wait for
+requests of all their queues (`QueueSet`), and serve those that have some in turn.
 """
 
 import threading
@@ -36,14 +36,14 @@ class Servers:
             for disk in disks:
                 disk.start()
 
-    Each queue goes to the thread that has the fewest. Disks come and go while others run. What a
-    handler holds up, it holds up for every disk of its thread: one that hangs is given up when its
-    own disk is stopped, and the thread's other disks hang with it until it returns. Disks with
-    coroutines share one event loop, on one more thread.
+    Each queue goes to the thread that has the fewest. Disks can be started and stopped while others
+    run. A slow handler delays every disk of its thread. One that hangs is given up when its own
+    disk is stopped, but the thread's other disks hang until it returns. Disks with coroutines share
+    one event loop, on one more thread.
 
     Args:
-        threads: how many.
-        preempt: as for `Device`, whose own is not looked at.
+        threads: the number of threads.
+        preempt: as for `Device`, whose own `preempt` is ignored.
     """
 
     def __init__(self, threads: int = 1, *, preempt: bool = False) -> None:
@@ -97,7 +97,7 @@ class Servers:
             self._on_loop -= 1
 
     def __len__(self) -> int:
-        """The queues, and disks with coroutines, that are served now."""
+        """The number of queues, and of disks with coroutines, that are served now."""
         return sum(map(len, self._threads)) + self._on_loop
 
     def close(self) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Memory that a disk shares with its clients: their requests from it are copied by nobody."""
+"""Memory that a disk shares with its clients: their requests from it are never copied."""
 
 import errno
 import fcntl
@@ -23,10 +23,10 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
 class SharedMemory:
-    """Memory that a disk has in common with its clients; from `Device.share`.
+    """Memory that a disk shares with its clients; from `Device.share`.
 
-    A client that maps the same file (`fd`) and does direct I/O with that memory gets its requests
-    served straight from there and to there.
+    If a client maps the same file (`fd`) and does direct I/O in that memory, its requests are
+    served without a copy.
     """
 
     def __init__(self, sharing: "Sharing", fd: int, mapping: mmap.mmap, index: int) -> None:
@@ -39,7 +39,7 @@ class SharedMemory:
 
     @property
     def fd(self) -> int:
-        """The file behind it, to hand to clients (SCM_RIGHTS, inheritance, /proc/PID/fd)."""
+        """Its descriptor, to pass to clients (SCM_RIGHTS, inheritance, /proc/PID/fd)."""
         if self._fd < 0:
             raise DeviceClosed("this shared memory is closed")
         return self._fd
@@ -52,7 +52,7 @@ class SharedMemory:
     def close(self) -> None:
         """Ends the sharing; clients' requests are copied again. Waits for those in flight.
 
-        The memory itself goes when nobody looks at it any more.
+        The memory itself is freed with the last reference to it.
         """
         sharing, self._sharing = self._sharing, None
         if sharing is None or self._process != process():  # the sharing is the parent's
@@ -140,8 +140,8 @@ class Sharing:
         called_by_handler = self._by_handler()
         if called_by_handler is not None and called_by_handler():
             raise RuntimeError(
-                "memory is not shared, or unshared, from a handler: the kernel waits for every "
-                "request in flight, this one too; do it from another thread"
+                "memory cannot be shared or unshared in a handler: the kernel waits for every "
+                "request in flight, also for this one; do it on another thread"
             )
         with self._lock:
             self.table.changing(True)

@@ -16,8 +16,8 @@ class QueueStats:
     """What one queue has done since it was made.
 
     Requests are counted when they arrive; `errors` counts those that were answered with an errno.
-    `enters` are io_uring_enter calls, `largest_batch` the most requests that one of them brought;
-    `fallbacks` counts how often a data path failed and another way was taken.
+    `enters` counts io_uring_enter calls, `largest_batch` is the largest number of requests that one
+    of them returned, and `fallbacks` counts how often a data path failed and another was taken.
     """
 
     reads: int = 0

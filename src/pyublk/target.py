@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a target implements, and what follows from it for its disk."""
+"""The base class of targets, and what its methods and attributes mean for the disk."""
 
 import inspect
 from collections.abc import Awaitable, Callable
@@ -17,67 +17,70 @@ METHODS = tuple(name for name in ARGUMENTS if name != "map")
 
 
 class Target:
-    """Where a disk's bytes live. Subclass it, define `read` and `write`, serve it with `Device`.
+    """Serves a disk's requests. Subclass it, define `read` and `write`, serve it with `Device`.
 
-    Args of the constructor: `size` of the disk in bytes, a multiple of `block_size` (bytes, a
-    power of two from 512 to the page size: the smallest unit clients read and write).
+    Arguments of the constructor: `size` of the disk in bytes, a multiple of `block_size` (bytes, a
+    power of two from 512 to the page size: the smallest unit that clients read and write).
     `physical_block_size`, `io_min` and `io_opt` (bytes, powers of two) are hints to file systems.
-    `discard_granularity` and `max_discard` (bytes) shape discard and write-zeroes requests.
+    `discard_granularity` and `max_discard` (bytes) limit discard and write-zeroes requests.
 
-    These methods are called by the kernel's requests; all are plain functions, or all `async def`:
+    These methods are called for requests; all are plain functions, or all `async def`:
 
-    - ``read(offset, buffer)``: fill `buffer`, a writable memoryview of the request's length, whole:
-      what is in it before is another request's.
-    - ``write(offset, data)``: take `data`, a read-only memoryview. Copy what you keep: `data`, and
-      slices and arrays made of it, stay as they are, but each request of which one is kept takes
+    - ``read(offset, buffer)``: fill all of `buffer`, a writable memoryview of the request's length,
+      which may still hold another request's data.
+    - ``write(offset, data)``: take `data`, a read-only memoryview. Copy what you keep: you may keep
+      `data`, and slices and arrays made of it, but each request of which one is kept takes
       `max_io_size` bytes of memory.
     - ``flush()``: make completed writes durable. Defining it declares a volatile write cache.
     - ``write_fua(offset, data)``: write and make durable at once. Without it, the kernel sends
       write and flush instead.
-    - ``discard(offset, length)``: the client needs these bytes no more.
+    - ``discard(offset, length)``: the client does not need these bytes any more.
     - ``write_zeroes(offset, length, unmap)``: make them read as zeroes; with `unmap` false they
       must stay allocated.
-    - ``handle(io)``: instead of all of these, every request as an `IO`.
+    - ``handle(io)``: instead of all of these, gets every request as an `IO`.
 
     `offset` and `length` are bytes, always multiples of the block size, inside the disk. A method
-    returns None. An OSError it raises becomes that errno at the client (the kernel passes on only
-    a few, the others as EIO); whatever else it raises or returns becomes EIO, and is logged. So is
-    a request that `handle` deferred (`IO.defer`) when nobody has its IO any more.
+    returns None. If it raises an OSError, the request fails with that errno (the kernel passes only
+    some errnos on to the client, and replaces the others by EIO). If it raises or returns anything
+    else, the request fails with EIO, which is logged. So does a request that `handle` deferred
+    (`IO.defer`) when no reference to its IO is left.
 
     Coroutines run on an asyncio event loop, each in its own copy of the context; they may use all
-    of asyncio. One that never suspends is answered at once. Cancelled, it fails with EIO.
+    of asyncio. A request whose coroutine never suspends is answered at once; one whose coroutine is
+    cancelled fails with EIO.
 
-    `concurrency` is a promise, and is enforced:
+    `concurrency` says which calls may run at the same time, and is enforced:
 
     - ``"serial"`` (the default): one call at a time over all queues. An async target runs on one
       event loop; its coroutines interleave where they await.
-    - ``"per_queue"``: one call at a time for each queue; queues run beside each other.
+    - ``"per_queue"``: one call at a time for each queue; calls of different queues may run at once.
     - ``"parallel"``: any number of calls at once, from any thread; needed for `workers`.
 
-    The same holds with and without the GIL; without it, calls that may run at once do.
+    The same holds with and without the GIL; without it, calls that may run at once do run at once.
     """
 
     concurrency: ClassVar[Concurrency] = "serial"
 
-    #: How it is served, for kinds of target whose methods do not tell.
+    #: How it is served, for kinds of target whose methods do not show it.
     dispatch: ClassVar[Dispatch | None] = None
 
-    #: What a target with `handle`, or a native one, takes beside reads and writes. Other targets
-    #: say it by defining the method.
+    #: The operations besides reads and writes of a target with `handle`, or of a native one. Other
+    #: targets define the method instead.
     flushes: ClassVar[bool] = False
     discards: ClassVar[bool] = False
     writes_zeroes: ClassVar[bool] = False
     takes_fua: ClassVar[bool] = False
 
-    #: The data paths that it can be served by, the best first.
+    #: The data paths that it supports, the best first.
     paths: tuple[DataPath, ...] = (DataPath.COPY, DataPath.USER_COPY, DataPath.GET_DATA)
 
-    #: Device features that it cannot do without, beside those of its path. A kernel that lacks one
-    #: refuses the disk, by the feature's name. What is not the target's choice (recovery, data
-    #: paths, who owns the device) is refused by a sentence (InvalidTarget).
+    #: Device features that it cannot do without, besides those of its data path. On a kernel that
+    #: lacks one, the start fails with FeatureMissing. Features that are not the target's choice
+    #: (recovery, data paths, who owns the device) are refused (InvalidTarget).
     needs: Feature = Feature(0)
 
-    #: Seconds that a request may take with nothing wrong but a part that the target can do without.
+    #: Seconds that a request may take while nothing fails but a part that the target can do
+    #: without, such as a mirror's leg: a stop waits at least so long for it.
     max_stall: float = 0.0
 
     #: The metadata beside the data (Linux 7.0): needs Feature.INTEGRITY, user copy, and `handle`.
@@ -119,8 +122,8 @@ class Target:
     def open(self) -> Awaitable[None] | None:
         """Called in the serving process before the device appears: open files here, not before.
 
-        That of a target with coroutines may be one, too, and is then awaited on the event loop that
-        serves the requests (the first queue's, where there are several); `close` likewise.
+        In a target with coroutines it may be a coroutine as well, which is awaited on the event
+        loop that serves the requests (the first queue's, if there are several); so may `close`.
         """
 
     def close(self) -> Awaitable[None] | None:
@@ -129,22 +132,22 @@ class Target:
     def resize(self, size: int, update: Callable[[int], None]) -> None:
         """Called by `Device.resize`: `update(size)` gives the disk its new size.
 
-        As it stands, that is all: for a target that has the room. One that has to make room
-        overrides it, does so before `update` when the disk grows, and gives it up after `update`
-        when it shrinks. Raise ValueError for a size that it cannot have.
+        By default it does nothing else, which suits a target that needs no storage for the new
+        size. Override it to allocate storage before `update` when the disk grows, and to free
+        storage after `update` when it shrinks. Raise ValueError for a size that is not possible.
         """
         update(size)
         self.size = size
 
     def status(self) -> dict[str, Any] | None:
-        """What `pyublk info` shows of a target whose state changes, as JSON; None: nothing.
+        """The target's state for `pyublk info` to show, as JSON; None if there is nothing to show.
 
-        Asked at any time on a thread of the server's own: it must not wait for requests to end.
+        Called at any time, on a thread of the server's own. It must not wait for requests to end.
         """
         return None
 
     def announces(self, method: str) -> bool:
-        """Whether this target takes the requests behind `method` (a name of METHODS)."""
+        """Whether this target supports the requests of `method` (a name of METHODS)."""
         if not callable(getattr(self, "handle", None)) and self.dispatch is None:
             return callable(getattr(self, method, None))
         return {
@@ -157,9 +160,9 @@ class Target:
         }.get(method, False)
 
     def profile(self) -> Profile:
-        """What its disk is like, from attributes and methods; asked for once it is open.
+        """The disk's properties, from attributes and methods; called once, when it is open.
 
-        A target that says more of its disk returns `super().profile()` with changes.
+        To change properties, override it and return `super().profile()` with changes.
         """
         physical = self.physical_block_size or self.block_size
         return Profile(
@@ -200,14 +203,14 @@ class NativeTarget(Target):
                         uint64_t offset, uint64_t length, void *buffer);
 
     `op` is a `pyublk.uapi.Op`, `flags` are `pyublk.uapi.IOFlag` bits, `offset` and `length` bytes;
-    0 or more means done, a negative errno fails the request. `flushes`, `discards`, `writes_zeroes`
-    and `takes_fua` say which optional requests it takes.
+    0 or more means success, a negative errno fails the request. `flushes`, `discards`,
+    `writes_zeroes` and `takes_fua` say which optional requests it supports.
     """
 
     dispatch: ClassVar[Dispatch | None] = "native"
     concurrency = "parallel"
 
-    #: The handler never looks at the buffer: no data path needs to bring anything there.
+    #: Whether the handler never looks at the buffer, so that no data need be copied to it.
     blind: ClassVar[bool] = False
 
     handler: int = 0

@@ -17,13 +17,13 @@ class ZonedTarget(Target):
     """A host-managed zoned disk (Linux 6.6). Subclass it and define `load`, `store`, and `erase`:
 
     - ``load(io)``: a read; fill `io.buffer`, or `io.write_from` memory of your own.
-    - ``store(io, offset)``: a write, to `offset` (which a zone append's request does not know);
+    - ``store(io, offset)``: a write to `offset` (for a zone append, `io.offset` is another one);
       take `io.buffer`, or `io.read_into` memory of your own.
-    - ``erase(offset, length)``: a zone was reset; its bytes are needed no more.
+    - ``erase(offset, length)``: a zone was reset; its bytes are not needed any more.
 
-    What clients may do is checked before these are called, by `zones` (a `pyublk.zones.Zones`),
-    which answers reports and keeps the pointers. A target that keeps its zones over restarts sets
-    their `state` and `pointer` in `open`; one with rules of its own (a real zoned disk behind it)
+    Before these are called, `zones` (a `pyublk.zones.Zones`) checks the rules; it also answers
+    reports and keeps the write pointers. A target whose zones survive restarts sets their `state`
+    and `pointer` in `open`. A target with rules of its own (with a real zoned disk behind it)
     overrides ``handle(io)``, which gets every request.
 
     Args:
@@ -56,7 +56,7 @@ class ZonedTarget(Target):
         )
 
     def resize(self, size: int, update: Callable[[int], None]) -> None:
-        raise ValueError("a zoned disk keeps its size: its zones are laid out when it starts")
+        raise ValueError("a zoned disk cannot be resized: its zones are laid out when it starts")
 
     def profile(self) -> Profile:
         zones = self.zones

@@ -23,7 +23,7 @@ class ZoneKind(IntEnum):
 
 
 class ZoneState(IntEnum):
-    """Where a zone is (BLK_ZONE_COND_*); conventional ones are always NO_POINTER."""
+    """The state of a zone (BLK_ZONE_COND_*); that of a conventional one is always NO_POINTER."""
 
     NO_POINTER = 0
     EMPTY = 1
@@ -42,7 +42,7 @@ _OPEN = (ZoneState.IMPLICITLY_OPEN, ZoneState.OPEN)
 class Zone:
     """One zone; `start`, `length`, `capacity` and `pointer` (where the next write goes) are bytes.
 
-    A target that keeps its zones over restarts stores `state` and `pointer`, and sets them again.
+    A target whose zones survive restarts stores `state` and `pointer`, and sets them again.
     """
 
     start: int
@@ -54,7 +54,7 @@ class Zone:
 
     @property
     def end(self) -> int:
-        """Behind the last byte that can be written."""
+        """The offset after the last byte that can be written."""
         return self.start + self.capacity
 
     def pack(self) -> bytes:
@@ -127,8 +127,8 @@ class Zones:
         count = size // zone_size
         if not 0 <= conventional < count:
             raise ValueError(
-                f"conventional must be 0 to {count - 1}: of the {count} zones one at least is "
-                f"written in sequence, not {conventional}"
+                f"conventional must be 0 to {count - 1}, not {conventional}: at least one of the "
+                f"{count} zones must be sequential"
             )
         self.zone_size = zone_size
         self.max_open = max_open

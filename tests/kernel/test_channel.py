@@ -297,7 +297,7 @@ def test_resize_by_the_command(place: Path, controller: pyublk.Controller) -> No
     assert info["spec"]["disk"]["size"] == 2 * MIB
     done = run_here("resize", number, "1M")
     assert done.exit_code == ExitCode.USAGE
-    assert "would cut off what lies beyond" in done.stderr
+    assert "loses the data beyond" in done.stderr
     assert run_here("resize", number, "1M", "--shrink").exit_code == 0
     assert Path("disk.img").stat().st_size == MIB
     assert run_here("resize", number, "1000").exit_code == ExitCode.USAGE
@@ -333,7 +333,7 @@ def test_only_a_mirror_has_legs(place: Path) -> None:
     disk = added("null", "--size", "1M")
     done = run_here("replace", str(disk["id"]), "0")
     assert done.exit_code == ExitCode.USAGE
-    assert "is not a mirror, which alone has legs" in done.stderr
+    assert "is not a mirror: only a mirror has legs" in done.stderr
     stopped(disk)
 
 
@@ -362,7 +362,7 @@ def test_logs_are_printed_also_of_a_server_that_died(place: Path) -> None:
     assert "serving disks.py:Says" in run_here("logs", number).stdout
     done = run_here("logs", "77")
     assert done.exit_code == ExitCode.NO_DEVICE
-    assert "there is no log of a disk 77" in done.stderr
+    assert "there is no log of disk 77" in done.stderr
 
 
 def test_ps_tells_which_disk_a_server_serves(place: Path) -> None:

@@ -387,7 +387,7 @@ def test_a_deferred_request_that_nobody_has_fails_at_once(
             assert took.gone < 5
             target.then = None
             assert client.read(4096, MIB - 4096) == bytes(4096)
-    assert "nobody has its IO any more" in caplog.text
+    assert "no reference to its IO is left" in caplog.text
     assert "raised ValueError" in caplog.text
 
 

@@ -287,7 +287,7 @@ def test_looking_without_io_uring(controller: pyublk.Controller) -> None:
         assert (listed["id"], listed["size"], listed["state"]) == (disk.id, MIB, "live")
         assert (listed["queues"], listed["depth"]) == (1, 16)
         assert found.returncode == 0
-        assert "io_uring is forbidden: this is what sysfs and the records tell" in found.stderr
+        assert "io_uring is forbidden: this comes from sysfs and the records" in found.stderr
         assert f"there is no device {disk.id + 1}" in missing.stderr
         assert missing.returncode == 5
 

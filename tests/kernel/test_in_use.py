@@ -368,6 +368,6 @@ def test_a_disk_beside_a_record_that_is_none(
     assert told() == "is a symbolic link"
     assert command("list").stdout.splitlines()[1].split()[2] == "?"
     stopped(path)
-    assert f"what serves {path} is not known: {record} is a symbolic link" in caplog.text
+    assert f"the server of {path} is not known: {record} is a symbolic link" in caplog.text
     until(lambda: not disks(), what="the server deletes its disk")
     assert (tmp_path / "kept").read_text() == text

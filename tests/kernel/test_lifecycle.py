@@ -1059,7 +1059,7 @@ def test_a_new_size(serve: Serve, controller: pyublk.Controller) -> None:
         client.write(b"n" * 4096, 2 * MIB - 4096)
         assert bytes(target.data[-4096:]) == b"n" * 4096
         assert disk.params.basic.size == 2 * MIB
-        with pytest.raises(ValueError, match=r"would cut off what lies beyond.*shrink=True"):
+        with pytest.raises(ValueError, match=r"loses the data beyond.*shrink=True"):
             disk.resize(MIB)
         disk.resize(MIB, shrink=True)
         assert client.size == MIB

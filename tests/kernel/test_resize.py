@@ -164,7 +164,7 @@ def test_a_block_device_grows_as_far_as_it_goes(serve: Serve) -> None:
     below = serve(Ram(size=2 * SIZE))
     disk = serve(Slice(Path(below.path), size=SIZE))
     with pytest.raises(
-        ValueError, match=r"has 33554432 bytes, the disk would need 67108864 of it: enl"
+        ValueError, match=r"has 33554432 bytes, and the disk would need 67108864: enl"
     ):
         disk.resize(4 * SIZE)
     disk.resize(2 * SIZE)

@@ -260,7 +260,7 @@ def test_a_handler_is_refused(serve: Serve) -> None:
     with Blocks(disk.path) as client:
         client.read(4096, MIB)
     assert len(refusals) == 1
-    assert "not shared, or unshared, from a handler" in refusals[0]
+    assert "cannot be shared or unshared in a handler" in refusals[0]
 
 
 def test_on_an_event_loop_another_thread_does_it() -> None:

@@ -497,7 +497,7 @@ def test_a_dropped_request_fails(
             assert failed.value.errno == errno.EIO
             assert disk.pread(512, 0) == bytes(512)
     (message,) = (record.getMessage() for record in caplog.records)  # the other is held back
-    assert "the handler of a READ deferred it, and nobody has its IO any more" in message
+    assert "the handler of a READ deferred it, and no reference to its IO is left" in message
 
 
 @pytest.mark.parametrize("kind", FORGETTING)

@@ -639,7 +639,7 @@ def test_deferred_and_dropped(serve: Serve, caplog: pytest.LogCaptureFixture, wh
             tasks[-1].add_done_callback(lambda task: task.exception() and tasks.remove(task))
 
     serve(handle, asks(-errno.EIO, -errno.EIO))
-    assert "nobody has its IO any more" in caplog.text
+    assert "no reference to its IO is left" in caplog.text
 
 
 def test_completed_by_the_handler_itself(serve: Serve) -> None:

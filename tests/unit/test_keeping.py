@@ -254,6 +254,6 @@ def test_file_systems_without_locks(
     with caplog.at_level(logging.WARNING):
         refused(File(image), File(image))
     assert caplog.messages == [
-        f"{image} cannot be locked (No locks available): no other process is kept from using it "
-        "as well"
+        f"{image} cannot be locked (No locks available): other processes can use it at the "
+        "same time"
     ]

@@ -841,7 +841,7 @@ def test_a_stop_syncs_the_legs(
 @pytest.mark.parametrize(
     ("record", "options", "words"),
     [
-        (("failed", "failed"), {}, r"no leg is in step, says .*a\.mirror"),
+        (("failed", "failed"), {}, r"no leg is in step according to .*a\.mirror"),
         (("synced", "failed"), {"size": 1000}, "the size is 1000 bytes"),
         ("nonsense", {}, r"a\.mirror is not a mirror's record"),
         ("[1]", {}, r"a\.mirror is not a mirror's record"),

@@ -84,7 +84,7 @@ class MapsTooLittle(File):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Plain, "a disk is of an object, and Plain is a class: call it, as in Plain(...)"),
+        (lambda: Plain, "a disk needs an object, and Plain is a class: call it, as in Plain(...)"),
         (lambda: Null, "Null is a class: call it, as in Null(...)"),
         (lambda: int, "int is a class: call it"),
         (lambda: object(), "object is not a pyublk.Target: subclass it and define read and write"),
@@ -96,7 +96,7 @@ class MapsTooLittle(File):
         (NoSelf, "NoSelf.flush() -> None does not take what it is given: define flush(self)"),
         (KeywordOnly, "define read(self, offset, buffer)"),
         (DiscardsAlone, "define discard(self, offset, length)"),
-        (Yields, "Yields.read is a generator, of which nothing would ever run"),
+        (Yields, "Yields.read is a generator, so a call of it runs nothing"),
         (YieldsAsync, "YieldsAsync.read is a generator"),
         (lambda: MapsTooLittle(Path("x")), "define map(self, op, offset, length)"),
     ],

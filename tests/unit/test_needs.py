@@ -43,7 +43,7 @@ def test_a_kernel_that_may_be_built_without_zones_is_told_the_option() -> None:
 
 
 def test_what_does_not_go_with_the_path_is_refused() -> None:
-    with pytest.raises(ValueError, match="INTEGRITY needs USER_COPY beside it"):
+    with pytest.raises(ValueError, match="INTEGRITY needs USER_COPY as well"):
         choose_path(NEW, LINUX_7_2, path="copy", needed=Feature.INTEGRITY)
 
 
@@ -52,8 +52,8 @@ def test_what_does_not_go_with_the_path_is_refused() -> None:
     [
         (Feature.USER_RECOVERY, "USER_RECOVERY: a device that outlives its server needs one that"),
         (Feature.QUIESCE | Feature.ZONED, "QUIESCE: a device that outlives its server"),
-        (Feature.UNPRIVILEGED_DEV, "UNPRIVILEGED_DEV: whose device it is depends on who makes it"),
-        (Feature.USER_COPY | Feature.BATCH_IO, "USER_COPY and BATCH_IO: how data travels is the"),
+        (Feature.UNPRIVILEGED_DEV, "UNPRIVILEGED_DEV: who owns the device depends on who makes it"),
+        (Feature.USER_COPY | Feature.BATCH_IO, "USER_COPY and BATCH_IO: the data path is the"),
         (Feature.NO_AUTO_PART_SCAN, r".*: pass Device\(partition_scan=False\)"),
         (Feature.SHMEM_ZC, r".*: pass Device\(shared_memory=True\)"),
     ],

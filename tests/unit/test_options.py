@@ -29,7 +29,7 @@ LINE = """
         str, Option(help="Colour of the disk.", default="red", choices=("red", "blue"))
     ]
 """
-PLACE = '    """What `Device` takes beside the target."""\\n'
+PLACE = '    """What `Device` takes besides the target."""\\n'
 
 class Edited(importlib.abc.SourceLoader):
     def __init__(self, path): self.path = path

@@ -161,8 +161,8 @@ def test_several_values_and_types_that_only_defaults_tell(
         ("offset", "--5", "option offset is '--5': it must be a whole number"),
         ("count", "x", "option count is 'x': it must be a whole number"),
         ("quick", "x", "option quick is 'x': it must be yes or no"),
-        ("table", "a=1", r"option table is of the type dict\[str, int\], which no text can be"),
-        ("event", "x", "option event is of the type Event, which no text can be made into"),
+        ("table", "a=1", r"option table has the type dict\[str, int\], which cannot be given"),
+        ("event", "x", "option event has the type Event, which cannot be given as text"),
     ],
 )
 def test_texts_that_are_no_such_value(option: str, text: str, message: str) -> None:

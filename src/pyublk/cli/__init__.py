@@ -18,14 +18,14 @@ from pyublk.cli.failures import Failure, reported
 _COMMANDS = {
     "add": ("adding", "Serve a target as a disk."),
     "list": ("listing", "List the disks of this machine."),
-    "info": ("listing", "Tell everything about disks."),
+    "info": ("listing", "Show all details of disks."),
     "stop": ("stopping", "Flush disks and stop them."),
-    "del": ("stopping", "Delete devices of any server, orphans too."),
-    "stats": ("asking", "Print what a disk's queues have done."),
-    "resize": ("asking", "Give a disk another size while it is used."),
-    "replace": ("asking", "Put another file in the place of a mirror's failed leg."),
-    "logs": ("logs", "Print what a disk's server has logged."),
-    "features": ("features", "Tell what this kernel's ublk can do, and why not."),
+    "del": ("stopping", "Stop and delete devices of any server, even a dead one."),
+    "stats": ("asking", "Print a disk's counters."),
+    "resize": ("asking", "Change the size of a disk while it is used."),
+    "replace": ("asking", "Replace a mirror's failed leg."),
+    "logs": ("logs", "Print the log of a disk's server."),
+    "features": ("features", "Show which features this kernel's ublk has."),
     "doctor": ("doctor", "Find out what keeps this machine from serving disks."),
     "vm": ("vm", "Run a command in a virtual machine with a ublk kernel."),
     "completion": ("completion", "Print the script that completes this command in a shell."),
@@ -89,7 +89,7 @@ class _Commands(click.Group):
     is_flag=True,
     envvar="PYUBLK_TRACEBACK",
     show_envvar=True,
-    help="Show where in the code a failure came from.",
+    help="Show the traceback of a failure.",
 )
 def main(traceback: bool) -> None:
     """Linux block devices written in Python."""

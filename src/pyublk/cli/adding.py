@@ -82,13 +82,13 @@ def _split_options(
     "--spec",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE.toml",
-    help="Read target and options from a file; what stands on the command line goes before it.",
+    help="Read target and options from a file; those on the command line override it.",
 )
 @disk_options
 @click.option("-f", "--foreground", is_flag=True,
               help="Serve in this process until Ctrl-C, instead of in the background.")  # fmt: skip
 @click.option("--server", metavar="NAME",
-              help="Have one server process of this name serve it, and others.")  # fmt: skip
+              help="Serve it in the server process NAME, which disks can share.")  # fmt: skip
 @json_option
 def add(
     target: str | None,
@@ -104,7 +104,7 @@ def add(
 
     TARGET is `null`, `ram`, `file`, `linear`, `stripe`, `mirror`, `slice`, `integrity`, `zoned`,
     another installed target, `package.module:Class`, or `file.py:Class`. ARGUMENTs are the class's
-    first parameters, --option names any of them.
+    first parameters; --option sets any of them by name.
 
     \b
     pyublk add ram --size 4G
@@ -112,7 +112,7 @@ def add(
     pyublk add mydisk.py:Rot13 --size 1G --option key=13
     pyublk add --spec examples/disk.toml
 
-    A server process stays in the background until `pyublk stop`; `pyublk info` names its log.
+    A server process runs in the background until `pyublk stop`; `pyublk info` names its log.
     """
     if server is not None and foreground:
         raise click.UsageError("--server and --foreground exclude each other")

@@ -38,10 +38,11 @@ def record_of(number: int) -> Record:
 @click.argument("device", metavar="ID", type=DeviceId())
 @json_option
 def stats(device: int, as_json: bool) -> None:
-    """Print what a disk's queues have done, as their server counts it.
+    """Print a disk's counters, in total and for each queue.
 
-    `errors` are requests that failed, `enters` calls of io_uring_enter, `largest_batch` the most
-    requests that came by one of them, and `fallbacks` how often another data path was taken.
+    `errors` counts requests that failed, `enters` calls of io_uring_enter, and `fallbacks` how
+    often a request had to take another data path. `largest_batch` is the largest number of requests
+    that one io_uring_enter returned.
     """
     told: dict[str, Any] = ask(record_of(device), "stats", timeout=PATIENCE)
     if as_json:
@@ -59,14 +60,14 @@ def stats(device: int, as_json: bool) -> None:
 @click.command()
 @click.argument("device", metavar="ID", type=DeviceId())
 @click.argument("size", type=Size())
-@click.option("--shrink", is_flag=True, help="Also to a smaller size: what lies beyond is lost.")
+@click.option("--shrink", is_flag=True, help="Allow a smaller size; data beyond it is lost.")
 @json_option
 def resize(device: int, size: int, shrink: bool, as_json: bool) -> None:
-    """Give a disk another SIZE, such as 2G, while it is used (Linux 6.16).
+    """Change the size of a disk while it is used (Linux 6.16).
 
-    The files of `file`, `linear`, `stripe` and `mirror` grow with it, and are cut when it shrinks;
-    a block device under it must have the room. A file system on it is told by its own tool
-    (resize2fs, xfs_growfs); one that is to shrink has to be made smaller first.
+    SIZE is such as 2G. The files of `file`, `linear`, `stripe` and `mirror` are extended, or cut
+    when the disk shrinks; a block device must be large enough. Then enlarge a file system on the
+    disk by its own tool (resize2fs, xfs_growfs). Before a shrink, make the file system smaller.
     """
     told: dict[str, Any] = ask(
         record_of(device), "resize", timeout=PATIENCE, size=size, shrink=shrink
@@ -74,7 +75,7 @@ def resize(device: int, size: int, shrink: bool, as_json: bool) -> None:
     if as_json:
         print_json(told)
     else:
-        click.echo(f"/dev/ublkb{device} has {format_size(told['size'])}")
+        click.echo(f"/dev/ublkb{device} now has {format_size(told['size'])}")
 
 
 @click.command()
@@ -83,10 +84,10 @@ def resize(device: int, size: int, shrink: bool, as_json: bool) -> None:
 @click.argument("path", required=False, type=click.Path())
 @json_option
 def replace(device: int, leg: int, path: str | None, as_json: bool) -> None:
-    """Put PATH in the place of a mirror's failed LEG, and bring it in step.
+    """Replace a mirror's failed LEG by the file PATH, and begin to resync it.
 
-    LEG is its number, from 0. Without PATH, the same file is taken back. `pyublk info` tells how
-    far it is.
+    LEG is its number, from 0. Without PATH, the same file is used again. `pyublk info` shows the
+    progress.
     """
     wanted = None if path is None else os.path.abspath(path)
     told: dict[str, Any] = ask(record_of(device), "replace", timeout=PATIENCE, leg=leg, path=wanted)

@@ -16,9 +16,9 @@ from pyublk.service.doctor import Check, Status, examine, repair
 @click.option("--repair", "repairs", is_flag=True, help="Delete orphaned devices and old records.")
 @json_option
 def doctor(repairs: bool, as_json: bool) -> None:
-    """Find out what keeps this machine from serving disks, or may go wrong with them.
+    """Find out what keeps this machine from serving disks, and what may go wrong.
 
-    Ends with 1 when something prevents disks, with 0 when all is well or there are only warnings.
+    The exit code is 1 when the machine cannot serve disks, and 0 otherwise, also with warnings.
     """
     repaired = list(repair()) if repairs else []
     checks = list(examine())

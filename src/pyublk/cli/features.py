@@ -11,7 +11,7 @@ from pyublk.cli.parameters import json_option
 @click.command()
 @json_option
 def features(as_json: bool) -> None:
-    """Tell what this kernel's ublk can do, since when, what for, and why something is missing."""
+    """Show which features this kernel's ublk has, what each is for, and why one is missing."""
     with open_controller() as controller:
         found = controller.features()
     rows = list(found)

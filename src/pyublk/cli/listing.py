@@ -34,7 +34,7 @@ def find(controller: Controller | Sysfs, number: int) -> DeviceInfo:
 def _source(controller: Controller) -> Controller | Sysfs:
     source = whom_to_ask(controller)
     if source is not controller:
-        message("io_uring is forbidden: this is what sysfs and the records tell, not the driver")
+        message("io_uring is forbidden: this comes from sysfs and the records, not the driver")
     return source
 
 
@@ -43,7 +43,7 @@ def _source(controller: Controller) -> Controller | Sysfs:
 def list_(as_json: bool) -> None:
     """List the disks of this machine.
 
-    Disks of other servers are listed too; the target is known only of those that `pyublk add`
+    Disks of other servers are listed too; the target is shown only for disks that `pyublk add`
     made.
     """
     with open_controller() as controller:
@@ -54,7 +54,7 @@ def list_(as_json: bool) -> None:
                 disks.append(disk(source, device, ask_server=as_json))
     for one in disks:
         if one.record_trouble:
-            message(f"what serves {one.device.path} is not known: {one.record_trouble}")
+            message(f"the server of {one.device.path} is not known: {one.record_trouble}")
     if as_json:
         print_json([_summary(one) for one in disks])
     elif disks:
@@ -102,7 +102,7 @@ def _summary(one: DiskEntry) -> dict[str, Any]:
 @click.argument("ids", metavar="ID...", nargs=-1, required=True, type=DeviceId())
 @json_option
 def info(ids: tuple[int, ...], as_json: bool) -> None:
-    """Tell everything about disks: queues, flags, parameters, server, log, users, I/O so far.
+    """Show all details of disks: queues, flags, parameters, server, log, users, I/O so far.
 
     ID is a number or a node such as /dev/ublkb0. With --json, prints a list.
     """

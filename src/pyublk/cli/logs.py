@@ -14,13 +14,15 @@ from pyublk.service.records import Record, log_place
 
 @click.command()
 @click.argument("device", metavar="ID", type=DeviceId())
-@click.option("-f", "--follow", "follows", is_flag=True, help="Go on until the server ends.")
+@click.option("-f", "--follow", "follows", is_flag=True,
+              help="Go on printing until the server ends.")  # fmt: skip
 @click.option("-n", "--lines", type=click.IntRange(min=0), default=50, show_default=True,
-              metavar="N", help="The last so many lines.")  # fmt: skip
+              metavar="N", help="Print only the last N lines.")  # fmt: skip
 def logs(device: int, follows: bool, lines: int) -> None:
-    """Print what a disk's server has logged, also of a server that died.
+    """Print the log of a disk's server, also of a server that died.
 
-    A server of several disks has one log for all of them. It is kept small: older lines go.
+    A server of several disks has one log for all of them. When a log grows too long, its older
+    lines are removed.
     """
     try:
         log, last = last_lines(log_place(device), lines)
@@ -32,7 +34,7 @@ def logs(device: int, follows: bool, lines: int) -> None:
             ) from None
         raise DeviceNotFound(
             errno.ENODEV,
-            f"there is no log of a disk {device}: it was not made by `pyublk add`, or it has ended "
+            f"there is no log of disk {device}: it was not made by `pyublk add`, or it has ended "
             "without an error",
         ) from None
     try:

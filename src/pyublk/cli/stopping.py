@@ -13,16 +13,14 @@ from pyublk.control import Controller, DeviceInfo
 from pyublk.service.stacking import top_first
 from pyublk.service.stopping import delete, stop
 
-_force = click.option(
-    "--force", is_flag=True, help="Also one in use, or one that cannot be flushed."
-)
+_force = click.option("--force", is_flag=True, help="Even if it is in use, or cannot be flushed.")
 _timeout = click.option(
     "--timeout",
     type=Seconds(min=0.1),
     default=30.0,
     show_default=True,
     metavar="SECONDS",
-    help="How long a server may be silent before it is given up.",
+    help="How long a server may answer nothing before it is given up.",
 )
 
 
@@ -30,7 +28,7 @@ _timeout = click.option(
 @click.argument("ids", metavar="ID...", nargs=-1, required=True, type=DeviceId(all_allowed=True))
 @_force
 @click.option(
-    "--safe", is_flag=True, help="Only if nobody has it open, readers included (Linux 7.0)."
+    "--safe", is_flag=True, help="Only if nobody has it open, not even to read (Linux 7.0)."
 )
 @_timeout
 @json_option
@@ -40,12 +38,12 @@ def stop_(
     """Flush disks and stop them; those made by pyublk are deleted as well.
 
     ID is a number, a node such as /dev/ublkb0, or `all` for every disk made by pyublk, those that
-    lie on others first. A disk that is mounted, used as swap, held by another device, claimed by a
-    program or written by one is left alone, and its users are named; with --safe also one that is
-    only read.
+    lie on others first. A disk in use is left as it is, and its users are named: one that is
+    mounted, used as swap or by another device, opened exclusively by a program, or open for
+    writing; with --safe also one that is only open for reading.
 
-    A server started by `pyublk add` that does not end is killed after the timeout: the disk goes
-    away, and the command ends with the code of a timeout.
+    A server started by `pyublk add` that does not end is killed after the timeout: the disk is
+    deleted, and the command ends with the exit code of a timeout.
     """
     if safe and force:
         raise click.UsageError("--safe and --force exclude each other")
@@ -58,7 +56,7 @@ def stop_(
 @_timeout
 @json_option
 def del_(ids: tuple[int | str, ...], force: bool, timeout: float, as_json: bool) -> None:
-    """Delete devices: as `stop`, but of any server, and also those whose server is gone.
+    """Stop and delete devices: as `stop`, but of any server, even one that is gone.
 
     ID is a number, a node such as /dev/ublkb0, or `all` for every device made by pyublk.
     """

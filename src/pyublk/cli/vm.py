@@ -66,7 +66,7 @@ def _progress() -> Iterator[Callable[[str, float | None], None]]:
     default="latest",
     show_default=True,
     metavar="NAME",
-    help="latest, host (the kernel this machine runs), or a series such as 6.12.",
+    help="latest, host (the kernel that this machine runs), or a series such as 6.12.",
 )
 @click.option("--refresh", is_flag=True, help="Ask the mirror for a newer kernel of that name.")
 @click.option("--cpus", type=int, metavar="N", help="Processors of the machine.  [default: 2]")
@@ -84,19 +84,19 @@ def _progress() -> Iterator[Callable[[str, float | None], None]]:
     "outputs",
     multiple=True,
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="A directory the command may really write to; may be repeated.",
+    help="Keep what the command writes to this directory; may be repeated.",
 )
 @click.option(
     "--env",
     "variables",
     multiple=True,
     metavar="NAME[=VALUE]",
-    help="Pass a variable on, or set one; may be repeated.",
+    help="Pass an environment variable on, or set one; may be repeated.",
 )
 @click.option(
     "--count-instructions",
     is_flag=True,
-    help="One processor, one instruction a nanosecond: slow, but measurements repeat exactly.",
+    help="One processor, one nanosecond for each instruction: slow, but measurements repeat.",
 )
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def vm(
@@ -112,10 +112,10 @@ def vm(
 ) -> None:
     """Run COMMAND, or a shell, as root in a virtual machine whose kernel has ublk.
 
-    The machine sees all files of this one, at the same places, from the same working directory.
+    The machine has all files of this one, at the same places, and the same working directory.
     What the command writes stays in the machine's memory and is gone afterwards, except in the
     directories given by --output.
-    Ctrl-C reaches the command; twice within three seconds, it ends the machine. On a terminal,
+    Ctrl-C goes to the command; twice within three seconds, it ends the machine. On a terminal,
     pressing Ctrl-] three times ends it too.
 
     The exit code is the command's; 2 when an option is wrong, 124 when --timeout ended it, 125 when

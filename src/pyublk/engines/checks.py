@@ -23,7 +23,7 @@ def dispatch_of(target: object) -> Dispatch:
     name = type(target).__name__
     if isinstance(target, type):
         raise InvalidTarget(
-            f"a disk is of an object, and {target.__name__} is a class: call it, as in "
+            f"a disk needs an object, and {target.__name__} is a class: call it, as in "
             f"{target.__name__}(...)"
         )
     if not isinstance(target, Target):

@@ -87,14 +87,14 @@ class FailureLog:
 
     def _tell(self, outcome: object, io: IO | None, method: str) -> None:
         kind = _name_of(type(outcome))
-        who, result = f"{method}()", "nobody is told"
+        who, result = f"{method}()", "no client gets an error"
         if io is not None:
             operation, result = _describe(io)
             who = f"the handler of a {operation}"
         if outcome is None:
             self._report(
                 ("dropped", 0),
-                f"{self._name}: {who} deferred it, and nobody has its IO any more; {result}",
+                f"{self._name}: {who} deferred it, and no reference to its IO is left; {result}",
             )
         elif not issubclass(type(outcome), BaseException):
             if type(outcome) is CoroutineType:

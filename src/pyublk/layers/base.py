@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What every layer is: a target that passes on to the one below what it does not do itself."""
+"""The base class of layers: targets that pass on to the target below what they do not define."""
 
 from collections.abc import Awaitable
 from dataclasses import replace
@@ -11,11 +11,12 @@ from pyublk.target import METHODS, Target, kind_of
 
 
 class Below:
-    """What a layer lies over: a target of any kind, called by the methods of a plain one.
+    """The target below a layer: of any kind, but called by the methods of a plain target.
 
-    ``below.read(offset, buffer)``, and so on, are the methods of `Target` that it takes: its own,
-    those of a `NativeTarget`'s function, or of a `MappedTarget`'s files. Those of a target with
-    coroutines are to be awaited. Zoned disks, and others that are served by `handle`, have that.
+    ``below.read(offset, buffer)``, and so on, are the methods of `Target` that it supports. They
+    call its own methods, a `NativeTarget`'s function, or read and write a `MappedTarget`'s files.
+    Those of a target with coroutines must be awaited. Zoned disks, and other targets that are
+    served by `handle`, have ``below.handle(io)`` only.
     """
 
     def __init__(self, target: Target) -> None:
@@ -39,9 +40,9 @@ class Below:
 
 
 class Layer(Target):
-    """A target over another one, of whatever kind. What it does not define passes through.
+    """A target over another one, of any kind. Requests that it does not define pass through.
 
-    Subclass it, define the methods that do something else, and call those of `below` there::
+    Subclass it, define the methods that are to be different, and call those of `below` in them::
 
         class Counting(pyublk.Layer):
             reads = 0
@@ -50,9 +51,9 @@ class Layer(Target):
                 self.reads += 1
                 self.below.read(offset, buffer)
 
-    Over a target with coroutines the methods are coroutines too, which await those below. The
-    layer takes what the target below takes, and what it defines itself; its `profile` is that of
-    the target below, with changes, and so are its attributes.
+    Over a target with coroutines the methods must be coroutines too, which await those below. The
+    layer supports the operations of the target below, and those that it defines itself. Its
+    `profile` and its attributes are those of the target below, unless the layer changes them.
 
     Args:
         below: the target to lie over, which is opened and closed with the layer.

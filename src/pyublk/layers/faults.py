@@ -21,14 +21,14 @@ Fault = Callable[[], float]
 
 
 class Faulty(Layer):
-    """Serves `target`, and fails, delays or holds the requests it is told to.
+    """Serves `target`, and makes requests fail, take longer, or hang, as you choose.
 
     Args:
         target: a target of any kind.
 
-    Then, for a method by name ("read", "write", "flush", ...): `fail`, `delay`, `hang`. Each counts
-    calls from when it is set. A fault that could never happen is a ValueError: of a method that no
-    request of this target calls, an errno that there is not, a time or a count that is none.
+    `fail`, `delay` and `hang` set a fault for a method by its name ("read", "write", "flush", ...).
+    Each counts calls from the time when it is set. A fault that could never happen is a ValueError:
+    for a method that no request of this target calls, an unknown errno, an invalid time or count.
     """
 
     def __init__(self, target: Target) -> None:
@@ -88,7 +88,7 @@ class Faulty(Layer):
         self._faults[method] = fault
 
     def release(self) -> None:
-        """Lets go of what hangs."""
+        """Lets the calls that hang go on."""
         with suppress(InvalidStateError):  # it was released already
             self._released.set_result(None)
 

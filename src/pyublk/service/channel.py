@@ -179,7 +179,7 @@ def _failures_told(place: Path, timeout: float | None) -> Iterator[None]:
     except (ConnectionError, StrangeFile) as error:
         raise ChannelError(f"{place} cannot be used: {error}") from None
     except ValueError as error:
-        raise ChannelError(f"what the server behind {place} said is too long: {error}") from None
+        raise ChannelError(f"the answer of the server at {place} is too long: {error}") from None
 
 
 def _connected(place: Path, timeout: float) -> socket.socket:

@@ -183,7 +183,7 @@ def _flush(device: DeviceInfo, claim: Claim, timeout: float, *, force: bool) -> 
                 number,
                 f"{device.path} could not be {verb}: {os.strerror(number)}; it is left as it is",
             )
-            error.add_note("--force stops it all the same: what was not written is lost")
+            error.add_note("--force stops it anyway: data that was not written is lost")
             raise error
         if verb == "opened" and not force:
             _refuse_if_written(device, claim)

@@ -119,7 +119,7 @@ def _add_to(name: str, spec: DiskSpec, ready: Callable[[Record], None]) -> Recor
                 ask(record, "stop", timeout=CLEANUP)
             raise
         return record
-    raise errors.DeviceBusy(f"the server {name} is ending, and does not get there: see its log")
+    raise errors.DeviceBusy(f"the server {name} is ending, but has not ended yet: see its log")
 
 
 def _server_of(name: str) -> Client:
@@ -177,7 +177,7 @@ def _await_report(server: Server, spec: str, report: TextIO, name: str) -> Any:
 def _record_of(device: int) -> Record:
     record = Record.load(device)
     if record is None:
-        raise errors.DeviceLost(f"/dev/ublkb{device} was deleted as soon as it was there")
+        raise errors.DeviceLost(f"/dev/ublkb{device} was deleted right after it was made")
     return record
 
 

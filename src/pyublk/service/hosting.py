@@ -267,7 +267,7 @@ def _work_in(directory: str) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(_CLONE_FS):
         number = ctypes.get_errno()
-        raise OSError(number, f"no working directory of its own: {os.strerror(number)}")
+        raise OSError(number, f"a thread cannot have its own directory: {os.strerror(number)}")
     os.chdir(directory)
 
 

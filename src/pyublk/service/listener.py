@@ -170,7 +170,7 @@ class Listener:
             pid, uid = peer_of(client.connection)
             if uid not in trusted_owners():
                 raise PermissionError(
-                    errno.EPERM, f"process {pid} is user {uid}'s, who may not ask this server"
+                    errno.EPERM, f"process {pid} is of user {uid}, who may not use this server"
                 )
             greeting = {"pyublk": version(), "protocol": PROTOCOL, "capabilities": place.requests}
             lines.send(json.dumps(greeting))

@@ -117,9 +117,9 @@ def replace(disk: ServedDisk, leg: int, path: str | None = None) -> dict[str, An
     """`Mirror.replace`: another file for a failed leg, or the same again."""
     target = disk.device.target
     if not isinstance(target, Mirror):
-        raise ValueError(f"{disk.record.path} is not a mirror, which alone has legs")
+        raise ValueError(f"{disk.record.path} is not a mirror: only a mirror has legs")
     if path is not None and not os.path.isabs(path):
-        raise ValueError(f"{path!r} must be an absolute path: the server has its own directory")
+        raise ValueError(f"{path!r} must be an absolute path: the server has another directory")
     target.replace(leg, None if path is None else Path(path))
     return {"target_status": target.status()}
 

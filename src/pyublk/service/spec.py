@@ -134,5 +134,5 @@ def _text(name: str, value: object) -> str:
         parts = [_text(name, part) for part in value]
         if not any("," in part for part in parts):
             return ",".join(parts)
-        raise ValueError(f"a value of {name} has a comma in it, which no text in a list can have")
+        raise ValueError(f"a value of {name} has a comma in it, which lists do not allow")
     raise ValueError(f"{name} must be a text, a number, true or false, or a list, not {value!r}")

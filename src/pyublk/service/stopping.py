@@ -59,7 +59,7 @@ def stop(
                 f"{device.path} waits for a new server: stopping it now loses what was not written"
             )
     if trouble := record_trouble(device.id):
-        log.warning("what serves %s is not known: %s", device.path, trouble)
+        log.warning("the server of %s is not known: %s", device.path, trouble)
     record = Record.of(device)
     server = record.server.open() if record is not None else None
     tolerated: tuple[type[Exception], ...] = (OSError,) if force and not safe else ()
@@ -216,8 +216,8 @@ def _end_one_of_several(
 
     if not patiently(answered, device, timeout):
         raise TimeoutError(
-            f"the server {record.server_name} (process {record.server.pid}) does not stop "
-            f"{record.path} within {timeout:g} s: to kill it ends all of its disks"
+            f"the server {record.server_name} (process {record.server.pid}) did not stop "
+            f"{record.path} within {timeout:g} s; killing it would end all of its disks"
         )
     if not _deleted(controller, device):
         if failures:

@@ -56,7 +56,7 @@ class Sysfs:
 
     def get_params(self, device: int) -> Params:
         """None are known, as of a device that has none yet."""
-        raise ValueError(f"the parameters of device {device} are the driver's secret")
+        raise ValueError(f"only the driver knows the parameters of device {device}")
 
 
 def whom_to_ask(controller: Controller) -> Controller | Sysfs:

@@ -12,9 +12,9 @@ class File(MappedTarget):
 
     Args:
         path: a regular file, or a block device, which is opened exclusively.
-        size: makes the file with this size, or extends it; without, the size is the file's.
-        direct: bypass the page cache (O_DIRECT), where the file allows it; the block size is then
-            at least what its device demands.
+        size: creates the file with this size, or extends it; by default, the size of the file.
+        direct: bypass the page cache (O_DIRECT), if the file allows it; the block size is then
+            at least what its device requires.
         read_only: open it for reading, and make the disk read-only.
         block_size: the disk's logical block size in bytes; at least that of a block device.
     """

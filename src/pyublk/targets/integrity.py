@@ -25,19 +25,19 @@ _INVERTED = bytes(range(255, -1, -1))
 class IntegrityFile(Target):
     """Serves `path`, with the metadata of each interval of data in the file `metadata`.
 
-    The kernel makes the protection information of what is written, and checks it when it is read:
-    a client reads EILSEQ instead of wrong data (Linux 7.0). What was never written is not checked.
+    The kernel generates the protection information of writes, and checks it on reads: a client gets
+    EILSEQ instead of wrong data (Linux 7.0). Blocks that were never written are not checked.
 
     Args:
         path: a regular file, or a block device, which is opened exclusively.
-        metadata: another one for the metadata; made when it is not there. Every bit of it is
+        metadata: another one for the metadata; created if it does not exist. Every bit of it is
             inverted, so that it is sparse where nothing was written.
-        size: makes the file with this size, or extends it; without, the size is the file's.
+        size: creates the file with this size, or extends it; by default, the size of the file.
         checksum: of the protection information: T10DIF or IP (8 bytes), NVME (16), or NONE.
-        metadata_size: bytes for each interval; without, those of the protection information, which
-            is at their end.
-        interval: bytes of data that have one piece of metadata, from 512 to the block size.
-        ref_tag: whether the protection information tells where a block belongs.
+        metadata_size: bytes for each interval; by default, those of the protection information,
+            which is at their end.
+        interval: bytes of data that one piece of metadata covers, from 512 to the block size.
+        ref_tag: whether the protection information includes a block's position.
         read_only: open both for reading, and make the disk read-only.
         block_size: the disk's logical block size in bytes.
     """

@@ -8,11 +8,11 @@ from pyublk.resizing import Ends
 
 
 class Linear(MappedTarget):
-    """Concatenates `files`, each whole; `size` cuts the disk off after so many bytes.
+    """Serves whole `files`, one after the other; the disk ends after `size` bytes, if given.
 
     Args:
         files: regular files or block devices, in order.
-        size: bytes of the disk; without, the sum of the files.
+        size: bytes of the disk; by default, the sum of the files.
         direct, read_only, block_size: as for `File`.
     """
 

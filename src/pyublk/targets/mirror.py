@@ -40,26 +40,25 @@ class _Stopped(Exception):
 class Mirror(MappedTarget):
     """Writes to every leg, reads from one, as RAID 1 does.
 
-    A leg on which a request fails, or takes longer than `leg_timeout`, is left alone from then on,
-    and the disk lives on with the others; a read is tried on another leg. The failure is on record,
+    A leg on which a request fails, or takes longer than `leg_timeout`, is not used any more, and
+    the disk goes on with the others; a read is tried on another leg. The failure is recorded,
     durably, before the request that noticed it is answered: a leg that missed a write is never read
-    again, also after a restart. The last leg in step is never given up: its errors are
-    the client's.
+    again, not even after a restart. The last leg in step is never given up: its errors go to the
+    client.
 
-    A leg comes back with `replace`, or with `rebuild` at the next start: all is copied to it while
-    the disk is in use. After a stop that was none (a crash, a power cut) legs may differ in what
-    was being written: then the first one in step is copied to the others. Where there is no record
-    yet, nothing says that the files are the same: the first one is copied to the others, where they
-    differ from it.
+    A failed leg is resynced by `replace`, or by `rebuild` at the next start: everything is copied
+    to it while the disk is in use. After a crash or a power cut, legs may differ in what was being
+    written: then the first leg in step is copied to the others. Without a record, the legs may
+    differ anywhere: then the first one is copied to the others, where they differ from it.
 
     Args:
-        files: the legs, regular files or block devices; the smallest says how large the disk is.
-        size: bytes of the disk, at most that.
+        files: the legs, regular files or block devices; the disk is as large as the smallest.
+        size: bytes of the disk, at most the size of the smallest leg.
         state: the file with the record; by default beside the first leg, with the suffix
-            ".mirror". Needed when the first leg is a block device. It should lie on another disk
-            than the legs: while a failure cannot be put on record, nothing can be written.
+            ".mirror". Required when the first leg is a block device. It should lie on another disk
+            than the legs: while a failure cannot be recorded, nothing can be written.
         leg_timeout: seconds; 0 waits for ever, and allows zero copy.
-        rebuild: bring failed legs back in step.
+        rebuild: resync failed legs at the start.
         direct, read_only, block_size: as for `File`.
     """
 
@@ -157,7 +156,7 @@ class Mirror(MappedTarget):
         if self._leg_timeout:
             raise ValueError(
                 "shared_memory=True needs a mirror with leg_timeout 0: a leg that answers late "
-                "would write into memory that the client has back already"
+                "would write into memory that the client uses again already"
             )
 
     def make_layout(self, files: list[tuple[int, bool, bool]]) -> MirrorLayout:
@@ -188,12 +187,12 @@ class Mirror(MappedTarget):
             state = self._state(leg)
             if state == LegState.FAILED:
                 raise ValueError(
-                    f"leg {leg} ({path}) has failed: a mirror is resized when it is whole; "
-                    "replace that leg first"
+                    f"leg {leg} ({path}) has failed, and a mirror with a failed leg cannot "
+                    "be resized: replace that leg first"
                 )
             if state == LegState.RESYNC and size < self.layout.size:
                 raise ValueError(
-                    f"leg {leg} ({path}) is being brought in step: shrink the disk when it is"
+                    f"leg {leg} ({path}) is being brought in step: shrink the disk after that"
                 )
         super().resize(size, update)
 
@@ -218,8 +217,8 @@ class Mirror(MappedTarget):
             if self._state_path is None:
                 if self.backing[0].is_device:
                     raise ValueError(
-                        f"{self.files[0]} is a block device: say with state which file is to hold "
-                        "the record of legs that failed"
+                        f"{self.files[0]} is a block device: name a file for the record of "
+                        "failed legs by the option state"
                     )
                 self._state_path = _record_beside(self.files[0])
             self._state_path = find_record(self._state_path)
@@ -320,8 +319,8 @@ class Mirror(MappedTarget):
                 states[leg] = LegState.RESYNC if again else LegState.FAILED
         if LegState.SYNCED not in states:
             raise ValueError(
-                f"no leg is in step, says {self._state_path}: name one that is, or remove that "
-                "file, and the first leg will be copied to the others"
+                f"no leg is in step according to {self._state_path}: name one that is, or remove "
+                "that file, and the first leg will be copied to the others"
             )
         if record.active:
             first = states.index(LegState.SYNCED)

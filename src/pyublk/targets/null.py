@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A disk that swallows what is written and gives back nothing in particular: for measuring."""
+"""A disk that discards writes and returns arbitrary data: for measuring."""
 
 from pyublk._native import NULL_HANDLER
 from pyublk.paths import DataPath
@@ -7,9 +7,9 @@ from pyublk.target import NativeTarget
 
 
 class Null(NativeTarget):
-    """Answers every request at once, in C, and moves no byte: reads give what was there before.
+    """Answers every request at once, in C, and moves no data: reads leave the memory as it was.
 
-    In the kernel's own memory where nothing is copied (every path but copy), as null_blk does.
+    Except with the path copy, that is the client's own memory, as with null_blk.
     """
 
     blind = True

@@ -10,9 +10,8 @@ from pyublk.target import NativeTarget
 class Ram(NativeTarget):
     """Memory that is sparse until written; discard and write-zeroes give it back.
 
-    What is in it lives as long as the object: stopped and served again by another Device, the
-    disk has its bytes. A sharded reader-writer lock keeps overlapping requests of different queues
-    whole.
+    The data lives as long as the object: another Device that serves it has the same content. A
+    sharded reader-writer lock makes overlapping requests of different queues atomic.
     """
 
     discards = True

@@ -20,11 +20,11 @@ class Slice(MappedTarget):
     Args:
         file: a regular file or block device.
         offset: where the disk begins in it, a multiple of the block size.
-        size: bytes of the disk; without, all that is left.
+        size: bytes of the disk; by default, up to the end of the file.
         partition: the number of a partition, from 1, of the file's GPT or MBR (the four primary
             ones), instead of offset and size.
-        direct, read_only, block_size: as for `File`. A partition table has a device's sectors, and
-            in a file those of 512 bytes, or of 4096 when block_size says so.
+        direct, read_only, block_size: as for `File`. A partition table is read with the sector size
+            of its device; in a file, with 512 bytes, or 4096 if that is the block_size.
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class Slice(MappedTarget):
     def ends(self, size: int) -> Ends:
         if self.partition is not None and size != self.layout.size:
             raise ValueError(
-                f"a partition is as long as its table says: change the table of {self.files[0]}, "
-                "and serve it anew"
+                f"a partition's size is in its partition table: change that of {self.files[0]}, "
+                "and serve it again"
             )
         return super().ends(size)
 

@@ -10,16 +10,15 @@ from pyublk.resizing import Ends
 
 
 class Stripe(MappedTarget):
-    """Stripes over `files`, as RAID 0 does: any one lost loses the disk.
+    """Stripes over `files`, as RAID 0 does: if one is lost, so is the disk.
 
-    Each file gives as many whole chunks as the smallest has; the first chunk of the disk is the
-    first of the first file, the second the first of the second file.
+    Of each file, as many whole chunks are used as the smallest has. The first chunk of the disk is
+    the first of the first file, the second is the first of the second file, and so on.
 
     Args:
         files: regular files or block devices, in order.
-        chunk: bytes taken from a file before it is the next one's turn; a multiple of the block
-            size.
-        size: bytes of the disk; without, all whole chunks.
+        chunk: bytes in one file before the next file follows; a multiple of the block size.
+        size: bytes of the disk; by default, all whole chunks.
         direct, read_only, block_size: as for `File`.
     """
 
@@ -63,7 +62,7 @@ class Stripe(MappedTarget):
         row = self.chunk * len(self.backing)
         if size % row and size != self.layout.size:
             raise ValueError(
-                f"a stripe of {len(self.backing)} files changes its size by whole rows of {row} "
-                f"bytes: {size // row * row or row} or {(size // row + 1) * row}, not {size}"
+                f"a stripe of {len(self.backing)} files can only be resized by whole rows of {row} "
+                f"bytes: to {size // row * row or row} or {(size // row + 1) * row}, not {size}"
             )
         return dict.fromkeys(range(len(self.backing)), -(-size // row) * self.chunk)

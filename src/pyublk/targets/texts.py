@@ -56,8 +56,8 @@ def convert(name: str, text: str, hint: object) -> object:
         if hint not in (typing.Any, object) and not isinstance(hint, typing.TypeVar):
             word = hint.__name__ if inspect.isclass(hint) else str(hint)
             raise ValueError(
-                f"option {name} is of the type {word}, which no text can be made into: it can only "
-                "be given in Python"
+                f"option {name} has the type {word}, which cannot be given as text: it can only be "
+                "given in Python"
             )
         return text
     read, allowed = _KINDS[origin or hint]

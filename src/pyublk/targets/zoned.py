@@ -13,12 +13,12 @@ _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 class Zoned(ZonedTarget):
     """A host-managed zoned disk in memory, sparse until written; a reset gives memory back.
 
-    What is in it, and the state of its zones, lives as long as the object.
+    The data and the states of its zones live as long as the object.
 
     Args:
         size: bytes, a multiple of the zone size.
         zone_size: bytes, a power of two.
-        zone_capacity: bytes of each sequential zone that can be written, if not all.
+        zone_capacity: bytes of each sequential zone that can be written; by default, all.
         conventional: how many zones, from the first on, can be written anywhere.
         max_open: how many zones are open at once; 0: no limit.
         max_active: how many are open or closed at once; 0: no limit.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a client can do with a disk without a kernel, and how the kernel would."""
+"""What a client can do with a kernel-free disk: the same as with a real one."""
 
 import errno
 from collections.abc import Awaitable, Callable, Iterator
@@ -41,10 +41,10 @@ _PASSED_ON = {
 
 
 class AsyncDisk:
-    """What `async with pyublk.testing.Disk(target) as disk` gives: a disk whose calls are awaited.
+    """A disk whose calls are awaited; from `async with pyublk.testing.Disk(target) as disk`.
 
-    As those of `Disk`, which has the rules. They suspend where the event loop is to serve the
-    target: an async one, on the loop on which they are awaited. One call at a time.
+    The calls and their rules are those of `Disk`. They suspend while the running event loop serves
+    an async target. One call at a time.
     """
 
     def __init__(self, target: Target, *, max_io_size: int, depth: int) -> None:
@@ -68,7 +68,7 @@ class AsyncDisk:
 
     @property
     def params(self) -> Params:
-        """The parameters a kernel would be given."""
+        """The parameters that a kernel would get."""
         if self._params is None:
             raise DeviceClosed("the disk is not open: use `with`")
         return self._params
@@ -130,7 +130,7 @@ class AsyncDisk:
             await self._run(Op.FLUSH, [(0, 0)])
 
     async def discard(self, offset: int, length: int) -> None:
-        """Tells that these bytes are needed no more."""
+        """Tells the target that these bytes are not needed any more."""
         self._writable()
         self._check(offset, length, beyond=errno.EINVAL)
         discard = self.params.discard

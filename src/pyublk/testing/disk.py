@@ -49,13 +49,14 @@ class Disk:
             assert disk.pread(4096, 0) == b"x" * 4096
 
     Requests are split, checked and answered as on a real disk: whole blocks only (OSError EINVAL),
-    inside the disk (EIO for reads, ENOSPC for writes), at most `max_io_size` bytes apiece, a
-    request of several pieces in flight at once up to `depth`; a handler's failure is the caller's
-    OSError, with EIO for an errno that the kernel does not pass on. What the target does not
-    announce is refused with EOPNOTSUPP, but write-zeroes, which the kernel does by writing. One
-    thread at a time.
+    inside the disk (EIO for reads, ENOSPC for writes), in pieces of at most `max_io_size` bytes, of
+    which up to `depth` are in flight at once. If a handler fails, the caller gets its OSError, or
+    EIO for an errno that the kernel does not pass on. An operation that the target does not define
+    is refused with EOPNOTSUPP, except write-zeroes, which is done by writes, as the kernel does.
+    Use it on one thread at a time.
 
-    A read's buffer is full of POISON before its handler has it: what it does not fill shows.
+    A read's buffer is filled with POISON before the handler gets it, so that a test notices bytes
+    that the handler leaves out.
 
     An async target is served, opened and closed on an event loop of the disk's own, which runs in
     its calls. On a running loop, use ``async with Disk(target) as disk``: that loop serves it then,
@@ -193,7 +194,7 @@ class Disk:
 
     @property
     def params(self) -> Params:
-        """The parameters a kernel would be given."""
+        """The parameters that a kernel would get."""
         return self._client.params
 
     @property
@@ -229,7 +230,7 @@ class Disk:
         self._now(self._client.flush())
 
     def discard(self, offset: int, length: int) -> None:
-        """Tells that these bytes are needed no more."""
+        """Tells the target that these bytes are not needed any more."""
         self._now(self._client.discard(offset, length))
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:

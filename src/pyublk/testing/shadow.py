@@ -8,7 +8,7 @@ class Shadow:
     """Does every operation on a `Disk` and on a bytearray, and compares.
 
     For small disks and random operations, as hypothesis makes them. Discarded bytes are unknown
-    until they are written again; an AssertionError tells the first byte that differs.
+    until they are written again; an AssertionError names the first byte that differs.
     """
 
     def __init__(self, disk: Disk) -> None:
@@ -36,7 +36,7 @@ class Shadow:
         self._set(offset, bytes(length))
 
     def discard(self, offset: int, length: int) -> None:
-        """Discards; what is there then nobody knows."""
+        """Discards; the bytes are then unknown."""
         self.disk.discard(offset, length)
         self._known[offset : offset + length] = bytes(length)
 

@@ -1,4 +1,4 @@
-"""What can go wrong with a virtual machine, by whose doing it is."""
+"""What can go wrong with a virtual machine, by where the cause lies."""
 
 
 class VMError(Exception):
