@@ -747,9 +747,9 @@ def test_a_disk_of_all_that_is_gone_already_is_no_failure(
 def test_a_disk_that_goes_while_it_is_listed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = added("null")
 
-    def gone(controller: pyublk.Controller, device: DeviceInfo) -> None:
+    def gone(controller: pyublk.Controller, device: DeviceInfo, *, ask_server: bool) -> None:
         assert run("stop", made["path"]).returncode == 0
-        inventory.disk(controller, device)
+        inventory.disk(controller, device, ask_server=ask_server)
 
     monkeypatch.setattr("pyublk.cli.listing.disk", gone)
     assert run_here("list").stderr == "pyublk: there are no disks\n"
@@ -837,7 +837,7 @@ def test_a_killed_server_leaves_no_device(place: Path) -> None:
     assert [c["status"] for c in checks if c["name"] == "records"] == ["warning"] * 3
     done = run_here("doctor", "--repair", "--json")
     assert done.exit_code == 0
-    assert len(json.loads(done.stdout)["repaired"]) == 2
+    assert len(json.loads(done.stdout)["repaired"]) == 3
     assert left(place) == []
 
 

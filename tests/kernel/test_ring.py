@@ -177,7 +177,7 @@ def test_what_is_read_late_is_what_was_to_be_written(
     serve: Serve, target: Gated, how: Callable[[list[pyublk.Ring]], None]
 ) -> None:
     """With a single tag the write waits behind a read: the kernel has copied nothing yet."""
-    disk = serve(target, depth=1)
+    disk = serve(target, depth=1, io_scheduler="none")
     with Blocks(disk.path) as blocks:
         target.shut()
         rings = [pyublk.Ring(8)]

@@ -329,8 +329,13 @@ def stale_records() -> list[Path]:
             if server is not None:
                 with server:
                     continue
-        places = (records.place(number), records.log_place(number), records.socket_place(number))
-        found += [place for place in places if place.exists()]
+        places = (
+            records.place(number),
+            records.log_place(number),
+            records.socket_place(number),
+            records.memory_place(number),
+        )
+        found += [place for place in places if place.exists() or place.is_symlink()]
     sockets = [
         place
         for place in sorted(records.run_directory().glob("*.sock"))
