@@ -14,7 +14,7 @@ from pyublk.control import Controller, DeviceInfo, new_cookie
 from pyublk.descriptors import make_room
 from pyublk.features import Features
 from pyublk.params import Params
-from pyublk.scheduling import SchedulerRemoval, choose_io_scheduler
+from pyublk.scheduling import PATIENCE, SchedulerRemoval, choose_io_scheduler
 from pyublk.uapi import Feature
 
 #: Seconds for the char device's node, and our right to open it, to come after the device.
@@ -161,12 +161,14 @@ class KernelDisk:
                 raise errors.node_missing_error(path)
             time.sleep(0.005)
 
-    def choose_scheduler(self, name: str | None, deadline: float) -> None:
-        """Gives it that I/O scheduler; "auto": none, but for a zoned disk, and some time later;
-        None: leaves it the kernel's choice."""
+    def choose_scheduler(self, name: str | None, deadline: float, *, later: bool) -> None:
+        """Gives it that I/O scheduler; "auto": none, but for a zoned disk; None: leaves it the
+        kernel's choice. `later`: "auto" goes on while the disk is in use already."""
         if name == "auto":
             if Feature.ZONED not in self.info.flags:
                 self._scheduler_removal = SchedulerRemoval(self.info.path)
+                if not later:
+                    self._end_scheduler_removal(PATIENCE)
         elif name is not None:
             choose_io_scheduler(self.info.path, name, deadline)
 
@@ -206,9 +208,7 @@ class KernelDisk:
         """DEL_DEV, unless the kernel keeps it; its id is free soon, once nobody has it open."""
         # The kernel waited for it when it took the disk away, and gives nobody the disk's name
         # before it is deleted.
-        if self._scheduler_removal is not None:
-            self._scheduler_removal.finish()
-            self._scheduler_removal = None
+        self._end_scheduler_removal()
         if self.kept or self._info is None:
             return
         try:
@@ -217,6 +217,11 @@ class KernelDisk:
         except OSError as error:
             if error.errno != errno.ENODEV:  # else: somebody else deleted it
                 raise
+
+    def _end_scheduler_removal(self, deadline: float = 0.0) -> None:
+        removal, self._scheduler_removal = self._scheduler_removal, None
+        if removal is not None:
+            removal.finish(deadline)
 
     def close(self) -> None:
         """Lets go of the helper and the control node."""

@@ -122,7 +122,10 @@ class Lifecycle:
         kernel.start()
         self.session.raise_error()
         kernel.await_node(until, self._raise_if_over)
-        kernel.choose_scheduler(self._asked["io_scheduler"], deadline)
+        # The kernel holds requests back meanwhile, until those before are answered: where start-up
+        # time counts more, they may be clients' already.
+        later = self._on is not None
+        kernel.choose_scheduler(self._asked["io_scheduler"], deadline, later=later)
         kernel.refresh()
 
     def _raise_if_over(self) -> None:

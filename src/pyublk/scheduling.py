@@ -179,11 +179,16 @@ def _reason(result: int | None) -> str:
     return "requests are in flight" if result is None else os.strerror(-result)
 
 
-class SchedulerRemoval:
-    """Takes a disk's I/O scheduler away while the disk is in use already.
+#: Seconds that a disk's start waits for a switch that nobody asked for by name: the kernel waits
+#: for all requests in flight first, of which the partition scan may have some.
+PATIENCE = 1.0
 
-    The kernel waits for grace periods of RCU meanwhile, ten to fifty milliseconds in which it
-    holds requests back, and for those in flight. Nobody asked for it by name, so nobody waits.
+
+class SchedulerRemoval:
+    """Takes a disk's I/O scheduler away, beside whatever else is done meanwhile.
+
+    The kernel takes ten to fifty milliseconds for it, most of that in grace periods of RCU. It
+    waits for the requests in flight, and holds the others back.
     """
 
     def __init__(self, disk: str) -> None:
