@@ -186,7 +186,7 @@ def test_idle_buffers_go_back_to_the_kernel(serve: Serve) -> None:
         blocks.write(b"x" * MIB, 0)
     assert touched() - before >= MIB
     verified(disk.path, rw="randwrite", bs="1m", size="8m", iodepth=8)
-    until(lambda: touched() == before, what="the buffers are given back")
+    until(lambda: touched() <= before, what="the buffers are given back")
     verified(disk.path, rw="randwrite", bs="4k", size="1m", iodepth=8)
     with pytest.raises(
         ValueError, match="trim_after must be a number of seconds above 0 or None, not 0"

@@ -25,8 +25,8 @@ static size_t page_round(size_t bytes)
 	return (bytes + page - 1) / page * page;
 }
 
-/* What takes the place of files that are given up; open as long as there are queues, since then it may
- * be too late for one more descriptor. Guarded by pu_fork_hold. */
+/* What takes the place of files that are given up; open as long as queues are, since then it may be too
+ * late for one more descriptor. Guarded by pu_fork_hold. */
 static int inert = -1;
 static uint32_t inert_users;
 
@@ -255,6 +255,7 @@ bool pu_queue_close(struct pu_queue *q)
 	close_fd(&q->event_fd);
 	if (!parents)
 		pthread_mutex_unlock(&q->inbox_lock);
+	put_inert(q);
 	return over;
 }
 
