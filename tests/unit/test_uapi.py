@@ -353,3 +353,17 @@ def test_this_machines_header_agrees(tmp_path: Path) -> None:
     output = subprocess.run([program], check=True, timeout=60, stdout=subprocess.PIPE, text=True)
     found = dict(zip(expected, map(int, output.stdout.split()), strict=True))
     assert found == expected
+
+
+def test_the_cores_numbers_are_these() -> None:
+    """The C core has its own names for those that it uses."""
+    header = (Path(uapi.__file__).parent / "_core" / "ublk.h").read_text()
+    kinds = {"CMD": uapi.ControlCommand, "IO": uapi.IOCommand, "F": uapi.Feature}
+    names = {"F_ZERO_COPY": "SUPPORT_ZERO_COPY"}
+    found = re.findall(
+        r"#define PU_((CMD|IO|F)_(\w+)) (?:\(UINT64_C\(1\) << (\d+)\)|(0x\w+)u)", header
+    )
+    assert {kind for _, kind, *_ in found} == set(kinds)
+    for whole, kind, name, bit, number in found:
+        value = 1 << int(bit) if bit else int(number, 16)
+        assert kinds[kind][names.get(whole, name)] == value, whole
