@@ -2,6 +2,7 @@
 """The kernel's side of a disk, from ADD_DEV to DEL_DEV: knows no target, and nobody who serves."""
 
 import errno
+import logging
 import os
 import stat
 import time
@@ -17,6 +18,11 @@ from pyublk.params import Params
 from pyublk.scheduling import PATIENCE, SchedulerRemoval, choose_io_scheduler
 from pyublk.uapi import Feature
 
+log = logging.getLogger("pyublk.device")
+
+#: Seconds for the id of a deleted device to become free; it does soon when nobody has it open.
+ID_FREED = 2.0
+
 #: Seconds for the char device's node, and our right to open it, to come after the device.
 NODE_OPENS = 5.0
 
@@ -24,11 +30,13 @@ NODE_OPENS = 5.0
 class KernelDisk:
     """A device of the kernel's: who serves it comes and goes.
 
-    `deadline`: seconds for each control command. The controller's helper deletes the device when
-    this process ends without having done so.
+    `deadline`: seconds for each control command. `waits`: a start and a stop also wait for what the
+    kernel finishes by itself, the removal of the I/O scheduler and the end of all that the device
+    had. The controller's helper deletes the device when this process ends without having done so.
     """
 
-    def __init__(self, *, deadline: float) -> None:
+    def __init__(self, *, deadline: float, waits: bool) -> None:
+        self._waits = waits
         self.controller = Controller(deadline=deadline)
         self.char_device: CharDevice | None = None
         #: It stays until this process ends: the helper deletes it then.
@@ -161,13 +169,13 @@ class KernelDisk:
                 raise errors.node_missing_error(path)
             time.sleep(0.005)
 
-    def choose_scheduler(self, name: str | None, deadline: float, *, later: bool) -> None:
+    def choose_scheduler(self, name: str | None, deadline: float) -> None:
         """Gives it that I/O scheduler; "auto": none, but for a zoned disk; None: leaves it the
-        kernel's choice. `later`: "auto" goes on while the disk is in use already."""
+        kernel's choice."""
         if name == "auto":
             if Feature.ZONED not in self.info.flags:
                 self._scheduler_removal = SchedulerRemoval(self.info.path)
-                if not later:
+                if self._waits:
                     self._end_scheduler_removal(PATIENCE)
         elif name is not None:
             choose_io_scheduler(self.info.path, name, deadline)
@@ -212,11 +220,19 @@ class KernelDisk:
         if self.kept or self._info is None:
             return
         try:
-            # Not waiting: that would be until everybody has closed the disk, and then for RCU.
+            # Not DEL_DEV, which waits until everybody has closed the disk.
             self.controller.delete(self._info.id, wait=False)
+            until = time.monotonic() + ID_FREED
+            while self._waits and time.monotonic() < until:
+                self.controller.info(self._info.id)
+                time.sleep(0.005)
         except OSError as error:
-            if error.errno != errno.ENODEV:  # else: somebody else deleted it
+            if error.errno != errno.ENODEV:  # else: it is gone, or somebody else deleted it
                 raise
+        else:
+            if self._waits:
+                path = self._info.path
+                log.warning("%s is deleted, but its id is taken until its users close it", path)
 
     def _end_scheduler_removal(self, deadline: float = 0.0) -> None:
         removal, self._scheduler_removal = self._scheduler_removal, None

@@ -61,7 +61,7 @@ class Lifecycle:
     def configure(self) -> None:
         """Opens the target, and adds a device of the kernel's that fits it."""
         asked = self._asked
-        kernel = self.kernel = KernelDisk(deadline=asked["deadline"])
+        kernel = self.kernel = KernelDisk(deadline=asked["deadline"], waits=self._on is None)
         profile = self.session.open_target()
         features = kernel.features()
         if asked["threads"] > 1:
@@ -122,10 +122,7 @@ class Lifecycle:
         kernel.start()
         self.session.raise_error()
         kernel.await_node(until, self._raise_if_over)
-        # The kernel holds requests back meanwhile, until those before are answered: where start-up
-        # time counts more, they may be clients' already.
-        later = self._on is not None
-        kernel.choose_scheduler(self._asked["io_scheduler"], deadline, later=later)
+        kernel.choose_scheduler(self._asked["io_scheduler"], deadline)
         kernel.refresh()
 
     def _raise_if_over(self) -> None:
