@@ -288,10 +288,13 @@ def test_stop_from_a_thread_with_a_dead_ones_ident(
 
     with clients(disk) as ended:
         assert server.ended.wait(60)
-        # Some wait beside, so that the ident is given out again.
-        with ThreadPoolExecutor(50) as pool:
-            everybody = threading.Barrier(50)
-            list(pool.map(lambda _: (stop(), everybody.wait(60)), range(50)))
+        # Some wait beside, so that the ident is given out again, sooner or later.
+        everybody = threading.Barrier(50)
+        for _ in range(20):
+            if states:
+                break
+            with ThreadPoolExecutor(50) as pool:
+                list(pool.map(lambda _: (stop(), everybody.wait(60)), range(50)))
         if not states:
             disk._stop_once()
         ended()
