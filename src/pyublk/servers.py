@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from pyublk import errors
-from pyublk._native import Queue, QueueSet, become_io_flusher, process
+from pyublk._native import Queue, QueueSet, process
 from pyublk.arguments import whole
 from pyublk.errors import InternalError
 from pyublk.queue_servers import ROUND, QueueServer, ServingTask, end_child, refuse
@@ -54,8 +54,7 @@ class Servers:
         self._closed = False
         self._preempt = preempt
         self._threads = [_SharedThread(f"ublk-servers-{n}", preempt) for n in range(threads)]
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._loop_thread: threading.Thread | None = None
+        self._loop: _LoopThread | None = None
         self._on_loop = 0  # disks
 
     def begin(self, task: ServingTask) -> QueueServer:
@@ -75,16 +74,8 @@ class Servers:
         with self._lock:
             self._check()
             if self._loop is None:
-                self._loop = loop = _make_loop()
-
-                def run() -> None:
-                    if not self._preempt:
-                        never_interrupt()
-                    loop.run_forever()
-
-                self._loop_thread = NamedThread(target=run, name="ublk-servers-loop", daemon=True)
-                self._loop_thread.start()
-            return self._loop
+                self._loop = _LoopThread("ublk-servers-loop", self._preempt)
+            return self._loop.loop
 
     def enter_loop(self) -> None:
         """One disk more is on the event loop."""
@@ -117,8 +108,8 @@ class Servers:
             self._closed = True
         for thread in self._threads:
             thread.end()
-        if self._loop is not None and self._loop_thread is not None:
-            _end_loop(self._loop, self._loop_thread)
+        if self._loop is not None:
+            self._loop.end()
             self._loop = None
 
     def __enter__(self) -> Self:
@@ -140,25 +131,34 @@ class Servers:
                 self.close()
 
 
-def _make_loop() -> "asyncio.AbstractEventLoop":
-    import asyncio
-    from concurrent.futures import ThreadPoolExecutor
+class _LoopThread:
+    """An event loop for disks with coroutines, on a thread of its own. It holds no `Servers`."""
 
-    loop = asyncio.new_event_loop()
-    # What a handler gives to threads serves requests too.
-    loop.set_default_executor(
-        ThreadPoolExecutor(thread_name_prefix="asyncio", initializer=become_io_flusher)
-    )
-    return loop
+    def __init__(self, name: str, preempt: bool) -> None:
+        from pyublk.engines.coroutines import serving_loop
 
+        self.loop = serving_loop()
+        self._preempt = preempt
+        self._over = False
+        self._thread = NamedThread(target=self._run, name=name, daemon=True)
+        self._thread.start()
 
-def _end_loop(loop: "asyncio.AbstractEventLoop", thread: threading.Thread) -> None:
-    import asyncio
+    def _run(self) -> None:
+        from pyublk.engines.coroutines import run_on
 
-    asyncio.run_coroutine_threadsafe(loop.shutdown_default_executor(), loop).result()
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    loop.close()
+        if not self._preempt:
+            never_interrupt()
+        while not self._over:  # a callback that ends the loop ends no disk
+            run_on(self.loop)
+
+    def end(self) -> None:
+        import asyncio
+
+        asyncio.run_coroutine_threadsafe(self.loop.shutdown_default_executor(), self.loop).result()
+        self._over = True
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
 
 
 class SharedServer(QueueServer):

@@ -5,6 +5,7 @@ import errno
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -190,3 +191,26 @@ def test_an_event_loop_of_theirs() -> None:
             servers.close()
         servers.leave_loop()
     assert loop.is_closed()
+
+
+def test_a_callback_that_ends_the_loop_ends_no_disk(
+    servers: Servers, caplog: pytest.LogCaptureFixture
+) -> None:
+    loop = servers.loop()
+
+    def leave() -> None:
+        raise SystemExit(3)
+
+    loop.call_soon_threadsafe(leave)
+    loop.call_soon_threadsafe(loop.stop)
+    asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(30)
+    assert "a callback on a target's event loop raised" in caplog.text
+
+
+def test_servers_with_a_loop_that_are_dropped_end() -> None:
+    servers = Servers()
+    servers.loop()
+    gone = weakref.ref(servers)
+    del servers
+    assert gone() is None
+    assert not [one for one in threading.enumerate() if one.name.startswith("ublk-servers")]

@@ -233,6 +233,15 @@ def _begin_executor_thread() -> None:
     name_thread("ublk-executor")  # or it would have the name of the queue's thread
 
 
+def serving_loop(selector: selectors.BaseSelector | None = None) -> asyncio.AbstractEventLoop:
+    """A new event loop for handlers: what one gives to threads serves requests too."""
+    loop = asyncio.SelectorEventLoop(selector)
+    loop.set_default_executor(
+        ThreadPoolExecutor(thread_name_prefix="asyncio", initializer=_begin_executor_thread)
+    )
+    return loop
+
+
 class TargetLoop:
     """The event loop that serves an async target, or the first of several, from before the target's
     `open` until after its `close`. Both are awaited on it.
@@ -251,12 +260,7 @@ class TargetLoop:
 
     def _make(self) -> asyncio.AbstractEventLoop:
         self.selector = RingSelector()
-        loop = asyncio.SelectorEventLoop(self.selector)
-        # What a handler gives to threads serves requests too.
-        loop.set_default_executor(
-            ThreadPoolExecutor(thread_name_prefix="asyncio", initializer=_begin_executor_thread)
-        )
-        return loop
+        return serving_loop(self.selector)
 
     def serve(self, main: Coroutine[Any, Any, None]) -> None:
         """Runs `main` on a loop of our own, on this thread, until it ends."""
@@ -307,8 +311,7 @@ class TargetLoop:
             run_shielded(self._close_own, lambda: None)
 
     def _run_on_own(self, main: Coroutine[Any, Any, None]) -> None:
-        """Runs it to its end on a loop of our own: a callback that ends the loop before (asyncio
-        lets SystemExit and KeyboardInterrupt through) ends neither `main` nor its caller."""
+        """Runs it to its end on a loop of our own, whatever else ends the loop before."""
         done: list[asyncio.Task[None]] = []
 
         def stop(task: asyncio.Task[None]) -> None:
@@ -317,14 +320,20 @@ class TargetLoop:
 
         self._loop.create_task(main, context=self._context).add_done_callback(stop)
         while not done:  # whatever else stops it
-            with _logged_exits():
-                self._loop.run_forever()
+            run_on(self._loop)
         done[0].result()
 
     def _close_own(self) -> None:
         self._run_on_own(_end_other_tasks())
         with _logged_exits():
             self._runner.close()
+
+
+def run_on(loop: asyncio.AbstractEventLoop) -> None:
+    """Runs a loop until it is stopped, or a callback of it raises: that is logged, and not raised,
+    though asyncio lets SystemExit and KeyboardInterrupt through."""
+    with _logged_exits():
+        loop.run_forever()
 
 
 @contextmanager
