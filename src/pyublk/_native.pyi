@@ -654,12 +654,6 @@ class MappedQueue(Queue):
         """Waits for requests, at most `timeout` seconds (None: for ever), and serves those that
         have come; False when the device has been stopped. With `fileno` in a poller, one thread can
         serve several queues in this way; it must be the thread that made them."""
-    def turn_mapped(
-        self,
-        mapper: Mapper | None = None,
-        leg_failed: Callable[[int, int, int], object] | None = None,
-    ) -> bool:
-        """As `turn`, of a mapped target."""
 
 @final
 class Ram:

@@ -125,25 +125,19 @@ cdef class MappedQueue(Queue):
                 return
 
     def step(self, Mapper mapper=None, leg_failed=None, *, timeout=None):
+        cdef int64_t limit = nanoseconds(timeout)
         self.alive()
-        if not self.mapped_round(mapper, leg_failed, nanoseconds(timeout), False):
-            return False
+        for _ in range(PU_TURN_ROUNDS):
+            if not self.mapped_round(mapper, leg_failed, limit, False):
+                return False
+            if not pu_queue_pending(&self.q):
+                return True
+            limit = 0
         # Whoever waits for `fileno` now must not wait for what has not been handed over.
         with nogil:
             if self.q.batch != NULL:
                 pu_batch_submit(&self.q)
             pu_ring_submit(&self.q.ring, 0, 0, 0)
-        return True
-
-    def turn_mapped(self, Mapper mapper=None, leg_failed=None):
-        self.alive()
-        if mapper is None:
-            pu_watch_end(&self.watch)
-        for _ in range(PU_TURN_ROUNDS):
-            if not self.mapped_round(mapper, leg_failed, 0, False):
-                return False
-            if not pu_queue_pending(&self.q):
-                break
         return True
 
     cdef bint mapped_round(

@@ -205,7 +205,7 @@ def test_a_mapped_turn(queues: QueueSet) -> None:
             while queue.answered(0) is None:
                 for one in queues.wait(10):
                     assert one is queue
-                    assert queue.turn_mapped()
+                    assert queue.step(timeout=0)
             assert queue.answered(0) == 512
             assert bytes(queue.memory(0, 512)) == b"x" * 512
             queues.remove(queue)

@@ -50,7 +50,7 @@ class MappedEngine(Engine):
 
     def turns(self, queue: Queue) -> Callable[[], bool]:
         assert isinstance(queue, MappedQueue)
-        return partial(queue.turn_mapped, *policy(self.target, self.report))
+        return partial(queue.step, *policy(self.target, self.report), timeout=0)
 
     def methods(self) -> Mapping[str, Callable[..., Any]]:
         self._files = FileMethods(self.target, self.report)
