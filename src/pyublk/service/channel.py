@@ -28,7 +28,7 @@ from typing import Any, Self
 from pyublk import errors
 from pyublk.files import StrangeFile, trusted_owners
 from pyublk.service import reports
-from pyublk.service.records import Record, run_directory, socket_place
+from pyublk.service.records import Record, json_object, run_directory, socket_place
 
 PROTOCOL = 1
 #: Bytes of the longest request, and of the longest answer that is read.
@@ -133,11 +133,8 @@ class Client:
             line = self._lines.receive(until)
         if line is None:
             raise ChannelError(f"the server behind {self._place} ended before it answered")
-        try:
-            answer = json.loads(line)
-        except (ValueError, RecursionError):
-            answer = None
-        if not isinstance(answer, dict):
+        answer = json_object(line)
+        if answer is None:
             raise ChannelError(f"what listens at {self._place} does not speak this protocol")
         return answer
 

@@ -54,14 +54,9 @@ def _is_abandoned(path: Path) -> bool:
     except OSError:  # gone, or none of ours
         return False
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            return False
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        return stat.S_ISREG(os.fstat(descriptor).st_mode) and _nobody_writes(descriptor)
     finally:
         os.close(descriptor)
-    return True
 
 
 def trim(descriptor: int) -> None:
@@ -113,7 +108,7 @@ def _nobody_writes(log: int) -> bool:
     """Whether its server has let go of it, which has it locked while it lives."""
     other = os.open(f"/proc/self/fd/{log}", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     finally:

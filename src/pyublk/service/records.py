@@ -79,11 +79,8 @@ class Record:
             text = read_record(path)
         except FileNotFoundError:
             return None
-        try:
-            found = json.loads(text)
-        except (ValueError, RecursionError):
-            found = None
-        if not isinstance(found, dict):
+        found = json_object(text)
+        if found is None:
             raise GarbledRecord(f"{path} is no record: it was cut off, or overwritten")
         try:
             return cls(**_understood(cls, found, device))
@@ -181,6 +178,15 @@ def socket_place(device: int) -> Path:
 def memory_place(device: int) -> Path:
     """A link to the memory that the server of a device id shares with clients, if it does."""
     return run_directory() / f"{device}.memory"
+
+
+def json_object(text: str | bytes) -> dict[str, Any] | None:
+    """What a text says that should be a JSON object; None if it is none."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def recorded_ids() -> list[int]:
