@@ -34,9 +34,9 @@ NO_FLAGS = Feature(0)
 
 #: Here they are a number: "max" is resolved by `Device`.
 _QUEUES = replace(DEVICE["queues"], literals=())
-#: Seconds for the id of a deleted device to become free: the kernel takes some grace periods of RCU
-#: for it, once nobody has the device open.
-ID_FREED = 1.0
+#: Seconds that ADD_DEV is tried again for an id that is just becoming free: the kernel takes some
+#: grace periods of RCU for it, once nobody has the deleted device open.
+RETRY_ADD = 1.0
 
 #: The high half of a device's cookie (ublksrv_flags) when pyublk made it: "pyub".
 COOKIE_MAGIC = 0x70797562
@@ -309,7 +309,7 @@ class Controller:
     def _add(
         self, id: int | None, payload: bytearray, *, guarded: bool, deadline: float | None
     ) -> None:
-        until = time.monotonic() + ID_FREED
+        until = time.monotonic() + RETRY_ADD
         while True:
             try:
                 self._run(

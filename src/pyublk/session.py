@@ -59,8 +59,6 @@ class Session:
     ) -> None:
         self._engine = engine_for(target)
         self._engine.check(threads=threads, workers=workers, shared_memory=shared_memory)
-        if trim_after is not None and (not isinstance(trim_after, (int, float)) or trim_after <= 0):
-            raise ValueError(f"trim_after must be positive seconds or None, not {trim_after!r}")
         self.threads = threads
         self._workers = workers
         self._trim_after = trim_after
