@@ -40,6 +40,17 @@ class Client(Protocol):
 OpenDisk = Callable[..., Client]
 
 
+def operations_of(disk: Client) -> dict[str, Callable[[], object]]:
+    """What a client does to the second half of a disk, by the method behind it."""
+    return {
+        "read": lambda: disk.pread(4096, HALF),
+        "write": lambda: disk.pwrite(b"w" * 4096, HALF),
+        "flush": disk.flush,
+        "discard": lambda: disk.discard(HALF, 4096),
+        "write_zeroes": lambda: disk.write_zeroes(HALF, 4096),
+    }
+
+
 # ---- targets ----
 
 
@@ -373,13 +384,7 @@ class TargetContract:
         make, options = FAILING[kind]
         target = make()
         disk = open_disk(target, **options)
-        calls: dict[str, Callable[[], object]] = {
-            "read": lambda: disk.pread(4096, HALF),
-            "write": lambda: disk.pwrite(b"w" * 4096, HALF),
-            "flush": disk.flush,
-            "discard": lambda: disk.discard(HALF, 4096),
-            "write_zeroes": lambda: disk.write_zeroes(HALF, 4096),
-        }
+        calls = operations_of(disk)
         for method, call in calls.items():
             target.store.failing, target.store.error = method, OSError(errno.ENOSPC, "full")
             assert failure_of(call) == errno.ENOSPC, method
@@ -420,14 +425,7 @@ class TargetContract:
     ) -> None:
         faulty = Faulty(made(kind, tmp_path))
         disk = open_disk(faulty, **FAILING[kind][1] if kind in FAILING else {})
-        calls: dict[str, Callable[[], object]] = {
-            "read": lambda: disk.pread(4096, HALF),
-            "write": lambda: disk.pwrite(b"w" * 4096, HALF),
-            "flush": disk.flush,
-            "discard": lambda: disk.discard(HALF, 4096),
-            "write_zeroes": lambda: disk.write_zeroes(HALF, 4096),
-        }
-        for method, call in calls.items():
+        for method, call in operations_of(disk).items():
             if faulty.announces(method):
                 faulty.fail("handle" if kind == "handle" else method, errno.ENOSPC, every=True)
                 assert failure_of(call) == errno.ENOSPC, method

@@ -20,10 +20,7 @@ static struct driver driver;
 
 static void play(int fd, uint32_t count)
 {
-	if (fd == driver.queue->ring.fd)
-		drive_ring(&driver, &driver.queue->ring, count);
-	else if (fd == driver.queue->post_ring.fd)
-		drive_ring(&driver, &driver.queue->post_ring, count);
+	driver_play(&driver, fd, count);
 }
 
 static void begin(struct pu_queue *q)

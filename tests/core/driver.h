@@ -156,6 +156,15 @@ static inline void drive_ring(struct driver *d, struct pu_ring *ring, uint32_t c
 		drive(d, entry_of(ring, i), ring == &d->queue->post_ring);
 }
 
+/* For `before_enter`: the entries of the queue's ring of that number. */
+static inline void driver_play(struct driver *d, int fd, uint32_t count)
+{
+	if (fd == d->queue->ring.fd)
+		drive_ring(d, &d->queue->ring, count);
+	else if (fd == d->queue->post_ring.fd)
+		drive_ring(d, &d->queue->post_ring, count);
+}
+
 /* A request; what is to be said of it is said of tag 0. */
 static inline void driver_request(struct driver *d, uint16_t tag, uint32_t op, bool get_data)
 {

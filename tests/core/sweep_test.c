@@ -264,10 +264,7 @@ static struct driver driver;
 
 static void play(int fd, uint32_t count)
 {
-	if (fd == driver.queue->ring.fd)
-		drive_ring(&driver, &driver.queue->ring, count);
-	else if (fd == driver.queue->post_ring.fd)
-		drive_ring(&driver, &driver.queue->post_ring, count);
+	driver_play(&driver, fd, count);
 }
 
 static bool can_play; /* this kernel's NOPs have a result of one's choice */

@@ -14,6 +14,7 @@ from typing import Self
 import pytest
 
 import pyublk
+from pyublk.service.records import Record, recorded_ids
 
 HERE = Path(__file__).parent
 
@@ -195,3 +196,14 @@ def sleeping_beyond_signals() -> list[str]:
         if rest.split()[0] == "D":
             found.append(name)
     return found
+
+
+def end_recorded_servers() -> None:
+    """Kills every server of the run directory: none outlives its test."""
+    for number in recorded_ids():
+        record = Record.read(number)
+        server = record.server.open() if record is not None else None
+        if server is not None:
+            with server:
+                server.send(signal.SIGKILL)
+                server.wait(10)

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ import pytest
 from blocks import Blocks
 from command_line import COMMAND, added, run_here
 from needs import Program, needs
-from servers import helpers_of, until
+from servers import end_recorded_servers, helpers_of, until
 
 import pyublk
 from pyublk.cli.failures import ExitCode
 from pyublk.service import channel
 from pyublk.service.channel import ChannelError, Client, server_place
-from pyublk.service.records import Record, recorded_ids, run_directory, socket_place
+from pyublk.service.records import Record, run_directory, socket_place
 from pyublk.uapi import Feature
 
 pytestmark = pytest.mark.timeout(180)
@@ -89,13 +90,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "disks.py").write_text(TARGETS)
     yield tmp_path
-    for number in recorded_ids():
-        record = Record.read(number)
-        server = record.server.open() if record is not None else None
-        if server is not None:
-            with server:
-                server.send(signal.SIGKILL)
-                server.wait(10)
+    end_recorded_servers()
 
 
 def left() -> list[str]:
@@ -185,9 +180,9 @@ def test_socat_is_enough(place: Path) -> None:
     stopped(disk)
 
 
-def test_it_answers_while_every_handler_hangs(place: Path) -> None:
-    os.mkfifo("told")
-    disk = added("disks.py:HangsAt", "-o", f"place={MIB // 2}", "-o", "told=told")
+@contextmanager
+def hanging_reader(disk: dict[str, Any]) -> Iterator[None]:
+    """A client whose read hangs in a `HangsAt` that tells by `told`, until the disk is stopped."""
 
     def read() -> None:
         with Blocks(disk["path"], os.O_RDONLY) as blocks:
@@ -199,16 +194,24 @@ def test_it_answers_while_every_handler_hangs(place: Path) -> None:
     reader = threading.Thread(target=read)
     reader.start()
     assert Path("told").read_text() == "hanging"
-    told = asked(disk, "status")
-    assert (told["state"], told["target_status"]) == ("live", {"says": "never"})
-    assert asked(disk, "stats")["total"]["reads"] >= 1
-    (info,) = json.loads(run_here("info", str(disk["id"]), "--json").stdout)
-    assert info["status"] == {"says": "never"}
-    (thread,) = info["threads"].values()
-    assert Path(f"/proc/{disk['server_pid']}/task/{thread}").exists()
-    done = run_here("stop", "--force", str(disk["id"]))
-    assert "never returned" in done.output or "ended with an error" in done.output
+    yield
     reader.join(60)
+
+
+def test_it_answers_while_every_handler_hangs(place: Path) -> None:
+    os.mkfifo("told")
+    disk = added("disks.py:HangsAt", "-o", f"place={MIB // 2}", "-o", "told=told")
+
+    with hanging_reader(disk):
+        told = asked(disk, "status")
+        assert (told["state"], told["target_status"]) == ("live", {"says": "never"})
+        assert asked(disk, "stats")["total"]["reads"] >= 1
+        (info,) = json.loads(run_here("info", str(disk["id"]), "--json").stdout)
+        assert info["status"] == {"says": "never"}
+        (thread,) = info["threads"].values()
+        assert Path(f"/proc/{disk['server_pid']}/task/{thread}").exists()
+        done = run_here("stop", "--force", str(disk["id"]))
+        assert "never returned" in done.output or "ended with an error" in done.output
 
 
 def test_a_server_that_is_held_is_told_as_silent_and_one_that_is_killed_leaves_nothing(
@@ -519,18 +522,8 @@ def test_a_disk_that_hangs_is_stopped_without_the_others(place: Path) -> None:
     good = added("--server", "lab", "disks.py:Says", "-o", "what=good")
     bad = added("--server", "lab", "disks.py:HangsAt", "-o", f"place={MIB // 2}", "-o", "told=told")
 
-    def read() -> None:
-        with Blocks(bad["path"], os.O_RDONLY) as blocks:
-            try:
-                blocks.read(4096, MIB // 2)
-            except OSError:
-                return
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    assert Path("told").read_text() == "hanging"
-    done = run_here("stop", "--force", str(bad["id"]))
-    reader.join(60)
+    with hanging_reader(bad):
+        done = run_here("stop", "--force", str(bad["id"]))
     assert done.exit_code == ExitCode.TIMEOUT, done.output
     assert "never returned" in done.output
     assert Path(good["path"]).read_bytes()[:5] == b"good."

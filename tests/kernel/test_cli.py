@@ -20,7 +20,7 @@ import pytest
 from command_line import COMMAND, added, run, run_here
 from conftest import Serve
 from memory import Memory
-from servers import helpers_of
+from servers import end_recorded_servers, helpers_of
 
 import pyublk
 from pyublk.cli.failures import ExitCode
@@ -121,13 +121,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "disks.py").write_text(TARGETS)
     yield tmp_path
-    for number in recorded_ids():
-        record = Record.read(number)
-        server = record.server.open() if record is not None else None
-        if server is not None:
-            with server:
-                server.send(signal.SIGKILL)
-                server.wait(10)
+    end_recorded_servers()
 
 
 @pytest.mark.parametrize(

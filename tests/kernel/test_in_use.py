@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -16,14 +15,14 @@ from click.testing import CliRunner, Result
 from conftest import Serve
 from filesystems import run
 from needs import Module, Program, needs
-from servers import Server, until
+from servers import Server, end_recorded_servers, until
 
 import pyublk
 from pyublk.cli import main
 from pyublk.cli.failures import ExitCode
 from pyublk.openers import command_name
 from pyublk.service import claim, stopping
-from pyublk.service.records import Record, place, recorded_ids
+from pyublk.service.records import place
 from pyublk.service.stacking import top_first
 from pyublk.targets import Ram, Slice
 from pyublk.uapi import Feature
@@ -40,13 +39,7 @@ def run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     monkeypatch.setenv("PYUBLK_RUN_DIR", str(tmp_path / "run"))
     monkeypatch.chdir(tmp_path)
     yield
-    for number in recorded_ids():
-        record = Record.read(number)
-        server = record.server.open() if record is not None else None
-        if server is not None:
-            with server:
-                server.send(signal.SIGKILL)
-                server.wait(10)
+    end_recorded_servers()
 
 
 def command(*arguments: object) -> Result:

@@ -7,14 +7,14 @@ import threading
 from threading import Event
 
 import pytest
+from blocks import Blocks
+from conftest import Serve
 from needs import CPUs, needs
+from servers import until
 
 import pyublk
 from pyublk.scheduling import io_scheduler, queue_threads
 from pyublk.targets import Null, Zoned
-from tests.kernel.blocks import Blocks
-from tests.kernel.conftest import Serve
-from tests.kernel.servers import until
 
 
 def threads(disk: pyublk.Device) -> list[int]:

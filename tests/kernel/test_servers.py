@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Many disks on a few threads: real ones, under verified load."""
 
-import asyncio
 import gc
 import os
 import threading
@@ -11,15 +10,16 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
+from blocks import Blocks
+from conftest import Serve
+from memory import AsyncMemory
+from servers import until
+from test_queue_by_hand import by_hand
 
 import pyublk
 from pyublk._native import QueueSet
 from pyublk.engines.methods import MethodsEngine
 from pyublk.targets import File, Ram
-from tests.kernel.blocks import Blocks
-from tests.kernel.conftest import Serve
-from tests.kernel.servers import until
-from tests.kernel.test_queue_by_hand import by_hand
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -43,22 +43,6 @@ class Memory(pyublk.Target):
         buffer[:] = self.bytes[offset : offset + len(buffer)]
 
     def write(self, offset: int, data: memoryview) -> None:
-        self.bytes[offset : offset + len(data)] = data
-
-
-class AsyncMemory(pyublk.Target):
-    """The same with coroutines that suspend."""
-
-    def __init__(self) -> None:
-        super().__init__(size=SIZE)
-        self.bytes = bytearray(SIZE)
-
-    async def read(self, offset: int, buffer: memoryview) -> None:
-        await asyncio.sleep(0)
-        buffer[:] = self.bytes[offset : offset + len(buffer)]
-
-    async def write(self, offset: int, data: memoryview) -> None:
-        await asyncio.sleep(0)
         self.bytes[offset : offset + len(data)] = data
 
 
@@ -87,7 +71,7 @@ def test_disks_of_every_kind_on_two_threads(serve: Serve, tmp_path: Path) -> Non
     with pyublk.Servers(threads=2) as servers:
         disks = [serve(Ram(size=SIZE), on=servers) for _ in range(2)]
         disks += [serve(Memory(), on=servers) for _ in range(2)]
-        disks += [serve(AsyncMemory(), on=servers) for _ in range(2)]
+        disks += [serve(AsyncMemory(SIZE), on=servers) for _ in range(2)]
         disks += [serve(File(tmp_path / f"{n}", size=SIZE), on=servers) for n in range(2)]
         assert len(servers) == 8
         assert threads() == ["ublk-servers-0", "ublk-servers-1", "ublk-servers-loop"]
