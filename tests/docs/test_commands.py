@@ -10,7 +10,7 @@ from pages import PAGES, ROOT
 
 from pyublk import targets
 from pyublk.cli import main
-from pyublk.service.spec import DiskSpec
+from pyublk.service.plan import DiskSpec
 
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 

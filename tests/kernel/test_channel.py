@@ -297,7 +297,7 @@ def test_resize_by_the_command(place: Path, controller: pyublk.Controller) -> No
     assert Path("disk.img").stat().st_size == 2 * MIB
     assert json.loads(run_here("list", "--json").stdout)[0]["size"] == 2 * MIB
     (info,) = json.loads(run_here("info", number, "--json").stdout)
-    assert info["spec"]["disk"]["size"] == 2 * MIB
+    assert info["plan"]["disk"]["size"] == 2 * MIB
     done = run_here("resize", number, "1M")
     assert done.exit_code == ExitCode.USAGE
     assert "loses the data beyond" in done.stderr

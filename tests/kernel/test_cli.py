@@ -292,7 +292,7 @@ def test_all_about_a_disk() -> None:
     assert told["depth"] == 16
     assert told["params"]["basic"]["size"] == 1 << 30
     assert told["params"]["basic"]["logical_block_size"] == 4096
-    assert told["spec"]["target"] == "null"
+    assert told["plan"]["target"] == "null"
     assert told["served"]["reads"] >= 1, "add reads the disk before it returns"
     assert "CMD_IOCTL_ENCODE" in told["flags"]
     [queue] = told["hardware_queues"]

@@ -340,7 +340,7 @@ def test_a_disk_beside_a_record_that_is_none(
         assert command("doctor", "--repair").exit_code == 0
         assert {record.name, "0.log"} <= set(os.listdir("run"))
         [one] = json.loads(command("info", "0", "--json").stdout)
-        assert (one["spec"] is None) == (one["record_trouble"] is not None)
+        assert (one["plan"] is None) == (one["record_trouble"] is not None)
         trouble: str | None = one["record_trouble"]
         return trouble and trouble.removeprefix(f"{record} ")
 

@@ -12,10 +12,10 @@ import pytest
 from pyublk import errors
 from pyublk.service import daemon, logs
 from pyublk.service.channel import ChannelError
+from pyublk.service.plan import DiskSpec
 from pyublk.service.processes import ProcessId, start_time
 from pyublk.service.records import remove_log
 from pyublk.service.reports import TargetFailed
-from pyublk.service.spec import DiskSpec
 
 
 @pytest.fixture(autouse=True)
@@ -76,8 +76,8 @@ def test_an_interrupt_while_waiting_leaves_nothing(tmp_path: Path, run_dir: Path
         "threading.Event().wait(100)\n"
     )
     program = (
-        "from pyublk.service import daemon, spec\n"
-        "daemon.start(spec.DiskSpec(target='slow.py:Slow'))"
+        "from pyublk.service import daemon, plan\n"
+        "daemon.start(plan.DiskSpec(target='slow.py:Slow'))"
     )
     with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE) as caller:
         pid = int(told.read_text())

@@ -24,8 +24,8 @@ from pyublk.service.doctor import (
     repair,
     stale_records,
 )
+from pyublk.service.plan import DiskSpec
 from pyublk.service.processes import ProcessId
-from pyublk.service.spec import DiskSpec
 from pyublk.uapi import DeviceStatus, Feature
 
 RELEASE = "6.12.9-amd64"
@@ -158,7 +158,7 @@ def test_records_of_dead_servers_are_found_and_removed(
         log = records.log_place(number)
         log.write_text("")
         records.Record(
-            id=number, cookie=number, server=server, spec=DiskSpec(target="null"), log=log
+            id=number, cookie=number, server=server, plan=DiskSpec(target="null"), log=log
         ).write()
     records.place(9).write_text("not understood")
     left = [records.place(1), records.log_place(1), records.place(9)]
@@ -175,7 +175,7 @@ def test_what_is_no_record_of_ours_is_told_and_left(
     monkeypatch.setenv("PYUBLK_RUN_DIR", str(tmp_path))
     monkeypatch.setattr("pyublk.service.doctor.CONTROL_NODE", str(tmp_path / "none"))
     alive = ProcessId.own()
-    records.Record(id=0, cookie=1, server=alive, spec=DiskSpec(target="null"), log=None).write()
+    records.Record(id=0, cookie=1, server=alive, plan=DiskSpec(target="null"), log=None).write()
     content = records.place(0).read_text()
     file(records.place(1), content.replace('"id": 0', '"id": 1').replace('"pid"', '"process"'))
     records.place(2).symlink_to(records.place(0))

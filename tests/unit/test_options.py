@@ -18,7 +18,7 @@ from pyublk import options
 from pyublk.cli import adding, main
 from pyublk.control import Controller
 from pyublk.scheduling import parse_affinity
-from pyublk.service.spec import DiskSpec
+from pyublk.service.plan import DiskSpec
 from pyublk.targets import Null
 
 #: Edits the source of pyublk.options, as a programmer would, before anything imports it.
@@ -52,7 +52,7 @@ import inspect, json, pydoc
 import pyublk
 from click.testing import CliRunner
 from pyublk.cli import main
-from pyublk.service.spec import DiskSpec
+from pyublk.service.plan import DiskSpec
 from pyublk.targets import Null
 
 def refused(act):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pyublk.control import DeviceInfo
+from pyublk.service.plan import DiskSpec
 from pyublk.service.processes import ProcessId
 from pyublk.service.records import (
     Record,
@@ -19,7 +20,6 @@ from pyublk.service.records import (
     recorded_ids,
     run_directory,
 )
-from pyublk.service.spec import DiskSpec
 from pyublk.targets import Null, Ram
 from pyublk.uapi import DeviceStatus, Feature
 
@@ -39,7 +39,7 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def record(number: int = 3, cookie: int = 77) -> Record:
     return Record(
-        id=number, cookie=cookie, server=ProcessId.own(), spec=SPEC, log=log_place(number)
+        id=number, cookie=cookie, server=ProcessId.own(), plan=SPEC, log=log_place(number)
     )
 
 
@@ -90,7 +90,7 @@ def test_removing_leaves_the_record_of_a_later_device_alone() -> None:
     assert recorded_ids() == []
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"id": 3, "more": 1}', '{"spec": 4}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"id": 3, "more": 1}', '{"plan": 4}'])
 def test_what_cannot_be_understood_is_no_record(text: str) -> None:
     place(3).write_text(text)
     assert Record.read(3) is None
@@ -105,8 +105,8 @@ def newer(**more: object) -> dict[str, Any]:
 
 def test_what_a_newer_version_says_besides_is_left_out() -> None:
     fields = newer(channel="/run/pyublk/3.sock")
-    fields["spec"]["restart"] = {"limit": 3}
-    fields["spec"]["disk"]["colour"] = "red"
+    fields["plan"]["restart"] = {"limit": 3}
+    fields["plan"]["disk"]["colour"] = "red"
     fields["server"]["namespace"] = 4026531836
     place(3).write_text(json.dumps(fields))
     assert Record.read(3) == record()
@@ -127,9 +127,9 @@ def test_what_a_newer_version_says_besides_is_left_out() -> None:
         {"server": {"pid": 1.5, "started": 0}},
         {"server": "123"},
         {"server": {"pid": 1}},
-        {"spec": {"target": 4}},
-        {"spec": {"target": "ram", "arguments": "ab", "options": []}},
-        {"spec": []},
+        {"plan": {"target": 4}},
+        {"plan": {"target": "ram", "arguments": "ab", "options": []}},
+        {"plan": []},
         {"log": 5},
         {"data_path": ["copy"]},
     ],

@@ -16,9 +16,9 @@ from pyublk.cli.output import print_json
 from pyublk.cli.parameters import disk_options, disk_options_given, json_option
 from pyublk.interruptions import handled
 from pyublk.service import daemon
+from pyublk.service.plan import DiskSpec
 from pyublk.service.records import Record, memory_place
 from pyublk.service.server import ServeResult, serve
-from pyublk.service.spec import DiskSpec
 
 
 class _TargetName(click.ParamType[str]):
@@ -166,7 +166,7 @@ def _show(record: Record, *, as_json: bool) -> None:
     fields = {
         "id": record.id,
         "path": record.path,
-        "target": record.spec.target,
+        "target": record.plan.target,
         "server_pid": record.server.pid,
         "log": str(record.log) if record.log else None,
     }

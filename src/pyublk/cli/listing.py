@@ -71,7 +71,7 @@ def _row(one: DiskEntry) -> list[str]:
     return [
         str(device.id),
         device.path,
-        one.record.spec.target if one.record else "?" if one.record_trouble else "-",
+        one.record.plan.target if one.record else "?" if one.record_trouble else "-",
         format_size(one.size) if one.size else "-",
         device.status.name.lower(),
         f"{device.queues} x {device.depth}",
@@ -85,7 +85,7 @@ def _summary(one: DiskEntry) -> dict[str, Any]:
     return {
         "id": device.id,
         "path": device.path,
-        "target": record.spec.target if record else None,
+        "target": record.plan.target if record else None,
         "size": one.size,
         "state": device.status.name.lower(),
         "queues": device.queues,
@@ -127,7 +127,7 @@ def _details(one: DiskEntry) -> dict[str, Any]:
         "server_name": one.server_name,
         "cookie": device.cookie,
         "owner": {"uid": device.owner_uid, "gid": device.owner_gid},
-        "spec": asdict(record.spec) if record else None,
+        "plan": asdict(record.plan) if record else None,
         "data_path": record.data_path if record else None,
         "record_trouble": one.record_trouble,
         "status": one.status,
@@ -178,8 +178,8 @@ def _lines(one: DiskEntry) -> list[tuple[str, str]]:
         ("owner", f"uid {device.owner_uid}, gid {device.owner_gid}"),
     ]
     if record:
-        words = [record.spec.target, *record.spec.arguments]
-        words += [f"{key}={value}" for key, value in record.spec.options.items()]
+        words = [record.plan.target, *record.plan.arguments]
+        words += [f"{key}={value}" for key, value in record.plan.options.items()]
         lines.append(("target", " ".join(words)))
         lines.append(("data path", record.data_path or "unknown"))
         lines += _status_lines(one.status)

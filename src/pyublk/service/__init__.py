@@ -4,7 +4,7 @@
 From the bottom up:
 
     processes, usage   processes beyond pid reuse; who uses a block device
-    spec, records      what to serve; what is kept of it while it is served
+    plan, records      what to serve; what is kept of it while it is served
     logs               what servers print, kept small, removed with their disks
     reports, server    failures that cross processes; serving a spec until told to stop
     daemon             a server process of its own

@@ -25,6 +25,7 @@ from pyublk.service.channel import (
     is_abandoned,
     server_place,
 )
+from pyublk.service.plan import DiskSpec
 from pyublk.service.records import (
     Record,
     make_run_directory,
@@ -33,7 +34,6 @@ from pyublk.service.records import (
     run_directory,
     server_log_place,
 )
-from pyublk.service.spec import DiskSpec
 
 Server = subprocess.Popen[bytes]
 T = TypeVar("T")
@@ -214,7 +214,7 @@ def _check_readable(record: Record) -> None:
     reader.join(FIRST_READ)
     if reader.is_alive():
         raise TimeoutError(
-            f"{record.spec.target} did not answer the first read of {record.path} "
+            f"{record.plan.target} did not answer the first read of {record.path} "
             f"within {FIRST_READ:g} s"
         )
     if failures:

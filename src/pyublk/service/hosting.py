@@ -21,9 +21,9 @@ from pyublk.options import DISK
 from pyublk.service import requests, title
 from pyublk.service.channel import server_place
 from pyublk.service.listener import Listener, Undoable
+from pyublk.service.plan import DiskSpec
 from pyublk.service.processes import ProcessId
 from pyublk.service.records import Record, log_place, memory_place, socket_place
-from pyublk.service.spec import DiskSpec
 from pyublk.sharing import SharedMemory
 
 log = logging.getLogger("pyublk.server")
@@ -50,7 +50,7 @@ class Served:
         self.failure: Exception | None = None
         record.write()
         try:
-            self._memory = _share(record.spec, device)  # until the end
+            self._memory = _share(record.plan, device)  # until the end
         except BaseException:
             record.remove()
             raise
@@ -65,9 +65,9 @@ class Served:
 
     def resize(self, size: int, *, shrink: bool) -> None:
         self.device.resize(size, shrink=shrink)
-        spec = self.record.spec
+        spec = self.record.plan
         if spec.disk.get("size") is not None:
-            self.record = replace(self.record, spec=replace(spec, disk=spec.disk | {"size": size}))
+            self.record = replace(self.record, plan=replace(spec, disk=spec.disk | {"size": size}))
             self.record.write()
 
     def stop(self) -> None:
@@ -156,7 +156,7 @@ class Host:
         return disk
 
     def _show(self) -> None:
-        disks = [(disk.record.id, disk.record.spec.target) for disk in list(self.disks)]
+        disks = [(disk.record.id, disk.record.plan.target) for disk in list(self.disks)]
         title.show(*title.of_server(self._name, disks))
 
     @contextmanager
@@ -236,7 +236,7 @@ def record_of(spec: DiskSpec, device: Device, log_file: Path | None) -> Record:
         id=device.id,
         cookie=device.info().cookie,
         server=ProcessId.own(),
-        spec=spec,
+        plan=spec,
         log=log_file,
         data_path=str(device.data_path),
     )

@@ -16,8 +16,8 @@ from typing import Any, Self
 
 from pyublk.control import DeviceInfo
 from pyublk.files import StrangeFile, read_record, write_record
+from pyublk.service.plan import DiskSpec
 from pyublk.service.processes import ProcessId
-from pyublk.service.spec import DiskSpec
 
 
 def run_directory() -> Path:
@@ -52,7 +52,7 @@ class Record:
     id: int
     cookie: int
     server: ProcessId
-    spec: DiskSpec
+    plan: DiskSpec
     log: Path | None
     data_path: str | None = None
     server_name: str | None = None
@@ -117,20 +117,20 @@ def _understood(kind: type[Any], found: dict[str, Any], device: int) -> dict[str
     TypeError or KeyError when it is not what this version writes."""
     known = _known(kind, found)
     server = ProcessId(**_known(ProcessId, found["server"]))
-    spec = DiskSpec.from_json(json.dumps(_known(DiskSpec, found["spec"])))
+    plan = DiskSpec.from_json(json.dumps(_known(DiskSpec, found["plan"])))
     numbers = (known["id"], known["cookie"], server.pid, server.started)
-    texts = (spec.target, *spec.arguments, known["log"] or "", known.get("data_path") or "")
+    texts = (plan.target, *plan.arguments, known["log"] or "", known.get("data_path") or "")
     texts += (known.get("server_name") or "",)
     if (
         not all(type(number) is int for number in numbers)
         or not all(isinstance(text, str) for text in texts)
-        or not isinstance(spec.options, dict)
+        or not isinstance(plan.options, dict)
         or known["id"] != device
         or server.pid <= 0
     ):
         raise ValueError("not what this version writes")
     log = None if known["log"] is None else Path(known["log"])
-    return known | {"spec": spec, "server": server, "log": log}
+    return known | {"plan": plan, "server": server, "log": log}
 
 
 def _known(kind: type[Any], found: object) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def status(disk: ServedDisk) -> dict[str, Any]:
         "path": device.path,
         "state": str(device.state),
         "size": device.params.basic.size,
-        "target": disk.record.spec.target,
+        "target": disk.record.plan.target,
         "target_status": device.target.status(),
         "failed_requests": device.stats().total.errors,
         "data_path": str(device.data_path),

@@ -19,6 +19,7 @@ from pyublk.interruptions import handled
 from pyublk.service import logs, reports, title
 from pyublk.service.hosting import Host, Served, record_of
 from pyublk.service.listener import Listener
+from pyublk.service.plan import DiskSpec
 from pyublk.service.records import (
     Record,
     log_place,
@@ -26,7 +27,6 @@ from pyublk.service.records import (
     remove_log,
     server_log_place,
 )
-from pyublk.service.spec import DiskSpec
 from pyublk.stats import QueueStats
 
 log = logging.getLogger("pyublk.server")
@@ -168,8 +168,8 @@ def _run_daemon(report_fd: int, log_file: Path, name: str | None) -> int:
         live = True
 
     def ready(record: Record) -> None:
-        log.info("serving %s as %s by %s", record.spec.target, record.path, record.data_path)
-        title.show(*title.of_disk(record.id, record.spec.target))
+        log.info("serving %s as %s by %s", record.plan.target, record.path, record.data_path)
+        title.show(*title.of_disk(record.id, record.plan.target))
         tell({"ready": record.id})
 
     try:

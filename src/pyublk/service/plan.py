@@ -136,3 +136,7 @@ def _text(name: str, value: object) -> str:
             return ",".join(parts)
         raise ValueError(f"a value of {name} has a comma in it, which lists do not allow")
     raise ValueError(f"{name} must be a text, a number, true or false, or a list, not {value!r}")
+
+
+#: As it is called in the records, and in programs that were written for earlier versions.
+Plan = DiskSpec
