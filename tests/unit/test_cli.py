@@ -119,6 +119,8 @@ def test_python_m_pyublk_is_the_command() -> None:
         (["stop"], "Missing argument 'ID...'"),
         (["stop", "sda"], "'sda' is no device: give an id, /dev/ublkbN or `all`"),
         (["info", "all"], "'all' is no device: give an id, /dev/ublkbN\n"),
+        (["replace", "0", "first"], "'LEG': 'first' is not a valid whole number"),
+        (["logs", "-n", "all", "0"], "'all' is not a valid whole number"),
         (["stop", "0", "--safe", "--force"], "--safe and --force exclude each other"),
         (["stop", "0", "--timeout", "0"], "0.0 is not in the range x>=0.1"),
         (["stop", "0", "--timeout", "nan"], "nan is no number of seconds that can be waited for"),

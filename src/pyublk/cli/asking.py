@@ -10,7 +10,7 @@ import click
 from pyublk.cli.failures import open_controller
 from pyublk.cli.listing import find
 from pyublk.cli.output import print_json, print_table
-from pyublk.cli.parameters import DeviceId, Size, json_option
+from pyublk.cli.parameters import DeviceId, Size, Whole, json_option
 from pyublk.service.channel import ask
 from pyublk.service.records import Record, record_trouble
 from pyublk.sizes import format_size
@@ -80,7 +80,7 @@ def resize(device: int, size: int, shrink: bool, as_json: bool) -> None:
 
 @click.command()
 @click.argument("device", metavar="ID", type=DeviceId())
-@click.argument("leg", type=click.IntRange(min=0))
+@click.argument("leg", type=Whole(min=0))
 @click.argument("path", required=False, type=click.Path())
 @json_option
 def replace(device: int, leg: int, path: str | None, as_json: bool) -> None:

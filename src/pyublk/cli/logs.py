@@ -6,7 +6,7 @@ import os
 
 import click
 
-from pyublk.cli.parameters import DeviceId
+from pyublk.cli.parameters import DeviceId, Whole
 from pyublk.errors import DeviceNotFound
 from pyublk.service.logs import follow, last_lines
 from pyublk.service.records import Record, log_place
@@ -16,7 +16,7 @@ from pyublk.service.records import Record, log_place
 @click.argument("device", metavar="ID", type=DeviceId())
 @click.option("-f", "--follow", "follows", is_flag=True,
               help="Go on printing until the server ends.")  # fmt: skip
-@click.option("-n", "--lines", type=click.IntRange(min=0), default=50, show_default=True,
+@click.option("-n", "--lines", type=Whole(min=0), default=50, show_default=True,
               metavar="N", help="Print only the last N lines.")  # fmt: skip
 def logs(device: int, follows: bool, lines: int) -> None:
     """Print the log of a disk's server, also of a server that died.

@@ -51,6 +51,12 @@ class Size(click.ParamType[int]):
             self.fail(str(error), param, ctx)
 
 
+class Whole(click.IntRange):
+    """A whole number within bounds."""
+
+    name = "whole number"
+
+
 class Seconds(click.FloatRange):
     """A time that a clock can have: neither infinite nor no number at all."""
 
