@@ -82,7 +82,7 @@ class DeviceInfo:
         return self.cookie >> 32 == COOKIE_MAGIC
 
 
-def _has_node(device: int) -> bool:
+def has_node(device: int) -> bool:
     """Whether there is such a device: the id of one that was deleted may be taken still."""
     return os.path.exists(f"/sys/class/ublk-char/ublkc{device}")
 
@@ -319,7 +319,7 @@ class Controller:
             except FileExistsError as error:
                 if id is None or error.errno != errno.EEXIST:
                     raise
-                if _has_node(id) or time.monotonic() > until:
+                if has_node(id) or time.monotonic() > until:
                     raise errors.command_error(
                         ControlCommand.ADD_DEV,
                         errno.EEXIST,
@@ -352,7 +352,7 @@ class Controller:
     def _who_has(self, id: int) -> str:
         with suppress(OSError):
             info = self.info(id)  # the kernel answers for a while when it has deleted the device
-            if _has_node(id):
+            if has_node(id):
                 return who_has(id, info.status, info.server_pid)
         return who_has(id, None, None)
 

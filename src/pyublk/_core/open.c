@@ -67,9 +67,7 @@ static int open_ring(struct pu_queue *q, const struct pu_queue_options *options)
 
 	while (entries < wanted && entries < PU_RING_MAX_ENTRIES)
 		entries *= 2;
-	error = pu_ring_open(&q->ring, entries, entries * 2, PU_SETUP_CLAMP,
-			     PU_SETUP_SUBMIT_ALL | PU_SETUP_COOP_TASKRUN | PU_SETUP_SINGLE_ISSUER |
-				     PU_SETUP_DEFER_TASKRUN | PU_SETUP_NO_SQARRAY);
+	error = pu_ring_open(&q->ring, entries, entries * 2, PU_SETUP_CLAMP, PU_SETUP_OF_A_THREAD);
 	if (!error && (q->auto_buffer || q->zero_copy))
 		error = pu_ring_register_sparse_buffers(&q->ring, q->depth);
 	return error < 0 ? error : 0;

@@ -26,6 +26,11 @@ enum { /* io_uring_setup(2) */
 	PU_SETUP_NO_SQARRAY = 1u << 16,
 };
 
+/* What a ring wants that one thread fills, and waits in. */
+#define PU_SETUP_OF_A_THREAD                                                              \
+	(PU_SETUP_SUBMIT_ALL | PU_SETUP_COOP_TASKRUN | PU_SETUP_SINGLE_ISSUER |           \
+	 PU_SETUP_DEFER_TASKRUN | PU_SETUP_NO_SQARRAY)
+
 enum {
 	PU_FEAT_SINGLE_MMAP = 1u << 0,
 	PU_FEAT_NODROP = 1u << 1,

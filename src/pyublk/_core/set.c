@@ -40,8 +40,7 @@ int pu_set_open(struct pu_set *set, uint32_t room)
 	*set = (struct pu_set){ .wake = { .fd = -1, .closed = true } };
 	/* Each place has one completion at most, beside the wake and cancelled reads. */
 	error = pu_ring_open(&set->ring, ENTRIES, ENTRIES + room, PU_SETUP_CLAMP,
-			     PU_SETUP_SUBMIT_ALL | PU_SETUP_COOP_TASKRUN | PU_SETUP_SINGLE_ISSUER |
-				     PU_SETUP_DEFER_TASKRUN | PU_SETUP_NO_SQARRAY);
+			     PU_SETUP_OF_A_THREAD);
 	if (error < 0) {
 		set->ring.fd = -1;
 		return error;

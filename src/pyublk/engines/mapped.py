@@ -61,10 +61,12 @@ class MappedEngine(Engine):
             self._files.close()
 
 
-def policy(
-    target: MappedTarget, report: FailureLog
-) -> tuple[Mapper | None, Callable[[int, int, int], None]]:
-    """What a queue asks Python: where bytes are, if at all, and who is told of a leg's failure."""
+#: What a queue asks Python: where bytes are, if at all, and who is told of a leg's failure.
+Policy = tuple[Mapper | None, Callable[[int, int, int], None]]
+
+
+def policy(target: MappedTarget, report: FailureLog) -> Policy:
+    """That of a target, for one queue."""
     mapper = None if target.map is None else Mapper(target, report)
 
     def leg_failed(leg: int, error: int, file_generation: int) -> None:
@@ -79,8 +81,9 @@ def policy(
 class _Calling:
     """A queue without a kernel that one thread sends its calls through; gone with that thread."""
 
-    def __init__(self, queue: MappedQueue) -> None:
+    def __init__(self, queue: MappedQueue, policy: Policy) -> None:
         self.queue = queue
+        self.policy = policy
         self.lock = threading.Lock()  # a call is under way
 
     def end(self) -> None:
@@ -151,7 +154,7 @@ class FileMethods:
                 queue.memory(0, length)[:] = data
             queue.inject(0, op | flags, offset, length)
             while (result := queue.answered(0)) is None:
-                queue.serve_mapped(*policy(self._target, self._report))
+                queue.serve_mapped(*calling.policy)
             if result < 0:
                 raise OSError(-result, os.strerror(-result))
             if into is not None:
@@ -163,7 +166,8 @@ class FileMethods:
         if calling is None:
             self._target.wake_queues = self.wake
             layout = self._target.layout
-            calling = _Calling(MappedQueue.loopback(layout=layout, depth=1, buffer_size=PIECE))
+            queue = MappedQueue.loopback(layout=layout, depth=1, buffer_size=PIECE)
+            calling = _Calling(queue, policy(self._target, self._report))
             calling.queue.fetch()
             self._of_thread.calling = calling
             with self._lock:

@@ -3,7 +3,6 @@
 
 import errno
 import logging
-import os
 import signal
 import threading
 import time
@@ -12,7 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from pyublk import errors
-from pyublk.control import Controller, DeviceInfo
+from pyublk.control import Controller, DeviceInfo, has_node
 from pyublk.files import about
 from pyublk.service.channel import ChannelError, ask
 from pyublk.service.claim import patiently, refuse_if_used, take
@@ -143,7 +142,7 @@ def _exists(controller: Controller, device: DeviceInfo) -> bool:
 
     A deleted device whose disk somebody has open keeps its id until it is closed, but no nodes.
     """
-    if not os.path.exists(f"/sys/class/ublk-char/ublkc{device.id}"):
+    if not has_node(device.id):
         return False
     try:
         return controller.info(device.id).cookie == device.cookie
