@@ -293,7 +293,7 @@ def test_resize_by_the_command(place: Path, controller: pyublk.Controller) -> No
         stopped(disk)
         return
     done = run_here("resize", number, "2M")
-    assert (done.exit_code, done.stdout) == (0, f"{disk['path']} has 2MiB\n")
+    assert (done.exit_code, done.stdout) == (0, f"{disk['path']} now has 2MiB\n")
     assert Path("disk.img").stat().st_size == 2 * MIB
     assert json.loads(run_here("list", "--json").stdout)[0]["size"] == 2 * MIB
     (info,) = json.loads(run_here("info", number, "--json").stdout)

@@ -887,7 +887,7 @@ def test_a_file_in_the_place_of_the_disk() -> None:
     try:
         target = Closing(MIB)
         disk = Device(target, id=77)
-        with pytest.raises(pyublk.DeviceLost, match=r"ublkb77 is not the disk .* remove"):
+        with pytest.raises(pyublk.DeviceLost, match=r"ublkb77 is not the disk.*remove"):
             disk.start()
         assert no_trace_of(disk)
         assert target.closed == 1
