@@ -59,7 +59,7 @@ class _Place:
 class _Client:
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
-        self.since = time.monotonic()
+        self.since = time.monotonic()  # its last request, or its arrival
         self.busy = False
 
     def send_away(self) -> None:
@@ -175,12 +175,12 @@ class Listener:
             greeting = {"pyublk": version(), "protocol": PROTOCOL, "capabilities": place.requests}
             lines.send(json.dumps(greeting))
             while True:
-                client.busy, client.since = False, time.monotonic()
+                client.busy = False
                 client.connection.settimeout(None)
                 line = lines.receive()
                 if line is None:
                     return
-                client.busy = True
+                client.busy, client.since = True, time.monotonic()
                 client.connection.settimeout(SLOW)
                 if line.strip():
                     _answer(lines, line, place)
