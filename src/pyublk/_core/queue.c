@@ -240,6 +240,8 @@ static int wait_kernel(struct pu_queue *q, int64_t timeout_ns)
 	}
 	done = pu_ring_submit(&q->ring, timeout_ns != 0, timeout_ns, 0);
 	pu_count(&q->counters.enters, 1);
+	if (q->event_fd >= 0 && pu_ring_deferred(&q->ring))
+		eventfd_write(q->event_fd, 1);
 	if (__atomic_load_n(&q->severed, __ATOMIC_ACQUIRE))
 		return -ESHUTDOWN;
 	/* Out of memory or completions to be reaped first: the commits stay queued, try again. */
@@ -377,7 +379,7 @@ bool pu_queue_pending(const struct pu_queue *q)
 	if (q->loopback && q->loopback->nr_injected)
 		return true;
 	return q->ring.fd >= 0 && (pu_ring_unsubmitted(&q->ring) || pu_ring_ready(&q->ring) ||
-				   (q->batch && q->batch->filled));
+				   pu_ring_deferred(&q->ring) || (q->batch && q->batch->filled));
 }
 
 int pu_queue_turn(struct pu_queue *q, pu_handler handler, void *context, bool blind)

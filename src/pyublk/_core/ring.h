@@ -28,8 +28,9 @@ enum { /* io_uring_setup(2) */
 
 /* What a ring wants that one thread fills, and waits in. */
 #define PU_SETUP_OF_A_THREAD                                                              \
-	(PU_SETUP_SUBMIT_ALL | PU_SETUP_COOP_TASKRUN | PU_SETUP_SINGLE_ISSUER |           \
-	 PU_SETUP_DEFER_TASKRUN | PU_SETUP_NO_SQARRAY)
+	(PU_SETUP_SUBMIT_ALL | PU_SETUP_COOP_TASKRUN | PU_SETUP_TASKRUN_FLAG |            \
+	 PU_SETUP_SINGLE_ISSUER | PU_SETUP_DEFER_TASKRUN | PU_SETUP_NO_SQARRAY)
+#define PU_SQ_TASKRUN (1u << 2)
 
 enum {
 	PU_FEAT_SINGLE_MMAP = 1u << 0,
@@ -209,6 +210,13 @@ void pu_ring_retract(struct pu_ring *ring);
 int pu_ring_submit(struct pu_ring *ring, uint32_t wait, int64_t timeout_ns, uint32_t min_wait_us);
 
 uint32_t pu_ring_ready(const struct pu_ring *ring);
+
+/* Whether an enter would bring completions that no eventfd tells of any more: what came while the
+ * last enter ran, or was too much for it (Linux 6.14 and later stop at 20). */
+static inline bool pu_ring_deferred(const struct pu_ring *ring)
+{
+	return __atomic_load_n(ring->k_sq_flags, __ATOMIC_ACQUIRE) & PU_SQ_TASKRUN;
+}
 
 static inline const struct pu_cqe *pu_ring_cqe(const struct pu_ring *ring, uint32_t nth)
 {
