@@ -21,6 +21,9 @@ _COMMANDS = {
     "info": ("listing", "Show all details of disks."),
     "stop": ("stopping", "Flush disks and stop them."),
     "del": ("stopping", "Stop and delete devices of any server, even a dead one."),
+    "up": ("defining", "Serve the disks that files define."),
+    "down": ("defining", "Stop the disks that files define."),
+    "plan": ("defining", "Show what `up` would change."),
     "stats": ("asking", "Print a disk's counters."),
     "resize": ("asking", "Change the size of a disk while it is used."),
     "replace": ("asking", "Replace a mirror's failed leg."),
@@ -81,7 +84,7 @@ class _Commands(click.Group):
     cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 done, 1 failed, 2 wrong usage, 3 no ublk driver, 4 no permission, "
-    "5 no such device, 6 in use, 7 timed out, 130 interrupted.",
+    "5 no such device, 6 in use, 7 timed out, 8 something to change, 130 interrupted.",
 )
 @click.version_option(package_name="pyublk")
 @click.option(

@@ -120,7 +120,7 @@ def add(
     open_controller().close()  # no driver, no rights: said before anything is started
     show = partial(_show, as_json=as_json)
     if not foreground:
-        with _ended_as_by_ctrl_c():
+        with ended_as_by_ctrl_c():
             daemon.start(wanted, ready=show, server=server)
         return
     served = serve(wanted, log_file=None, ready=show)
@@ -150,7 +150,7 @@ def _wanted(
     return replace(described, options=described.options | options, disk={**described.disk, **disk})
 
 
-def _ended_as_by_ctrl_c() -> AbstractContextManager[None]:
+def ended_as_by_ctrl_c() -> AbstractContextManager[None]:
     """SIGTERM, and a terminal that goes, undo what was begun, as Ctrl-C does."""
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:

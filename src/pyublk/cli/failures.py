@@ -4,7 +4,7 @@
 import errno
 import sys
 import traceback as tracebacks
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from enum import IntEnum
 from typing import IO, Any
@@ -26,6 +26,7 @@ class ExitCode(IntEnum):
     NO_DEVICE = 5
     BUSY = 6
     TIMEOUT = 7
+    CHANGES = 8
     INTERRUPTED = 130
 
 
@@ -67,10 +68,10 @@ def message(text: str, *notes: str) -> None:
 
 
 class Failure(click.ClickException):
-    """What click shows instead of a traceback."""
+    """What click shows instead of a traceback; `of` names what has failed, if that is not clear."""
 
-    def __init__(self, error: BaseException) -> None:
-        super().__init__(_sentence(error))
+    def __init__(self, error: BaseException, *, of: str = "") -> None:
+        super().__init__(f"{of}: {_sentence(error)}" if of else _sentence(error))
         self.notes: list[str] = list(getattr(error, "__notes__", ()))
         self.exit_code = exit_code(error)  # type: ignore[misc]  # made to be set by subclasses
 
@@ -85,6 +86,14 @@ def _sentence(error: BaseException) -> str:
     if isinstance(error, errors.UblkError | ValueError | TimeoutError):
         return str(error)
     return f"{type(error).__name__}: {error} (pyublk --traceback ... shows where)"
+
+
+def raise_all(failures: Sequence[Failure]) -> None:
+    """Shows them, and ends the command with the last one's exit code, if there are any."""
+    for failure in failures[:-1]:
+        failure.show()
+    if failures:
+        raise failures[-1]
 
 
 @contextmanager

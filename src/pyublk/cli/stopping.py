@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import click
 
-from pyublk.cli.failures import ExitCode, Failure, exit_code, open_controller
+from pyublk.cli.failures import ExitCode, Failure, exit_code, open_controller, raise_all
 from pyublk.cli.listing import find
 from pyublk.cli.output import print_json
 from pyublk.cli.parameters import DeviceId, Seconds, json_option
@@ -13,8 +13,10 @@ from pyublk.control import Controller, DeviceInfo
 from pyublk.service.stacking import top_first
 from pyublk.service.stopping import delete, stop
 
-_force = click.option("--force", is_flag=True, help="Even if it is in use, or cannot be flushed.")
-_timeout = click.option(
+force_option = click.option(
+    "--force", is_flag=True, help="Even if it is in use, or cannot be flushed."
+)
+timeout_option = click.option(
     "--timeout",
     type=Seconds(min=0.1),
     default=30.0,
@@ -26,11 +28,11 @@ _timeout = click.option(
 
 @click.command("stop")
 @click.argument("ids", metavar="ID...", nargs=-1, required=True, type=DeviceId(all_allowed=True))
-@_force
+@force_option
 @click.option(
     "--safe", is_flag=True, help="Only if nobody has it open, not even to read (Linux 7.0)."
 )
-@_timeout
+@timeout_option
 @json_option
 def stop_(
     ids: tuple[int | str, ...], force: bool, safe: bool, timeout: float, as_json: bool
@@ -52,8 +54,8 @@ def stop_(
 
 @click.command("del")
 @click.argument("ids", metavar="ID...", nargs=-1, required=True, type=DeviceId(all_allowed=True))
-@_force
-@_timeout
+@force_option
+@timeout_option
 @json_option
 def del_(ids: tuple[int | str, ...], force: bool, timeout: float, as_json: bool) -> None:
     """Stop and delete devices: as `stop`, but of any server, even one that is gone.
@@ -92,7 +94,4 @@ def _each(
                 failures.append(Failure(error))
     if as_json:
         print_json({"done": done})
-    for failure in failures[:-1]:
-        failure.show()
-    if failures:
-        raise failures[-1]
+    raise_all(failures)

@@ -3,7 +3,6 @@
 
 import inspect
 import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Self, cast
 from pyublk import targets
 from pyublk.device import Device
 from pyublk.options import DEVICE, DISK, DeviceOptions, DiskOptions, near
+from pyublk.service.toml import WrongKey, reading
 from pyublk.target import Target
 
 
@@ -22,13 +22,16 @@ class DiskSpec:
     `target` is a name that `pyublk.targets.resolve` knows; `arguments` and `options` are the texts
     for its class's parameters. `disk` is what else is asked for (`pyublk.options.DiskOptions`):
     `size`, `block_size` and `read_only` go to the class as well, `shared_memory_size` is for the
-    server, the rest goes to `Device`. What it does not have is left to them.
+    server, the rest goes to `Device`. What it does not have is left to them. `name` and `file` are
+    those of its definition, if it has one (`pyublk up`).
     """
 
     target: str
     arguments: tuple[str, ...] = ()
     options: dict[str, str] = field(default_factory=dict)
     disk: DiskOptions = field(default_factory=DiskOptions)
+    name: str | None = None
+    file: str | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -55,45 +58,44 @@ class DiskSpec:
             [options]
             direct = true
 
-        Raises ValueError that names the key that is wrong, and OSError for a file that cannot be
-        read.
+        Raises ValueError that names the key that is wrong and its line, and OSError for a file that
+        cannot be read.
         """
-        where = f"{source}: " if isinstance(source, Path) else ""
-        try:
-            text = source.read_text() if isinstance(source, Path) else source
-            return cls._of_table(tomllib.loads(text))
-        except UnicodeDecodeError:
-            raise ValueError(f"{where}this is not text in UTF-8") from None
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{where}this is not TOML: {error}") from None
-        except ValueError as error:
-            raise ValueError(f"{where}{error}") from None
+        with reading(source) as table:
+            return cls.of_table(table)
 
     @classmethod
-    def _of_table(cls, table: Mapping[str, object]) -> Self:
+    def of_table(cls, table: Mapping[str, object], *others: str) -> Self:
+        """What a table describes, whose keys `others` are for the caller. Raises WrongKey."""
         named = ("target", "arguments", "options")
         disk: dict[str, Any] = {}
         for name, value in table.items():
             if name in DISK:
-                disk[name] = DISK[name].load(value)
-            elif name not in named:
-                hint = near(name, [*named, *DISK])
-                raise ValueError(
+                try:
+                    disk[name] = DISK[name].load(value)
+                except ValueError as error:
+                    raise WrongKey(str(error), name) from None
+            elif name not in named and name not in others:
+                hint = near(name, [*named, *others, *DISK])
+                raise WrongKey(
                     f"there is no key {name!r}{hint}; parameters of the target's class go into "
-                    "the table [options]"
+                    "the table [options]",
+                    name,
                 )
         target, arguments, options = (table.get(name) for name in named)
         if not isinstance(target, str):
             found = "is missing" if target is None else f"is {target!r}"
-            raise ValueError(f"target {found}: it must be a text such as 'ram' or 'disk.py:Class'")
+            raise WrongKey(
+                f"target {found}: it must be a text such as 'ram' or 'disk.py:Class'", "target"
+            )
         if not isinstance(arguments, list | None):
-            raise ValueError(f"arguments must be a list, not {arguments!r}")
+            raise WrongKey(f"arguments must be a list, not {arguments!r}", "arguments")
         if not isinstance(options, dict | None):
-            raise ValueError(f"options must be a table, not {options!r}")
+            raise WrongKey(f"options must be a table, not {options!r}", "options")
         return cls(
             target=target,
-            arguments=tuple(_text("arguments", one) for one in arguments or ()),
-            options={name: _text(name, value) for name, value in (options or {}).items()},
+            arguments=tuple(_text(one, "arguments") for one in arguments or ()),
+            options={name: _text(one, "options", name) for name, one in (options or {}).items()},
             disk=cast(DiskOptions, disk),
         )
 
@@ -124,18 +126,21 @@ class DiskSpec:
         return target
 
 
-def _text(name: str, value: object) -> str:
+def _text(value: object, *keys: str) -> str:
     """A value of TOML as the text that `pyublk.targets.build` reads."""
+    name = keys[-1]
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, str | int | float):
         return str(value)
     if isinstance(value, list):
-        parts = [_text(name, part) for part in value]
+        parts = [_text(part, *keys) for part in value]
         if not any("," in part for part in parts):
             return ",".join(parts)
-        raise ValueError(f"a value of {name} has a comma in it, which lists do not allow")
-    raise ValueError(f"{name} must be a text, a number, true or false, or a list, not {value!r}")
+        raise WrongKey(f"a value of {name} has a comma in it, which lists do not allow", *keys)
+    raise WrongKey(
+        f"{name} must be a text, a number, true or false, or a list, not {value!r}", *keys
+    )
 
 
 #: As it is called in the records, and in programs that were written for earlier versions.

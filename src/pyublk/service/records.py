@@ -120,7 +120,7 @@ def _understood(kind: type[Any], found: dict[str, Any], device: int) -> dict[str
     plan = DiskSpec.from_json(json.dumps(_known(DiskSpec, found["plan"])))
     numbers = (known["id"], known["cookie"], server.pid, server.started)
     texts = (plan.target, *plan.arguments, known["log"] or "", known.get("data_path") or "")
-    texts += (known.get("server_name") or "",)
+    texts += (known.get("server_name") or "", plan.name or "", plan.file or "")
     if (
         not all(type(number) is int for number in numbers)
         or not all(isinstance(text, str) for text in texts)
