@@ -885,8 +885,12 @@ def test_features() -> None:
     missing = by_name["UNPRIVILEGED_DEV"]
     assert not missing["available"]
     assert "CAP_SYS_ADMIN" in missing["reason"]
-    table = run_here("features").stdout
-    assert all(name in table for name in by_name)
+    shown = run_here("features")
+    assert all(name in shown.stdout for name in by_name)
+    assert {one["what"] in shown.stderr for one in told["defects"]} <= {True}
+    assert bool(told["defects"]) == (
+        tuple(map(int, re.findall(r"\d+", told["kernel"])[:3])) < (7, 3, 4)
+    )
 
 
 def test_the_doctor_finds_nothing_that_prevents_disks() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from pyublk.control import DeviceInfo, new_cookie
 from pyublk.service import doctor, records
+from pyublk.service.defects import DEFECTS
 from pyublk.service.doctor import (
     Check,
     Status,
@@ -92,8 +93,15 @@ def test_a_kernel_that_nothing_is_known_of(tmp_path: Path) -> None:
     [
         ("6.1.0-40-amd64", ["older than Linux 6.8"]),
         ("6.12.107+deb13-amd64", ["noticed only after 30 seconds", "START_DEV after STOP_DEV"]),
+        ("6.12.23", ["after 30 seconds", "sends requests again", "START_DEV after STOP_DEV"]),
+        ("6.12.24", ["after 30 seconds", "START_DEV after STOP_DEV"]),
+        ("6.13", ["after 30 seconds", "sends requests again", "START_DEV after STOP_DEV"]),
+        ("6.17.0-1017-aws", ["ADD_DEV crashes some of Ubuntu's", "UPDATE_SIZE", "START_DEV"]),
+        ("6.17.0-14-generic", ["UPDATE_SIZE", "START_DEV after STOP_DEV"]),
+        ("6.18.5-arch1-1", ["the first ADD_DEV crashes", "UPDATE_SIZE", "START_DEV after"]),
         ("6.18.15", ["UPDATE_SIZE", "START_DEV after STOP_DEV"]),
         ("7.2.13", ["START_DEV after STOP_DEV"]),
+        ("7.3.3", ["in the middle of a recovery [the log of Linux 7.3.4"]),
     ],
 )
 def test_kernels_known_to_be_bad(release: str, expected: list[str]) -> None:
@@ -112,10 +120,16 @@ def test_a_pid_namespace_matters_to_some_kernels() -> None:
     )
 
 
-@pytest.mark.parametrize("release", ["7.3.4", "8.0.0-rc1"])
+@pytest.mark.parametrize("release", ["7.3.4", "7.4.0", "8.0.0-rc1"])
 def test_kernels_that_nothing_is_said_of(release: str) -> None:
     [check] = check_kernel(release, in_pid_namespace=True)
     assert check.status is Status.OK
+
+
+def test_every_defect_is_in_the_documentation() -> None:
+    page = (Path(__file__).parents[2] / "docs/errors.md").read_text()
+    for defect in DEFECTS:
+        assert f"| {defect.what} | {defect.remedy} | {defect.source} |" in page
 
 
 def test_who_makes_nodes(tmp_path: Path) -> None:

@@ -3,18 +3,23 @@
 
 import click
 
-from pyublk.cli.failures import open_controller
+from pyublk.cli.failures import message, open_controller
 from pyublk.cli.output import print_json, print_table
 from pyublk.cli.parameters import json_option
+from pyublk.service.defects import defects_of
 
 
 @click.command()
 @json_option
 def features(as_json: bool) -> None:
-    """Show which features this kernel's ublk has, what each is for, and why one is missing."""
+    """Show which features this kernel's ublk has, what each is for, and why one is missing.
+
+    Known defects of this kernel's ublk are told as well.
+    """
     with open_controller() as controller:
         found = controller.features()
     rows = list(found)
+    defects = list(defects_of(found.kernel_release))
     if as_json:
         print_json(
             {
@@ -29,6 +34,10 @@ def features(as_json: bool) -> None:
                         "reason": row.reason,
                     }
                     for row in rows
+                ],
+                "defects": [
+                    {"what": one.what, "remedy": one.remedy, "source": one.source}
+                    for one in defects
                 ],
             }
         )
@@ -46,3 +55,5 @@ def features(as_json: bool) -> None:
             for row in rows
         ],
     )
+    for one in defects:
+        message(f"{found.kernel_release}: {one.what} [{one.source}]", one.remedy)

@@ -16,6 +16,7 @@ from pyublk.control import CONTROL_NODE, Controller, DeviceInfo
 from pyublk.errors import OWN_DEV, kind_of_dev
 from pyublk.files import trusted_owners
 from pyublk.service import channel, logs, records
+from pyublk.service.defects import defects_of
 from pyublk.service.stopping import delete, has_server, may_be_starting
 from pyublk.uapi import DeviceStatus
 
@@ -192,66 +193,14 @@ def check_nodes(root: Path = Path("/")) -> Check:
 # ---- the kernel ----
 
 
-@dataclass(frozen=True, slots=True)
-class _Trouble:
-    """What is known of the kernels from `first` to before `fixed` (major, minor)."""
-
-    first: tuple[int, int]
-    fixed: tuple[int, int]
-    what: str
-    remedy: str
-    only_in_pid_namespace: bool = False
-
-
-#: Seen in, or read from, the kernels of these releases; distributions may have repaired theirs.
-_TROUBLES = (
-    _Trouble(
-        (0, 0),
-        (6, 8),
-        "older than Linux 6.8, the oldest that pyublk is made for",
-        "use a newer kernel, or `pyublk vm`",
-    ),
-    _Trouble(
-        (6, 8),
-        (6, 16),
-        "a killed server that held requests on every tag is noticed only after 30 seconds",
-        "wait, or use Linux 6.16 or newer",
-    ),
-    _Trouble(
-        (6, 16),
-        (7, 0),
-        "UPDATE_SIZE on a device that is not live crashes some of these kernels (seen in 6.18.15)",
-        "pyublk refuses to; do not let other programs",
-    ),
-    _Trouble(
-        (6, 17),
-        (6, 19),
-        "in a pid namespace no disk starts on those without a repair of January 2026",
-        "run the server in the machine's own pid namespace, or use a newer kernel",
-        only_in_pid_namespace=True,
-    ),
-    _Trouble(
-        (6, 8),
-        (7, 3),
-        "START_DEV after STOP_DEV hangs or crashes the kernel",
-        "pyublk never sends it; do not let other programs",
-    ),
-)
-
-
 def check_kernel(release: str, *, in_pid_namespace: bool) -> Iterator[Check]:
     """Warns of what is known of kernels like `release`; the name is all that is looked at."""
-    match = re.match(r"(\d+)\.(\d+)", release)
-    version = (int(match[1]), int(match[2])) if match else (0, 0)
-    troubles = [
-        trouble
-        for trouble in _TROUBLES
-        if trouble.first <= version < trouble.fixed
-        and (in_pid_namespace or not trouble.only_in_pid_namespace)
-    ]
-    for trouble in troubles:
-        yield Check("kernel", Status.WARNING, f"{release}: {trouble.what}", trouble.remedy)
-    if not troubles:
+    sound = True
+    for defect in defects_of(release, in_pid_namespace=in_pid_namespace):
+        sound = False
+        finding = f"{release}: {defect.what} [{defect.source}]"
+        yield Check("kernel", Status.WARNING, finding, defect.remedy)
+    if sound:
         yield Check("kernel", Status.OK, release)
 
 
