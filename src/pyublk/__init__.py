@@ -12,7 +12,8 @@ in a directory also from its own line; `tests/unit/test_rooms.py` reads the map 
     keeping                  a file's bytes for one disk only
     errors                   what is raised, and the sentences for it
     _native                  over _core/: Ring, Queue, IO; control commands; native targets
-    features, params, stats  what the kernel can do; device parameters; counters
+    features, defects        what the kernel can do, and what is wrong with it
+    params, stats            device parameters; counters
     descriptors              room for the open files of many disks
     occupants, methods       who has an id that is taken; whether methods can be called as they are
     interruptions            what signals and cancellations may interrupt

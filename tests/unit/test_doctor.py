@@ -9,8 +9,8 @@ from typing import Self
 import pytest
 
 from pyublk.control import DeviceInfo, new_cookie
+from pyublk.defects import DEFECTS
 from pyublk.service import doctor, records
-from pyublk.service.defects import DEFECTS
 from pyublk.service.doctor import (
     Check,
     Status,

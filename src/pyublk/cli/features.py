@@ -6,7 +6,7 @@ import click
 from pyublk.cli.failures import message, open_controller
 from pyublk.cli.output import print_json, print_table
 from pyublk.cli.parameters import json_option
-from pyublk.service.defects import defects_of
+from pyublk.defects import defects_of
 
 
 @click.command()

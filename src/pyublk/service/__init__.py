@@ -12,6 +12,5 @@ From the bottom up:
     stopping           flushing, stopping, deleting, with users asked first
     definitions        files that name disks, and what makes them so
     inventory          all about a disk
-    defects            what is wrong with some kernels' drivers
     doctor             what keeps this machine from serving disks
 """

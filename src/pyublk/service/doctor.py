@@ -13,10 +13,10 @@ from pathlib import Path
 
 from pyublk._native import Ring
 from pyublk.control import CONTROL_NODE, Controller, DeviceInfo
+from pyublk.defects import defects_of
 from pyublk.errors import OWN_DEV, kind_of_dev
 from pyublk.files import trusted_owners
 from pyublk.service import channel, logs, records
-from pyublk.service.defects import defects_of
 from pyublk.service.stopping import delete, has_server, may_be_starting
 from pyublk.uapi import DeviceStatus
 
