@@ -363,6 +363,13 @@ class Queue:
     def held(self) -> int:
         """Requests taken and not yet committed."""
     @property
+    def ending(self) -> bool:
+        """Whether the kernel has begun to take the tags back: the device is stopped or quiesced.
+
+        No request comes any more. When those that the queue holds are answered, `wait` returns
+        None.
+        """
+    @property
     def ring_flags(self) -> int:
         """The `SetupFlag` bits of the queue's ring."""
     def fileno(self) -> int:
@@ -372,8 +379,9 @@ class Queue:
     def wait(self, timeout: float | None = None) -> list[IO] | None:
         """Submits the commits and waits for requests, at most `timeout` seconds.
 
-        An empty list after a time-out or a wake; None when the kernel has taken every tag back.
-        An IO that is dropped unanswered fails with EIO in the next wait, and is logged.
+        An empty list after a time-out or a wake; None when the device is stopped or quiesced, and
+        every request is answered. An IO that is dropped unanswered fails with EIO in the next wait,
+        and is logged.
         """
     def __iter__(self) -> Iterator[IO]: ...
     def serve_native(self, handler: int, context: int = 0, *, blind: bool = False) -> None:

@@ -200,6 +200,7 @@ cdef extern from "_core/queue.h" nogil:
         bint copies
         bint user_copy
         bint severed
+        bint ending
         bint watched
         bint copying
         void *batch

@@ -186,6 +186,10 @@ cdef class Queue:
         return fd
 
     @property
+    def ending(self):
+        return self.fetched and self.q.ending
+
+    @property
     def ring_flags(self):
         return self.q.ring.setup_flags
 

@@ -103,7 +103,7 @@ static void a_refused_commit_ends_the_wait(int error)
 	CHECK_EQUAL(pu_queue_answer(&q, 0, 0), 0);
 	CHECK_EQUAL(pu_queue_wait(&q, PU_FOREVER), 0);
 	CHECK_EQUAL(pu_tag_state(&q.tags[0]), PU_TAG_GONE);
-	CHECK(q.aborted);
+	CHECK(q.ending);
 	CHECK_EQUAL(end(&q), -error);
 }
 

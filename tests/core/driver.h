@@ -189,6 +189,12 @@ static inline long driver_cancel(const struct driver *d, int fd)
 			      &of_the_file, 1);
 }
 
+/* Takes back the tags that are idle, and no other: what is committed now waits for ever. */
+static inline void driver_quiesce(struct driver *d)
+{
+	driver_cancel(d, d->pipe[0]);
+}
+
 /* Takes the tags back. */
 static inline void driver_stop(struct driver *d)
 {

@@ -22,7 +22,7 @@ WRAPPED = """
     mmap mprotect munmap ppoll prctl pread preadv pwrite pwritev2 realloc syscall
 """
 WRAP = [f"-Wl,--wrap={name}" for name in WRAPPED.split()]
-LINKED = {"batch_test": WRAP, "sweep_test": WRAP}
+LINKED = {"batch_test": WRAP, "quiesce_test": WRAP, "sweep_test": WRAP}
 
 
 def compiled(build: str, *arguments: str | Path, where: Path | None = None) -> None:

@@ -58,7 +58,7 @@ static int post_to_kernel(struct pu_queue *q, uint16_t tag, int64_t result)
 		if (value < 0)
 			__atomic_fetch_add(&q->counters.errors, 1, __ATOMIC_RELAXED);
 		__atomic_fetch_add(&q->posted, 1, __ATOMIC_RELEASE);
-		if (__atomic_load_n(&q->aborted, __ATOMIC_ACQUIRE))
+		if (__atomic_load_n(&q->ending, __ATOMIC_ACQUIRE))
 			pu_wake_call(&q->wake); /* it may have waited for this one alone */
 	}
 	pthread_mutex_unlock(&q->inbox_lock);

@@ -274,7 +274,7 @@ void pu_batch_complete(struct pu_queue *q, const struct pu_cqe *cqe)
 			q->counters.fallbacks++;
 		} else if (cqe->res < 0) {
 			b->ended = true;
-			q->aborted = true;
+			q->ending = true;
 			if (cqe->res != -ENODEV && cqe->res != -ECANCELED && !q->error)
 				q->error = cqe->res;
 		}
@@ -287,9 +287,9 @@ bool pu_batch_sent(const struct pu_batch *b)
 	return !b->filled && !b->sent[0] && !b->sent[1];
 }
 
-bool pu_batch_idle(const struct pu_batch *b)
+bool pu_batch_ended(const struct pu_batch *b)
 {
-	return b->ended && !b->fetching && !b->preparing && pu_batch_sent(b);
+	return b->ended && !b->fetching && !b->preparing && !b->sent[0] && !b->sent[1];
 }
 
 int pu_batch_commit_now(struct pu_queue *q, struct pu_ring *ring, uint16_t tag, int32_t value)

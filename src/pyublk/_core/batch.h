@@ -61,8 +61,8 @@ void pu_batch_complete(struct pu_queue *q, const struct pu_cqe *cqe);
 /* No answer is in the kernel, or waiting to go there; one that went alone was carried out as it was
  * submitted. */
 bool pu_batch_sent(const struct pu_batch *batch);
-/* Nothing of the batch is in the kernel, or waiting to go there. */
-bool pu_batch_idle(const struct pu_batch *batch);
+/* No request comes any more, and no command is in the kernel. */
+bool pu_batch_ended(const struct pu_batch *batch);
 /* Commits one tag through a ring that is not the owner's, at once; one caller at a time. 0 or
  * -errno: then the kernel has not taken the answer, and will not. */
 int pu_batch_commit_now(struct pu_queue *q, struct pu_ring *ring, uint16_t tag, int32_t value);

@@ -166,6 +166,7 @@ int pu_queue_open(struct pu_queue *q, int cdev, const struct pu_queue_options *o
 	q->zero_copy = flags & PU_F_ZERO_COPY;
 	q->auto_buffer = flags & PU_F_AUTO_BUF_REG;
 	q->zoned = flags & PU_F_ZONED;
+	q->ending = cdev >= 0;
 	pthread_mutex_init(&q->inbox_lock, NULL);
 	q->tags = calloc(q->depth, sizeof(*q->tags));
 	q->ready = calloc(2u * q->depth, sizeof(*q->ready)); /* left ones, and as many that came */

@@ -16,6 +16,8 @@
 #define WATCH PU_USER_DATA(PU_KIND_WATCH, 0)
 #define IDLE PU_USER_DATA(PU_KIND_IDLE, 0)
 
+#define GIVEN_BACK_WITHIN 5000000 /* ns: tags that the kernel takes from idle commands */
+
 static int fetch_tags(struct pu_queue *q)
 {
 	int error = 0;
@@ -38,6 +40,7 @@ int pu_queue_fetch(struct pu_queue *q)
 	bool ring = q->ring.fd >= 0;
 	int error = ring ? pu_wake_arm(&q->wake, &q->ring, WAKE) : 0;
 
+	q->ending = false;
 	if (!error)
 		error = fetch_tags(q);
 	while (!error && ring && pu_ring_unsubmitted(&q->ring)) {
@@ -172,11 +175,15 @@ static int reap(struct pu_queue *q)
 	pu_ring_advance(&q->ring, there);
 	return error;
 }
-static bool drained(const struct pu_queue *q)
+
+/* Once the kernel gives tags back: nothing is ours any more, and nothing wakes who waits for more. */
+static bool over(const struct pu_queue *q)
 {
-	if (q->loopback || q->in_kernel || pu_queue_awaits(q) || pu_queue_held(q))
+	if (pu_queue_awaits(q) || pu_queue_held(q))
 		return false;
-	return !q->batch || pu_batch_idle(q->batch);
+	if (q->batch)
+		return pu_batch_ended(q->batch);
+	return !q->in_kernel || !q->error; /* an error is of one tag: the others are served on */
 }
 
 static int end_of(const struct pu_queue *q)
@@ -250,6 +257,26 @@ static int wait_kernel(struct pu_queue *q, int64_t timeout_ns)
 	if (done < 0 && done != -ETIME && done != -EINTR && done != -EAGAIN && done != -EBUSY)
 		return done;
 	return reap(q);
+}
+
+/* A tag that was answered after its device was quiesced fetches for nobody: it brings no request, and
+ * is not given back either. The others are, at once: what does not come within a round never will.
+ * 0: the queue goes on. */
+PU_NEVER_INLINE int find_end(struct pu_queue *q)
+{
+	uint32_t before = 0;
+	int error = 0;
+
+	if (q->batch)
+		return over(q) && pu_batch_sent(q->batch) ? end_of(q) : 0;
+	while (!error && over(q)) {
+		if (!q->in_kernel || (before == q->in_kernel && !pu_ring_unsubmitted(&q->ring)))
+			return end_of(q);
+		before = q->in_kernel;
+		nanosleep(&(struct timespec){ 0, GIVEN_BACK_WITHIN }, NULL);
+		error = wait_kernel(q, 0);
+	}
+	return error;
 }
 
 static void take_injected(struct pu_queue *q)
@@ -335,10 +362,8 @@ int pu_queue_wait(struct pu_queue *q, int64_t timeout_ns)
 
 	q->nr_ready = left;
 	q->nr_carried_over = 0;
-	if (left)
+	if (left || (q->ending && over(q)))
 		timeout_ns = 0;
-	if (!error && drained(q))
-		return end_of(q);
 	if (!error)
 		error = wait_somewhere(q, timeout_ns);
 	if (!error)
@@ -354,9 +379,9 @@ int pu_queue_wait(struct pu_queue *q, int64_t timeout_ns)
 	if (q->nr_ready - left > q->counters.largest_batch)
 		pu_count(&q->counters.largest_batch, q->nr_ready - left - q->counters.largest_batch);
 	/* Said at once: nothing will ever wake a caller that waits for the descriptor instead. */
-	if (drained(q))
-		return end_of(q);
-	return (int)q->nr_ready;
+	if (q->ending)
+		error = find_end(q);
+	return error ? error : (int)q->nr_ready;
 }
 
 int pu_queue_serve(struct pu_queue *q, pu_handler handler, void *context, bool blind)

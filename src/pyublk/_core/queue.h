@@ -93,7 +93,7 @@ struct pu_queue {
 	bool auto_buffer; /* the kernel registers each request's buffer */
 	bool zero_copy;	  /* buffers may be registered by hand */
 	bool zoned;
-	bool aborted; /* the kernel has begun to take the tags away */
+	bool ending; /* the kernel has no tags yet, or has begun to give them back */
 	bool severed;
 	int64_t idle_time[2]; /* after it buffers are given back: a __kernel_timespec; 0: never */
 	bool used;    /* since the idle timer was set */
@@ -141,8 +141,8 @@ int pu_queue_fetch(struct pu_queue *q);
 
 /* Submits all commits, then waits for requests, at most timeout_ns (0: do not wait).
  * Returns how many it brought; 0 after a time-out, a signal, a wake, or others' completions;
- * -ENODEV when the kernel has taken every tag back (the normal end); -ESHUTDOWN when severed; other
- * -errno. */
+ * -ENODEV when the kernel brings no more requests, and every one is answered (the normal end);
+ * -ESHUTDOWN when severed; other -errno. */
 int pu_queue_wait(struct pu_queue *q, int64_t timeout_ns);
 
 /* Leaves what the last wait brought, from ready[served] on, to the next one: it brings that first,
@@ -227,7 +227,7 @@ static inline uint32_t pu_queue_held(const struct pu_queue *q)
 static inline void pu_queue_lose(struct pu_queue *q, uint16_t tag, int32_t result)
 {
 	pu_tag_set_state(&q->tags[tag], PU_TAG_GONE);
-	q->aborted = true;
+	q->ending = true;
 	if (result != -ENODEV && result != -ECANCELED && !q->error)
 		q->error = result;
 }
