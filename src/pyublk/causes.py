@@ -280,9 +280,9 @@ _CAUSES: dict[ControlCommand, dict[int, Cause]] = {
             "add the device with USER_RECOVERY and QUIESCE",
         ),
         errno.EBUSY: (
-            "the server held every tag for all of the timeout",
+            "the server still had requests when the time was over",
             SERVER,
-            "try again when it is less busy, or with a longer timeout",
+            "quiesce again when it has answered them: until then new requests wait",
         ),
         errno.EINTR: (
             "the wait for an idle moment was interrupted",

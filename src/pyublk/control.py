@@ -11,8 +11,7 @@ import errno
 import mmap
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from pyublk import errors, uapi
 from pyublk._native import Helper
 from pyublk.arguments import DEFAULT_DEPTH, DEFAULT_MAX_IO_SIZE, whole
 from pyublk.features import Features
+from pyublk.files import file_at
 from pyublk.occupants import who_has
 from pyublk.options import DEVICE
 from pyublk.params import Params
@@ -479,11 +479,21 @@ class Controller:
     def quiesce(self, device: int, *, timeout: float = 0.0, deadline: float | None = None) -> None:
         """QUIESCE_DEV (Linux 6.16): new requests wait, so that the server can be replaced.
 
-        `timeout` (seconds) limits the kernel's wait for an idle moment; 0: no limit.
+        Ends when the server has answered every request that it had, and its queues have begun to
+        end; so call it from another thread than the one that serves. When they are closed the
+        device is QUIESCED. Raises OSError (EBUSY) when the server still has requests after
+        `timeout` seconds (0: the deadline): new ones wait all the same, so quiesce again.
         """
-        self._command(
-            ControlCommand.QUIESCE_DEV, device, data=int(timeout * 1000), deadline=deadline
-        )
+        limit = self.deadline if deadline is None else deadline
+        until = time.monotonic() + (timeout or limit)
+        ask = partial(self._command, ControlCommand.QUIESCE_DEV, device, deadline=deadline)
+        ask(data=int(timeout * 1000))
+        while _in_flight(device):
+            if time.monotonic() > until:
+                raise errors.command_error(ControlCommand.QUIESCE_DEV, errno.EBUSY, device=device)
+            time.sleep(0.005)
+        # Only idle tags were taken back: a queue that had none of them has been told nothing.
+        ask(data=int(timeout * 1000))
 
     def register_buffer(
         self,
@@ -498,7 +508,7 @@ class Controller:
 
         Both are multiples of the page size. Returns the buffer's index.
         """
-        with _file_at(address, length, read_only=read_only) as found:
+        with file_at(address, length, read_only=read_only) as found:
             if found is not None:
                 fd, offset = found
                 return self.register_file(
@@ -569,24 +579,13 @@ class Controller:
         return info
 
 
-@contextmanager
-def _file_at(address: int, length: int, *, read_only: bool) -> Iterator[tuple[int, int] | None]:
-    """The file that is mapped there for others to see, opened, and the offset in it; None: none."""
-    fd = -1
-    found = None
-    with suppress(OSError):
-        for line in Path("/proc/self/maps").read_text().splitlines():
-            span, rights, offset, *_ = line.split()
-            start, end = (int(edge, 16) for edge in span.split("-"))
-            if start <= address and address + length <= end and rights.endswith("s"):
-                flags = os.O_RDONLY if read_only else os.O_RDWR
-                fd = os.open(f"/proc/self/map_files/{start:x}-{end:x}", flags | os.O_CLOEXEC)
-                found = fd, int(offset, 16) + address - start
+def _in_flight(device: int) -> int:
+    """The requests that its server was given and has not answered, without flushes."""
     try:
-        yield found
-    finally:
-        if fd >= 0:
-            os.close(fd)
+        counts = Path(f"/sys/block/ublkb{device}/inflight").read_text()
+    except OSError:  # the disk is gone
+        return 0
+    return sum(map(int, counts.split()))
 
 
 def _named(device: int) -> bytearray:

@@ -6,8 +6,8 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -177,3 +177,23 @@ def sync_directory(path: Path) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+@contextmanager
+def file_at(address: int, length: int, *, read_only: bool) -> Iterator[tuple[int, int] | None]:
+    """The file that is mapped there for others to see, opened, and the offset in it; None: none."""
+    fd = -1
+    found = None
+    with suppress(OSError):
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            span, rights, offset, *_ = line.split()
+            start, end = (int(edge, 16) for edge in span.split("-"))
+            if start <= address and address + length <= end and rights.endswith("s"):
+                flags = os.O_RDONLY if read_only else os.O_RDWR
+                fd = os.open(f"/proc/self/map_files/{start:x}-{end:x}", flags | os.O_CLOEXEC)
+                found = fd, int(offset, 16) + address - start
+    try:
+        yield found
+    finally:
+        if fd >= 0:
+            os.close(fd)

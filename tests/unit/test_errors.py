@@ -67,7 +67,7 @@ CAUSES: dict[tuple[ControlCommand, int], tuple[str, str, str]] = {
     (C.QUIESCE_DEV, errno.EINVAL): ("unprivileged user", "caller", "and yours to open"),
     (C.QUIESCE_DEV, errno.ENODEV): ("not started", "caller", "pyublk list"),
     (C.QUIESCE_DEV, errno.EOPNOTSUPP): ("without QUIESCE", "caller", "USER_RECOVERY and QUIESCE"),
-    (C.QUIESCE_DEV, errno.EBUSY): ("held every tag", "server", "less busy"),
+    (C.QUIESCE_DEV, errno.EBUSY): ("still had requests", "server", "has answered them"),
     (C.QUIESCE_DEV, errno.EINTR): ("idle moment", "caller", "then try again"),
     (C.REG_BUF, errno.EINVAL): ("multiples of the page size", "caller", "whole pages"),
     (C.REG_BUF, errno.EEXIST): ("registered already", "caller", "unregister the other"),
