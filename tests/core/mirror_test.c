@@ -142,12 +142,18 @@ static uint32_t held(const struct bench *b)
 /* All but `left` of the free slots are taken away; the rest of the list. */
 static uint32_t take_slots(struct bench *b, uint32_t left)
 {
-	uint32_t *last = &b->mapped.free_slot, rest;
+	struct pu_mapped *m = &b->mapped;
+	struct pu_slot *last = NULL;
+	uint32_t rest = m->free_slot;
 
-	while (left--)
-		last = &b->mapped.slots[*last].next_free;
-	rest = *last;
-	*last = UINT32_MAX;
+	while (left--) {
+		last = &m->slots[rest];
+		rest = last->next_free ? last->next_free - 1 : rest + 1;
+	}
+	if (last)
+		last->next_free = m->nr_slots + 1;
+	else
+		m->free_slot = m->nr_slots;
 	return rest;
 }
 
@@ -320,7 +326,7 @@ static void a_write_keeps_its_buffer_until_it_is_cut(void)
 	CHECK_EQUAL(pu_loopback_inject(&b.queue, 0, PU_OP_WRITE, 0, 2 * PAGE >> 9), 0);
 	for (int i = 0; i < 4; i++)
 		turn(&b);
-	CHECK_EQUAL(b.mapped.free_slot, UINT32_MAX);
+	CHECK_EQUAL(b.mapped.free_slot, b.mapped.nr_slots);
 	for (int i = 0; i < 3; i++)
 		age(&b, 1);
 	CHECK_EQUAL(pu_mirror_leg_state(&b.mirror, 1), PU_LEG_FAILED);

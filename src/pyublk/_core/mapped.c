@@ -13,7 +13,6 @@
 #include "operation.h"
 #include "work.h"
 
-#define NO_SLOT UINT32_MAX
 #define SLOTS_BESIDE_DEPTH 64u
 #define ZEROES_BYTES (UINT64_C(1) << 20)
 
@@ -39,6 +38,30 @@ static bool every_file_mapped(const struct pu_layout *layout)
 	return true;
 }
 
+static void *map_anonymous(size_t bytes, int protection)
+{
+	void *map = mmap(NULL, bytes, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+	return map == MAP_FAILED ? NULL : map;
+}
+
+/* From the kernel, whose zeroes take no memory before they are used: calloc writes its own. */
+static bool map_works(struct pu_mapped *m)
+{
+	size_t works = m->q->depth * sizeof(*m->works);
+	size_t slots = m->nr_slots * sizeof(*m->slots);
+	uint8_t *map;
+
+	m->works_bytes = works + slots + m->nr_slots * PU_VECTOR * sizeof(*m->vectors);
+	map = map_anonymous(m->works_bytes, PROT_READ | PROT_WRITE);
+	if (!map)
+		return false;
+	m->works = (struct pu_work *)(void *)map;
+	m->slots = (struct pu_slot *)(void *)(map + works);
+	m->vectors = (struct iovec *)(void *)(map + works + slots);
+	return true;
+}
+
 int pu_mapped_open(struct pu_mapped *m, struct pu_queue *q, struct pu_layout *layout,
 		   const struct pu_policy *policy, uint32_t version)
 {
@@ -51,17 +74,11 @@ int pu_mapped_open(struct pu_mapped *m, struct pu_queue *q, struct pu_layout *la
 	m->context = policy;
 	m->version = version;
 	m->nr_slots = slots_for(policy, q->depth);
-	m->works = calloc(q->depth, sizeof(*m->works));
-	m->slots = calloc(m->nr_slots, sizeof(*m->slots));
-	m->vectors = calloc((size_t)m->nr_slots * PU_VECTOR, sizeof(*m->vectors));
 	m->waiting = calloc(q->depth, sizeof(*m->waiting));
 	m->blocked = calloc(q->depth, sizeof(*m->blocked));
 	m->zeroes_bytes = ZEROES_BYTES;
-	m->zeroes = mmap(NULL, m->zeroes_bytes, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-			 -1, 0);
-	if (m->zeroes == MAP_FAILED)
-		m->zeroes = NULL;
-	if (!m->works || !m->slots || !m->vectors || !m->waiting || !m->blocked || !m->zeroes)
+	m->zeroes = map_anonymous(m->zeroes_bytes, PROT_READ);
+	if (!map_works(m) || !m->waiting || !m->blocked || !m->zeroes)
 		error = -ENOMEM;
 	else if (m->policy->open)
 		error = m->policy->open(m);
@@ -69,8 +86,6 @@ int pu_mapped_open(struct pu_mapped *m, struct pu_queue *q, struct pu_layout *la
 		pu_mapped_close(m);
 		return error;
 	}
-	for (uint32_t i = 0; i < m->nr_slots; i++)
-		m->slots[i].next_free = i + 1 < m->nr_slots ? i + 1 : NO_SLOT;
 	m->every_file_mapped = every_file_mapped(layout);
 	q->complete = complete;
 	q->completer = m;
@@ -85,9 +100,8 @@ void pu_mapped_close(struct pu_mapped *m)
 		munmap(m->zeroes, m->zeroes_bytes);
 	for (uint32_t tag = 0; m->works && tag < m->q->depth; tag++)
 		free(m->works[tag].mapped_parts);
-	free(m->works);
-	free(m->slots);
-	free(m->vectors);
+	if (m->works)
+		munmap(m->works, m->works_bytes);
 	free(m->waiting);
 	free(m->blocked);
 	m->works = NULL;
@@ -107,7 +121,7 @@ static struct pu_slot *take_slot(struct pu_mapped *m, uint16_t tag)
 {
 	struct pu_slot *slot = &m->slots[m->free_slot];
 
-	m->free_slot = slot->next_free;
+	m->free_slot = slot->next_free ? slot->next_free - 1 : m->free_slot + 1;
 	slot->busy = true;
 	slot->orphan = false;
 	slot->punch = false;
@@ -123,7 +137,7 @@ static struct pu_slot *take_slot(struct pu_mapped *m, uint16_t tag)
 static void free_slot(struct pu_mapped *m, struct pu_slot *slot)
 {
 	slot->busy = false;
-	slot->next_free = m->free_slot;
+	slot->next_free = m->free_slot + 1;
 	m->free_slot = (uint32_t)(slot - m->slots);
 }
 
@@ -208,7 +222,7 @@ void pu_work_proceed(struct pu_mapped *m, uint16_t tag)
 	for (;;) {
 		struct pu_slot *slot;
 
-		if (m->free_slot == NO_SLOT) {
+		if (m->free_slot == m->nr_slots) {
 			wait_for_slots(m, tag);
 			break;
 		}
@@ -460,7 +474,7 @@ static void release(struct pu_mapped *m, uint16_t tag)
 
 static void resume_waiting(struct pu_mapped *m)
 {
-	while (m->nr_waiting && m->free_slot != NO_SLOT) {
+	while (m->nr_waiting && m->free_slot != m->nr_slots) {
 		uint16_t tag = m->waiting[0];
 
 		m->nr_waiting--;

@@ -27,11 +27,12 @@ struct pu_mapped {
 	const struct pu_policy_functions *policy;
 	const struct pu_policy *context; /* whose functions these are */
 	void *own; /* what the policy keeps for this queue */
-	struct pu_work *works; /* for each tag */
+	struct pu_work *works; /* for each tag; in one mapping with the two that follow */
 	struct pu_slot *slots;
 	struct iovec *vectors;
+	size_t works_bytes;
 	uint32_t nr_slots;
-	uint32_t free_slot; /* head of the list of free ones */
+	uint32_t free_slot; /* head of the list of free ones; nr_slots: none is */
 	uint16_t *waiting;  /* tags with parts left but no slot, first come first */
 	uint32_t nr_waiting;
 	uint16_t *blocked; /* tags whose request the policy does not admit yet */
@@ -46,7 +47,7 @@ struct pu_mapped {
 	bool no_holes, no_zero_range; /* a file system that cannot: zeroes are written */
 };
 
-/* Entries that the ring needs beside the tags' own. */
+/* Completions that the ring needs room for beside the tags' own. */
 uint32_t pu_mapped_entries(const struct pu_policy *policy, uint16_t depth);
 
 /* `version`: the layout's before its files were taken to be registered. 0 or -errno. Layout

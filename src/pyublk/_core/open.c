@@ -57,17 +57,29 @@ static void put_inert(struct pu_queue *q)
 	pu_fork_release();
 }
 
-/* A batch is one entry, whatever the depth; beside it there are fetches, the wake and the timer. */
-static int open_ring(struct pu_queue *q, const struct pu_queue_options *options)
+static uint32_t at_least(uint32_t wanted)
 {
-	bool batch = !q->loopback && options->flags & PU_F_BATCH_IO;
-	uint32_t wanted = (batch ? 12u : q->depth + 4u) + options->extra_entries;
 	uint32_t entries = 8;
-	int error;
 
 	while (entries < wanted && entries < PU_RING_MAX_ENTRIES)
 		entries *= 2;
-	error = pu_ring_open(&q->ring, entries, entries * 2, PU_SETUP_CLAMP, PU_SETUP_OF_A_THREAD);
+	return entries;
+}
+
+/* A batch is one entry, whatever the depth; beside it there are fetches, the wake and the timer. All of
+ * others' I/O may end at once, but half the depth is enough to submit it: a queue of entries that is
+ * full is submitted, and goes on. An idle ring's memory is mostly these entries. */
+static int open_ring(struct pu_queue *q, const struct pu_queue_options *options)
+{
+	bool batch = !q->loopback && options->flags & PU_F_BATCH_IO;
+	uint32_t own = batch ? 12u : q->depth + 4u;
+	uint32_t entries = at_least(own + (options->extra_entries ? q->depth / 2u : 0u));
+	uint32_t completions = at_least(own + options->extra_entries);
+	int error;
+
+	if (completions < entries * 2)
+		completions = entries * 2;
+	error = pu_ring_open(&q->ring, entries, completions, PU_SETUP_CLAMP, PU_SETUP_OF_A_THREAD);
 	if (!error && (q->auto_buffer || q->zero_copy))
 		error = pu_ring_register_sparse_buffers(&q->ring, q->depth);
 	return error < 0 ? error : 0;

@@ -13,7 +13,7 @@ struct pu_queue_options {
 	size_t buffer_bytes;
 	struct pu_buffers *buffers; /* NULL: its own; else they stay the caller's */
 	bool own_device; /* the queue closes the number of the char device, when it is freed */
-	uint32_t extra_entries; /* of the ring, for others' I/O */
+	uint32_t extra_entries; /* completions of others' I/O that the ring has room for */
 	const int *files;	/* for it: registered behind the char device, which has index 0 */
 	uint32_t nr_files;
 	int64_t trim_after_ns;	/* idle for so long, buffers are given back; 0: never */

@@ -47,7 +47,7 @@ struct pu_slot {
 	uint8_t *memory; /* the tag's buffer when the part began: a later one may be another */
 	int64_t begun_ns; /* when the operation was given to the ring, if the policy looks for that */
 	struct pu_slot_file file;
-	uint32_t next_free;
+	uint32_t next_free; /* 1 + its index; 0: the slot after this one. So those never used take no memory */
 	uint32_t generation;
 	uint16_t tag;
 	bool busy;
