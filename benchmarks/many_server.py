@@ -7,7 +7,6 @@ waits for a line after each: the seconds of every start, stop and control comman
 
 import argparse
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -87,9 +86,6 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--threads", type=int, default=0)
     options = parser.parse_args()
-    # More than a shell's hard limit may be needed; only root may have it.
-    most = max(resource.getrlimit(resource.RLIMIT_NOFILE)[1], 32768)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     make = TARGETS[options.kind]
     # What the first disk of a process brings along (helper, threads that watch) counts for none.
     with ExitStack() as opened:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What more queues bring: 4k random reads on disks of 1, 2, 4 … queues, a fio process for each."""
+"""What more queues, or more threads, bring: 4k random reads on disks of 1, 2, 4 … queues."""
 
 import argparse
 import os
@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -35,10 +36,37 @@ class Computes(Target):
         return
 
 
+class Blocks(Target):
+    """A Python method that waits a millisecond for each read, as one that asks a server does."""
+
+    concurrency = "parallel"
+
+    def read(self, offset: int, buffer: memoryview) -> None:
+        time.sleep(0.001)
+
+    def write(self, offset: int, data: memoryview) -> None:
+        return
+
+
 TARGETS: dict[str, Callable[[], Target]] = {
     "null": lambda: Null(size=SIZE),
     "python": lambda: Computes(size=SIZE),
+    "blocks": lambda: Blocks(size=SIZE),
 }
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a disk is served: the threads are those of each queue."""
+
+    queues: int
+    threads: int
+    workers: int
+
+    def __str__(self) -> str:
+        said = f"{self.queues:2} queues"
+        said += f" × {self.threads} threads" if self.threads > 1 else ""
+        return said + (f", {self.workers} workers" if self.workers else "")
 
 
 @dataclass(frozen=True)
@@ -49,10 +77,10 @@ class Run:
     cpu: float
 
 
-def run(target: Target, queues: int, threads: int, clients: int, runtime: float) -> Run:
-    """Serve `target` by so many queues, each by so many threads, to so many fio processes (0: to
-    as many as threads), for `runtime` seconds."""
-    with Device(target, queues=queues, threads=threads) as disk:
+def run(target: Target, shape: Shape, clients: int, runtime: float) -> Run:
+    """Serve `target` to so many fio processes (0: to as many as threads), for `runtime` seconds."""
+    queues, threads = shape.queues, shape.threads
+    with Device(target, queues=queues, threads=threads, workers=shape.workers) as disk:
         line = jobs.command(
             jobs.JOBS["randread"],
             disk.path,
@@ -73,22 +101,24 @@ def interpreter() -> str:
     return f"Python {sys.version.split()[0]}, {'with' if gil else 'without'} the GIL"
 
 
-def measure(queues: list[int], threads: int, clients: int, repeats: int, runtime: float) -> None:
-    """Print the medians, and what they are to those of the first number of queues."""
+def measure(
+    targets: list[str], shapes: list[Shape], clients: int, repeats: int, runtime: float
+) -> None:
+    """Print the medians, and what they are to those of the first shape."""
     print(f"{interpreter()}; {os.cpu_count()} processors; thousands of requests a second")
-    for name, make in TARGETS.items():
-        runs: dict[int, list[Run]] = {count: [] for count in queues}
+    for name in targets:
+        runs: dict[Shape, list[Run]] = {shape: [] for shape in shapes}
         for _ in range(repeats):
-            for count in queues:
-                runs[count].append(run(make(), count, threads, clients, runtime))
-        medians = {count: median(each.iops for each in runs[count]) for count in queues}
-        for count, iops in medians.items():
-            rates = [each.iops for each in runs[count]]
-            cpu = median(each.cpu for each in runs[count])
+            for shape in shapes:
+                runs[shape].append(run(TARGETS[name](), shape, clients, runtime))
+        medians = {shape: median(each.iops for each in runs[shape]) for shape in shapes}
+        for shape, iops in medians.items():
+            rates = [each.iops for each in runs[shape]]
+            cpu = median(each.cpu for each in runs[shape])
             print(
-                f"{name:8} {count:2} queues {iops / 1000:8.2f} ± "
+                f"{name:8} {shape!s:32} {iops / 1000:8.2f} ± "
                 f"{(max(rates) - min(rates)) / iops / 2:4.0%}   "
-                f"{iops / medians[queues[0]]:5.2f} of {queues[0]}   {cpu * 1e6:8.2f} µs CPU each",
+                f"{iops / medians[shapes[0]]:6.2f} of the first   {cpu * 1e6:8.2f} µs CPU each",
                 flush=True,
             )
 
@@ -104,23 +134,39 @@ def main() -> int:
         default=[count for count in (1, 2, 4, 8) if count <= processors],
         help="numbers of queues (1, 2, 4, 8, as far as there are processors)",
     )
-    parser.add_argument("--threads", type=int, default=1, help="threads for each queue (1)")
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=[1], help="threads for each queue (1)"
+    )
+    parser.add_argument("--workers", type=int, nargs="+", default=[0], help="worker threads (0)")
+    parser.add_argument(
+        "--target",
+        choices=list(TARGETS),
+        nargs="+",
+        default=["null", "python"],
+        help="what is served (null and python, which is busy; blocks waits)",
+    )
     parser.add_argument("--clients", type=int, default=0, help="fio processes (one a thread)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each (3)")
     parser.add_argument("--runtime", type=float, default=5.0, help="seconds of each run (5)")
     parser.add_argument("--vm", action="store_true", help="measure in the virtual machine")
+    parser.add_argument(
+        "--count-instructions", action="store_true", help="in one whose clock counts instructions"
+    )
     options = parser.parse_args()
-    if min(*options.queues, options.threads, options.repeats) < 1 or options.runtime <= 0:
+    shapes = [Shape(*one) for one in product(options.queues, options.threads, options.workers)]
+    if min(*options.queues, *options.threads, options.repeats) < 1 or options.runtime <= 0:
         parser.error("--queues, --threads, --repeats and --runtime must be above 0")
-    if options.vm:
+    if options.vm or options.count_instructions:
         line = [sys.executable, "-m", "benchmarks.scaling"]
-        line += [word for word in sys.argv[1:] if word != "--vm"]
+        line += [word for word in sys.argv[1:] if word not in ("--vm", "--count-instructions")]
+        counting = options.count_instructions
+        machine = Machine(cpus=None if counting else processors, count_instructions=counting)
         try:
-            return Machine(cpus=processors).run(line, cwd=_ROOT, forward_signals=True).returncode
+            return machine.run(line, cwd=_ROOT, forward_signals=True).returncode
         except VMError as error:
             sys.exit(f"Error: {error}")
     try:
-        measure(options.queues, options.threads, options.clients, options.repeats, options.runtime)
+        measure(options.target, shapes, options.clients, options.repeats, options.runtime)
     except (programs.Unavailable, RuntimeError, OSError, ValueError) as error:
         sys.exit(f"Error: {error}")
     return 0
