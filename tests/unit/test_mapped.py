@@ -905,6 +905,22 @@ def begin_a_read(reader: int) -> MappedQueue:
     return queue
 
 
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_an_idle_queue_is_small(tmp_path: Path) -> None:
+    """What its requests may need takes memory when they come. Its ring is 28 KiB of it."""
+    with (tmp_path / "file").open("w+b") as file, ExitStack() as stack:
+        file.truncate(SIZE)
+        layout = Layout.table([(file.fileno(), False, False)], [(0, 0, SIZE)])
+        before = resident()
+        for _ in range(50):
+            stack.callback(MappedQueue.loopback(layout=layout, depth=128).close)
+        assert (resident() - before) / 50 < 64 << 10
+
+
 def test_one_thread_serves_several_queues_with_a_poller(tmp_path: Path) -> None:
     content = os.urandom(1 << 20)
     (tmp_path / "file").write_bytes(content)
