@@ -8,21 +8,12 @@
 #include "batch.h"
 #include "commit.h"
 
-PU_NEVER_INLINE int answer_unpinned(struct pu_queue *q, uint16_t tag, int64_t result)
+int pu_queue_answer_unpinned(struct pu_queue *q, uint16_t tag, int64_t result)
 {
 	struct pu_tag *t = &q->tags[tag];
 
 	if (!pu_tag_claim(t, pu_tag_generation(t)))
 		return -EALREADY;
-	return pu_commit(q, tag, pu_commit_value_of(&q->desc[tag], result));
-}
-
-int pu_queue_answer(struct pu_queue *q, uint16_t tag, int64_t result)
-{
-	struct pu_tag *t = &q->tags[tag];
-
-	if (!pu_tag_try_to_claim(t, pu_tag_generation(t)))
-		return answer_unpinned(q, tag, result);
 	return pu_commit(q, tag, pu_commit_value_of(&q->desc[tag], result));
 }
 

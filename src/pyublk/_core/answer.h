@@ -4,11 +4,23 @@
 #ifndef PU_ANSWER_H
 #define PU_ANSWER_H
 
+#include "commit.h"
 #include "queue.h"
+
+/* pu_queue_answer, of a request that may be pinned: waits until it is not. */
+int pu_queue_answer_unpinned(struct pu_queue *q, uint16_t tag, int64_t result);
 
 /* Answers a request. result < 0: -errno; else success. Owner thread only.
  * 0, or -EALREADY when the tag holds no unanswered request. */
-int pu_queue_answer(struct pu_queue *q, uint16_t tag, int64_t result);
+PU_ALWAYS_INLINE int pu_queue_answer(struct pu_queue *q, uint16_t tag, int64_t result)
+{
+	struct pu_tag *t = &q->tags[tag];
+
+	if (!pu_tag_try_to_claim(t, pu_tag_generation(t)))
+		return pu_queue_answer_unpinned(q, tag, result);
+	return pu_commit(q, tag, pu_commit_value_of(&q->desc[tag], result));
+}
+
 /* The same from any thread, for the request of that generation. With batch I/O the kernel takes it
  * at once where it can; else the owner is woken and commits. */
 int pu_queue_post(struct pu_queue *q, uint16_t tag, uint32_t generation, int64_t result);
