@@ -25,7 +25,8 @@ from libc.errno cimport (
 )
 from libc.limits cimport INT_MAX
 from libc.stdint cimport (
-    UINT32_MAX, int32_t, int64_t, intptr_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+    UINT32_MAX, UINT64_MAX, int32_t, int64_t, intptr_t, uint8_t, uint16_t, uint32_t, uint64_t,
+    uintptr_t
 )
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy, memset

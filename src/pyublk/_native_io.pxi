@@ -4,8 +4,25 @@ cdef tuple OPS = tuple(
     uapi.Op(number) if number in uapi.Op._value2member_map_ else number for number in range(32)
 )
 
+cdef uint64_t NOT_SHOWN = UINT64_MAX  # the shape of no request
+
 cdef enum:
     LATER = 1  # a handler's outcome: answered by itself, or to be answered later
+
+
+cdef extern from *:
+    """
+    /* Lets an `except` have what an unchecked call has raised. */
+    static inline int PU_RAISED(void)
+    {
+        return -1;
+    }
+    """
+    int PU_RAISED() except -1
+
+
+# A `try` costs some 40 instructions, whether or not anything is raised.
+ctypedef PyObject *(*UncheckedCall)(Handlers, IO) noexcept  # NULL: it raised
 
 
 cdef inline bint takes_data(uint32_t op) noexcept nogil:
@@ -62,6 +79,7 @@ cdef class IO:
     cdef pu_desc *desc
     cdef object view         # for the operation that last used it
     cdef Span span           # what it shows
+    cdef uint64_t shown      # the shape of the request that it fits, or NOT_SHOWN
     cdef bint single_use     # for this request: of a client's memory, or beside a released view
     cdef bint answer_in_buffer  # user copy: a read's data is in the buffer, to be given at the end
     cdef uint32_t generation
@@ -189,8 +207,20 @@ cdef class IO:
     def completed(self):
         return not pu_queue_holds(&self.queue.q, self.tag, self.generation)
 
-    @cython.critical_section
-    cdef object get_view(self):
+    cdef inline object get_view(self):
+        with cython.critical_section(self):
+            if self.view is not None and self.shown == self.shape() and (
+                self.span.data == <char *>pu_queue_buffer(&self.queue.q, self.tag)
+            ) and not PU_RELEASED(<PyObject *>self.view):
+                return self.view
+            return self.make_view()
+
+    cdef inline uint64_t shape(self) noexcept:
+        """What decides about a view of the request's memory, but for where that is."""
+        cdef uint32_t kind = self.desc.op_flags & (0xFF | PU_FLAG_SHMEM_ZC)
+        return kind | <uint64_t>self.desc.nr_sectors << 32
+
+    cdef object make_view(self):
         cdef uint32_t op = self.desc.op_flags & 0xFF
         cdef bint writable = not takes_data(op)
         cdef uint64_t length = self.data_length()
@@ -208,6 +238,7 @@ cdef class IO:
         elif self.view is None or PU_RELEASED(<PyObject *>self.view):
             self.single_use = span.exports > 0
             self.view = memoryview(span)
+        self.shown = self.shape() if self.queue.q.copies else NOT_SHOWN
         return self.view
 
     cdef object get_shared_view(self, uint64_t length, bint writable):
@@ -222,6 +253,7 @@ cdef class IO:
         index = self.desc.addr >> uapi.SHMEM_INDEX_OFFSET & 0xFFFF
         memory = self.queue.table.memories.get(index)
         self.span = None
+        self.shown = NOT_SHOWN
         self.view = memoryview(Span.make(memory, bytes_of, length, writable))
         self.single_use = True
         return self.view
@@ -367,20 +399,27 @@ cdef class Handlers:
                 )
         raise OSError(EOPNOTSUPP, f"the target has no method for {OPS[op & 31]!r}")
 
-    cdef int64_t answer(self, IO io) except? LATER:
+    cdef inline int64_t answer(self, IO io) except? LATER:
         """0, -errno, or LATER."""
+        cdef PyObject *outcome = (<UncheckedCall>Handlers.call)(self, io)
         cdef int64_t result = 0
-        try:
-            outcome = self.call(io)
-            if outcome is not None:
-                result = self.reporter.result_of(outcome, io)
-        except BaseException as raised:
-            if io.queue.process != pu_process():  # the handler forked: the request is the parent's
-                raise
-            result = self.reporter.result_of(raised, io)
+        if outcome == NULL:
+            result = self.failed(io)
+        else:
+            if outcome != <PyObject *>None:
+                result = self.reporter.result_of(<object>outcome, io)
+            Py_DECREF(<object>outcome)
         if self.handle is not None and io.answered_otherwise(result, self.reporter):
             return LATER
         return result
+
+    cdef int64_t failed(self, IO io) except? LATER:
+        try:
+            return PU_RAISED()
+        except BaseException as raised:
+            if io.queue.process != pu_process():  # the handler forked: the request is the parent's
+                raise
+            return self.reporter.result_of(raised, io)
 
     def answer_from_here(self, IO io):
         """Runs the handler on the calling thread; the queue's own thread commits."""

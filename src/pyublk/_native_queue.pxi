@@ -223,7 +223,7 @@ cdef class Queue:
             return -1
         return there
 
-    cdef IO take(self, uint16_t tag):
+    cdef inline IO take(self, uint16_t tag):
         io = <IO>self.ios[tag]
         if io is None or PU_REFERENCES(<PyObject *>io) != 2:  # kept: not just the list and `io`
             io = self.new_io(tag)
@@ -290,7 +290,7 @@ cdef class Queue:
         self.take_back(io)
         return error
 
-    cdef int answer_here(self, IO io, int64_t result) except -1:
+    cdef inline int answer_here(self, IO io, int64_t result) except -1:
         """For the thread that serves."""
         cdef int error
         if io.answer_in_buffer:
@@ -379,7 +379,6 @@ cdef class Queue:
 
     cdef int answer_batch(self, Handlers handlers) except -1:
         cdef int64_t result
-        cdef int error
         cdef uint16_t tag
         cdef IO io
         cdef int64_t began = pu_queue_tick()
@@ -392,12 +391,7 @@ cdef class Queue:
             result = handlers.answer(io)
             if result == LATER:
                 continue
-            if io.view is None and not io.answer_in_buffer:  # the call is what others cost more
-                error = pu_queue_answer(&self.q, tag, result)
-                if error < 0:
-                    self.refused(error)
-            else:
-                self.answer_here(io, result)
+            self.answer_here(io, result)
             if i + 1 < look:
                 continue
             if pu_queue_tick() - began > ANSWERS_DUE:
