@@ -1,8 +1,9 @@
 # Dispatcher: the requests of an async target, on an asyncio event loop.
 
 cdef extern from "Python.h":
-    enum: PYGEN_NEXT
-    int PyIter_Send(object, object, PyObject **) except -1
+    enum: PYGEN_RETURN, PYGEN_ERROR, PYGEN_NEXT
+    int PyIter_Send(object, object, PyObject **) except PYGEN_ERROR
+    int unchecked_send "PyIter_Send"(object, object, PyObject **) noexcept
     bint PyCoro_CheckExact(object)
 
 
@@ -17,7 +18,7 @@ cdef int import_asyncio() except -1:
     return 0
 
 
-cdef object owned(PyObject *reference):
+cdef inline object owned(PyObject *reference):
     """Takes over a reference that a C function gave."""
     given = <object>reference
     Py_DECREF(given)
@@ -251,6 +252,9 @@ cdef class Suspended:
         raise StopIteration
 
 
+ctypedef PyObject *(*UncheckedCoroutine)(Dispatcher, IO) noexcept  # NULL: it raised
+
+
 @cython.final
 cdef class Dispatcher:
     """Runs a target's coroutines on one event loop, for any number of queues.
@@ -336,13 +340,18 @@ cdef class Dispatcher:
         self.references = PU_REFERENCES(<PyObject *>self.current)
         return 0
 
+    cdef int leave(self) except -1:
+        self.current.serve(None, None, None)
+        _leave_task(self.loop, self.current)
+        return 0
+
     cdef int begin_batch(self, Queue queue) except -1:
         self.enter()
         try:
             for i in range(queue.q.nr_ready):
                 self.begin(queue.take(queue.q.ready[i]))
         finally:
-            _leave_task(self.loop, self.current)
+            self.leave()
         return 0
 
     cdef int remember(self, Suspended request) except -1:
@@ -359,27 +368,29 @@ cdef class Dispatcher:
         self.suspended.pop()
         return 0
 
+    cdef object coroutine_of(self, IO io):
+        coro = self.handlers.call(io)
+        return coro if PyCoro_CheckExact(coro) else awaiting(coro)
+
     cdef int begin(self, IO io) except -1:
         """The first step of a request, and its answer when there is no second one."""
+        cdef PyObject *made
         cdef PyObject *given = NULL
         cdef int64_t result = 0
-        cdef bint suspends = False
+        cdef int step = PYGEN_ERROR
         coro = None
         context = PyContext_CopyCurrent()
+        self.current.serve(None, context, None)
         PyContext_Enter(context)
-        try:
-            coro = self.handlers.call(io)
-            if not PyCoro_CheckExact(coro):
-                coro = awaiting(coro)
-            self.current.serve(coro, context, None)
-            suspends = PyIter_Send(coro, None, &given) == PYGEN_NEXT
-            if not suspends:
-                result = self.result_of(owned(given), io)
-        except BaseException as raised:
-            result = self.failure(raised, io)
-        finally:
-            PyContext_Exit(context)
-        if suspends:
+        made = (<UncheckedCoroutine>Dispatcher.coroutine_of)(self, io)
+        if made != NULL:
+            coro = owned(made)
+            self.current.coro = coro
+            step = unchecked_send(coro, None, &given)
+        if step != PYGEN_NEXT:
+            result = self.result_of_step(step, given, io)
+        PyContext_Exit(context)
+        if step == PYGEN_NEXT:
             request = self.current.request
             if request is None:
                 request = self.new_suspended(io, coro, context)
@@ -388,10 +399,6 @@ cdef class Dispatcher:
             self.let_go(request)
             request.suspend(owned(given))
         else:
-            if self.is_kept():
-                self.current.over = True
-            if self.current.request is not None:
-                self.current.request.over = True
             self.let_go(None)
             self.answer(io, result)
         return 0
@@ -400,26 +407,22 @@ cdef class Dispatcher:
         """A later step, without a Task."""
         cdef PyObject *given = NULL
         cdef int64_t result = 0
-        cdef bint suspends = False
+        cdef int step
         kept = request.kept
         if kept is None:
             self.current.serve(request.coro, request.context, request)
         else:
             _leave_task(self.loop, self.current)
             _enter_task(self.loop, kept)
-        try:
-            suspends = PyIter_Send(request.coro, None, &given) == PYGEN_NEXT
-            if not suspends:
-                result = self.result_of(owned(given), request.io)
-        except BaseException as raised:
-            result = self.failure(raised, request.io)
-        finally:
-            if kept is not None:
-                _leave_task(self.loop, kept)
-                _enter_task(self.loop, self.current)
+        step = unchecked_send(request.coro, None, &given)
+        if step != PYGEN_NEXT:
+            result = self.result_of_step(step, given, request.io)
         if kept is None:
             self.let_go(request)
-        if suspends:
+        else:
+            _leave_task(self.loop, kept)
+            _enter_task(self.loop, self.current)
+        if step == PYGEN_NEXT:
             request.suspend(owned(given))
         else:
             request.end(result)
@@ -430,7 +433,7 @@ cdef class Dispatcher:
         try:
             self.go_on(request)
         finally:
-            _leave_task(self.loop, self.current)
+            self.leave()
         return 0
 
     cdef int take_turn(self, Suspended request) except -1:
@@ -461,7 +464,7 @@ cdef class Dispatcher:
                 finally:
                     PyContext_Exit(context)
         finally:
-            _leave_task(self.loop, self.current)
+            self.leave()
 
     cdef inline bint is_kept(self) noexcept:
         """Whether a handler keeps the current task, or has made an asyncio.Task of it."""
@@ -471,12 +474,17 @@ cdef class Dispatcher:
         return references != self.references or self.current.task is not None
 
     cdef int let_go(self, Suspended request) except -1:
-        """After a step: the current task stays with its request if somebody keeps it."""
+        """After a step: the current task stays with its request if somebody keeps it. `request`
+        None: the request is over."""
         if not self.is_kept():
-            return self.current.serve(None, None, None)
+            return 0
         if request is not None:
             request.kept = self.current
             self.current.request = request
+        else:
+            self.current.over = True
+            if self.current.request is not None:
+                self.current.request.over = True
         return self.replace()
 
     cdef int replace(self) except -1:
@@ -493,6 +501,14 @@ cdef class Dispatcher:
         request.context = context
         return request
 
+    cdef int64_t result_of_step(self, int step, PyObject *given, IO io) noexcept:
+        if step == PYGEN_RETURN:
+            return self.result_of(owned(given), io)
+        try:
+            return PU_RAISED()
+        except BaseException as raised:
+            return self.failure(raised, io)
+
     cdef int64_t result_of(self, object outcome, IO io) noexcept:
         return 0 if outcome is None else self.handlers.reporter.result_of(outcome, io)
 
@@ -502,8 +518,6 @@ cdef class Dispatcher:
         return self.handlers.reporter.result_of(raised, io)
 
     cdef int answer(self, IO io, int64_t result) except -1:
-        cdef Queue queue = io.queue
-        if io.answered_otherwise(result, self.handlers.reporter):
-            return 0
-        queue.answer_here(io, result)
+        if not io.answered_otherwise(result, self.handlers.reporter):
+            io.queue.answer_here(io, result)
         return 0
