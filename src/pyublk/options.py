@@ -275,8 +275,9 @@ class DeviceOptions(TypedDict, total=False):
         int,
         Option(
             help="Threads for each queue (Linux 6.16).",
-            more="For targets whose calls may run at once; those of a `serial` or `per_queue` "
-            "target still take turns.",
+            more="There for compatibility with other servers: with batch I/O one thread may take "
+            "all requests, and for methods that wait `workers` gain more. Calls of a `serial` or "
+            "`per_queue` target still take turns.",
             default=1,
             least=1,
             most=MAX_QUEUE_DEPTH,
