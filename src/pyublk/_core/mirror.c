@@ -36,23 +36,6 @@ void pu_mirror_destroy(struct pu_mirror *mirror)
 	mirror->regions = NULL;
 }
 
-struct pu_leg_bits pu_mirror_leg_bits(const struct pu_mirror *mirror)
-{
-	struct pu_leg_bits bits;
-
-	__atomic_load(&mirror->bits, &bits, __ATOMIC_ACQUIRE);
-	return bits;
-}
-
-enum pu_leg_state pu_mirror_leg_state(const struct pu_mirror *mirror, uint32_t leg)
-{
-	struct pu_leg_bits bits = pu_mirror_leg_bits(mirror);
-
-	if (bits.in_step & 1u << leg)
-		return PU_LEG_SYNCED;
-	return bits.resync & 1u << leg ? PU_LEG_RESYNC : PU_LEG_FAILED;
-}
-
 static uint16_t with(uint16_t bits, uint32_t leg, bool set)
 {
 	return (uint16_t)(set ? bits | 1u << leg : bits & ~(1u << leg));
@@ -65,16 +48,6 @@ void pu_mirror_set_leg(struct pu_mirror *mirror, uint32_t leg, enum pu_leg_state
 	bits.in_step = with(bits.in_step, leg, state == PU_LEG_SYNCED);
 	bits.resync = with(bits.resync, leg, state == PU_LEG_RESYNC);
 	__atomic_store(&mirror->bits, &bits, __ATOMIC_RELEASE);
-}
-
-uint32_t pu_mirror_file_generation(const struct pu_mirror *mirror, uint32_t leg)
-{
-	return __atomic_load_n(&mirror->legs[leg].file_generation, __ATOMIC_ACQUIRE);
-}
-
-uint32_t pu_mirror_replaced(const struct pu_mirror *mirror, uint32_t leg)
-{
-	return __atomic_load_n(&mirror->legs[leg].replaced, __ATOMIC_ACQUIRE);
 }
 
 uint32_t pu_mirror_orphans(const struct pu_mirror *mirror, uint32_t leg, bool before)

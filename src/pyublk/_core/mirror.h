@@ -61,8 +61,23 @@ struct pu_mirror {
 int pu_mirror_init(struct pu_mirror *mirror, struct pu_layout *layout, int64_t leg_timeout_ns);
 void pu_mirror_destroy(struct pu_mirror *mirror);
 
-struct pu_leg_bits pu_mirror_leg_bits(const struct pu_mirror *mirror);
-enum pu_leg_state pu_mirror_leg_state(const struct pu_mirror *mirror, uint32_t leg);
+static inline struct pu_leg_bits pu_mirror_leg_bits(const struct pu_mirror *mirror)
+{
+	struct pu_leg_bits bits;
+
+	__atomic_load(&mirror->bits, &bits, __ATOMIC_ACQUIRE);
+	return bits;
+}
+
+static inline enum pu_leg_state pu_mirror_leg_state(const struct pu_mirror *mirror, uint32_t leg)
+{
+	struct pu_leg_bits bits = pu_mirror_leg_bits(mirror);
+
+	if (bits.in_step & 1u << leg)
+		return PU_LEG_SYNCED;
+	return bits.resync & 1u << leg ? PU_LEG_RESYNC : PU_LEG_FAILED;
+}
+
 void pu_mirror_set_leg(struct pu_mirror *mirror, uint32_t leg, enum pu_leg_state state);
 /* Leaves a leg alone from now on. False when it had failed before, has a file of another generation
  * now, or is the last in step, which is never given up. */
@@ -70,9 +85,17 @@ bool pu_mirror_fail_leg(struct pu_mirror *mirror, uint32_t leg, uint32_t file_ge
 /* Every leg that has failed is on record. */
 void pu_mirror_set_recorded(struct pu_mirror *mirror);
 
-uint32_t pu_mirror_file_generation(const struct pu_mirror *mirror, uint32_t leg);
+static inline uint32_t pu_mirror_file_generation(const struct pu_mirror *mirror, uint32_t leg)
+{
+	return __atomic_load_n(&mirror->legs[leg].file_generation, __ATOMIC_ACQUIRE);
+}
+
 /* How often a leg has had another file. */
-uint32_t pu_mirror_replaced(const struct pu_mirror *mirror, uint32_t leg);
+static inline uint32_t pu_mirror_replaced(const struct pu_mirror *mirror, uint32_t leg)
+{
+	return __atomic_load_n(&mirror->legs[leg].replaced, __ATOMIC_ACQUIRE);
+}
+
 /* Orphans of a leg's file, or (`before`) of the one before. */
 uint32_t pu_mirror_orphans(const struct pu_mirror *mirror, uint32_t leg, bool before);
 /* The queues take it up with their next request. A file that was in the leg's place before, whenever,
