@@ -4,12 +4,12 @@
 
 #include "work.h"
 
-static bool part_by_request(struct pu_work *w, struct pu_part *part)
+static enum pu_cut part_by_request(struct pu_work *w, struct pu_part *part)
 {
 	const struct pu_extent *extent = &w->mapped_parts[w->cut];
 
 	if (w->cut >= w->nr_mapped_parts)
-		return false;
+		return PU_NO_PART;
 	*part = (struct pu_part){
 		.file = extent->file,
 		.offset = extent->offset,
@@ -18,17 +18,17 @@ static bool part_by_request(struct pu_work *w, struct pu_part *part)
 		.data = extent->start,
 	};
 	w->cut++;
-	return true;
+	return w->cut == w->nr_mapped_parts ? PU_LAST_PART : PU_PART;
 }
 
-static bool next_part(struct pu_mapped *m, uint16_t tag, struct pu_part *part)
+static enum pu_cut next_part(struct pu_mapped *m, uint16_t tag, struct pu_part *part)
 {
 	const struct pu_layout *layout = m->layout;
 	struct pu_work *w = &m->works[tag];
 
 	if (w->op == PU_OP_FLUSH) {
 		*part = (struct pu_part){ .file = (uint32_t)w->cut };
-		return w->cut++ < layout->nr_files;
+		return w->cut++ < layout->nr_files ? PU_PART : PU_NO_PART;
 	}
 	if (layout->kind == PU_LAYOUT_PER_REQUEST)
 		return part_by_request(w, part);

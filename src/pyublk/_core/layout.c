@@ -111,14 +111,14 @@ static const struct pu_extent *find_extent(const struct pu_layout *layout, uint6
 	return &layout->extents[low];
 }
 
-static bool table_part(const struct pu_layout *layout, uint64_t offset, uint64_t length,
-		       uint64_t *cut, struct pu_part *part)
+static enum pu_cut table_part(const struct pu_layout *layout, uint64_t offset, uint64_t length,
+			      uint64_t *cut, struct pu_part *part)
 {
 	const struct pu_extent *extent;
 	uint64_t at = *cut, inside, whole; /* bytes */
 
 	if (at >= length)
-		return false;
+		return PU_NO_PART;
 	extent = find_extent(layout, offset + at);
 	inside = offset + at - extent->start;
 	whole = __atomic_load_n(&extent->length, __ATOMIC_RELAXED); /* a resize may make it longer */
@@ -128,11 +128,11 @@ static bool table_part(const struct pu_layout *layout, uint64_t offset, uint64_t
 		part->length = length - at;
 	part->first = part->length;
 	*cut = at + part->length;
-	return true;
+	return *cut == length ? PU_LAST_PART : PU_PART;
 }
 
-static bool stripe_part(const struct pu_layout *layout, uint64_t offset, uint64_t length,
-			uint64_t *cut, struct pu_part *part)
+static enum pu_cut stripe_part(const struct pu_layout *layout, uint64_t offset, uint64_t length,
+			       uint64_t *cut, struct pu_part *part)
 {
 	uint64_t chunk = layout->chunk, files = layout->nr_files;
 	uint64_t first = offset / chunk, last = (offset + length - 1) / chunk;
@@ -140,7 +140,7 @@ static bool stripe_part(const struct pu_layout *layout, uint64_t offset, uint64_
 	uint64_t to, end;
 
 	if (nth >= files || from > last)
-		return false;
+		return PU_NO_PART;
 	to = last - (last - from) % files;
 	part->file = (uint32_t)(from % files);
 	part->offset = from / files * chunk + (nth ? 0 : offset % chunk);
@@ -153,11 +153,11 @@ static bool stripe_part(const struct pu_layout *layout, uint64_t offset, uint64_
 	part->chunk = chunk;
 	part->stride = chunk * files;
 	*cut = nth + 1;
-	return true;
+	return *cut == files || from == last ? PU_LAST_PART : PU_PART;
 }
 
-bool pu_layout_part(const struct pu_layout *layout, uint64_t offset, uint64_t length, uint64_t *cut,
-		    struct pu_part *part)
+enum pu_cut pu_layout_part(const struct pu_layout *layout, uint64_t offset, uint64_t length,
+			   uint64_t *cut, struct pu_part *part)
 {
 	if (layout->kind == PU_LAYOUT_STRIPE)
 		return stripe_part(layout, offset, length, cut, part);

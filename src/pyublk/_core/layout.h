@@ -72,10 +72,15 @@ void pu_layout_unmap_memory(struct pu_layout *layout);
 /* Whether all of a range is there: reading what is not would allocate it. */
 bool pu_file_holds(const struct pu_file *file, uint64_t offset, uint64_t length);
 
-/* The next part of a range of the disk, for a table or a stripe; *cut, 0 at first, is moved on. False
- * when there are no more. */
-bool pu_layout_part(const struct pu_layout *layout, uint64_t offset, uint64_t length, uint64_t *cut,
-		    struct pu_part *part);
+enum pu_cut {
+	PU_NO_PART, /* there are no more */
+	PU_PART,
+	PU_LAST_PART, /* saves the question whether there is another */
+};
+
+/* The next part of a range of the disk, for a table or a stripe; *cut, 0 at first, is moved on. */
+enum pu_cut pu_layout_part(const struct pu_layout *layout, uint64_t offset, uint64_t length,
+			   uint64_t *cut, struct pu_part *part);
 
 /* Of a part: the place in the request's data of its byte `done`, and how many bytes lie there in
  * one piece. */

@@ -219,14 +219,15 @@ static void wait_for_slots(struct pu_mapped *m, uint16_t tag)
 void pu_work_proceed(struct pu_mapped *m, uint16_t tag)
 {
 	m->works[tag].open++; /* parts that end on the spot must not end the request */
-	for (;;) {
+	for (enum pu_cut cut = PU_PART; cut == PU_PART;) {
 		struct pu_slot *slot;
 
 		if (m->free_slot == m->nr_slots) {
 			wait_for_slots(m, tag);
 			break;
 		}
-		if (!m->policy->next_part(m, tag, &m->slots[m->free_slot].part))
+		cut = m->policy->next_part(m, tag, &m->slots[m->free_slot].part);
+		if (cut == PU_NO_PART)
 			break;
 		slot = take_slot(m, tag);
 		advance(m, slot, pu_operation_begin(m, slot));
@@ -292,8 +293,6 @@ static void begin(struct pu_mapped *m, uint16_t tag)
 	w->cut = 0;
 	w->open = 1;
 	w->error = 0;
-	if (m->policy->begin)
-		m->policy->begin(m, tag);
 	w->place = (uint8_t)choose_place(m, w);
 	if (w->place == IN_SHARED)
 		error = pu_queue_shared(q, tag) ? 0 : -EIO;
@@ -311,6 +310,13 @@ static void begin(struct pu_mapped *m, uint16_t tag)
 	else
 		pu_work_proceed(m, tag);
 	release(m, tag);
+}
+
+static void begin_again(struct pu_mapped *m, uint16_t tag)
+{
+	if (m->policy->begin_again)
+		m->policy->begin_again(m, tag);
+	begin(m, tag);
 }
 
 /* Whether write-zeroes of this kind have failed before, since a file cannot do them. */
@@ -449,13 +455,13 @@ static void answer(struct pu_mapped *m, uint16_t tag)
 		return;
 	if (w->unregistered && w->place == IN_REGISTERED) {
 		m->q->counters.fallbacks++;
-		begin(m, tag);
+		begin_again(m, tag);
 		return;
 	}
 	if (w->error == -EOPNOTSUPP && w->op == PU_OP_WRITE_ZEROES && !w->by_writing) {
 		*must_write_zeroes(m, w->flags) = true;
 		w->by_writing = true;
-		begin(m, tag);
+		begin_again(m, tag);
 		return;
 	}
 	if (m->policy->answer)

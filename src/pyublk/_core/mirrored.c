@@ -67,7 +67,7 @@ static bool admit(struct pu_mapped *m, uint16_t tag)
 	return l->counted;
 }
 
-static void begin(struct pu_mapped *m, uint16_t tag)
+static void begin_again(struct pu_mapped *m, uint16_t tag)
 {
 	struct leg_work *l = &queue_of(m)->works[tag];
 
@@ -75,25 +75,26 @@ static void begin(struct pu_mapped *m, uint16_t tag)
 }
 
 /* A read from one leg, w->cut telling that one was asked, all others to each that has not failed. */
-static bool next_part(struct pu_mapped *m, uint16_t tag, struct pu_part *part)
+static enum pu_cut next_part(struct pu_mapped *m, uint16_t tag, struct pu_part *part)
 {
 	const struct pu_mirror *mirror = mirror_of(m);
 	struct pu_work *w = &m->works[tag];
 	int leg = (int)w->cut, legs = (int)m->layout->nr_files;
+	bool read = w->op == PU_OP_READ;
 
-	if (w->op == PU_OP_READ)
+	if (read)
 		leg = w->cut ? -1 :
 			       pu_mirror_readable(mirror, w->offset, queue_of(m)->works[tag].bad);
 	else
 		while (leg < legs && pu_mirror_leg_state(mirror, (uint32_t)leg) == PU_LEG_FAILED)
 			leg++;
 	if (leg < 0 || leg >= legs)
-		return false;
+		return PU_NO_PART;
 	*part = (struct pu_part){
 		.file = (uint32_t)leg, .offset = w->offset, .length = w->length, .first = w->length
 	};
 	w->cut = (uint64_t)leg + 1;
-	return true;
+	return read || leg + 1 == legs ? PU_LAST_PART : PU_PART;
 }
 
 static void operate(struct pu_mapped *m, struct pu_slot *slot)
@@ -164,14 +165,15 @@ static void answer(struct pu_mapped *m, uint16_t tag)
 {
 	struct pu_work *w = &m->works[tag];
 	struct leg_work *l = &queue_of(m)->works[tag];
-	struct pu_leg_bits bits = pu_mirror_leg_bits(mirror_of(m));
-	bool read = w->op == PU_OP_READ;
+	struct pu_leg_bits bits = { .in_step = UINT16_MAX };
 
-	if (!(read ? l->good : l->good & bits.in_step)) {
+	if (w->op != PU_OP_READ)
+		bits = pu_mirror_leg_bits(mirror_of(m));
+	if (!(l->good & bits.in_step)) {
 		pu_work_finish(m, tag, w->error ? w->error : -EIO);
 		return;
 	}
-	l->told = l->bad | (read ? 0 : bits.unrecorded);
+	l->told = l->bad | bits.unrecorded;
 	if (!l->told) {
 		pu_work_finish(m, tag, 0);
 		return;
@@ -296,7 +298,7 @@ static const struct pu_policy_functions functions = {
 	.open = open_queue,
 	.close = close_queue,
 	.admit = admit,
-	.begin = begin,
+	.begin_again = begin_again,
 	.next_part = next_part,
 	.operate = operate,
 	.part_ended = part_ended,

@@ -11,8 +11,9 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "layout.h"
+
 struct pu_mapped;
-struct pu_part;
 struct pu_slot;
 
 struct pu_policy_functions {
@@ -22,10 +23,10 @@ struct pu_policy_functions {
 
 	/* A request is there. False: not yet; it is asked for again with every turn. */
 	bool (*admit)(struct pu_mapped *m, uint16_t tag);
-	/* It begins; once more when its first way turned out not to go. */
-	void (*begin)(struct pu_mapped *m, uint16_t tag);
-	/* The next part to operate on, after w->cut. False: no more for now. */
-	bool (*next_part)(struct pu_mapped *m, uint16_t tag, struct pu_part *part);
+	/* It begins once more, since its first way turned out not to go. */
+	void (*begin_again)(struct pu_mapped *m, uint16_t tag);
+	/* The next part to operate on, after w->cut. */
+	enum pu_cut (*next_part)(struct pu_mapped *m, uint16_t tag, struct pu_part *part);
 	/* An operation of a part begins. */
 	void (*operate)(struct pu_mapped *m, struct pu_slot *slot);
 	/* A part has ended: 0 or -errno. It may ask for others (pu_work_proceed). The slot is free
