@@ -156,7 +156,8 @@ cdef class MappedQueue(Queue):
             raise ValueError("the layout is asked for each request: pass a Mapper")
         for i in range(there):
             mapper.map_request(self, &self.mapped, self.q.ready[i])
-        self.layout.tell(&self.mapped, leg_failed)
+        if self.mapped.to_tell:
+            self.layout.tell(&self.mapped, leg_failed)
         return True
 
     cdef str obstacle(self):

@@ -22,7 +22,8 @@ const struct pu_policy *pu_mirrored(struct pu_mirror *mirror);
 /* The next leg that failed, to be given up (pu_mirror_fail_leg) and put on record; false: none.
  * While there is one, to_tell is set. */
 bool pu_mirrored_next_failure(struct pu_mapped *m, struct pu_leg_failure *failure);
-/* That was done, or tried, for all that were told: answers those who waited. */
+/* That was done, or tried, for all that were told: answers those who waited. While somebody does,
+ * to_tell is set, too. */
 void pu_mirrored_recorded(struct pu_mapped *m);
 
 #endif
