@@ -15,6 +15,8 @@ in a directory also from its own line; `tests/unit/test_rooms.py` reads the map 
     features, defects        what the kernel can do, and what is wrong with it
     params, stats            device parameters; counters
     descriptors              room for the open files of many disks
+    claimant                 a program that claims a disk and flushes it
+    claiming                 how it is used
     occupants, methods       who has an id that is taken; whether methods can be called as they are
     interruptions            what signals and cancellations may interrupt
     zones                    the zones of a zoned disk, and the rules for writing to them

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from pyublk.claiming import partitions
 from pyublk.files import About
 from pyublk.openers import Opener
 from pyublk.service import stacking, usage
-from pyublk.service.usage import Use, partitions, uses
+from pyublk.service.usage import Use, uses
 
 MOUNTINFO = """\
 22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw

@@ -5,93 +5,19 @@ himself, in whatever namespace, is in its way, and nobody else gets it while it 
 import errno
 import math
 import os
-import select
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from pyublk import errors
+from pyublk.claiming import Claim
 from pyublk.control import Controller, DeviceInfo
-from pyublk.service import claimant
-from pyublk.service.usage import Use, opened, partitions, uses
+from pyublk.service.usage import Use, opened, uses
 from pyublk.uapi import DeviceStatus, Feature
 
 #: Seconds for those who open a disk in passing, as udev does.
 _PASSING = 1.0
-#: Seconds for a process that has nothing to wait for to end.
-_END = 5.0
-
-
-class Claim:
-    """Opens a disk in a process of its own, exclusively if need be, and flushes it there.
-
-    Nothing can interrupt either where the disk's server hangs: that process may stay behind until
-    the server ends, but its caller does not. The disk is held until `close`, or until it is gone.
-    """
-
-    def __init__(self, node: str, partitions: list[str], *, exclusive: bool) -> None:
-        options = ["--exclusive"] if exclusive else []
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", claimant.__file__, node, *options, *partitions],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            bufsize=0,
-        )
-        self._told = b""
-
-    @property
-    def pid(self) -> int:
-        """The process that holds the disk."""
-        return self._process.pid
-
-    def step(self, seconds: float) -> int | None:
-        """The errno of the next step, to open and then to flush, 0 for success; None when it is not
-        over within so many seconds."""
-        assert self._process.stdout is not None
-        if b"\n" not in self._told:
-            poller = select.poll()
-            poller.register(self._process.stdout, select.POLLIN)
-            if not poller.poll(seconds * 1000):
-                return None
-            more = os.read(self._process.stdout.fileno(), 64)
-            if not more:
-                raise errors.InternalError(
-                    f"process {self.pid}, which claims a disk, ended untimely"
-                )
-            self._told += more
-        number, _, self._told = self._told.partition(b"\n")
-        return int(number)
-
-    def close(self) -> None:
-        """Lets the disk go."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        if self._process.stdin.closed:
-            return
-        self._process.stdin.close()
-        self._process.stdout.close()
-        try:
-            self._process.wait(_END)
-        except subprocess.TimeoutExpired:
-            threading.Thread(target=self._process.wait, daemon=True).start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def refuse_if_used(device: DeviceInfo) -> None:
@@ -119,9 +45,8 @@ def take(
         return False
     until = math.inf
     name = f"ublkb{device.id}"
-    nodes = [f"/dev/{part}" for part in partitions(name)]
     while True:
-        claim = held.enter_context(Claim(device.path, nodes, exclusive=not force))
+        claim = held.enter_context(Claim(device.path, exclusive=not force))
         if not _flush(device, claim, timeout, force=force):
             return False
         others = opened(name, but=claim.pid)

@@ -111,11 +111,6 @@ def opened(name: str, *, but: int | None = None, sys: Path = Path("/sys")) -> li
     return list(found)
 
 
-def partitions(name: str, *, sys: Path = Path("/sys")) -> list[str]:
-    """The names of a disk's partitions."""
-    return [part for part, _ in _parts(name, sys) if part != name]
-
-
 def _parts(name: str, sys: Path) -> list[tuple[str, str]]:
     """The disk and its partitions, each with its "major:minor"."""
     disk = sys / "class/block" / name
