@@ -20,6 +20,7 @@ in a directory also from its own line; `tests/unit/test_rooms.py` reads the map 
     occupants, methods       who has an id that is taken; whether methods can be called as they are
     interruptions            what signals and cancellations may interrupt
     zones                    the zones of a zoned disk, and the rules for writing to them
+    recovery                 what becomes of a disk whose server is gone
     paths                    the ways a request's data takes, and the choice among them
     backing                  the files that hold a disk's bytes
     resizing                 another size for all of them
@@ -33,6 +34,7 @@ in a directory also from its own line; `tests/unit/test_rooms.py` reads the map 
     engines/                 how requests reach a target: one engine for each kind
     servers                  threads that serve the queues of many disks
     kernel_disk, session     a disk's two halves: the kernel's device; one target served on it
+    handover                 a disk's requests, from one server to the next
     lifecycle                the steps of a disk's life, in which the two halves meet
     device                   Device: who takes these steps, and when
     layers/                  targets over targets
@@ -45,7 +47,7 @@ in a directory also from its own line; `tests/unit/test_rooms.py` reads the map 
 from pyublk import launch as launch  # first: Ctrl-C, from here on
 from pyublk._native import IO, Layout, MappedQueue, Mapper, Queue, QueueSet, Ring, ShardedLock
 from pyublk.control import Controller, DeviceInfo
-from pyublk.device import Device, DeviceState
+from pyublk.device import Device
 from pyublk.errors import (
     DeviceBusy,
     DeviceClosed,
@@ -60,10 +62,12 @@ from pyublk.errors import (
 )
 from pyublk.features import Features
 from pyublk.layers import Layer
+from pyublk.lifecycle import DeviceState
 from pyublk.mapped import MappedTarget
 from pyublk.params import Params
 from pyublk.paths import DataPath, PathChoice
 from pyublk.profile import Profile
+from pyublk.recovery import Recovery
 from pyublk.servers import Servers
 from pyublk.sharing import SharedMemory
 from pyublk.stats import DeviceStats, QueueStats
@@ -99,6 +103,7 @@ __all__ = [
     "Queue",
     "QueueSet",
     "QueueStats",
+    "Recovery",
     "Ring",
     "Servers",
     "ShardedLock",

@@ -85,12 +85,13 @@ class Backing:
         """Which file it is, whatever its names."""
         return about(self.fd).identity
 
-    def keep(self, ranges: Ranges, *, read_only: bool) -> None:
+    def keep(self, ranges: Ranges, *, read_only: bool, succeeds: bool = False) -> None:
         """Keeps these ranges (first byte and end) of a regular file from everybody else, and gives
-        it its size. Raises OSError EBUSY when somebody has one of them."""
+        it its size. `succeeds`: but not from the target that this one is to replace. Raises OSError
+        EBUSY when somebody has one of them."""
         if self.is_device:
             return
-        keep(self.fd, self.path, ranges, read_only=read_only)
+        keep(self.fd, self.path, ranges, read_only=read_only, succeeds=succeeds)
         if os.fstat(self.fd).st_size < self.size:
             os.ftruncate(self.fd, self.size)
 

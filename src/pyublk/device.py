@@ -9,7 +9,6 @@ import time
 import warnings
 import weakref
 from contextlib import suppress
-from enum import StrEnum
 from functools import partial
 from types import FrameType, TracebackType
 from typing import Self, Unpack
@@ -26,12 +25,12 @@ from pyublk.interruptions import (
     signals_raised,
 )
 from pyublk.launch import fill_descriptors
-from pyublk.lifecycle import Lifecycle, handler_timeout
-from pyublk.options import DEVICE, DeviceOptions, complete, documented
+from pyublk.lifecycle import DeviceState, Lifecycle, handler_timeout
+from pyublk.options import DEVICE, DeviceOptions, complete, complete_for, documented
 from pyublk.params import Params
 from pyublk.paths import PathChoice
-from pyublk.scheduling import Affinity
 from pyublk.servers import Servers
+from pyublk.session import Session
 from pyublk.sharing import SharedMemory, check_share
 from pyublk.stats import DeviceStats
 from pyublk.target import Target
@@ -43,17 +42,6 @@ log = logging.getLogger("pyublk.device")
 LOOK_FOR_END = 0.1
 #: Seconds between two looks of a resize at whether the disk is stopped instead.
 LOOK_FOR_STOP = 0.05
-
-
-class DeviceState(StrEnum):
-    """The state of a `Device`; a stopped one cannot be started again."""
-
-    CREATED = "created"
-    CONFIGURED = "configured"
-    STARTING = "starting"
-    LIVE = "live"
-    STOPPING = "stopping"
-    STOPPED = "stopped"
 
 
 @documented(DEVICE)
@@ -81,11 +69,44 @@ class Device:
     def __init__(
         self, target: Target, *, on: Servers | None = None, **options: Unpack[DeviceOptions]
     ) -> None:
+        self._set_up(target, on, complete(options))
+
+    @classmethod
+    def take_over(
+        cls,
+        device: int,
+        target: Target,
+        /,
+        *,
+        on: Servers | None = None,
+        **options: Unpack[DeviceOptions],
+    ) -> Self:
+        """The disk of the id `device`, which has lost its server, to be served by `target` from the
+        start of this Device on: `start`, `with` or `async with`.
+
+        Its queues, depth, data path and all else that is the kernel's stay as they are, so these
+        `options` are not taken (TypeError). The start waits at most `deadline` seconds for the
+        kernel to notice the end of the server. When it fails, the disk waits as before:
+
+        - ValueError: it is not pyublk's, or has no recovery, or differs from the target in what the
+          error names: size, block sizes, operations, read-only, zones, integrity, data path.
+        - DeviceBusy: it is still served, or another process takes it over.
+        - DeviceLost: it is stopped. DeviceNotFound: there is no such disk.
+
+        Once it has started, it is stopped and deleted like every other.
+        """
+        whole("device", device, least=0)
+        disk = cls.__new__(cls)
+        disk._state = DeviceState.CREATED
+        disk._set_up(target, on, complete_for(f"device {device}", options), adopted=device)
+        return disk
+
+    def _set_up(
+        self, target: Target, on: Servers | None, asked: DeviceOptions, adopted: int | None = None
+    ) -> None:
         self._state = DeviceState.CREATED
-        asked = complete(options)
         self.target = target
-        self._life = Lifecycle(target, asked, _checked_servers(on, asked["affinity"]))
-        self._session = self._life.session
+        self._life = Lifecycle(target, asked, on, adopted=adopted)
         self._shares_memory = asked["shared_memory"]
         self._on = on
         self._stop_timeout = asked["stop_timeout"]
@@ -99,6 +120,8 @@ class Device:
         self._start_threads: set[int] = set()  # which start it now: on a loop, two
         self._stop_lock = threading.Lock()
         self._resize_lock = threading.Lock()
+        self._swap_lock = threading.Lock()
+        self._swaps = 0  # twice for each, when it begins and when it is over
         self._stop_thread = 0  # which stops it now
         self._impatient = False  # what hangs is given up at once
         self._failure_told = False  # to the caller
@@ -106,6 +129,11 @@ class Device:
         self._process = process()
 
     # ---- looking at it ----
+
+    @property
+    def _session(self) -> Session:
+        """What serves it now."""
+        return self._life.session
 
     @property
     def state(self) -> DeviceState:
@@ -197,7 +225,10 @@ class Device:
         run_shielded(start.result, interrupted)
 
     async def _start_on_loop(self) -> None:
+        import asyncio
+
         self._begin_start()
+        self._life.loop = asyncio.get_running_loop()
         try:
             self._session.prepare(on_this_loop=True)
             await run_shielded_async(self._configure, self._session.cancel_opening)
@@ -270,7 +301,9 @@ class Device:
         if self._state is DeviceState.CREATED:
             raise errors.DeviceClosed("the device is created: start it first")
         self._raise_failure()
-        return self._stopped.is_set() or self._session.one_ended()
+        swaps = self._swaps
+        one_ended = self._session.one_ended() and not swaps % 2 and swaps == self._swaps
+        return self._stopped.is_set() or one_ended
 
     async def wait_async(self, timeout: float | None = None) -> bool:
         """As `wait`, without blocking the event loop. It does not watch signals: add handlers for
@@ -329,6 +362,57 @@ class Device:
                     self._stop_lock.release()
         finally:
             self._start_threads.discard(this_thread())
+
+    def swap(self, target: Target) -> None:
+        """Serves another target as the same disk, which clients may use meanwhile: their requests
+        wait, and none fails. The one before is closed, as at a stop. Needs recovery="resend".
+
+        `target` is opened first, while the other one still serves: what it reads then may be
+        changed until the hand-over. It must be like the disk (ValueError, see `take_over`), and is
+        served with the Device's options. If anything fails, the one before serves on, and the error
+        is raised. Only if that cannot serve on either, DeviceLost says so: this Device is stopped,
+        and the disk waits for another server (`take_over`).
+
+        Handlers that hang are given up as by `stop`, and HandlerTimeout is raised, although the
+        new target serves. Must not be called in a handler, or on the event loop that serves the
+        disk (RuntimeError; `swap_async` may).
+
+        The kernel holds requests back for it (QUIESCE_DEV, Linux 6.16; FeatureMissing before), so
+        that each is answered once. It does not do so with batch I/O, which is therefore off with
+        recovery="resend" unless it is asked for; then a swap is refused (ValueError).
+        """
+        self._check_process()
+        self._life.check_swap(self._state)
+        here, before = this_thread(), self.target
+        with self._swap_lock, self._resize_lock:
+            self._start_threads.add(here)  # a signal's handler may stop it
+            try:
+                hung = run_shielded(partial(self._swap, target), self._lose_patience)
+            finally:
+                self._start_threads.discard(here)
+        if hung:
+            raise handler_timeout(before, self._life.disk(), hung, successor=target)
+
+    async def swap_async(self, target: Target) -> None:
+        """As `swap`, on an event loop."""
+        await run_shielded_async(partial(self.swap, target))
+
+    def _swap(self, target: Target) -> list[str]:
+        with self._stop_lock:
+            self._life.check_swap(self._state)  # it may have ended since
+            self._swaps += 1
+            patience = max(self._stop_timeout, self._session.max_stall)
+            failed = partial(_end_failed, weakref.ref(self))
+            try:
+                hung = self._life.swap(target, patience=patience, failed=failed)
+                self.target = target
+            except BaseException:
+                if self._life.disk().spared:
+                    self._release()
+                raise
+            finally:
+                self._swaps += 1
+        return hung
 
     def share(
         self, size: int | None = None, *, fd: int | None = None, read_only: bool = False
@@ -438,7 +522,9 @@ class Device:
     def _stop_failed(self) -> None:
         """At once, and whether or not somebody waits: nothing comes of its requests any more."""
         self._start_over.wait()
-        if self._state is not DeviceState.LIVE:  # who starts or stops it does that
+        with self._swap_lock:
+            failed = self._session.failure is not None  # else: what serves it now has not
+        if self._state is not DeviceState.LIVE or not failed:  # who starts or stops it does that
             return
         with suppress(BaseException):  # the program's log may do anything
             log.error("%r is stopped: a queue of it failed", self, exc_info=self._session.failure)
@@ -487,17 +573,6 @@ class Device:
             stacklevel=2,
         )
         self._finish_quietly()
-
-
-def _checked_servers(on: Servers | None, affinity: Affinity) -> Servers | None:
-    """Raises ValueError for what threads of many disks cannot do for one."""
-    if on is not None and not isinstance(on, Servers):
-        raise TypeError(f"on must be Servers or None, not {type(on).__name__}")
-    if on is not None and affinity not in ("auto", None):
-        raise ValueError(
-            "affinity is for threads of the disk's own: leave out one of affinity and on"
-        )
-    return on
 
 
 def _caller() -> str:

@@ -85,7 +85,8 @@ class InternalError(UblkError):
     """A bug in pyublk."""
 
 
-def _described(error: int) -> str:
+def described(error: int) -> str:
+    """An errno, in words and by its name."""
     return f"{os.strerror(error)} ({errno.errorcode.get(error, error)})"
 
 
@@ -118,7 +119,7 @@ def command_error(
     cause, whose, remedy = usual_cause(None if missing else command, error)
     if detail:
         cause = f"{detail}; {cause}" if error == errno.ETIMEDOUT else detail
-    message = f"{_subject(command, device)}: {_described(error)}: {cause}"
+    message = f"{_subject(command, device)}: {described(error)}: {cause}"
     kind = DeviceNotFound if cause == usual_cause(None, errno.ENODEV)[0] else OSError
     return _refusal(error, message, whose, remedy, kind)
 
@@ -159,7 +160,7 @@ def control_missing_error(error: int) -> OSError:
             ADMIN,
             "run outside the container, or allow it the device",
         )
-    return _refusal(error, f"{_CONTROL_NODE}: {_described(error)}", ADMIN, "see `pyublk doctor`")
+    return _refusal(error, f"{_CONTROL_NODE}: {described(error)}", ADMIN, "see `pyublk doctor`")
 
 
 def _why_no_driver() -> tuple[str, str]:
@@ -294,7 +295,7 @@ def io_uring_error(error: int) -> OSError:
             CALLER,
             "close files, or raise RLIMIT_NOFILE (ulimit -n)",
         ),
-    }.get(error, (f"io_uring: {_described(error)}", DRIVER, "see the kernel's log (dmesg)"))
+    }.get(error, (f"io_uring: {described(error)}", DRIVER, "see the kernel's log (dmesg)"))
     return _refusal(error, cause, whose, remedy)
 
 
@@ -353,7 +354,7 @@ def queue_error(error: int, queue: int) -> OSError:
             "pass the device's flags to the queue, or add the device without BATCH_IO",
         ),
     }.get(error, ("the kernel ended it", DRIVER, "see the kernel's log (dmesg)"))
-    return _refusal(error, f"queue {queue}: {_described(error)}: {cause}", whose, remedy)
+    return _refusal(error, f"queue {queue}: {described(error)}: {cause}", whose, remedy)
 
 
 def negotiation_error(what: str, wished: str, got: str, remedy: str) -> OSError:

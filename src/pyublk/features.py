@@ -91,8 +91,7 @@ _DATA_PATHS = (
 #: Flags that are not a target's to ask for: why, and what to do.
 _NOT_A_TARGETS: dict[Feature, str] = {
     _RECOVERY: (
-        "a device that outlives its server needs one that recovers it, which Device does not do "
-        "yet: leave it out, or serve by hand (Controller.add, docs/by-hand.md)"
+        "what becomes of a disk without its server is the user's choice: pass Device(recovery=...)"
     ),
     Feature.UNPRIVILEGED_DEV: (
         "who owns the device depends on who makes it: leave it out, or serve by hand "

@@ -4,6 +4,10 @@
 Other processes see a lock (F_OFD_SETLK, fcntl(2)) of the bytes served: for writing, or for reading
 when the disk is read-only. Every program that locks files sees it, QEMU among them. The lock ends
 with the last descriptor of the opened file, and with `let_go`.
+
+Such a lock belongs to a file as it was opened, even against others of the same process. A target
+that is to replace another one opens the file while that has it: it holds a duplicate of the other's
+descriptor, and the lock with it, so that at no time anybody else can have the file.
 """
 
 import errno
@@ -12,8 +16,9 @@ import logging
 import os
 import struct
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,6 +37,10 @@ class _Kept:
     identity: Identity
     ranges: Ranges
     read_only: bool
+    owner: object = None
+    succeeds: bool = False
+    #: A duplicate of the descriptor that locked it, where that is a predecessor's.
+    inherited: int | None = None
 
     def in_the_way(self, other: "_Kept") -> bool:
         return (
@@ -44,27 +53,66 @@ class _Kept:
             )
         )
 
+    def may_succeed(self, other: "_Kept", after: object) -> bool:
+        """Whether it is to replace the other, which is `after`'s, and both can be open at once."""
+        same = other.owner is after and other.read_only == self.read_only
+        return same and self.succeeds and other.succeeds
+
+    def locked_by(self, fd: int) -> int:
+        """The descriptor by which the file is locked that is open by `fd`."""
+        return fd if self.inherited is None else self.inherited
+
+    def shares_lock(self, other: "_Kept") -> bool:
+        """Whether one of the two inherited its lock, maybe the other's."""
+        inherits = self.inherited is not None or other.inherited is not None
+        return inherits and self.identity == other.identity
+
 
 _kept: dict[int, _Kept] = {}  # by descriptor
 _lock = threading.Lock()
 
+#: For whom files are opened now, and whom that one is to replace.
+_opening: ContextVar[tuple[object, object]] = ContextVar("_opening", default=(None, None))
 
-def keep(fd: int, path: Path, ranges: Ranges, *, read_only: bool) -> None:
+
+@contextmanager
+def opened_for(owner: object, *, after: object = None) -> Iterator[None]:
+    """What is kept inside is `owner`'s, who may `succeed` the owner `after` in its files."""
+    token = _opening.set((owner, after))
+    try:
+        yield
+    finally:
+        _opening.reset(token)
+
+
+def keep(fd: int, path: Path, ranges: Ranges, *, read_only: bool, succeeds: bool = False) -> None:
     """Keeps ranges of the file for the disk that has it open by `fd`.
 
+    `succeeds`: they may be the predecessor's too (`opened_for`), if that one's target allows it.
     Raises OSError EBUSY, naming who has one of them, when another disk or process does.
     """
-    wanted = _Kept(path, about(fd).identity, ranges, read_only)
+    owner, after = _opening.get()
+    wanted = _Kept(path, about(fd).identity, ranges, read_only, owner, succeeds)
     with _lock:
-        for other in _kept.values():
+        before = None
+        for number, other in _kept.items():
             if wanted.in_the_way(other):
-                raise _in_use(path, other.path, "this process serves it already")
+                if after is None or not wanted.may_succeed(other, after):
+                    raise _in_use(path, other.path, "this process serves it already")
+                before = other.locked_by(number)
+        if before is not None:
+            wanted = replace(wanted, inherited=os.dup(before))
+        locked_by = wanted.locked_by(fd)
         try:
             for first, end in ranges:
-                _set_lock(fd, fcntl.F_RDLCK if read_only else fcntl.F_WRLCK, first, end - first)
+                kind = fcntl.F_RDLCK if read_only else fcntl.F_WRLCK
+                _set_lock(locked_by, kind, first, end - first)
         except OSError as error:
-            _unlock(fd)
+            if wanted.inherited is None:
+                _unlock(fd)
             if error.errno in (errno.EAGAIN, errno.EACCES):
+                if wanted.inherited is not None:
+                    os.close(wanted.inherited)
                 raise _in_use(path, path, _who(wanted)) from None
             log.warning(
                 "%s cannot be locked (%s): other processes can use it at the same time",
@@ -85,7 +133,8 @@ def keep_also(fd: int, first: int, end: int) -> None:
             if one != fd and wanted.in_the_way(other):
                 raise _in_use(kept.path, other.path, "this process serves it already")
         try:
-            _set_lock(fd, fcntl.F_RDLCK if kept.read_only else fcntl.F_WRLCK, first, end - first)
+            kind = fcntl.F_RDLCK if kept.read_only else fcntl.F_WRLCK
+            _set_lock(kept.locked_by(fd), kind, first, end - first)
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 raise _in_use(kept.path, kept.path, _who(wanted)) from None
@@ -99,7 +148,7 @@ def keep_no_more(fd: int, first: int, end: int, *, of: Path) -> None:
         if kept is None or kept.path != of or end <= first:
             return
         with suppress(OSError):  # it could not be locked either
-            _set_lock(fd, fcntl.F_UNLCK, first, end - first)
+            _set_lock(kept.locked_by(fd), fcntl.F_UNLCK, first, end - first)
         left = [(a, min(b, first)) for a, b in kept.ranges if a < first]
         left += [(max(a, end), b) for a, b in kept.ranges if b > end]
         _kept[fd] = replace(kept, ranges=left)
@@ -112,8 +161,13 @@ def let_go(fd: int, *, written_late: bool = False) -> None:
     lock stays.
     """
     with _lock:
-        if _kept.pop(fd, None) is not None and not written_late:
-            _unlock(fd)
+        kept = _kept.pop(fd, None)
+        if kept is None:
+            return
+        if not written_late and not any(kept.shares_lock(one) for one in _kept.values()):
+            _unlock(kept.locked_by(fd))
+        if kept.inherited is not None:
+            os.close(kept.inherited)
 
 
 def move(fd: int, to: int) -> None:

@@ -11,12 +11,14 @@ from contextlib import suppress
 
 from pyublk import errors
 from pyublk._native import CharDevice, open_private
-from pyublk.control import Controller, DeviceInfo, new_cookie
+from pyublk.control import Controller, DeviceInfo, has_node, new_cookie
 from pyublk.descriptors import make_room
 from pyublk.features import Features
+from pyublk.openers import command_name
 from pyublk.params import Params
+from pyublk.recovery import Recovery, recovery_of
 from pyublk.scheduling import PATIENCE, SchedulerRemoval, choose_io_scheduler
-from pyublk.uapi import Feature
+from pyublk.uapi import DeviceStatus, Feature
 
 log = logging.getLogger("pyublk.device")
 
@@ -25,6 +27,11 @@ ID_FREED = 2.0
 
 #: Seconds for the char device's node, and our right to open it, to come after the device.
 NODE_OPENS = 5.0
+
+#: The states of a device that waits for its next server.
+_WAITING = (DeviceStatus.QUIESCED, DeviceStatus.FAIL_IO)
+#: Seconds between two looks at whether it does.
+_LOOK = 0.01
 
 
 class KernelDisk:
@@ -41,6 +48,8 @@ class KernelDisk:
         self.char_device: CharDevice | None = None
         #: It stays until this process ends: the helper deletes it then.
         self.kept = False
+        #: It stays for other servers when this one ends: it is not ours yet, or not any more.
+        self.spared = False
         self._info: DeviceInfo | None = None
         self._params: Params | None = None
         self._scheduler_removal: SchedulerRemoval | None = None
@@ -65,6 +74,11 @@ class KernelDisk:
         if self._params is None:
             raise errors.DeviceClosed("the device has no parameters before it is started")
         return self._params
+
+    @property
+    def recovery(self) -> Recovery:
+        """What becomes of it without a server."""
+        return recovery_of(self.info.flags)
 
     def features(self) -> Features:
         """What this kernel can do."""
@@ -134,8 +148,86 @@ class KernelDisk:
                 if time.monotonic() > until:
                     if error.errno == errno.ENOENT:
                         raise errors.node_missing_error(path) from None
+                    if error.errno == errno.EBUSY and self.spared:
+                        raise errors.DeviceBusy(
+                            f"device {self.info.id} is taken over by another process"
+                        ) from None
                     raise
             time.sleep(0.005)
+
+    def adopt(self, id: int, deadline: float) -> None:
+        """In place of `add` and `set_params`: a device of pyublk's whose server is gone, once the
+        kernel has noticed. It is left as it is. Raises what says why it cannot be adopted."""
+        info = self.controller.info(id)
+        if not has_node(id):
+            raise errors.device_not_found(id)
+        if not info.ours:
+            raise ValueError(f"device {id} was not made by pyublk: its own server must recover it")
+        if recovery_of(info.flags) is Recovery.NONE:
+            raise ValueError(
+                f"device {id} cannot be taken over: it was made without recovery (see "
+                "Device(recovery=...))"
+            )
+        until = time.monotonic() + deadline
+        while info.status is DeviceStatus.LIVE:
+            if _runs(info.server_pid):
+                raise errors.DeviceBusy(
+                    f"device {id} is served by process {info.server_pid} "
+                    f"({command_name(info.server_pid or 0)}): only one whose server is gone can be "
+                    "taken over"
+                )
+            if time.monotonic() > until:
+                raise errors.DeviceBusy(_still_open(id, deadline))
+            time.sleep(_LOOK)
+            info = self.controller.info(id)
+        if info.status is DeviceStatus.DEAD:
+            raise errors.DeviceLost(
+                f"device {id} is stopped, or was never started: nobody can take it over; delete it"
+            )
+        self.spared = True
+        self._info = info
+        self._params = self.controller.get_params(id)
+
+    def start_recovery(self, deadline: float) -> None:
+        """START_USER_RECOVERY, once nobody has the char device any more."""
+        device = self.info.id
+        until = time.monotonic() + deadline
+        while True:
+            try:
+                if self.look().status in _WAITING:
+                    self.controller.start_recovery(device)
+                    return
+            except OSError as error:
+                # So says Linux 6.12 of a device that somebody has sent it to already, and left.
+                if error.errno == errno.EINVAL and self.recovery is not Recovery.NONE:
+                    return
+                if error.errno != errno.EBUSY:
+                    raise
+            if time.monotonic() > until:
+                raise errors.DeviceBusy(_still_open(device, deadline))
+            time.sleep(_LOOK)
+
+    def end_recovery(self) -> None:
+        """END_USER_RECOVERY, once every tag is fetched: requests come from here on."""
+        self.controller.end_recovery(self.info.id, os.getpid())
+
+    def quiesce(self, patience: float) -> bool:
+        """QUIESCE_DEV: requests wait from here on, and idle tags come back. False: every tag of
+        some queue was busy for `patience` seconds."""
+        try:
+            self.controller.quiesce(self.info.id, timeout=patience)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            return False
+        return True
+
+    def guard(self, guarded: bool) -> None:
+        """Whether the helper deletes it when this process ends without having done so."""
+        if guarded:
+            self.controller.guard(self.info.id)
+        else:
+            self.controller.unguard(self.info.id)
 
     def queue_cpus(self, queues: list[int]) -> frozenset[int]:
         """The CPUs whose requests come to these queues."""
@@ -217,7 +309,7 @@ class KernelDisk:
         # The kernel waited for it when it took the disk away, and gives nobody the disk's name
         # before it is deleted.
         self._end_scheduler_removal()
-        if self.kept or self._info is None:
+        if self.kept or self.spared or self._info is None:
             return
         try:
             # Not DEL_DEV, which waits until everybody has closed the disk.
@@ -242,3 +334,19 @@ class KernelDisk:
     def close(self) -> None:
         """Lets go of the helper and the control node."""
         self.controller.close()
+
+
+def _runs(pid: int | None) -> bool:
+    """Whether such a process is there, and not only to be waited for."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:
+        return False
+
+
+def _still_open(device: int, deadline: float) -> str:
+    return (
+        f"device {device} still has a server after {deadline:g} s: a process that has "
+        f"/dev/ublkc{device} open, inherited or mapped keeps it from being taken over"
+    )

@@ -2,51 +2,104 @@
 """The steps of a disk's life, in which the kernel's device and the session that serves it meet."""
 
 import errno
+import logging
 import os
 import threading
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
+from enum import StrEnum
+from functools import partial
+from itertools import zip_longest
+from typing import TYPE_CHECKING, TypeVar
 
 from pyublk import errors
+from pyublk.handover import check_fits, end_by_quiesce, flush, needs_flush
 from pyublk.kernel_disk import KernelDisk
 from pyublk.options import DeviceOptions, number_of_queues
 from pyublk.paths import PathChoice, choose_path
 from pyublk.queue_servers import OwnThreads
-from pyublk.scheduling import checked_affinity
+from pyublk.recovery import Recovery, known_flaw, recovery_flags
+from pyublk.scheduling import Affinity, checked_affinity
 from pyublk.servers import Servers
 from pyublk.session import Session
 from pyublk.sharing import Sharing
-from pyublk.stats import DeviceStats
+from pyublk.stats import DeviceStats, QueueStats
 from pyublk.target import Target
 from pyublk.uapi import ControlCommand, Feature
+
+if TYPE_CHECKING:  # event loops are for disks that need one
+    import asyncio
+
+log = logging.getLogger("pyublk.device")
+
+T = TypeVar("T")
+
+
+class DeviceState(StrEnum):
+    """The state of a `Device`; a stopped one cannot be started again."""
+
+    CREATED = "created"
+    CONFIGURED = "configured"
+    STARTING = "starting"
+    LIVE = "live"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+
+
+#: Seconds in which queues that serve nothing any more, or nothing yet, are left.
+LEAVES = 5.0
 
 
 class Lifecycle:
     """Takes each step once, in this order: `configure`, `begin_serving`, `go_live`, `stop`,
-    `release`. Who takes them, and when, is the `Device`'s business."""
+    `release`; and `swap`, while it lives. Who takes them, and when, is the `Device`'s business.
 
-    def __init__(self, target: Target, asked: DeviceOptions, on: Servers | None) -> None:
-        depth, threads = asked["depth"], asked["threads"]
-        if threads > depth:
-            raise ValueError(f"threads must be 1 to the depth, {depth}, not {threads}")
-        self.session = Session(
+    `adopted`: the id of a device that is there, and is taken over.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        asked: DeviceOptions,
+        on: Servers | None,
+        *,
+        adopted: int | None = None,
+    ) -> None:
+        _check_servers(on, asked["affinity"])
+        self._adopted = adopted
+        self._asked = asked
+        self._on = on
+        if adopted is None:
+            _check_threads(asked["threads"], asked["depth"])
+            self._queues = number_of_queues(asked)
+            self._affinity = checked_affinity(asked["affinity"], self._queues)
+        if asked["shared_memory"] and asked["recovery"] != Recovery.NONE:
+            raise ValueError(
+                "recovery does not go together with shared_memory, which another server has not"
+            )
+        self.session = self._new_session(target)
+        #: The event loop that coroutines are served on; None: on one of their own.
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.kernel: KernelDisk | None = None
+        self.sharing: Sharing | None = None
+        self.choice: PathChoice | None = None
+        self._live = False
+        self._final_stats: DeviceStats | None = None
+        self._earlier: DeviceStats | None = None  # of targets that were swapped
+        self._on_shared_loop = False
+
+    def _new_session(self, target: Target) -> Session:
+        asked, on = self._asked, self._on
+        return Session(
             target,
-            threads=threads,
+            threads=asked["threads"],
             workers=asked["workers"],
             shared_memory=asked["shared_memory"],
             trim_after=asked["trim_after"],
             provider=OwnThreads(preempt=asked["preempt"]) if on is None else on,
         )
-        self.kernel: KernelDisk | None = None
-        self.sharing: Sharing | None = None
-        self.choice: PathChoice | None = None
-        self._asked = asked
-        self._on = on
-        self._queues = number_of_queues(asked)
-        self._affinity = checked_affinity(asked["affinity"], self._queues)
-        self._final_stats: DeviceStats | None = None
-        self._on_shared_loop = False
 
     def disk(self) -> KernelDisk:
         """The kernel's device; raises DeviceClosed before there is one."""
@@ -56,23 +109,33 @@ class Lifecycle:
 
     def stats(self) -> DeviceStats:
         """Counters since the start; after the end, the last ones."""
-        return self.session.stats() if self._final_stats is None else self._final_stats
+        if self._final_stats is not None:
+            return self._final_stats
+        now = self.session.stats()
+        return now if self._earlier is None else _added(self._earlier, now)
 
     def configure(self) -> None:
-        """Opens the target, and adds a device of the kernel's that fits it."""
+        """Opens the target, and adds a device of the kernel's that fits it, or adopts one."""
         asked = self._asked
         kernel = self.kernel = KernelDisk(deadline=asked["deadline"], waits=self._on is None)
-        profile = self.session.open_target()
         features = kernel.features()
         if asked["threads"] > 1:
             features.require(Feature.PER_IO_DAEMON)
+        if self._adopted is not None:
+            self._adopt(kernel, self._adopted)
+            return
+        mode = Recovery(asked["recovery"])
+        recovery = recovery_flags(mode, features)
+        if mode is not Recovery.NONE and (flaw := known_flaw(features.kernel_release)):
+            log.warning("%s", flaw)
+        profile = self.session.open_target()
         choice = self.choice = choose_path(
             profile.paths,
             features,
             path=asked["path"],
-            batch=asked["batch"],
+            batch=_batch(asked, recovery),
             depth=asked["depth"],
-            needed=profile.needs | _needed(asked),
+            needed=profile.needs | _needed(asked) | recovery,
         )
         zero_copy = Feature.SUPPORT_ZERO_COPY in choice.flags
         params = profile.params(asked["max_io_size"], zero_copy=zero_copy)
@@ -87,6 +150,15 @@ class Lifecycle:
             by_handler = weakref.WeakMethod(self.session.runs_here)
             self.sharing = Sharing(kernel.controller, device.id, by_handler)
         kernel.set_params(params)
+
+    def _adopt(self, kernel: KernelDisk, device: int) -> None:
+        deadline = self._asked["deadline"]
+        kernel.adopt(device, deadline)
+        info = kernel.info
+        _check_threads(self._asked["threads"], info.depth)
+        self._affinity = checked_affinity(self._asked["affinity"], info.queues)
+        self.choice = check_fits(self.session.target, self.session.open_target(), kernel)
+        kernel.start_recovery(deadline)
 
     def begin_serving(self, *, on_this_loop: bool, failed: Callable[[], None]) -> None:
         """Has every queue made and fetched; `failed` is called when one fails."""
@@ -116,14 +188,26 @@ class Lifecycle:
         """START_DEV, once every tag is fetched; returns when the disk can be used."""
         kernel, deadline = self.disk(), self._asked["deadline"]
         until = time.monotonic() + deadline
+        self._await_fetches()
+        if self._adopted is not None:
+            kernel.end_recovery()
+            kernel.spared = False
+        else:
+            kernel.start()
+        self._live = True
+        self.session.raise_error()
+        kernel.await_node(until, self._raise_if_over)
+        if self._adopted is None:
+            kernel.choose_scheduler(self._asked["io_scheduler"], deadline)
+            if kernel.recovery is not Recovery.NONE:
+                kernel.guard(False)
+        kernel.refresh()
+
+    def _await_fetches(self) -> None:
+        deadline = self._asked["deadline"]
         if not self.session.primed(deadline):
             raise errors.InternalError(f"a queue was not primed within {deadline:g} s")
         self._raise_if_over()  # START_DEV after somebody's STOP_DEV would crash the kernel
-        kernel.start()
-        self.session.raise_error()
-        kernel.await_node(until, self._raise_if_over)
-        kernel.choose_scheduler(self._asked["io_scheduler"], deadline)
-        kernel.refresh()
 
     def _raise_if_over(self) -> None:
         self.session.raise_error()
@@ -134,12 +218,20 @@ class Lifecycle:
     def stop(self, patience: float, enough: Callable[[], bool]) -> list[str]:
         """STOP_DEV, if it was added; returns the stacks of the handlers that were given up, after
         `patience` seconds without progress, or when it is `enough`."""
-        if self.kernel is None or not self.kernel.exists:
+        kernel, session = self.kernel, self.session
+        if kernel is None or not kernel.exists:
             return []
         deadline = self._asked["deadline"]
-        return stop_serving(
-            self.kernel, self.session, patience=patience, deadline=deadline, enough=enough
-        )
+        if kernel.spared:
+            session.primed(deadline)
+            session.leave(LEAVES)
+            return []
+        if kernel.recovery is not Recovery.NONE:
+            with suppress(OSError):  # it is deleted already
+                kernel.guard(True)
+        if self._live and needs_flush(kernel) and session.failure is None:
+            flush(kernel, session, patience=patience, enough=enough)
+        return stop_serving(kernel, session, patience=patience, deadline=deadline, enough=enough)
 
     def release(self) -> None:
         """Gives back all but the target, also after a start that failed half-way."""
@@ -155,15 +247,153 @@ class Lifecycle:
                 kernel.close()
             self._final_stats = self.stats()
             session.dismiss()
-            if self._on_shared_loop and self._on is not None:
-                self._on.leave_loop()
-                self._on_shared_loop = False
+            self._leave_shared_loop()
+
+    def _leave_shared_loop(self) -> None:
+        if self._on_shared_loop and self._on is not None:
+            self._on.leave_loop()
+            self._on_shared_loop = False
+
+    # ---- another target ----
+
+    def check_swap(self, state: DeviceState) -> None:
+        """Raises what says why the target cannot be swapped now, or not by the caller."""
+        if state is not DeviceState.LIVE:
+            raise errors.DeviceClosed(f"the device is {state}, only a live one's target is swapped")
+        if self.disk().recovery is not Recovery.RESEND:
+            raise ValueError('a swap needs a device made with recovery="resend"')
+        if Feature.BATCH_IO in self.disk().info.flags:
+            # From QUIESCE_DEV on, Linux 7.3.4 fails the requests of such a device.
+            raise ValueError("a swap needs a device without batch I/O (batch=False)")
+        self.disk().features().require(Feature.QUIESCE)
+        if self.session.runs_here() or self._loop_runs_here():
+            raise RuntimeError("a disk's target cannot be swapped by a handler, nor on its loop")
+
+    def _loop_runs_here(self) -> bool:
+        if self.loop is None:
+            return False
+        import asyncio
+
+        return asyncio._get_running_loop() is self.loop
+
+    def swap(self, target: Target, *, patience: float, failed: Callable[[], None]) -> list[str]:
+        """Serves another target from now on, and closes the one before. Returns the stacks of the
+        handlers of that one that were given up after `patience` seconds without progress.
+
+        When it raises, the target before serves on; or the device is `spared`, and waits for
+        another server.
+        """
+        old, new = self.session, self._new_session(target)
+        if self.loop is None and self._on is not None and new.needs_loop:
+            self.loop = self._on.loop()
+        try:
+            self._where_served(new, new.prepare)
+            choice = check_fits(target, new.open_target(after=old), self.disk())
+            hung = self._end_serving(old, patience)
+        except BaseException:
+            new.close_target()
+            raise
+        try:
+            self._resume(new, failed)
+        except BaseException as error:
+            self._let_go_of(new)
+            new.close_target()
+            self._put_back(old, error, failed)
+            raise
+        self.choice = choice
+        old.close_target()
+        return hung
+
+    def _where_served(self, session: Session, step: Callable[..., T]) -> T:
+        """Calls a step with `on_this_loop`, on the event loop that the session is served on."""
+        loop = self.loop
+        if loop is None or not session.needs_loop:
+            return step(on_this_loop=False)
+        import asyncio
+
+        async def call() -> T:
+            return step(on_this_loop=True)
+
+        return asyncio.run_coroutine_threadsafe(call(), loop).result()
+
+    def _end_serving(self, old: Session, patience: float) -> list[str]:
+        """The session's end, with every request answered that it has taken."""
+        kernel = self.disk()
+        hung = end_by_quiesce(
+            kernel, old, patience=patience, give_up=lambda: _give_up_hanging(kernel, old)
+        )
+        stats = old.stats()
+        self._earlier = stats if self._earlier is None else _added(self._earlier, stats)
+        self._let_go_of(old)
+        return hung
+
+    def _let_go_of(self, session: Session) -> None:
+        """Of what may have begun to serve; the kernel takes the char device's end for its end."""
+        if not session.all_ended():
+            session.leave(LEAVES)
+        kernel = self.disk()
+        kernel.close_char_device(in_use=not session.all_ended())
+        session.dismiss()
+        self._leave_shared_loop()
+
+    def _resume(self, session: Session, failed: Callable[[], None]) -> None:
+        kernel = self.disk()
+        kernel.start_recovery(self._asked["deadline"])
+        kernel.open_char_device()
+        self.session = session
+        self._where_served(session, partial(self.begin_serving, failed=failed))
+        self._await_fetches()
+        kernel.end_recovery()
+
+    def _put_back(self, old: Session, error: BaseException, failed: Callable[[], None]) -> None:
+        kernel = self.disk()
+        self.session = old
+        try:
+            self._resume(old, failed)
+        except BaseException as worse:
+            self._let_go_of(old)
+            kernel.spared = True
+            lost = errors.DeviceLost(
+                f"{kernel.info.path} has no server any more: it could not be handed over "
+                f"({error}), nor given back ({worse}); another process can take it over "
+                f"(Device.take_over), or it is deleted by `pyublk del --force {kernel.info.id}`"
+            )
+            old.failure = lost
+            raise lost from error
+
+
+def _batch(asked: DeviceOptions, recovery: Feature) -> bool | None:
+    """Whether to have batch I/O: not where it would keep a swap from holding back requests."""
+    if asked["batch"] is None and Feature.QUIESCE in recovery:
+        return False
+    return asked["batch"]
 
 
 def _needed(asked: DeviceOptions) -> Feature:
     """The device features that such a disk cannot do without."""
     needed = Feature(0) if asked["partition_scan"] else Feature.NO_AUTO_PART_SCAN
     return needed | Feature.SHMEM_ZC if asked["shared_memory"] else needed
+
+
+def _check_servers(on: Servers | None, affinity: Affinity) -> None:
+    """Raises ValueError for what threads of many disks cannot do for one."""
+    if on is not None and not isinstance(on, Servers):
+        raise TypeError(f"on must be Servers or None, not {type(on).__name__}")
+    if on is not None and affinity not in ("auto", None):
+        raise ValueError(
+            "affinity is for threads of the disk's own: leave out one of affinity and on"
+        )
+
+
+def _check_threads(threads: int, depth: int) -> None:
+    if threads > depth:
+        raise ValueError(f"threads must be 1 to the depth, {depth}, not {threads}")
+
+
+def _added(one: DeviceStats, other: DeviceStats) -> DeviceStats:
+    # Queues that are not made yet have counted nothing.
+    pairs = zip_longest(one.queues, other.queues, fillvalue=QueueStats())
+    return DeviceStats(tuple(QueueStats.sum(pair) for pair in pairs))
 
 
 def stop_serving(
@@ -224,8 +454,10 @@ def _give_up_hanging(kernel: KernelDisk, session: Session) -> list[str]:
     return hanging.stacks
 
 
-def handler_timeout(target: Target, kernel: KernelDisk, stacks: list[str]) -> errors.HandlerTimeout:
-    """For handlers that were given up at a disk's end."""
+def handler_timeout(
+    target: Target, kernel: KernelDisk, stacks: list[str], *, successor: Target | None = None
+) -> errors.HandlerTimeout:
+    """For handlers that were given up at a disk's end, or when another target took their place."""
     who = "a handler" if len(stacks) == 1 else f"{len(stacks)} handlers"
     outcome = (
         f"every request of a queue is in its hands, and Linux before 6.16 keeps such a disk until "
@@ -233,6 +465,9 @@ def handler_timeout(target: Target, kernel: KernelDisk, stacks: list[str]) -> er
         if kernel.kept
         else f"every request it held was failed, and {kernel.info.path} was deleted"
     )
+    if successor is not None:
+        now = type(successor).__name__
+        outcome = f"every request it held was failed, and {kernel.info.path} is now served by {now}"
     error = errors.HandlerTimeout(f"{who} of {type(target).__name__} never returned: {outcome}")
     for stack in stacks:
         error.add_note(stack)

@@ -63,6 +63,10 @@ class MappedTarget(Target):
     #: Whether the files are the disk's to their ends, and are cut when it shrinks.
     cuts_files: ClassVar[bool] = False
 
+    #: Whether it may be opened while another of this kind, which it is to replace (`Device.swap`),
+    #: still serves the same files: nothing that it reads when it opens changes meanwhile.
+    succeeds: ClassVar[bool] = False
+
     #: The `map` method of a subclass, if it has one.
     map: ClassVar[Callable[..., object] | None] = None
 
@@ -257,7 +261,7 @@ class MappedTarget(Target):
     def _keep_files(self) -> None:
         for file, backing in enumerate(self.backing):
             with self._told_when_named_twice(backing.path, self.backing[:file]):
-                backing.keep(self.ranges(file), read_only=self.read_only)
+                backing.keep(self.ranges(file), read_only=self.read_only, succeeds=self.succeeds)
 
     @contextmanager
     def _told_when_named_twice(self, path: Path, before: list[Backing]) -> Iterator[None]:

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, TypedDict, TypeVar, cast
 
 from pyublk.arguments import DEFAULT_DEPTH, DEFAULT_MAX_IO_SIZE, seconds, whole
 from pyublk.paths import DataPath
+from pyublk.recovery import Recovery
 from pyublk.scheduling import Affinity, checked_affinity, parse_affinity
 from pyublk.sizes import format_size, parse_size
 from pyublk.uapi import MAX_DEVICES, MAX_QUEUE_DEPTH, MAX_QUEUES
@@ -39,6 +40,8 @@ class Option:
         words: texts for values that are no numbers, such as None, in TOML and on the command line.
         choices: the only texts allowed.
         metavar: what stands for the value in the command's help.
+        lasting: it is the kernel's device's, for as long as that is there: whoever takes it over
+            gets it with the device.
         name, kind, nullable, literals: of the definition: the key, its type, whether it may be
             None, and the texts that Python callers may pass beside the type.
     """
@@ -54,6 +57,7 @@ class Option:
     words: Mapping[str, object] = field(default_factory=dict)
     choices: tuple[str, ...] = ()
     metavar: str = "N"
+    lasting: bool = False
     name: str = ""
     kind: type = object
     nullable: bool = False
@@ -200,6 +204,7 @@ class DeviceOptions(TypedDict, total=False):
             least=1,
             most=MAX_QUEUES,
             words={"max": "max"},
+            lasting=True,
         ),
     ]
     clamp_queues: Annotated[
@@ -208,6 +213,7 @@ class DeviceOptions(TypedDict, total=False):
             help="Make one queue for each CPU when more are asked for.",
             more="Without it, the start is refused.",
             default=False,
+            lasting=True,
         ),
     ]
     depth: Annotated[
@@ -217,6 +223,7 @@ class DeviceOptions(TypedDict, total=False):
             default=DEFAULT_DEPTH,
             least=1,
             most=MAX_QUEUE_DEPTH,
+            lasting=True,
         ),
     ]
     id: Annotated[
@@ -226,6 +233,7 @@ class DeviceOptions(TypedDict, total=False):
             default_text="the lowest free",
             least=0,
             most=MAX_DEVICES - 1,
+            lasting=True,
         ),
     ]
     max_io_size: Annotated[
@@ -240,6 +248,7 @@ class DeviceOptions(TypedDict, total=False):
             most=32 << 20,
             step=4096,
             metavar="SIZE",
+            lasting=True,
         ),
     ]
     workers: Annotated[
@@ -262,6 +271,7 @@ class DeviceOptions(TypedDict, total=False):
             default="auto",
             choices=("auto", *DataPath),
             metavar="NAME",
+            lasting=True,
         ),
     ]
     batch: Annotated[
@@ -269,6 +279,7 @@ class DeviceOptions(TypedDict, total=False):
         Option(
             help="Batch I/O: one command for many requests (Linux 7.0).",
             default_text="where the kernel has it",
+            lasting=True,
         ),
     ]
     threads: Annotated[
@@ -303,6 +314,7 @@ class DeviceOptions(TypedDict, total=False):
             more="False (Linux 7.0) keeps the kernel from reading the partition table of an image "
             "that you do not trust; BLKRRPART (`blockdev --rereadpt`) reads it later.",
             default=True,
+            lasting=True,
         ),
     ]
     shared_memory: Annotated[
@@ -311,6 +323,7 @@ class DeviceOptions(TypedDict, total=False):
             help="Allow memory to be shared with clients (Linux 7.1).",
             more="`Device.share` shares it.",
             default=False,
+            lasting=True,
         ),
     ]
     affinity: Annotated[
@@ -345,6 +358,7 @@ class DeviceOptions(TypedDict, total=False):
             default="auto",
             words={"default": None},
             metavar="NAME",
+            lasting=True,
         ),
     ]
     stop_timeout: Annotated[
@@ -356,6 +370,20 @@ class DeviceOptions(TypedDict, total=False):
             unit="seconds",
             least=0,
             metavar="SECONDS",
+        ),
+    ]
+    recovery: Annotated[
+        Recovery | str,
+        Option(
+            help="What becomes of the disk if its server dies: none (it is deleted), resend "
+            "(requests wait for the next server), fail (they fail until then; Linux 6.13).",
+            more="A `pyublk.Recovery`. The next server is started with `Device.take_over`; until "
+            'then the disk waits, or is deleted by hand. With "resend", `Device.swap` exchanges '
+            "the target while the disk is in use.",
+            default="none",
+            choices=tuple(Recovery),
+            metavar="MODE",
+            lasting=True,
         ),
     ]
     deadline: Annotated[
@@ -454,6 +482,13 @@ def complete(asked: DeviceOptions) -> DeviceOptions:
         for name, option in DEVICE.items()
     }
     return cast(DeviceOptions, found)
+
+
+def complete_for(device: str, asked: DeviceOptions) -> DeviceOptions:
+    """As `complete`, for who takes over a `device`, which has its own values of lasting options."""
+    for name in asked.keys() & {name for name, option in DEVICE.items() if option.lasting}:
+        raise TypeError(f"{name} is {device}'s, and stays as it is: leave it out")
+    return complete(asked)
 
 
 def number_of_queues(options: DeviceOptions) -> int:

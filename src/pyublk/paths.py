@@ -109,6 +109,16 @@ def choose_path(
     return PathChoice(path=chosen, batch=batch, flags=flags, reason=f"{reason}; {about_batch}")
 
 
+def path_of(flags: Feature) -> PathChoice:
+    """The data path of a device that is there, with these flags."""
+    all_flags = Feature(0)
+    for one in _FLAGS.values():
+        all_flags |= one
+    (path,) = (one for one, own in _FLAGS.items() if own == flags & all_flags)
+    batch = Feature.BATCH_IO in flags
+    return PathChoice(path=path, batch=batch, flags=flags, reason="the disk has it already")
+
+
 def named_path(path: str, able: Sequence[DataPath]) -> DataPath:
     """The path of that name. Raises ValueError when it is none, or not one of `able`."""
     names = [one.value for one in DataPath]

@@ -43,6 +43,7 @@ class Profile:
         paths: the data paths that it supports, the best first.
         needs: device features that it cannot do without, besides those of its data path.
         max_stall: seconds that a request may take without a failure; see `Target`.
+        recoverable: whether what was written is there again when the target is opened anew.
         integrity: the metadata for the data.
         zones: those of a zoned disk.
         segment, virt_boundary_mask: how the memory of a request may be split.
@@ -64,6 +65,7 @@ class Profile:
     paths: tuple[DataPath, ...]
     needs: Feature
     max_stall: float
+    recoverable: bool
     integrity: Integrity | None
     zones: ZoneLimits | None = None
     segment: Segment | None = None

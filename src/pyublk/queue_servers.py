@@ -100,6 +100,11 @@ class QueueServer:
         for queue in self.queues:
             queue.sever()
 
+    def leave(self) -> None:
+        """Has the queues closed whatever the kernel has of them, which gives it to the next
+        server. A handler that runs ends first, but its answer may come too late. [any thread]"""
+        self.sever()
+
     def stack(self) -> str:
         """Where the thread that serves is now."""
         return "".join(stack_of(self._ident).format())

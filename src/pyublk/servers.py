@@ -169,6 +169,7 @@ class SharedServer(QueueServer):
         self.task = task
         self.left: list[Queue] = []  # of which the kernel has tags
         self.severed = False
+        self.leaving = False
         self._shared = thread
 
     def open(self) -> None:
@@ -182,7 +183,11 @@ class SharedServer(QueueServer):
     def sever(self) -> None:
         super().sever()
         self.severed = True
-        self._shared.look_for_severed()
+        self._shared.look_again()
+
+    def leave(self) -> None:
+        self.leaving = True
+        self._shared.look_again()
 
 
 class _SharedThread:
@@ -196,7 +201,7 @@ class _SharedThread:
         self._new: deque[SharedServer] = deque()
         self._turns: dict[Queue, tuple[SharedServer, Callable[[], bool]]] = {}
         self._refusing: list[SharedServer] = []
-        self._severed = False  # some server is
+        self._changed = False  # some server is severed, or leaves
         self._over = False
         self._ready = threading.Event()
         self._queues: QueueSet | None = None
@@ -224,8 +229,8 @@ class _SharedThread:
         self.wake()
         return server
 
-    def look_for_severed(self) -> None:
-        self._severed = True
+    def look_again(self) -> None:
+        self._changed = True
         self.wake()
 
     def wake(self) -> None:
@@ -305,10 +310,16 @@ class _SharedThread:
         """What others have asked for, and those whose serving failed."""
         while self._new:
             self._open(self._new.popleft())
-        if self._severed:
-            self._severed = False
-            for server in {server for server, _ in self._turns.values() if server.severed}:
-                self._fail(server, errors.DeviceLost("a queue was cut off while its thread hung"))
+        if self._changed:
+            self._changed = False
+            for server in {server for server, _ in self._turns.values()}:
+                if server.severed:
+                    lost = errors.DeviceLost("a queue was cut off while its thread hung")
+                    self._fail(server, lost)
+                elif server.leaving:
+                    for queue in server.queues:
+                        self._forget(queue)
+                    self._close(server)
         for server in list(self._refusing):
             server.left = refuse(server.left)
             if not server.left:

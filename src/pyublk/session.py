@@ -16,6 +16,7 @@ from pyublk._native import Buffers, CharDevice, Queue, SharedTable
 from pyublk.control import DeviceInfo
 from pyublk.engines import engine_for
 from pyublk.engines.base import Setup
+from pyublk.keeping import opened_for
 from pyublk.profile import Profile
 from pyublk.queue_servers import QueueServer, ServingTask, TagSet, ThreadProvider
 from pyublk.scheduling import queue_thread_name
@@ -66,6 +67,7 @@ class Session:
         #: What the target says of itself, once it is open.
         self.profile: Profile | None = None
         self._opened = False
+        self._owner = object()  # of the files that the target opens
         self.attention = threading.Event()  # a queue's server ended, or failed
         self.moved = threading.Event()  # something that `progress_until` waits for may have ended
         #: What first ended the serving of some queues by failure: an Exception.
@@ -85,8 +87,14 @@ class Session:
         """Makes, or finds, the event loop that an async target begins, serves and ends on."""
         self._engine.prepare(on_this_loop=on_this_loop)
 
-    def open_target(self) -> Profile:
-        self._engine.open()
+    @property
+    def target(self) -> Target:
+        return self._engine.target
+
+    def open_target(self, *, after: "Session | None" = None) -> Profile:
+        """Opens the target, which is to replace that of `after`, if there is one."""
+        with opened_for(self._owner, after=None if after is None else after._owner):
+            self._engine.open()
         self._opened = True
         self.profile = profile = self._engine.target.profile()
         return profile
@@ -121,6 +129,7 @@ class Session:
         is called once, when one has failed, by it.
         """
         self._tell_failure = failed
+        self._severed = False
         engine = self._engine
         name = f"ublk{info.id}"
         engine.begin(
@@ -276,6 +285,22 @@ class Session:
             workers + [stacks[server] for server in still],
             holds_queue=any(server in full for server in still),
         )
+
+    def leave(self, patience: float) -> bool:
+        """Ends the serving without a word to the kernel, which gives what was not answered to the
+        next server. False: some handler still runs after `patience` seconds."""
+        with self._failure_lock:
+            self._severed = True
+        for server in self._servers:
+            server.leave()
+        self._engine.leave()
+        until = time.monotonic() + patience
+        while not (self.all_ended() and self._engine.has_left()):
+            if time.monotonic() > until:
+                return False
+            self.moved.wait(LOOK)
+            self.moved.clear()
+        return True
 
     def dismiss(self) -> None:
         """Lets go of all that ended, and of the workers."""

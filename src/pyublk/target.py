@@ -83,6 +83,10 @@ class Target:
     #: without, such as a mirror's leg: a stop waits at least so long for it.
     max_stall: float = 0.0
 
+    #: Whether what was written is there again when another process opens such a target. One that is
+    #: not recoverable can be taken over by hand, but is never restarted by itself.
+    recoverable: bool = False
+
     #: The metadata beside the data (Linux 7.0): needs Feature.INTEGRITY, user copy, and `handle`.
     integrity: Integrity | None = None
 
@@ -181,6 +185,7 @@ class Target:
             paths=self.paths,
             needs=self.needs,
             max_stall=self.max_stall,
+            recoverable=self.recoverable,
             integrity=self.integrity,
         )
 

@@ -537,6 +537,29 @@ def test_an_id_that_a_mount_keeps(place: Path) -> None:
     run_here("doctor", "--repair")
 
 
+def test_a_disk_that_waits_for_a_server_is_shown_and_deleted_by_force(place: Path) -> None:
+    image = str(place / "image")
+    made = added("file", image, "--size", "16M", "--recovery", "resend")
+    with process(made["server_pid"]) as server:
+        server.send(signal.SIGKILL)
+        assert server.wait(10)
+
+    def state() -> str:
+        (listed,) = json.loads(run_here("list", "--json").stdout)
+        return str(listed["state"])
+
+    until(lambda: state() == "quiesced")
+    doctor = run_here("doctor")
+    assert f"device {made['id']} is QUIESCED: it waits for a new server" in doctor.stdout
+    assert f"{made['id']}.json was left behind" not in doctor.stdout
+    run_here("doctor", "--repair")
+    refused = run_here("stop", str(made["id"]))
+    assert refused.exit_code == ExitCode.BUSY
+    assert "waits for a new server: stopping it now loses what was not written" in refused.stderr
+    assert run_here("del", "--force", str(made["id"])).exit_code == 0
+    assert left(place) == []
+
+
 def test_failed_requests_are_counted_and_a_log_that_grows_is_cut(place: Path) -> None:
     (place / "fails.py").write_text(
         "import pyublk\n"

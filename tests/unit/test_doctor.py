@@ -358,7 +358,7 @@ def test_a_device_that_waits_for_a_new_server_is_told(
             "devices",
             Status.WARNING,
             f"device 5 is {status.name}: it waits for a new server",
-            "start its server again, or give it up: pyublk del --force 5",
+            "take it over (pyublk.Device.take_over), or give it up: pyublk del --force 5",
         )
     ]
 

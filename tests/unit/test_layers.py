@@ -125,14 +125,19 @@ def test_a_layer_says_what_is_said_below(target: pyublk.Target) -> None:
         assert said.dma_alignment is None
         assert layer.size == target.size
         same = dataclasses.replace(
-            said, kind=below.kind, paths=below.paths, dma_alignment=below.dma_alignment
+            said,
+            kind=below.kind,
+            paths=below.paths,
+            dma_alignment=below.dma_alignment,
+            recoverable=below.recoverable,
         )
+        assert not said.recoverable
         assert same == below
 
 
 def test_whatever_a_target_may_say_passes_through(target: pyublk.Target) -> None:
     layer = pyublk.Layer(target)
-    own = {"announces", "close", "dispatch", "profile"}
+    own = {"announces", "close", "dispatch", "profile", "recoverable"}
     with Disk(layer):
         for name in {*vars(pyublk.Target), *vars(target)} - own:
             if not name.startswith("_") and name != "status_changed":

@@ -50,8 +50,8 @@ def test_what_does_not_go_with_the_path_is_refused() -> None:
 @pytest.mark.parametrize(
     ("needs", "words"),
     [
-        (Feature.USER_RECOVERY, "USER_RECOVERY: a device that outlives its server needs one that"),
-        (Feature.QUIESCE | Feature.ZONED, "QUIESCE: a device that outlives its server"),
+        (Feature.USER_RECOVERY, r"USER_RECOVERY: .* the user's choice: pass Device\(recovery="),
+        (Feature.QUIESCE | Feature.ZONED, "QUIESCE: what becomes of a disk without its server"),
         (Feature.UNPRIVILEGED_DEV, "UNPRIVILEGED_DEV: who owns the device depends on who makes it"),
         (Feature.USER_COPY | Feature.BATCH_IO, "USER_COPY and BATCH_IO: the data path is the"),
         (Feature.NO_AUTO_PART_SCAN, r".*: pass Device\(partition_scan=False\)"),

@@ -143,6 +143,14 @@ class Engine:
     def cancel(self) -> None:
         """Ends those that hold up no thread; their requests fail with EIO. [any thread]"""
 
+    def leave(self) -> None:
+        """Handlers that run on no queue's thread are to end: their requests go to another server.
+        [any thread]"""
+
+    def has_left(self) -> bool:
+        """Whether they have, and none begins any more. [any thread]"""
+        return True
+
     def runs_here(self) -> bool:
         """Whether the caller is a handler, on no queue's thread."""
         return False

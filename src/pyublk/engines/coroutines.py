@@ -408,6 +408,7 @@ class CoroutinesEngine(Engine):
 
     def begin(self, setup: Setup) -> None:
         self._handlers = Handlers(self.target, self.report)
+        self._servers.clear()
 
     def loop_provider(self) -> LoopProvider:
         return LoopProvider(self._new_server())
@@ -466,3 +467,9 @@ class CoroutinesEngine(Engine):
     def cancel(self) -> None:
         for server in self._servers:
             server.cancel_held()
+
+    def leave(self) -> None:
+        self.cancel()
+
+    def has_left(self) -> bool:
+        return not self.waiting()

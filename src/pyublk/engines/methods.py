@@ -62,6 +62,13 @@ class MethodsEngine(Engine):
     def hanging(self) -> list[str]:
         return [] if self._pool is None else self._pool.hanging()
 
+    def leave(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
+
+    def has_left(self) -> bool:
+        return self._pool is None or self._pool.has_ended()
+
     def runs_here(self) -> bool:
         return self._pool is not None and self._pool.runs_here()
 
@@ -121,6 +128,10 @@ class WorkerPool:
         """Lets the threads end when they are idle; does not wait for one that is not."""
         for _ in self._threads:
             self._inbox.put(None)
+
+    def has_ended(self) -> bool:
+        """Whether every thread has."""
+        return not any(thread.is_alive() for thread in self._threads)
 
     def runs_here(self) -> bool:
         """Whether the caller is one of the threads."""

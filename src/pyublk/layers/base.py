@@ -53,13 +53,16 @@ class Layer(Target):
 
     Over a target with coroutines the methods must be coroutines too, which await those below. The
     layer supports the operations of the target below, and those that it defines itself. Its
-    `profile` and its attributes are those of the target below, unless the layer changes them.
+    `profile` and its attributes are those of the target below, unless the layer changes them. It is
+    `recoverable` when it says so itself and the target below is: a layer may hold back what was
+    written.
 
     Args:
         below: the target to lie over, which is opened and closed with the layer.
     """
 
     dispatch = None
+    recoverable = False
 
     def __init__(self, below: Target) -> None:
         # Not that of Target: whatever attribute is missing here is the one below.
@@ -93,6 +96,7 @@ class Layer(Target):
             # Methods are given bytes: nothing can stay where it is.
             paths=tuple(path for path in below.paths if path in Target.paths) or Target.paths,
             dma_alignment=None,
+            recoverable=self.recoverable and below.recoverable,
         )
 
 

@@ -31,6 +31,8 @@ class Faulty(Layer):
     for a method that no request of this target calls, an unknown errno, an invalid time or count.
     """
 
+    recoverable = True
+
     def __init__(self, target: Target) -> None:
         super().__init__(target)
         self._faults: dict[str, Fault] = {}

@@ -254,7 +254,8 @@ def check_devices() -> Iterator[Check]:
                 "devices",
                 Status.WARNING,
                 f"device {device.id} is {device.status.name}: it waits for a new server",
-                f"start its server again, or give it up: pyublk del --force {device.id}",
+                "take it over (pyublk.Device.take_over), or give it up: "
+                f"pyublk del --force {device.id}",
             )
     if not troubled:
         yield Check("devices", Status.OK, f"{len(devices)} devices, none orphaned")
@@ -278,6 +279,8 @@ def stale_records() -> list[Path]:
             if server is not None:
                 with server:
                     continue
+            if record is not None and _waits_for_server(record):
+                continue
         places = (
             records.place(number),
             records.log_place(number),
@@ -291,6 +294,18 @@ def stale_records() -> list[Path]:
         if place not in found and channel.is_abandoned(place)
     ]
     return [*found, *(log for log in logs.abandoned() if log not in found), *sockets]
+
+
+def _waits_for_server(record: records.Record) -> bool:
+    """Whether its disk outlived the server: the record tells what the next one is to serve."""
+    if not _CHAR_DEVICES.joinpath(f"ublkc{record.id}").exists():
+        return False
+    try:
+        with Controller(deadline=10) as controller:
+            device = controller.info(record.id)
+    except OSError:
+        return False
+    return device.cookie == record.cookie and device.status is not DeviceStatus.DEAD
 
 
 def check_records() -> Iterator[Check]:

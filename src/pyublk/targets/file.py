@@ -20,6 +20,8 @@ class File(MappedTarget):
     """
 
     cuts_files = True
+    recoverable = True
+    succeeds = True
 
     def __init__(
         self,

@@ -46,6 +46,7 @@ class IntegrityFile(Target):
     paths = (DataPath.USER_COPY,)  # metadata travels no other way
     concurrency: ClassVar[Concurrency] = "parallel"
     flushes = True
+    recoverable = True
     takes_fua = True
 
     def __init__(

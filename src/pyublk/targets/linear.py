@@ -17,6 +17,8 @@ class Linear(MappedTarget):
     """
 
     cuts_files = True
+    recoverable = True
+    succeeds = True
 
     def __init__(
         self,

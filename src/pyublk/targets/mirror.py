@@ -63,6 +63,7 @@ class Mirror(MappedTarget):
     """
 
     cuts_files = True
+    recoverable = True
 
     def __init__(
         self,

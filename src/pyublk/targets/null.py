@@ -13,6 +13,7 @@ class Null(NativeTarget):
     """
 
     blind = True
+    recoverable = True
     paths = (
         DataPath.USER_COPY,
         DataPath.COPY,

@@ -27,6 +27,9 @@ class Slice(MappedTarget):
             of its device; in a file, with 512 bytes, or 4096 if that is the block_size.
     """
 
+    recoverable = True
+    succeeds = True
+
     def __init__(
         self,
         file: Path,

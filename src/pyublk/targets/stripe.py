@@ -23,6 +23,8 @@ class Stripe(MappedTarget):
     """
 
     cuts_files = True
+    recoverable = True
+    succeeds = True
 
     def __init__(
         self,
