@@ -19,7 +19,8 @@ class Defect:
     """A defect of the kernels from `first` to before `fixed`, but for those of `repaired`: ranges
     in which a stable kernel has the fix; or of those whose release `named` matches, if it is given.
 
-    `source` says who found it: an issue, a commit, or that it was seen here.
+    `source` says who found it: an issue, a commit, or that it was seen here. `of_recovery`: only a
+    disk made with recovery is concerned.
     """
 
     what: str
@@ -30,6 +31,7 @@ class Defect:
     repaired: tuple[tuple[Version, Version], ...] = ()
     named: str = ""
     only_in_pid_namespace: bool = False
+    of_recovery: bool = False
 
     def concerns(self, release: str, *, in_pid_namespace: bool) -> bool:
         """Whether the kernel called `release` has it, for a caller in that namespace."""
@@ -37,7 +39,8 @@ class Defect:
             return False
         if self.named:
             return re.match(self.named, release) is not None
-        version = _version(release)
+        if (version := _version(release)) is None:
+            return False
         in_range = self.first <= version < self.fixed
         return in_range and not any(first <= version < end for first, end in self.repaired)
 
@@ -84,6 +87,7 @@ DEFECTS = (
         first=(6, 8, 0),
         fixed=(6, 15, 0),
         repaired=(((6, 12, 24), (6, 13, 0)),),
+        of_recovery=True,
     ),
     Defect(
         what="requests may be lost when a server ends, or is stopped, in the middle of a recovery",
@@ -91,6 +95,7 @@ DEFECTS = (
         source="the log of Linux 7.3.4: seven fixes of cancelled fetches",
         first=(7, 3, 0),
         fixed=(7, 3, 4),
+        of_recovery=True,
     ),
     Defect(
         what="UPDATE_SIZE on a device that is not live crashes some of these kernels",
@@ -116,6 +121,6 @@ def defects_of(release: str, *, in_pid_namespace: bool = False) -> Iterator[Defe
             yield defect
 
 
-def _version(release: str) -> Version:
+def _version(release: str) -> Version | None:
     match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", release)
-    return (int(match[1]), int(match[2]), int(match[3] or 0)) if match else (0, 0, 0)
+    return (int(match[1]), int(match[2]), int(match[3] or 0)) if match else None

@@ -15,12 +15,13 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, TypeVar
 
 from pyublk import errors
+from pyublk.defects import defects_of
 from pyublk.handover import check_fits, end_by_quiesce, flush, needs_flush
 from pyublk.kernel_disk import KernelDisk
 from pyublk.options import DeviceOptions, number_of_queues
 from pyublk.paths import PathChoice, choose_path
 from pyublk.queue_servers import OwnThreads
-from pyublk.recovery import Recovery, known_flaw, recovery_flags
+from pyublk.recovery import Recovery, recovery_flags
 from pyublk.scheduling import Affinity, checked_affinity
 from pyublk.servers import Servers
 from pyublk.session import Session
@@ -126,8 +127,8 @@ class Lifecycle:
             return
         mode = Recovery(asked["recovery"])
         recovery = recovery_flags(mode, features)
-        if mode is not Recovery.NONE and (flaw := known_flaw(features.kernel_release)):
-            log.warning("%s", flaw)
+        if mode is not Recovery.NONE:
+            _warn_of_defects(features.kernel_release)
         profile = self.session.open_target()
         choice = self.choice = choose_path(
             profile.paths,
@@ -383,6 +384,13 @@ def _check_servers(on: Servers | None, affinity: Affinity) -> None:
         raise ValueError(
             "affinity is for threads of the disk's own: leave out one of affinity and on"
         )
+
+
+def _warn_of_defects(release: str) -> None:
+    """No feature tells of a kernel whose recovery is bad, so it is not refused."""
+    for defect in defects_of(release):
+        if defect.of_recovery:
+            log.warning("Linux %s: %s; %s", release, defect.what, defect.remedy)
 
 
 def _check_threads(threads: int, depth: int) -> None:

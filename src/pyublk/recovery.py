@@ -5,7 +5,6 @@ The kernel has two flags beside USER_RECOVERY, of which a device has one at most
 requests that the dead server held fail, and later ones wait: it is the worst of both, and no mode.
 """
 
-import re
 from enum import StrEnum
 
 from pyublk.features import Features
@@ -32,13 +31,6 @@ _FLAGS = {
     Recovery.FAIL: Feature.USER_RECOVERY | Feature.USER_RECOVERY_FAIL_IO,
 }
 
-#: The first releases with fixes that a recovery relies on, by series; what was wrong before. From
-#: the changelogs of Linux 6.12.23, 6.12.24 and 7.3.4.
-_FIXED = {
-    (6, 12, 24): "requests that the dead server held may be lost or answered twice",
-    (7, 3, 4): "a request that arrives as the server ends may hang",
-}
-
 
 def recovery_flags(mode: Recovery, features: Features) -> Feature:
     """The device flags of a mode. Raises FeatureMissing where this kernel lacks one."""
@@ -54,20 +46,6 @@ def recovery_of(flags: Feature) -> Recovery:
     if Feature.USER_RECOVERY not in flags:
         return Recovery.NONE
     return Recovery.FAIL if Feature.USER_RECOVERY_FAIL_IO in flags else Recovery.RESEND
-
-
-def known_flaw(release: str) -> str | None:
-    """What is wrong with recovery in a kernel of this release (`uname -r`), in a sentence; None:
-    nothing that is known. No feature tells, so this is a warning, and no refusal."""
-    found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", release)
-    if found is None:
-        return None
-    version = tuple(int(part or 0) for part in found.groups())
-    for fixed, flaw in _FIXED.items():
-        if version[:2] == fixed[:2] and version < fixed:
-            number = ".".join(map(str, fixed))
-            return f"recovery is not to be trusted on Linux {release}: {flaw}; {number} fixes it"
-    return None
 
 
 def differences(wished: Params, disk: Params) -> list[str]:

@@ -147,6 +147,15 @@ def test_what_differs_decides(
     assert (step.action, step.differences) == (action, differences)
 
 
+def test_a_disk_that_waits_is_recovered_first(tmp_path: Path) -> None:
+    file = written(tmp_path, '[disk.a]\ntarget = "null"')
+    (one,) = definitions.read([file])
+    changed = replace(one, server="x")
+    for wanted, differences in ((one, ()), (changed, ('server from the default to "x"',))):
+        (step,) = definitions.steps([wanted], [file], [record(one)], waiting={3})
+        assert (step.action, step.differences) == (Action.RECOVER, differences)
+
+
 def test_other_differences(tmp_path: Path) -> None:
     file = written(
         tmp_path, '[disk.a]\ntarget = "file"\nserver = "x"\n[disk.a.options]\ndirect = true'

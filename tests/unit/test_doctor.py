@@ -347,9 +347,13 @@ def test_records_of_others_are_told_in_a_sentence(
 
 
 @pytest.mark.parametrize("status", [DeviceStatus.QUIESCED, DeviceStatus.FAIL_IO])
-@pytest.mark.parametrize("cookie", [None, 4711], ids=["ours", "somebody's"])
+@pytest.mark.parametrize(
+    ("cookie", "remedy"),
+    [(None, "pyublk recover 5"), (4711, "start its server again")],
+    ids=["ours", "somebody's"],
+)
 def test_a_device_that_waits_for_a_new_server_is_told(
-    monkeypatch: pytest.MonkeyPatch, status: DeviceStatus, cookie: int | None
+    monkeypatch: pytest.MonkeyPatch, status: DeviceStatus, cookie: int | None, remedy: str
 ) -> None:
     live = device(3, DeviceStatus.LIVE, server=os.getpid())
     driver_with(monkeypatch, [live, device(5, status, cookie=cookie)])
@@ -358,7 +362,7 @@ def test_a_device_that_waits_for_a_new_server_is_told(
             "devices",
             Status.WARNING,
             f"device 5 is {status.name}: it waits for a new server",
-            "take it over (pyublk.Device.take_over), or give it up: pyublk del --force 5",
+            f"{remedy}, or give it up: pyublk del --force 5",
         )
     ]
 

@@ -12,13 +12,13 @@ import pytest
 
 import pyublk
 from pyublk import keeping
+from pyublk.defects import defects_of
 from pyublk.features import Features
 from pyublk.layers.faults import Faulty
 from pyublk.paths import DataPath, path_of
 from pyublk.recovery import (
     Recovery,
     differences,
-    known_flaw,
     recovery_flags,
     recovery_of,
 )
@@ -62,11 +62,8 @@ def test_a_mode_is_known_by_its_flags(mode: Recovery, kernel: Features) -> None:
         ("a kernel of our own", False),
     ],
 )
-def test_known_flaws(release: str, flawed: bool) -> None:
-    told = known_flaw(release)
-    assert (told is not None) == flawed
-    if told is not None:
-        assert told.startswith(f"recovery is not to be trusted on Linux {release}: ")
+def test_kernels_whose_recovery_is_bad(release: str, flawed: bool) -> None:
+    assert any(defect.of_recovery for defect in defects_of(release)) == flawed
 
 
 def test_all_that_differs_is_named() -> None:

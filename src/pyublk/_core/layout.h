@@ -91,6 +91,15 @@ void pu_layout_set_file(struct pu_layout *layout, uint32_t index, int fd, bool m
 /* The queues take up the files with their next request. */
 void pu_layout_publish_files(struct pu_layout *layout);
 
+/* Whether every file is memory of ours. */
+static inline bool pu_layout_is_mapped(const struct pu_layout *layout)
+{
+	for (uint32_t i = 0; i < layout->nr_files; i++)
+		if (!layout->files[i].map)
+			return false;
+	return true;
+}
+
 static inline uint32_t pu_layout_version(const struct pu_layout *layout)
 {
 	return __atomic_load_n(&layout->version, __ATOMIC_ACQUIRE);

@@ -30,14 +30,6 @@ uint32_t pu_mapped_entries(const struct pu_policy *policy, uint16_t depth)
 
 static void complete(void *context, uint64_t user_data, int32_t result);
 
-static bool every_file_mapped(const struct pu_layout *layout)
-{
-	for (uint32_t i = 0; i < layout->nr_files; i++)
-		if (!layout->files[i].map)
-			return false;
-	return true;
-}
-
 static void *map_anonymous(size_t bytes, int protection)
 {
 	void *map = mmap(NULL, bytes, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -86,7 +78,7 @@ int pu_mapped_open(struct pu_mapped *m, struct pu_queue *q, struct pu_layout *la
 		pu_mapped_close(m);
 		return error;
 	}
-	m->every_file_mapped = every_file_mapped(layout);
+	m->every_file_mapped = pu_layout_is_mapped(layout);
 	q->complete = complete;
 	q->completer = m;
 	return 0;

@@ -21,6 +21,7 @@ _COMMANDS = {
     "info": ("listing", "Show all details of disks."),
     "stop": ("stopping", "Flush disks and stop them."),
     "del": ("stopping", "Stop and delete devices of any server, even a dead one."),
+    "recover": ("recovering", "Serve a disk whose server is gone."),
     "up": ("defining", "Serve the disks that files define."),
     "down": ("defining", "Stop the disks that files define."),
     "plan": ("defining", "Show what `up` would change."),

@@ -21,7 +21,7 @@ from pyublk.service.records import Record, memory_place
 from pyublk.service.server import ServeResult, serve
 
 
-class _TargetName(click.ParamType[str]):
+class TargetName(click.ParamType[str]):
     """A target by name, or a class by its place."""
 
     name = "target"
@@ -65,10 +65,7 @@ def _split_options(
     return options
 
 
-@click.command()
-@click.argument("target", type=_TargetName(), required=False)
-@click.argument("arguments", metavar="[ARGUMENT]...", nargs=-1, type=click.Path())
-@click.option(
+target_options = click.option(
     "-o",
     "--option",
     "options",
@@ -78,6 +75,12 @@ def _split_options(
     callback=_split_options,
     help="A parameter of the target's class; may be repeated.",
 )
+
+
+@click.command()
+@click.argument("target", type=TargetName(), required=False)
+@click.argument("arguments", metavar="[ARGUMENT]...", nargs=-1, type=click.Path())
+@target_options
 @click.option(
     "--spec",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),

@@ -17,6 +17,7 @@ from pyublk.errors import UblkError
 from pyublk.service import definitions
 from pyublk.service.definitions import Action, Step
 from pyublk.service.records import Record
+from pyublk.service.recovering import waits
 from pyublk.service.stacking import top_first
 from pyublk.service.stopping import stop
 
@@ -28,6 +29,7 @@ _DONE = {
     Action.START: "started",
     Action.RESIZE: "resized",
     Action.RECREATE: "recreated",
+    Action.RECOVER: "recovered",
     Action.STOP: "stopped",
 }
 
@@ -51,7 +53,10 @@ def _named(places: tuple[Path, ...]) -> list[Path]:
 
 
 def _steps(controller: Controller, files: list[Path]) -> list[Step]:
-    return definitions.steps(definitions.read(files), files, definitions.served(controller))
+    there = definitions.defined(controller)
+    records = [record for _, record in there]
+    waiting = {device.id for device, _ in there if waits(device)}
+    return definitions.steps(definitions.read(files), files, records, waiting)
 
 
 @click.command()
@@ -101,7 +106,8 @@ def up(
     arguments = ["images.img"]
     size = "10G"
 
-    A disk that is there already is left as it is; if it should be larger, it is resized. What else
+    A disk that is there already is left as it is; one whose server is gone gets another, if it was
+    made with `recovery`; one that should be larger is resized. What else
     has changed is only told, unless --recreate says to stop the disk and start it anew; then, and
     when a disk is no longer in FILE and --prune is not given, the exit code is 8.
     """
@@ -149,8 +155,8 @@ def down(places: tuple[Path, ...], force: bool, timeout: float, as_json: bool) -
     done: list[int] = []
     failures: list[Failure] = []
     with open_controller() as controller:
-        records = [one for one in definitions.served(controller) if one.plan.file in files]
-        for device in top_first([controller.info(record.id) for record in records]):
+        there = definitions.defined(controller)
+        for device in top_first([device for device, one in there if one.plan.file in files]):
             try:
                 stop(controller, device, timeout=timeout, force=force)
                 done.append(device.id)

@@ -25,7 +25,7 @@ from pyublk.service.channel import (
     is_abandoned,
     server_place,
 )
-from pyublk.service.plan import DiskSpec
+from pyublk.service.plan import DiskSpec, TakeOver
 from pyublk.service.records import (
     Record,
     make_run_directory,
@@ -71,12 +71,35 @@ def start(
         ready(record)
         return record
 
-    return _start_process(spec.to_json(), begun)
+    return _start_process(json.dumps(_wanted(spec, None)), begun)
 
 
-def _start_process(text: str, begun: Callable[[Any], T], server: str | None = None) -> T:
-    """Starts a server, and returns what `begun` makes of its report. When that raises, nothing is
-    left of it."""
+def take_over(disk: TakeOver, spec: DiskSpec, *, server: str | None = None) -> Record:
+    """Starts a server for a disk that waits for one; or has the one that is
+    named `server` serve it. The spec's target is looked up in the caller's directory.
+
+    Raises what kept the disk from being served (see `reports.revive`, `Device.take_over`); then, as
+    after a KeyboardInterrupt, it waits on, or is served. It is not stopped in any case.
+    """
+    if server is None:
+        return _start_process(json.dumps(_wanted(spec, disk)), _record_of, end=_kill)
+    return _record_of(_ask_to_serve(check_server_name(server), spec, disk))
+
+
+def _wanted(spec: DiskSpec, disk: TakeOver | None) -> dict[str, Any]:
+    """What a server is to serve, and as which disk, unless it is a new one."""
+    return {"spec": asdict(spec), "take_over": disk and asdict(disk)}
+
+
+def _start_process(
+    text: str,
+    begun: Callable[[Any], T],
+    server: str | None = None,
+    *,
+    end: Callable[[Server], None] | None = None,
+) -> T:
+    """Starts a server, and returns what `begun` makes of its report. When that raises, `end` ends
+    the server; by default nothing is left of it then."""
     fill_descriptors()  # the server gets descriptors by number, which these must not be
     log, name = logs.begin()
     try:
@@ -86,7 +109,7 @@ def _start_process(text: str, begun: Callable[[Any], T], server: str | None = No
                 told = _await_report(process, text, report, name)
             result = begun(told)
         except BaseException:
-            _end(process)
+            (end or _end)(process)
             raise
     except BaseException:
         remove_log(log)
@@ -100,25 +123,30 @@ def _start_process(text: str, begun: Callable[[Any], T], server: str | None = No
 
 def _add_to(name: str, spec: DiskSpec, ready: Callable[[Record], None]) -> Record:
     """Has the server of that name serve it, which is started if there is none."""
+    record = _record_of(_ask_to_serve(name, spec, None))
+    try:
+        _check_readable(record)
+        ready(record)
+    except BaseException:
+        with suppress(ChannelError):
+            ask(record, "stop", timeout=CLEANUP)
+        raise
+    return record
+
+
+def _ask_to_serve(name: str, spec: DiskSpec, disk: TakeOver | None) -> int:
+    """The id of the disk that the server of that name serves now."""
+    wanted = _wanted(spec, disk) | {"directory": os.getcwd()}
     for _ in range(ATTEMPTS):
         with _server_of(name) as client:
             try:
-                told = client.ask("add", timeout=None, spec=asdict(spec), directory=os.getcwd())
+                return int(client.ask("add", timeout=None, **wanted)["id"])
             except errors.DeviceClosed:  # it is ending: there will be another
                 time.sleep(0.1)
                 continue
             except ChannelError as error:
                 _add_last_lines(error, server_log_place(name))
                 raise
-        record = _record_of(told["id"])
-        try:
-            _check_readable(record)
-            ready(record)
-        except BaseException:
-            with suppress(ChannelError):
-                ask(record, "stop", timeout=CLEANUP)
-            raise
-        return record
     raise errors.DeviceBusy(f"the server {name} is ending, but has not ended yet: see its log")
 
 
@@ -227,6 +255,11 @@ def _check_readable(record: Record) -> None:
         raise error
 
 
+def _kill(server: Server) -> None:
+    server.kill()
+    server.wait()
+
+
 def _end(server: Server) -> None:
     """Ends a server that is not wanted; its helper deletes what it could not."""
     until = time.monotonic() + CLEANUP
@@ -237,8 +270,7 @@ def _end(server: Server) -> None:
         except subprocess.TimeoutExpired:
             continue
         return
-    server.kill()
-    server.wait()
+    _kill(server)
     for number in recorded_ids():
         record = Record.read(number)
         if record is not None and record.server.pid == server.pid:

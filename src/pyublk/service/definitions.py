@@ -5,7 +5,7 @@ A disk is known by its name and its file, which its record has as well (`DiskSpe
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import chdir
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from pyublk import errors
-from pyublk.control import Controller
+from pyublk.control import Controller, DeviceInfo
 from pyublk.options import near
 from pyublk.service import daemon
 from pyublk.service.channel import ask, check_server_name
 from pyublk.service.plan import DiskSpec
 from pyublk.service.records import Record
+from pyublk.service.recovering import recover
 from pyublk.service.stopping import stop
 from pyublk.service.toml import WrongKey, reading
 from pyublk.sizes import format_size
@@ -52,6 +53,7 @@ class Action(StrEnum):
     START = "start"
     RESIZE = "resize"
     RECREATE = "recreate"
+    RECOVER = "recover"
     STOP = "stop"
 
 
@@ -165,18 +167,27 @@ def _in_order(found: Mapping[str, Definition]) -> list[Definition]:
 # ---- what is there, and what must change ----
 
 
-def served(controller: Controller) -> list[Record]:
-    """The records of the disks that definitions named, the youngest server first."""
-    records = [record for device in controller.devices() if (record := Record.of(device))]
-    named = [record for record in records if record.plan.name is not None]
-    return sorted(named, key=lambda record: (-record.server.started, -record.id))
+def defined(controller: Controller) -> list[tuple[DeviceInfo, Record]]:
+    """The disks that definitions named, the one with the youngest server first."""
+    found = [
+        (device, record)
+        for device in controller.devices()
+        if (record := Record.of(device)) is not None and record.plan.name is not None
+    ]
+    return sorted(found, key=lambda one: (-one[1].server.started, -one[1].id))
 
 
 def steps(
-    definitions: Sequence[Definition], files: Sequence[Path], records: Sequence[Record]
+    definitions: Sequence[Definition],
+    files: Sequence[Path],
+    records: Sequence[Record],
+    waiting: Container[int] = (),
 ) -> list[Step]:
     """What makes the disks of `records` as the files define them, in order: first what no file
-    names any more, then each definition. Raises DeviceBusy for a name that another file uses."""
+    names any more, then each definition. `waiting`: the ids of those that wait for a server.
+
+    Raises DeviceBusy for a name that another file uses.
+    """
     by_name = {record.plan.name: record for record in records}
     names = {one.name for one in definitions}
     ours = {str(file) for file in files}
@@ -187,10 +198,10 @@ def steps(
         and record.plan.file in ours
         and record.plan.name not in names
     ]
-    return left + [_step(one, by_name.get(one.name)) for one in definitions]
+    return left + [_step(one, by_name.get(one.name), waiting) for one in definitions]
 
 
-def _step(definition: Definition, record: Record | None) -> Step:
+def _step(definition: Definition, record: Record | None, waiting: Container[int]) -> Step:
     name = definition.name
     if record is None:
         return Step(name=name, action=Action.START, definition=definition, record=None)
@@ -205,6 +216,8 @@ def _step(definition: Definition, record: Record | None) -> Step:
     action = Action.RECREATE if differing else Action.KEEP
     if differing == ["size"] and "size" in old and old["size"] < new.get("size", 0):
         action = Action.RESIZE
+    if record.id in waiting:
+        action = Action.RECOVER
     return Step(
         name=name,
         action=action,
@@ -252,6 +265,8 @@ def carry_out(controller: Controller, step: Step, *, timeout: float = 30.0) -> R
         assert definition.spec.file is not None
         with chdir(Path(definition.spec.file).parent):  # what it names is beside it
             return daemon.start(definition.spec, server=definition.server)
+    if record is not None and step.action is Action.RECOVER:
+        return recover(controller, controller.info(record.id))
     if record is not None and definition is not None and step.action is Action.RESIZE:
         ask(record, "resize", timeout=PATIENCE, size=definition.spec.disk["size"], shrink=False)
     return record

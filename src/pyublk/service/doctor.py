@@ -254,11 +254,14 @@ def check_devices() -> Iterator[Check]:
                 "devices",
                 Status.WARNING,
                 f"device {device.id} is {device.status.name}: it waits for a new server",
-                "take it over (pyublk.Device.take_over), or give it up: "
-                f"pyublk del --force {device.id}",
+                f"{_another_server(device)}, or give it up: pyublk del --force {device.id}",
             )
     if not troubled:
         yield Check("devices", Status.OK, f"{len(devices)} devices, none orphaned")
+
+
+def _another_server(device: DeviceInfo) -> str:
+    return f"pyublk recover {device.id}" if device.ours else "start its server again"
 
 
 def stale_records() -> list[Path]:
@@ -275,6 +278,8 @@ def stale_records() -> list[Path]:
         except (ValueError, OSError):
             continue
         else:
+            if record is not None and record.may_be_recovered:
+                continue
             server = record.server.open() if record is not None else None
             if server is not None:
                 with server:

@@ -21,7 +21,7 @@ from pyublk.options import DISK
 from pyublk.service import requests, title
 from pyublk.service.channel import server_place
 from pyublk.service.listener import Listener, Undoable
-from pyublk.service.plan import DiskSpec
+from pyublk.service.plan import DiskSpec, TakeOver
 from pyublk.service.processes import ProcessId
 from pyublk.service.records import Record, log_place, memory_place, socket_place
 from pyublk.sharing import SharedMemory
@@ -111,13 +111,16 @@ class Host:
     def _answer(self, name: str, arguments: dict[str, Any]) -> Any:
         if name == "disks":
             return [disk.record.id for disk in list(self.disks)]
-        if arguments.keys() != {"spec", "directory"}:
-            raise ValueError("add needs 'spec' and 'directory'")
+        if arguments.keys() != {"spec", "directory", "take_over"}:
+            raise ValueError("add needs 'spec', 'directory' and 'take_over'")
         spec = DiskSpec.from_json(json.dumps(arguments["spec"]))
-        disk = self._add(spec, arguments["directory"])
-        return Undoable({"id": disk.record.id}, disk.stop)
+        take_over = arguments["take_over"] and TakeOver(**arguments["take_over"])
+        disk = self._add(spec, arguments["directory"], take_over)
+        told = {"id": disk.record.id}
+        # Who is not told of a new disk knows of none; one that was there is better served.
+        return Undoable(told, disk.stop) if take_over is None else told
 
-    def _add(self, spec: DiskSpec, directory: str) -> Served:
+    def _add(self, spec: DiskSpec, directory: str, take_over: TakeOver | None) -> Served:
         with self._lock:
             if self._closing:
                 raise errors.DeviceClosed(f"the server {self._name} is ending")
@@ -125,7 +128,7 @@ class Host:
         try:
             _work_in(directory)
             with self._imports_of(spec, directory):
-                device = spec.device()
+                device = spec.device(take_over)
             device.start()
             try:
                 disk = self._begun(spec, device)
@@ -231,7 +234,7 @@ class Host:
 
 
 def record_of(spec: DiskSpec, device: Device, log_file: Path | None) -> Record:
-    """The record of a disk that this process serves."""
+    """The record of a disk that this process serves; its thread is where it was asked for."""
     return Record(
         id=device.id,
         cookie=device.info().cookie,
@@ -239,6 +242,7 @@ def record_of(spec: DiskSpec, device: Device, log_file: Path | None) -> Record:
         plan=spec,
         log=log_file,
         data_path=str(device.data_path),
+        directory=os.getcwd(),
     )
 
 

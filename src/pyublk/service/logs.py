@@ -45,6 +45,8 @@ def abandoned() -> list[Path]:
 def _is_abandoned(path: Path) -> bool:
     number = path.stem
     if number.isdecimal() and (record := Record.read(int(number))) is not None:
+        if record.may_be_recovered:
+            return False
         server = record.server.open()
         if server is not None:
             with server:
@@ -68,6 +70,16 @@ def trim(descriptor: int) -> None:
     with suppress(OSError):
         os.ftruncate(descriptor, 0)
         os.write(descriptor, b"(older lines were removed)\n" + newest)
+
+
+def carry_over(path: Path, descriptor: int) -> None:
+    """Begins a log with what stands in that of a server before, if there is one: it may say why
+    that one ended."""
+    with suppress(OSError, StrangeFile):
+        earlier, lines = last_lines(path, KEPT)
+        os.close(earlier)
+        text = "".join(lines).encode()[-KEPT:]
+        os.write(descriptor, text + b"(the log of another server begins here)\n")
 
 
 def last_lines(path: Path, count: int) -> tuple[int, list[str]]:

@@ -10,9 +10,19 @@ from typing import Any, Self, cast
 
 from pyublk import targets
 from pyublk.device import Device
+from pyublk.errors import InvalidTarget
 from pyublk.options import DEVICE, DISK, DeviceOptions, DiskOptions, near
 from pyublk.service.toml import WrongKey, reading
 from pyublk.target import Target
+
+
+@dataclass(frozen=True, slots=True)
+class TakeOver:
+    """The disk of the id `device`, which waits for a server; `empty`: also by a target that has not
+    kept its data."""
+
+    device: int
+    empty: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,13 +109,23 @@ class DiskSpec:
             disk=cast(DiskOptions, disk),
         )
 
-    def device(self) -> Device:
-        """Loads the target's class, makes a target and a Device for it, not started yet.
+    def device(self, take_over: TakeOver | None = None) -> Device:
+        """Loads the target's class, makes a target and a Device for it, not started yet; it is for
+        a new disk, or for one that is there and keeps what is the kernel's.
 
         Raises what `pyublk.targets`, the class and `Device` raise.
         """
         asked = {name: value for name, value in self.disk.items() if name in DEVICE}
-        return Device(self._target(), **cast(DeviceOptions, asked))
+        target = self._target()
+        if take_over is None:
+            return Device(target, **cast(DeviceOptions, asked))
+        if not take_over.empty and not _keeps_data(target):
+            raise InvalidTarget(
+                f"{self.target} does not say that it keeps what was written when its server ends "
+                "(Target.recoverable): name it as the target to serve the disk by it all the same"
+            )
+        own = {name: value for name, value in asked.items() if not DEVICE[name].lasting}
+        return Device.take_over(take_over.device, target, **cast(DeviceOptions, own))
 
     def _target(self) -> Target:
         made = targets.resolve(self.target)
@@ -124,6 +144,11 @@ class DiskSpec:
             if name not in given and wish is not None:
                 setattr(target, name, wish)
         return target
+
+
+def _keeps_data(target: Target) -> bool:
+    below = getattr(target, "below", None)
+    return target.recoverable and (below is None or _keeps_data(below))
 
 
 def _text(value: object, *keys: str) -> str:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
-from pyublk.control import DeviceInfo
+from pyublk.control import DeviceInfo, has_node
 from pyublk.files import StrangeFile, read_record, write_record
 from pyublk.service.plan import DiskSpec
 from pyublk.service.processes import ProcessId
@@ -46,7 +46,7 @@ class Record:
 
     `cookie` is the device's own; `log` is None for a server that writes to its terminal;
     `data_path` is how the data travels, and why, in words; `server_name` names a server of several
-    disks.
+    disks; `directory` is where relative paths of the plan start.
     """
 
     id: int
@@ -56,11 +56,17 @@ class Record:
     log: Path | None
     data_path: str | None = None
     server_name: str | None = None
+    directory: str | None = None
 
     @property
     def path(self) -> str:
         """The block device."""
         return f"/dev/ublkb{self.id}"
+
+    @property
+    def may_be_recovered(self) -> bool:
+        """Whether the disk may outlive its server, and is there."""
+        return self.plan.disk.get("recovery", "none") != "none" and has_node(self.id)
 
     def write(self) -> None:
         """Keeps it, readable for its owner only: a target's options may be secret."""
@@ -120,7 +126,8 @@ def _understood(kind: type[Any], found: dict[str, Any], device: int) -> dict[str
     plan = DiskSpec.from_json(json.dumps(_known(DiskSpec, found["plan"])))
     numbers = (known["id"], known["cookie"], server.pid, server.started)
     texts = (plan.target, *plan.arguments, known["log"] or "", known.get("data_path") or "")
-    texts += (known.get("server_name") or "", plan.name or "", plan.file or "")
+    texts += (known.get("server_name") or "", known.get("directory") or "")
+    texts += (plan.name or "", plan.file or "")
     if (
         not all(type(number) is int for number in numbers)
         or not all(isinstance(text, str) for text in texts)

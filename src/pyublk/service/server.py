@@ -19,7 +19,7 @@ from pyublk.interruptions import handled
 from pyublk.service import logs, reports, title
 from pyublk.service.hosting import Host, Served, record_of
 from pyublk.service.listener import Listener
-from pyublk.service.plan import DiskSpec
+from pyublk.service.plan import DiskSpec, TakeOver
 from pyublk.service.records import (
     Record,
     log_place,
@@ -85,13 +85,18 @@ class ServeResult:
 
 
 def serve(
-    spec: DiskSpec, *, log_file: Path | None, ready: Callable[[Record], None]
+    spec: DiskSpec,
+    *,
+    log_file: Path | None,
+    ready: Callable[[Record], None],
+    take_over: TakeOver | None = None,
 ) -> ServeResult | None:
     """Serves until one of _SIGNALS, or the end of the disk by another hand. Main thread only.
 
     `ready` is called, once the disk is there, with its record, which is in the run directory while
-    the disk is. `log_file` is moved to its place beside the record. Returns None when a signal came
-    before the disk was there. Raises what `DiskSpec.device` and `Device` raise.
+    the disk is. `log_file` is moved to its place beside the record. `take_over`: a disk that is
+    there, and waits for a server. Returns None when a signal came before the disk was
+    there. Raises what `DiskSpec.device` and `Device` raise.
     """
     make_run_directory()
     termination = _Termination()
@@ -101,7 +106,7 @@ def serve(
     with termination.handled():
         try:
             with termination.raising():
-                device = spec.device()
+                device = spec.device(take_over)
                 device.start()
             log_file = log_file and log_file.replace(log_place(device.id))
             served = Served(device, record_of(spec, device, log_file), listener)
@@ -146,8 +151,8 @@ def serve_several(name: str, *, log_file: Path, ready: Callable[[], None]) -> bo
 
 
 def _run_daemon(report_fd: int, log_file: Path, name: str | None) -> int:
-    """Reads a spec from the standard input and serves it, or has a `name` and is asked by its
-    channel; reports to a pipe how its start went."""
+    """Reads from the standard input what to serve, a spec, and the id of the disk to take over if
+    any; or has a `name`, and is asked by its channel. Reports to a pipe how its start went."""
     os.set_inheritable(report_fd, False)
     text = sys.stdin.read()
     null = os.open(os.devnull, os.O_RDONLY)
@@ -174,10 +179,16 @@ def _run_daemon(report_fd: int, log_file: Path, name: str | None) -> int:
 
     try:
         if name is not None:
+            logs.carry_over(server_log_place(name), sys.stderr.fileno())
             place = log_file.replace(server_log_place(name))
             ended_well = serve_several(name, log_file=place, ready=lambda: tell({"ready": name}))
         else:
-            served = serve(DiskSpec.from_json(text), log_file=log_file, ready=ready)
+            request = json.loads(text)
+            spec = DiskSpec.from_json(json.dumps(request["spec"]))
+            take_over = request["take_over"] and TakeOver(**request["take_over"])
+            if take_over is not None:
+                logs.carry_over(log_place(take_over.device), sys.stderr.fileno())
+            served = serve(spec, log_file=log_file, ready=ready, take_over=take_over)
             if served is not None:
                 log.info("stopped after %d requests", served.total.requests)
             ended_well = True

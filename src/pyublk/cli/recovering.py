@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: MIT
+"""`pyublk recover`."""
+
+import click
+
+from pyublk.cli.adding import TargetName, target_options
+from pyublk.cli.failures import Failure, open_controller, raise_all
+from pyublk.cli.listing import find
+from pyublk.cli.output import print_json
+from pyublk.cli.parameters import DeviceId, json_option
+from pyublk.service.plan import DiskSpec
+from pyublk.service.records import Record
+from pyublk.service.recovering import recover, waits
+
+
+@click.command("recover")
+@click.argument("device", metavar="ID", type=DeviceId(all_allowed=True))
+@click.argument("target", type=TargetName(), required=False)
+@click.argument("arguments", metavar="[ARGUMENT]...", nargs=-1, type=click.Path())
+@target_options
+@click.option("--server", metavar="NAME",
+              help="Serve it in the server process NAME, which disks can share.")  # fmt: skip
+@json_option
+def recover_(
+    device: int | str,
+    target: str | None,
+    arguments: tuple[str, ...],
+    options: dict[str, str],
+    server: str | None,
+    as_json: bool,
+) -> None:
+    """Serve a disk whose server is gone; it was made with --recovery.
+
+    ID is a number, a node such as /dev/ublkb0, or `all` for every disk that waits for a server. It
+    is served as it was added; or by another TARGET, with ARGUMENTs as for `pyublk add`, which must
+    have the disk's size and all else that clients know of it.
+    """
+    if target is None and options:
+        raise click.UsageError("--option is for another TARGET, which is not named")
+    if device == "all" and target is not None:
+        raise click.UsageError("several disks cannot have the same TARGET: recover one at a time")
+    spec = None if target is None else DiskSpec(target=target, arguments=arguments, options=options)
+    done: list[Record] = []
+    failures: list[Failure] = []
+    with open_controller() as controller:
+        if isinstance(device, int):
+            wanted = [find(controller, device)]
+        else:
+            wanted = [one for one in controller.devices() if one.ours and waits(one)]
+        for one in wanted:
+            try:
+                done.append(recover(controller, one, spec, server=server))
+            except Exception as error:
+                if len(wanted) == 1:
+                    raise
+                failures.append(Failure(error, of=one.path))
+    if as_json:
+        print_json([{"id": one.id, "path": one.path, "server_pid": one.server.pid} for one in done])
+    else:
+        for record in done:
+            click.echo(record.path)
+    raise_all(failures)
