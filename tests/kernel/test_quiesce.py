@@ -417,7 +417,7 @@ def test_every_engine_ends(
                 assert server.ended.wait(60), "a queue does not end"
             over.set()
         finally:
-            disk.stop(20)
+            disk.stop(3)
             for client in clients:
                 client.join(60)
 
