@@ -34,9 +34,7 @@ def fill(tree: Path, count: int, seed: int) -> None:
 @pytest.mark.parametrize(
     ("file_system", "kind"),
     [
-        ("ext4", "ram"),
         ("ext4", "file"),
-        ("ext4", "sync"),
         ("ext4", "async"),
         ("xfs", "ram"),
         ("xfs", "workers"),
