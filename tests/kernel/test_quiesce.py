@@ -455,6 +455,15 @@ def take(queue: pyublk.Queue, count: int) -> list[pyublk.IO]:
     return held
 
 
+def serve_others(queue: pyublk.Queue) -> bool:
+    """Waits for a round, and answers what the partition scan reads, which may come late; whether
+    the queue goes on."""
+    there = queue.wait(60)
+    for io in there or []:
+        io.complete()
+    return there is not None
+
+
 @contextmanager
 def readers(path: str, count: int) -> Iterator[list[object]]:
     results: list[object] = []
@@ -499,7 +508,7 @@ def test_a_server_sees_what_happens_to_its_device(controller: pyublk.Controller)
         assert not queue.ending
         with beside(lambda: controller.quiesce(info.id)) as outcome:
             while not queue.ending:
-                assert queue.wait(60) == []
+                assert serve_others(queue)
             assert queue.wait(0) == []  # not the end: it holds requests
             assert outcome == []
             held.pop().complete()
@@ -539,9 +548,8 @@ def test_a_device_that_others_quiesced_once(controller: pyublk.Controller) -> No
         controller._command(ControlCommand.QUIESCE_DEV, info.id)
         for io in held:
             io.complete()
-        while (there := queue.wait(60)) == []:
+        while serve_others(queue):
             pass
-        assert there is None
         assert queue.ending
     assert results == [BLOCK] * 3
 
