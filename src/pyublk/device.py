@@ -96,9 +96,9 @@ class Device:
         Once it has started, it is stopped and deleted like every other.
         """
         whole("device", device, least=0)
+        asked = complete_for(f"device {device}", options)
         disk = cls.__new__(cls)
-        disk._state = DeviceState.CREATED
-        disk._set_up(target, on, complete_for(f"device {device}", options), adopted=device)
+        disk._set_up(target, on, asked, adopted=device)
         return disk
 
     def _set_up(

@@ -24,8 +24,8 @@ from pyublk.uapi import Feature
 
 log = logging.getLogger("pyublk.device")
 
-#: Seconds that QUIESCE_DEV waits for a moment in which each queue has an idle tag.
-IDLE_MOMENT = 0.5
+#: Seconds that one quiesce waits for the server's answers.
+ANSWERED_WITHIN = 0.5
 #: Seconds between two of them: what was busy in one is told by the next.
 QUIESCE_AGAIN = 0.1
 
@@ -61,7 +61,7 @@ def end_by_quiesce(
 
     What the first QUIESCE_DEV raises leaves the session as it is.
     """
-    kernel.quiesce(min(patience, IDLE_MOMENT))
+    kernel.quiesce(min(patience, ANSWERED_WITHIN))
     hung: list[str] = []
     again = time.monotonic() + QUIESCE_AGAIN
 
@@ -71,7 +71,7 @@ def end_by_quiesce(
             return True
         if time.monotonic() > again:
             with suppress(OSError):  # the first has succeeded, and there is no way back
-                kernel.quiesce(IDLE_MOMENT)
+                kernel.quiesce(ANSWERED_WITHIN)
             again = time.monotonic() + QUIESCE_AGAIN
         return False
 

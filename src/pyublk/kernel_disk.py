@@ -14,7 +14,7 @@ from pyublk._native import CharDevice, open_private
 from pyublk.control import Controller, DeviceInfo, has_node, new_cookie
 from pyublk.descriptors import make_room
 from pyublk.features import Features
-from pyublk.openers import command_name
+from pyublk.openers import command_name, start_time
 from pyublk.params import Params
 from pyublk.recovery import Recovery, recovery_of
 from pyublk.scheduling import PATIENCE, SchedulerRemoval, choose_io_scheduler
@@ -28,9 +28,7 @@ ID_FREED = 2.0
 #: Seconds for the char device's node, and our right to open it, to come after the device.
 NODE_OPENS = 5.0
 
-#: The states of a device that waits for its next server.
-_WAITING = (DeviceStatus.QUIESCED, DeviceStatus.FAIL_IO)
-#: Seconds between two looks at whether it does.
+#: Seconds between two looks at whether a device awaits its next server.
 _LOOK = 0.01
 
 
@@ -170,11 +168,11 @@ class KernelDisk:
             )
         until = time.monotonic() + deadline
         while info.status is DeviceStatus.LIVE:
-            if _runs(info.server_pid):
+            pid = info.server_pid
+            if pid is not None and start_time(pid) is not None:
                 raise errors.DeviceBusy(
-                    f"device {id} is served by process {info.server_pid} "
-                    f"({command_name(info.server_pid or 0)}): only one whose server is gone can be "
-                    "taken over"
+                    f"device {id} is served by process {pid} ({command_name(pid)}): only one whose "
+                    "server is gone can be taken over"
                 )
             if time.monotonic() > until:
                 raise errors.DeviceBusy(_still_open(id, deadline))
@@ -194,7 +192,7 @@ class KernelDisk:
         until = time.monotonic() + deadline
         while True:
             try:
-                if self.look().status in _WAITING:
+                if self.look().status.awaits_server:
                     self.controller.start_recovery(device)
                     return
             except OSError as error:
@@ -211,16 +209,14 @@ class KernelDisk:
         """END_USER_RECOVERY, once every tag is fetched: requests come from here on."""
         self.controller.end_recovery(self.info.id, os.getpid())
 
-    def quiesce(self, patience: float) -> bool:
-        """QUIESCE_DEV: requests wait from here on, and idle tags come back. False: every tag of
-        some queue was busy for `patience` seconds."""
+    def quiesce(self, patience: float) -> None:
+        """QUIESCE_DEV: requests wait from here on, and idle tags come back. Waits at most
+        `patience` seconds for those that the server has to be answered."""
         try:
             self.controller.quiesce(self.info.id, timeout=patience)
         except OSError as error:
             if error.errno != errno.EBUSY:
                 raise
-            return False
-        return True
 
     def guard(self, guarded: bool) -> None:
         """Whether the helper deletes it when this process ends without having done so."""
@@ -334,15 +330,6 @@ class KernelDisk:
     def close(self) -> None:
         """Lets go of the helper and the control node."""
         self.controller.close()
-
-
-def _runs(pid: int | None) -> bool:
-    """Whether such a process is there, and not only to be waited for."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except OSError:
-        return False
 
 
 def _still_open(device: int, deadline: float) -> str:

@@ -37,6 +37,16 @@ def command_name(pid: int) -> str | None:
         return None
 
 
+def start_time(pid: int) -> int | None:
+    """When the process began, in clock ticks since boot; None if it has ended (proc(5), stat)."""
+    try:
+        line = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    after_name = line.rpartition(")")[2].split()  # the name may hold spaces and parentheses
+    return None if after_name[0] in "ZX" else int(after_name[19])  # dead, but not reaped yet
+
+
 def openers(wanted: Callable[[About], bool]) -> Iterator[Opener]:
     """Everybody who has a file open that is `wanted`; once for each descriptor."""
     try:

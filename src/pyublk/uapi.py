@@ -125,6 +125,11 @@ class DeviceStatus(IntEnum):
     QUIESCED = 2
     FAIL_IO = 3
 
+    @property
+    def awaits_server(self) -> bool:
+        """Whether its server is gone, and another one may take the device over."""
+        return self in (DeviceStatus.QUIESCED, DeviceStatus.FAIL_IO)
+
 
 class ParamType(IntFlag):
     """Which parameter groups a `ublk_params` carries."""

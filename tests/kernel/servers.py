@@ -1,5 +1,6 @@
 """Disks served by a process of their own, which a test may signal and kill."""
 
+import errno
 import os
 import select
 import signal
@@ -53,6 +54,21 @@ def until(true: Callable[[], object], timeout: float = 60.0, what: str = "") -> 
             pytest.fail(f"not within {timeout:g} s: {what or true}")
         time.sleep(pause)
         pause = min(pause * 2, 0.05)
+
+
+def start_recovery(controller: pyublk.Controller, number: int) -> None:
+    """EBUSY until the last reference to the char device is gone."""
+
+    def started() -> bool:
+        try:
+            controller.start_recovery(number)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            return False
+        return True
+
+    until(started, what="the recovery starts")
 
 
 class Server:

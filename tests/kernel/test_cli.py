@@ -25,8 +25,9 @@ from servers import end_recorded_servers, helpers_of
 import pyublk
 from pyublk.cli.failures import ExitCode
 from pyublk.control import DeviceInfo
+from pyublk.openers import start_time
 from pyublk.service import inventory, logs, stopping
-from pyublk.service.processes import Process, ProcessId, start_time
+from pyublk.service.processes import Process, ProcessId
 from pyublk.service.records import Record, recorded_ids, run_directory
 from pyublk.uapi import DeviceStatus, Feature
 

@@ -15,7 +15,7 @@ import pytest
 from blocks import Blocks
 from memory import Memory
 from needs import needs, only_where
-from servers import Server, run_program, running_children, until
+from servers import Server, run_program, running_children, start_recovery, until
 from test_queue_by_hand import ByHand, Bytes, by_hand
 
 import pyublk
@@ -669,21 +669,6 @@ def recoverable(controller: Controller, tmp_path: Path, flags: Feature) -> Itera
         yield info, lambda how: Server(BY_HAND, info.id, how, store)
     finally:
         controller.delete(info.id, deadline=20)
-
-
-def start_recovery(controller: Controller, number: int) -> None:
-    """EBUSY until the last reference to the char device is gone."""
-
-    def started() -> bool:
-        try:
-            controller.start_recovery(number)
-        except OSError as error:
-            if error.errno != errno.EBUSY:
-                raise
-            return False
-        return True
-
-    until(started, what="the recovery starts")
 
 
 def read_in_thread(path: str, found: list[bytes]) -> threading.Thread:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from blocks import Blocks
 from needs import needs
-from servers import until
+from servers import start_recovery, until
 
 import pyublk
 from pyublk.engines.coroutines import AsyncServer
@@ -78,16 +78,7 @@ class OutOfHand:
         self.serve(serve, self.controller.start)
 
     def recover(self, serve: "Serve") -> None:
-        def started() -> bool:
-            try:
-                self.controller.start_recovery(self.info.id)
-            except OSError as error:
-                if error.errno != errno.EBUSY:
-                    raise
-                return False
-            return True
-
-        until(started, what="the recovery starts")
+        start_recovery(self.controller, self.info.id)
         self.serve(serve, self.controller.end_recovery)
 
     def ended(self) -> None:

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from pyublk import errors
+from pyublk.openers import start_time
 from pyublk.service import daemon, logs
 from pyublk.service.channel import ChannelError
 from pyublk.service.plan import DiskSpec
-from pyublk.service.processes import ProcessId, start_time
+from pyublk.service.processes import ProcessId
 from pyublk.service.records import remove_log
 from pyublk.service.reports import TargetFailed
 

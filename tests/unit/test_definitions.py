@@ -1,7 +1,8 @@
 """Definitions of disks: what files say, in which order, and what differs from what is served."""
 
+import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def written(directory: Path, text: str, name: str = "disks.toml") -> Path:
 
 def record(definition: Definition, **changes: object) -> Record:
     """As that of the disk that is served."""
-    spec = DiskSpec.from_json(definition.spec.to_json())
+    spec = DiskSpec.from_fields(json.loads(json.dumps(asdict(definition.spec))))
     return Record(
         id=3,
         cookie=1,

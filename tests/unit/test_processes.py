@@ -5,8 +5,8 @@ import signal
 import subprocess
 import sys
 
-from pyublk.openers import command_name
-from pyublk.service.processes import ProcessId, start_time
+from pyublk.openers import command_name, start_time
+from pyublk.service.processes import ProcessId
 
 
 def test_this_process_is_itself() -> None:

@@ -11,12 +11,9 @@ from pyublk.cli.failures import open_controller
 from pyublk.cli.listing import find
 from pyublk.cli.output import print_json, print_table
 from pyublk.cli.parameters import DeviceId, Size, Whole, json_option
-from pyublk.service.channel import ask
+from pyublk.service.channel import CHANGE, ask
 from pyublk.service.records import Record, record_trouble
 from pyublk.sizes import format_size
-
-#: Seconds for a server to do it; files and the kernel may take their time.
-PATIENCE = 60.0
 
 
 def record_of(number: int) -> Record:
@@ -44,7 +41,7 @@ def stats(device: int, as_json: bool) -> None:
     often a request had to take another data path. `largest_batch` is the largest number of requests
     that one io_uring_enter returned.
     """
-    told: dict[str, Any] = ask(record_of(device), "stats", timeout=PATIENCE)
+    told: dict[str, Any] = ask(record_of(device), "stats", timeout=CHANGE)
     if as_json:
         print_json(told)
         return
@@ -70,7 +67,7 @@ def resize(device: int, size: int, shrink: bool, as_json: bool) -> None:
     disk by its own tool (resize2fs, xfs_growfs). Before a shrink, make the file system smaller.
     """
     told: dict[str, Any] = ask(
-        record_of(device), "resize", timeout=PATIENCE, size=size, shrink=shrink
+        record_of(device), "resize", timeout=CHANGE, size=size, shrink=shrink
     )
     if as_json:
         print_json(told)
@@ -90,7 +87,7 @@ def replace(device: int, leg: int, path: str | None, as_json: bool) -> None:
     progress.
     """
     wanted = None if path is None else os.path.abspath(path)
-    told: dict[str, Any] = ask(record_of(device), "replace", timeout=PATIENCE, leg=leg, path=wanted)
+    told: dict[str, Any] = ask(record_of(device), "replace", timeout=CHANGE, leg=leg, path=wanted)
     if as_json:
         print_json(told)
     else:

@@ -17,7 +17,6 @@ from pyublk.errors import UblkError
 from pyublk.service import definitions
 from pyublk.service.definitions import Action, Step
 from pyublk.service.records import Record
-from pyublk.service.recovering import waits
 from pyublk.service.stacking import top_first
 from pyublk.service.stopping import stop
 
@@ -55,7 +54,7 @@ def _named(places: tuple[Path, ...]) -> list[Path]:
 def _steps(controller: Controller, files: list[Path]) -> list[Step]:
     there = definitions.defined(controller)
     records = [record for _, record in there]
-    waiting = {device.id for device, _ in there if waits(device)}
+    waiting = {device.id for device, _ in there if device.status.awaits_server}
     return definitions.steps(definitions.read(files), files, records, waiting)
 
 
@@ -106,10 +105,10 @@ def up(
     arguments = ["images.img"]
     size = "10G"
 
-    A disk that is there already is left as it is; one whose server is gone gets another, if it was
-    made with `recovery`; one that should be larger is resized. What else
-    has changed is only told, unless --recreate says to stop the disk and start it anew; then, and
-    when a disk is no longer in FILE and --prune is not given, the exit code is 8.
+    A disk that is there already is left as it is. One whose server is gone gets another, if it was
+    made with `recovery`; one that should be larger is resized. What else has changed is only told,
+    and so is a disk that is no longer in FILE: then the exit code is 8. --recreate stops a changed
+    disk and starts it anew, --prune stops one that is gone from FILE.
     """
     files = _named(places)
     told: list[dict[str, Any]] = []

@@ -10,7 +10,7 @@ from pyublk.cli.output import print_json
 from pyublk.cli.parameters import DeviceId, json_option
 from pyublk.service.plan import DiskSpec
 from pyublk.service.records import Record
-from pyublk.service.recovering import recover, waits
+from pyublk.service.recovering import recover
 
 
 @click.command("recover")
@@ -46,7 +46,7 @@ def recover_(
         if isinstance(device, int):
             wanted = [find(controller, device)]
         else:
-            wanted = [one for one in controller.devices() if one.ours and waits(one)]
+            wanted = [one for one in controller.devices() if one.ours and one.status.awaits_server]
         for one in wanted:
             try:
                 done.append(recover(controller, one, spec, server=server))

@@ -168,7 +168,7 @@ class FileMethods:
             layout = self._target.layout
             queue = MappedQueue.loopback(layout=layout, depth=1, buffer_size=PIECE)
             calling = _Calling(queue, policy(self._target, self._report))
-            calling.queue.fetch()
+            queue.fetch()
             self._of_thread.calling = calling
             with self._lock:
                 self._all.add(calling)

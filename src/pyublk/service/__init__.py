@@ -10,6 +10,7 @@ From the bottom up:
     reports, server    failures that cross processes; serving a spec until told to stop
     daemon             a server process of its own
     stopping           flushing, stopping, deleting, with users asked first
+    recovering         another server for a disk that lost its own
     definitions        files that name disks, and what makes them so
     inventory          all about a disk
     doctor             what keeps this machine from serving disks

@@ -31,6 +31,8 @@ from pyublk.service import reports
 from pyublk.service.records import Record, json_object, run_directory, socket_place
 
 PROTOCOL = 1
+#: Seconds for a server to change a disk; files and the kernel may take their time.
+CHANGE = 60.0
 #: Bytes of the longest request, and of the longest answer that is read.
 LONGEST_REQUEST = 1 << 20
 LONGEST_ANSWER = 16 << 20

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -25,7 +24,7 @@ from pyublk.service.channel import (
     is_abandoned,
     server_place,
 )
-from pyublk.service.plan import DiskSpec, TakeOver
+from pyublk.service.plan import DiskSpec, TakeOver, to_request
 from pyublk.service.records import (
     Record,
     make_run_directory,
@@ -71,24 +70,19 @@ def start(
         ready(record)
         return record
 
-    return _start_process(json.dumps(_wanted(spec, None)), begun)
+    return _start_process(json.dumps(to_request(spec, None)), begun)
 
 
 def take_over(disk: TakeOver, spec: DiskSpec, *, server: str | None = None) -> Record:
-    """Starts a server for a disk that waits for one; or has the one that is
-    named `server` serve it. The spec's target is looked up in the caller's directory.
+    """Starts a server for a disk that waits for one, or has the one named `server` serve it. The
+    spec's target is looked up in the caller's directory.
 
     Raises what kept the disk from being served (see `reports.revive`, `Device.take_over`); then, as
     after a KeyboardInterrupt, it waits on, or is served. It is not stopped in any case.
     """
     if server is None:
-        return _start_process(json.dumps(_wanted(spec, disk)), _record_of, end=_kill)
+        return _start_process(json.dumps(to_request(spec, disk)), _record_of, end=_kill)
     return _record_of(_ask_to_serve(check_server_name(server), spec, disk))
-
-
-def _wanted(spec: DiskSpec, disk: TakeOver | None) -> dict[str, Any]:
-    """What a server is to serve, and as which disk, unless it is a new one."""
-    return {"spec": asdict(spec), "take_over": disk and asdict(disk)}
 
 
 def _start_process(
@@ -136,7 +130,7 @@ def _add_to(name: str, spec: DiskSpec, ready: Callable[[Record], None]) -> Recor
 
 def _ask_to_serve(name: str, spec: DiskSpec, disk: TakeOver | None) -> int:
     """The id of the disk that the server of that name serves now."""
-    wanted = _wanted(spec, disk) | {"directory": os.getcwd()}
+    wanted = to_request(spec, disk) | {"directory": os.getcwd()}
     for _ in range(ATTEMPTS):
         with _server_of(name) as client:
             try:

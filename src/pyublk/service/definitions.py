@@ -17,7 +17,7 @@ from pyublk import errors
 from pyublk.control import Controller, DeviceInfo
 from pyublk.options import near
 from pyublk.service import daemon
-from pyublk.service.channel import ask, check_server_name
+from pyublk.service.channel import CHANGE, ask, check_server_name
 from pyublk.service.plan import DiskSpec
 from pyublk.service.records import Record
 from pyublk.service.recovering import recover
@@ -27,8 +27,6 @@ from pyublk.sizes import format_size
 
 #: Where definitions are looked for when no file is named.
 DIRECTORY = Path("/etc/pyublk")
-#: Seconds for a server to resize its disk.
-PATIENCE = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +68,7 @@ class Step:
 
 
 def files_of(places: Iterable[Path]) -> list[Path]:
-    """The files themselves, and those that directories have (`*.toml`), as absolute paths. Raises
-    FileNotFoundError."""
+    """The files themselves, and those that directories have (`*.toml`), as absolute paths."""
     found: list[Path] = []
     for place in places:
         place = place.resolve()
@@ -232,7 +229,7 @@ def _step(definition: Definition, record: Record | None, waiting: Container[int]
 
 def _flat(spec: DiskSpec) -> dict[str, Any]:
     """What a record keeps of it, by the keys of a definition."""
-    fields = json.loads(json.dumps(asdict(spec)))
+    fields = json.loads(json.dumps(asdict(spec)))  # a record has lists where there are tuples
     options = {f"options.{name}": value for name, value in fields["options"].items()}
     return {
         "target": fields["target"],
@@ -268,5 +265,5 @@ def carry_out(controller: Controller, step: Step, *, timeout: float = 30.0) -> R
     if record is not None and step.action is Action.RECOVER:
         return recover(controller, controller.info(record.id))
     if record is not None and definition is not None and step.action is Action.RESIZE:
-        ask(record, "resize", timeout=PATIENCE, size=definition.spec.disk["size"], shrink=False)
+        ask(record, "resize", timeout=CHANGE, size=definition.spec.disk["size"], shrink=False)
     return record

@@ -248,7 +248,7 @@ def check_devices() -> Iterator[Check]:
                 f"device {device.id} is an orphan: its server is gone",
                 "pyublk doctor --repair",
             )
-        elif device.status in (DeviceStatus.QUIESCED, DeviceStatus.FAIL_IO):
+        elif device.status.awaits_server:
             troubled = True
             yield Check(
                 "devices",

@@ -2,7 +2,6 @@
 """The disks that a server has: each with its record, its channel and its log, from start to end."""
 
 import ctypes
-import json
 import logging
 import os
 import sys
@@ -21,7 +20,7 @@ from pyublk.options import DISK
 from pyublk.service import requests, title
 from pyublk.service.channel import server_place
 from pyublk.service.listener import Listener, Undoable
-from pyublk.service.plan import DiskSpec, TakeOver
+from pyublk.service.plan import DiskSpec, TakeOver, of_request
 from pyublk.service.processes import ProcessId
 from pyublk.service.records import Record, log_place, memory_place, socket_place
 from pyublk.sharing import SharedMemory
@@ -113,8 +112,7 @@ class Host:
             return [disk.record.id for disk in list(self.disks)]
         if arguments.keys() != {"spec", "directory", "take_over"}:
             raise ValueError("add needs 'spec', 'directory' and 'take_over'")
-        spec = DiskSpec.from_json(json.dumps(arguments["spec"]))
-        take_over = arguments["take_over"] and TakeOver(**arguments["take_over"])
+        spec, take_over = of_request(arguments)
         disk = self._add(spec, arguments["directory"], take_over)
         told = {"id": disk.record.id}
         # Who is not told of a new disk knows of none; one that was there is better served.

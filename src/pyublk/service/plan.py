@@ -2,7 +2,6 @@
 """What to serve and how, in a form that can be written down and given to another process."""
 
 import inspect
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +24,17 @@ class TakeOver:
     empty: bool = False
 
 
+def to_request(spec: "DiskSpec", take_over: TakeOver | None) -> dict[str, Any]:
+    """What a server is to serve, and as which disk, unless it is a new one; for JSON."""
+    return {"spec": asdict(spec), "take_over": take_over and asdict(take_over)}
+
+
+def of_request(fields: Mapping[str, Any]) -> tuple["DiskSpec", TakeOver | None]:
+    """What `to_request` was given."""
+    take_over = fields["take_over"]
+    return DiskSpec.from_fields(fields["spec"]), take_over and TakeOver(**take_over)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskSpec:
     """A disk that is yet to be made.
@@ -43,16 +53,12 @@ class DiskSpec:
     name: str | None = None
     file: str | None = None
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
     @classmethod
-    def from_json(cls, text: str) -> Self:
-        fields = json.loads(text)
-        fields["arguments"] = tuple(fields["arguments"])
+    def from_fields(cls, fields: Mapping[str, Any]) -> Self:
+        """Of what `dataclasses.asdict` made of one, also by way of JSON."""
         disk = fields.get("disk", {})  # a newer version may have more
-        fields["disk"] = {name: value for name, value in disk.items() if name in DISK}
-        return cls(**fields)
+        kept = {name: value for name, value in disk.items() if name in DISK}
+        return cls(**{**fields, "arguments": tuple(fields["arguments"]), "disk": kept})
 
     @classmethod
     def from_toml(cls, source: str | Path) -> Self:

@@ -5,18 +5,9 @@ import os
 import select
 import signal
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
-
-def start_time(pid: int) -> int | None:
-    """When the process began, in clock ticks since boot; None if it has ended (proc(5), stat)."""
-    try:
-        line = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    after_name = line.rpartition(")")[2].split()  # the name may hold spaces and parentheses
-    return None if after_name[0] in "ZX" else int(after_name[19])  # dead, but not reaped yet
+from pyublk.openers import start_time
 
 
 @dataclass(frozen=True, slots=True)

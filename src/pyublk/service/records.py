@@ -123,7 +123,7 @@ def _understood(kind: type[Any], found: dict[str, Any], device: int) -> dict[str
     TypeError or KeyError when it is not what this version writes."""
     known = _known(kind, found)
     server = ProcessId(**_known(ProcessId, found["server"]))
-    plan = DiskSpec.from_json(json.dumps(_known(DiskSpec, found["plan"])))
+    plan = DiskSpec.from_fields(_known(DiskSpec, found["plan"]))
     numbers = (known["id"], known["cookie"], server.pid, server.started)
     texts = (plan.target, *plan.arguments, known["log"] or "", known.get("data_path") or "")
     texts += (known.get("server_name") or "", known.get("directory") or "")

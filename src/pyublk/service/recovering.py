@@ -10,12 +10,6 @@ from pyublk.options import DiskOptions
 from pyublk.service import daemon
 from pyublk.service.plan import DiskSpec, TakeOver
 from pyublk.service.records import Record, record_trouble
-from pyublk.uapi import DeviceStatus
-
-
-def waits(device: DeviceInfo) -> bool:
-    """Whether it has no server, and waits for one."""
-    return device.status in (DeviceStatus.QUIESCED, DeviceStatus.FAIL_IO)
 
 
 def recover(
@@ -62,8 +56,9 @@ def _fitted(
 ) -> DiskSpec:
     """The spec, with what the disk is and was asked for."""
     basic = controller.get_params(device.id).basic
+    before = record.plan if record is not None else spec
     disk: DiskOptions = {
-        **(record.plan.disk if record is not None else {}),
+        **before.disk,
         "size": basic.size,
         "block_size": basic.logical_block_size,
         "read_only": basic.read_only,

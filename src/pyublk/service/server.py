@@ -19,7 +19,7 @@ from pyublk.interruptions import handled
 from pyublk.service import logs, reports, title
 from pyublk.service.hosting import Host, Served, record_of
 from pyublk.service.listener import Listener
-from pyublk.service.plan import DiskSpec, TakeOver
+from pyublk.service.plan import DiskSpec, TakeOver, of_request
 from pyublk.service.records import (
     Record,
     log_place,
@@ -183,9 +183,7 @@ def _run_daemon(report_fd: int, log_file: Path, name: str | None) -> int:
             place = log_file.replace(server_log_place(name))
             ended_well = serve_several(name, log_file=place, ready=lambda: tell({"ready": name}))
         else:
-            request = json.loads(text)
-            spec = DiskSpec.from_json(json.dumps(request["spec"]))
-            take_over = request["take_over"] and TakeOver(**request["take_over"])
+            spec, take_over = of_request(json.loads(text))
             if take_over is not None:
                 logs.carry_over(log_place(take_over.device), sys.stderr.fileno())
             served = serve(spec, log_file=log_file, ready=ready, take_over=take_over)

@@ -13,9 +13,10 @@ from pathlib import Path
 from pyublk import errors
 from pyublk.control import Controller, DeviceInfo, has_node
 from pyublk.files import about
+from pyublk.openers import start_time
 from pyublk.service.channel import ChannelError, ask
 from pyublk.service.claim import patiently, refuse_if_used, take
-from pyublk.service.processes import Process, start_time
+from pyublk.service.processes import Process
 from pyublk.service.records import Record, record_trouble
 from pyublk.uapi import DeviceStatus, Feature
 
@@ -52,7 +53,7 @@ def stop(
     device = _once_started(controller, device)
     if not force:
         refuse_if_used(device)
-        if device.status in (DeviceStatus.QUIESCED, DeviceStatus.FAIL_IO):
+        if device.status.awaits_server:
             # Nobody would answer a flush.
             raise errors.DeviceBusy(
                 f"{device.path} waits for a new server: stopping it now loses what was not written"
