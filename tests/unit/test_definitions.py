@@ -4,15 +4,22 @@ import json
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from click.testing import CliRunner
 
 from pyublk import errors
-from pyublk.service import definitions
+from pyublk.cli import main
+from pyublk.cli.failures import ExitCode
+from pyublk.service import daemon, definitions
 from pyublk.service.definitions import Action, Definition
 from pyublk.service.plan import DiskSpec
 from pyublk.service.processes import ProcessId
 from pyublk.service.records import Record
+from pyublk.service.recovering import recover
+from pyublk.targets import Null
 
 WHOLE = """\
 [disk.top]
@@ -191,3 +198,28 @@ def test_what_is_there_and_not_defined(tmp_path: Path) -> None:
         errors.DeviceBusy, match=r"a is /dev/ublkb3 already, which /elsewhere\.toml"
     ):
         definitions.steps([one], [file], [record(one, file="/elsewhere.toml")])
+
+
+def test_without_any_definition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(definitions, "DIRECTORY", tmp_path / "none")
+    done = CliRunner().invoke(main, ["plan"], prog_name="pyublk")
+    assert done.exit_code == ExitCode.USAGE
+    assert f"name a file, or write one ({tmp_path / 'none'}/*.toml)" in done.stderr
+
+
+def test_another_target_leaves_the_definition(tmp_path: Path) -> None:
+    """A disk of a definition stays one when another target recovers it."""
+    (one,) = definitions.read(
+        [written(tmp_path, '[disk.a]\ntarget = "ram"\nsize = "1G"\ndepth = 4')]
+    )
+    asked: list[DiskSpec] = []
+    params = Null(size=1 << 20, block_size=4096).profile().params(65536)
+    controller = SimpleNamespace(get_params=lambda _device: params)
+    device = SimpleNamespace(id=3, path="/dev/ublkb3")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Record, "of", lambda _device: record(one))
+        patch.setattr(daemon, "take_over", lambda _disk, spec, server: asked.append(spec))
+        recover(cast(Any, controller), cast(Any, device), DiskSpec(target="null"))
+    (spec,) = asked
+    assert (spec.target, spec.name, spec.file) == ("null", "a", one.spec.file)
+    assert spec.disk == {"size": 1 << 20, "depth": 4, "block_size": 4096, "read_only": False}

@@ -42,7 +42,8 @@ def _files(command: F) -> F:
 
 def _named(places: tuple[Path, ...]) -> list[Path]:
     """Raises UsageError when there is none."""
-    files = definitions.files_of(places or [definitions.DIRECTORY])
+    default = [definitions.DIRECTORY] if definitions.DIRECTORY.exists() else []
+    files = definitions.files_of(places or default)
     if not files:
         where = ", ".join(map(str, places)) or definitions.DIRECTORY
         raise click.UsageError(

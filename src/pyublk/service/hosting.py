@@ -110,8 +110,8 @@ class Host:
     def _answer(self, name: str, arguments: dict[str, Any]) -> Any:
         if name == "disks":
             return [disk.record.id for disk in list(self.disks)]
-        if arguments.keys() != {"spec", "directory", "take_over"}:
-            raise ValueError("add needs 'spec', 'directory' and 'take_over'")
+        if arguments.keys() - {"take_over"} != {"spec", "directory"}:
+            raise ValueError("add needs 'spec' and 'directory'")
         spec, take_over = of_request(arguments)
         disk = self._add(spec, arguments["directory"], take_over)
         told = {"id": disk.record.id}

@@ -30,8 +30,8 @@ def to_request(spec: "DiskSpec", take_over: TakeOver | None) -> dict[str, Any]:
 
 
 def of_request(fields: Mapping[str, Any]) -> tuple["DiskSpec", TakeOver | None]:
-    """What `to_request` was given."""
-    take_over = fields["take_over"]
+    """What `to_request` was given; programs that ask for a new disk may leave `take_over` out."""
+    take_over = fields.get("take_over")
     return DiskSpec.from_fields(fields["spec"]), take_over and TakeOver(**take_over)
 
 
@@ -55,8 +55,11 @@ class DiskSpec:
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Self:
-        """Of what `dataclasses.asdict` made of one, also by way of JSON."""
+        """Of what `dataclasses.asdict` made of one, also by way of JSON. Raises TypeError or
+        KeyError for what it cannot have made."""
         disk = fields.get("disk", {})  # a newer version may have more
+        if not isinstance(disk, dict):
+            raise TypeError(f"the options of a disk are an object, not {disk!r}")
         kept = {name: value for name, value in disk.items() if name in DISK}
         return cls(**{**fields, "arguments": tuple(fields["arguments"]), "disk": kept})
 

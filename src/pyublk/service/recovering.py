@@ -54,7 +54,7 @@ def recover(
 def _fitted(
     controller: Controller, device: DeviceInfo, spec: DiskSpec, record: Record | None
 ) -> DiskSpec:
-    """The spec, with what the disk is and was asked for."""
+    """The spec, with what the disk is, and what was asked of it and by whom."""
     basic = controller.get_params(device.id).basic
     before = record.plan if record is not None else spec
     disk: DiskOptions = {
@@ -63,4 +63,4 @@ def _fitted(
         "block_size": basic.logical_block_size,
         "read_only": basic.read_only,
     }
-    return replace(spec, disk=disk)
+    return replace(spec, disk=disk, name=before.name, file=before.file)
