@@ -69,9 +69,13 @@ def stamped(client: int, turn: int) -> bytes:
     return struct.pack("<QQ", client, turn) * (BLOCK // 16)
 
 
+#: Requests of each kind that a client makes, and twice as many as it has places for.
+TURNS = 24
+
+
 def write_and_read(path: str, client: int) -> None:
     with Blocks(path) as blocks:
-        for turn in range(60):
+        for turn in range(TURNS):
             offset = (client * 8 + turn % 8) * BLOCK
             blocks.write(stamped(client, turn), offset)
             assert blocks.read(BLOCK, offset) == stamped(client, turn)
@@ -87,7 +91,7 @@ def test_kept_slices(serve: Serve, path: str, batch: bool, workers: int) -> None
         list(clients.map(lambda client: write_and_read(disk.path, client), range(4)))
     while target.kept:
         target.compare(*target.kept.pop())
-    assert target.compared >= 4 * 60 * 2
+    assert target.compared >= 4 * TURNS * 2
     assert target.wrong == []
 
 

@@ -609,8 +609,7 @@ def test_shared_buffers(controller: Controller) -> None:
 
 # ---- recovery ----
 
-#: Serves one queue by hand, with its bytes in a file; argv: device, "start", "hold" (which starts,
-#: and does not answer writes) or "recover", file.
+#: Serves one queue by hand, with its bytes in a file; argv: device, "start" or "recover", file.
 BY_HAND = """
 import mmap
 from pyublk.uapi import Op
@@ -636,9 +635,6 @@ def serve():
         primed.set()
         for io in queue:
             span = slice(io.offset, io.offset + io.length)
-            if how == "hold" and io.op is Op.WRITE:
-                tell("holds", io.offset, io.length)
-                continue
             if io.op is Op.READ:
                 io.buffer[:] = data[span]
             else:
@@ -723,98 +719,15 @@ def test_a_killed_server_is_replaced(controller: Controller, tmp_path: Path) -> 
             assert second.ended() == 0
 
 
-@pytest.mark.parametrize("reissue", [True, False], ids=["sent again", "failed"])
-def test_what_a_killed_server_held(controller: Controller, tmp_path: Path, reissue: bool) -> None:
-    wish = Feature.USER_RECOVERY
-    if reissue:
-        wish |= Feature.USER_RECOVERY_REISSUE
-    outcomes: list[int] = []
-
-    def write() -> None:
-        with Blocks(info.path) as client:
-            try:
-                outcomes.append(client.write(b"h" * 4096, 8192))
-            except OSError as error:
-                outcomes.append(-(error.errno or 0))
-
-    with recoverable(controller, tmp_path, wish) as (info, server):
-        store = tmp_path / "store"
-        client = threading.Thread(target=write, daemon=True)
-        with server("hold") as first:
-            assert first.line() == "live"
-            assert wish in controller.info(info.id).flags
-            client.start()
-            assert first.line() == "holds 8192 4096"
-            first.process.kill()
-            first.ended()
-        controller.wait_for_status(info.id, DeviceStatus.QUIESCED)
-        if not reissue:
-            client.join(60)
-            assert outcomes == [-errno.EIO]
-        start_recovery(controller, info.id)
-        assert store.read_bytes()[8192:12288] == bytes(4096)
-        if reissue:
-            assert client.is_alive()
-        with server("recover") as second:
-            assert second.line() == "live"
-            client.join(60)
-            assert outcomes == [4096 if reissue else -errno.EIO]
-            assert store.read_bytes()[8192:12288] == (b"h" if reissue else b"\0") * 4096
-            controller.stop(info.id)
-            assert second.line() == "ended"
-            assert second.ended() == 0
-
-
-def test_new_requests_fail_while_nobody_serves(controller: Controller, tmp_path: Path) -> None:
-    wish = Feature.USER_RECOVERY | Feature.USER_RECOVERY_FAIL_IO
-    if not has(controller, Feature.USER_RECOVERY_FAIL_IO):
-        with pytest.raises(OSError, match="asked for USER_RECOVERY_FAIL_IO, the kernel granted"):
-            controller.add(flags=wish)
-        return
-    with recoverable(controller, tmp_path, wish) as (info, server):
-        with server("start") as first:
-            assert first.line() == "live"
-            with Blocks(info.path) as client:
-                client.write(b"f" * 4096, 8192)
-                first.process.kill()
-                first.ended()
-                controller.wait_for_status(info.id, DeviceStatus.FAIL_IO)
-                with pytest.raises(OSError, match="I/O error") as failure:
-                    client.read(4096, 8192)
-                assert failure.value.errno in (errno.EIO, errno.EREMOTEIO)
-        start_recovery(controller, info.id)
-        with server("recover") as second:
-            assert second.line() == "live"
-            with Blocks(info.path, os.O_RDONLY) as client:
-                assert client.read(4096, 8192) == b"f" * 4096
-            controller.stop(info.id)
-            assert second.ended() == 0
-
-
-def test_a_live_server_is_replaced(controller: Controller, tmp_path: Path) -> None:
-    wish = Feature.USER_RECOVERY | Feature.QUIESCE
-    if not has(controller, Feature.QUIESCE):
-        with pytest.raises(OSError, match="asked for QUIESCE, the kernel granted only the others"):
-            controller.add(flags=wish)
-        return
-    found: list[bytes] = []
-    with recoverable(controller, tmp_path, wish) as (info, server):
-        with server("start") as first:
-            assert first.line() == "live"
-            with Blocks(info.path) as client:
-                client.write(b"q" * 4096, 8192)
-            controller.quiesce(info.id, timeout=5)
-            assert first.line() == "ended"
-            assert first.ended() == 0
-        controller.wait_for_status(info.id, DeviceStatus.QUIESCED)
-        waiting = read_in_thread(info.path, found)
-        start_recovery(controller, info.id)
-        with server("recover") as second:
-            assert second.line() == "live"
-            waiting.join(20)
-            assert found == [b"q" * 4096]
-            controller.stop(info.id)
-            assert second.ended() == 0
+@pytest.mark.parametrize(
+    "feature", [Feature.USER_RECOVERY_FAIL_IO, Feature.QUIESCE], ids=["fail", "quiesce"]
+)
+def test_what_an_older_kernel_leaves_out_of_a_device_is_told(
+    controller: Controller, feature: Feature
+) -> None:
+    only_where(not has(controller, feature), f"this kernel has {feature.name}")
+    with pytest.raises(OSError, match=f"asked for {feature.name}, the kernel granted"):
+        controller.add(flags=Feature.USER_RECOVERY | feature)
 
 
 def test_no_recovery_without_its_flag(controller: Controller, disk: ByHand) -> None:

@@ -44,16 +44,6 @@ def test_pointer_ctypes(serve: Serve) -> None:
             blocks.write(bytes(4096), 0)
 
 
-def test_pointer_cffi(serve: Serve) -> None:
-    pytest.importorskip("cffi", reason="cffi is not installed")
-    round_trip(serve(load("pointer_cffi").Mirrored()).path)
-
-
-def test_pointer_numba(serve: Serve) -> None:
-    pytest.importorskip("numba", reason="numba is not installed")
-    round_trip(serve(load("pointer_numba").Inverted()).path)
-
-
 def test_queue_by_hand() -> None:
     load("queue_by_hand").main(round_trip)
 

@@ -741,8 +741,10 @@ def nothing_left(controller: pyublk.Controller, number: int, guard: int) -> None
     until(lambda: not sleeping_beyond_signals(), what="nobody sleeps beyond signals")
 
 
-@pytest.mark.parametrize("loaded", [False, True], ids=["idle", "loaded"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("number", "loaded"),
+    [(signal.SIGINT, False), (signal.SIGTERM, True), (signal.SIGKILL, True)],
+)
 def test_a_server_that_gets_a_signal(
     controller: pyublk.Controller, number: signal.Signals, loaded: bool
 ) -> None:

@@ -572,8 +572,9 @@ with pyublk.Controller() as controller:
 """
 
 
-@pytest.mark.parametrize("command", ["stop", "delete"])
-@pytest.mark.parametrize("make", [Memory, AsyncMemory, CallbackMemory])
+@pytest.mark.parametrize(
+    ("command", "make"), [("stop", Memory), ("delete", AsyncMemory), ("stop", CallbackMemory)]
+)
 def test_stopped_by_another_process(serve: Serve, command: str, make: type[pyublk.Target]) -> None:
     disk = serve(make(size=MIB))
     round_trip(disk.path)
