@@ -207,6 +207,20 @@ def test_without_any_definition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert f"name a file, or write one ({tmp_path / 'none'}/*.toml)" in done.stderr
 
 
+@pytest.mark.parametrize("command", ["plan", "up"])
+def test_a_wrong_file_is_told_before_the_driver_is_asked(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_driver() -> None:
+        raise FileNotFoundError("no driver")
+
+    monkeypatch.setattr("pyublk.cli.defining.open_controller", no_driver)
+    file = written(tmp_path, '[disk.a]\ntargett = "ram"')
+    done = CliRunner().invoke(main, [command, str(file)], prog_name="pyublk")
+    assert done.exit_code == ExitCode.USAGE
+    assert "did you mean 'target'?" in done.stderr
+
+
 def test_another_target_leaves_the_definition(tmp_path: Path) -> None:
     """A disk of a definition stays one when another target recovers it."""
     (one,) = definitions.read(

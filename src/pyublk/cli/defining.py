@@ -15,7 +15,7 @@ from pyublk.cli.stopping import force_option, timeout_option
 from pyublk.control import Controller
 from pyublk.errors import UblkError
 from pyublk.service import definitions
-from pyublk.service.definitions import Action, Step
+from pyublk.service.definitions import Action, Definition, Step
 from pyublk.service.records import Record
 from pyublk.service.stacking import top_first
 from pyublk.service.stopping import stop
@@ -52,11 +52,11 @@ def _named(places: tuple[Path, ...]) -> list[Path]:
     return files
 
 
-def _steps(controller: Controller, files: list[Path]) -> list[Step]:
+def _steps(controller: Controller, wanted: list[Definition], files: list[Path]) -> list[Step]:
     there = definitions.defined(controller)
     records = [record for _, record in there]
     waiting = {device.id for device, _ in there if device.status.awaits_server}
-    return definitions.steps(definitions.read(files), files, records, waiting)
+    return definitions.steps(wanted, files, records, waiting)
 
 
 @click.command()
@@ -69,8 +69,9 @@ def plan(places: tuple[Path, ...], as_json: bool) -> None:
     if there is anything to change, and 0 if not.
     """
     files = _named(places)
+    wanted = definitions.read(files)
     with open_controller() as controller:
-        steps = _steps(controller, files)
+        steps = _steps(controller, wanted, files)
     if as_json:
         print_json([_as_json(step, step.record) for step in steps])
     else:
@@ -112,12 +113,13 @@ def up(
     disk and starts it anew, --prune stops one that is gone from FILE.
     """
     files = _named(places)
+    wanted = definitions.read(files)
     told: list[dict[str, Any]] = []
     failures: list[Failure] = []
     failed: set[str] = set()
     remaining = False
     with open_controller() as controller, ended_as_by_ctrl_c():
-        for step in _steps(controller, files):
+        for step in _steps(controller, wanted, files):
             try:
                 _refuse_if_alone(step, failed)
                 if advice := _advice(step, recreate=recreate, prune=prune):
