@@ -31,11 +31,11 @@ native = Extension(
 helper = Extension(
     "pyublk.pyublk-helper",
     sources=[
-        "src/pyublk/_helper/helper.c",
+        *sorted(str(path) for path in Path("src/pyublk/_helper").glob("*.c")),
         "src/pyublk/_core/ring.c",
         "src/pyublk/_core/forked.c",
     ],
-    depends=HEADERS,
+    depends=[*HEADERS, *sorted(str(path) for path in Path("src/pyublk/_helper").glob("*.h"))],
     extra_compile_args=["-std=gnu11", "-O2"],
     extra_link_args=["-Wl,-z,now"],
 )

@@ -525,8 +525,25 @@ class Helper:
         meanwhile.
         """
 
-    def guard(self, device: int, cookie: int, guarded: bool, *, deadline: float) -> int:
-        """Whether it deletes the device of that cookie when this process ends. 0 or -errno."""
+    def guard(
+        self,
+        device: int,
+        cookie: int,
+        guarded: bool,
+        *,
+        restarted: bool = False,
+        memory: int = -1,
+        hang_ms: int = 0,
+        deadline: float,
+    ) -> int:
+        """Whether it deletes the device of that cookie when this process ends, or, if it is
+        `restarted`, executes the program of `restart_by`, for which it holds the file `memory`. It
+        kills this process when the disk has requests and answers none for `hang_ms` (0: never).
+        0 or -errno."""
+
+    def restart_by(self, program: int, *, deadline: float) -> int:
+        """What it executes then: the file `program` has words, each ended by a 0: the command's, an
+        empty one, the environment's. 0 or -errno."""
 
 def open_private(path: str, flags: int) -> int:
     """As os.open, with O_CLOEXEC, for a `CharDevice`: a forked child lets go of it at once."""
@@ -665,11 +682,15 @@ class MappedQueue(Queue):
 
 @final
 class Ram:
-    def __init__(self, size: int) -> None: ...
+    def __init__(self, size: int, file: int = -1) -> None: ...
     @property
     def handler(self) -> int: ...
     @property
     def context(self) -> int: ...
+    @property
+    def file(self) -> int:
+        """Its own descriptor of the file that has the bytes; -1: there is none."""
+
     def resident(self) -> int: ...
 
 @final

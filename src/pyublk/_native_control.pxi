@@ -104,13 +104,29 @@ cdef class Helper:
             return ("ring", result)
         return ("enter" if stage == PU_CONTROL_SUBMIT else "command", result)
 
-    def guard(self, uint32_t device, uint64_t cookie, bint guarded, *, double deadline):
+    def guard(self, uint32_t device, uint64_t cookie, bint guarded, *, bint restarted=False,
+              int memory=-1, uint32_t hang_ms=0, double deadline):
         cdef pu_ask ask
         memset(&ask, 0, sizeof(ask))
         ask.kind = PU_ASK_GUARD if guarded else PU_ASK_UNGUARD
         ask.cmd.dev_id = device
         ask.cookie = cookie
-        outcome = self.ask(&ask, bytearray(), -1, deadline)
+        ask.hang_ms = hang_ms
+        if restarted:
+            ask.flags |= PU_ASK_RESTARTED
+        if memory >= 0:
+            ask.flags |= PU_ASK_MEMORY
+        return self.told(&ask, memory, deadline)
+
+    def restart_by(self, int program, *, double deadline):
+        cdef pu_ask ask
+        memset(&ask, 0, sizeof(ask))
+        ask.kind = PU_ASK_PROGRAM
+        return self.told(&ask, program, deadline)
+
+    cdef object told(self, pu_ask *ask, int file, double deadline):
+        """0 or -errno, of what the helper only takes note of."""
+        outcome = self.ask(ask, bytearray(), file, deadline)
         if not outcome:
             return -_errno.ETIMEDOUT
         _, result = outcome

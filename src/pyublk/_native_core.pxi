@@ -285,9 +285,11 @@ cdef extern from "_core/control.h" nogil:
     int PU_ASK_WRITE
     int PU_ASK_GUARD
     int PU_ASK_UNGUARD
+    int PU_ASK_PROGRAM
     int PU_ASK_GUARDED
     int PU_ASK_MEMORY
     int PU_ASK_READ_ONLY
+    int PU_ASK_RESTARTED
     int PU_CONTROL_RING
     int PU_CONTROL_SUBMIT
     int PU_CONTROL_KILLED
@@ -296,6 +298,7 @@ cdef extern from "_core/control.h" nogil:
         uint32_t kind
         uint32_t flags
         uint32_t cmd_op
+        uint32_t hang_ms
         uint64_t cookie
         uint64_t file_offset
         uint64_t file_bytes
@@ -350,9 +353,9 @@ cdef extern from "_core/lock.h" nogil:
 
 cdef extern from "_core/ram.h" nogil:
     struct pu_ram:
-        pass
+        int file
 
-    int pu_ram_init(pu_ram *, uint64_t)
+    int pu_ram_init(pu_ram *, uint64_t, int)
     void pu_ram_destroy(pu_ram *)
     int64_t pu_ram_handle(void *, uint32_t, uint32_t, uint64_t, uint64_t, void *)
     uint64_t pu_ram_resident(pu_ram *)

@@ -4,16 +4,17 @@ NULL_HANDLER = <uintptr_t>&pu_null_handle
 
 
 cdef class Ram:
-    """`size` bytes of memory, sparse until written; `handler` and `context` serve it natively."""
+    """`size` bytes of memory, sparse until written, or those of a `file` in memory; `handler` and
+    `context` serve it natively."""
 
     cdef pu_ram ram
     cdef bint made
     cdef int process
 
-    def __init__(self, uint64_t size):
+    def __init__(self, uint64_t size, int file=-1):
         if self.made:
             raise RuntimeError("this memory is made already")
-        cdef int error = pu_ram_init(&self.ram, size)
+        cdef int error = pu_ram_init(&self.ram, size, file)
         if error < 0:
             raise OSError(-error, f"cannot reserve {size} bytes of memory: {os.strerror(-error)}")
         self.process = pu_process()
@@ -30,6 +31,10 @@ cdef class Ram:
     @property
     def context(self):
         return <uintptr_t>&self.ram
+
+    @property
+    def file(self):
+        return self.ram.file if self.made and self.process == pu_process() else -1
 
     def resident(self):
         """Bytes that really occupy memory now."""

@@ -434,6 +434,23 @@ class DiskOptions(TargetOptions, DeviceOptions, total=False):
             metavar="SIZE",
         ),
     ]
+    restart: Annotated[
+        bool | None,
+        Option(
+            help="Start the server again when it is killed or crashes.",
+            default_text="where target and kernel allow it",
+        ),
+    ]
+    hang_timeout: Annotated[
+        float | None,
+        Option(
+            help="Kill and restart a server that answers nothing for so long, or never.",
+            default_text="never",
+            unit="seconds",
+            words={"never": None},
+            metavar="SECONDS",
+        ),
+    ]
 
 
 def options_of(definition: type) -> dict[str, Option]:

@@ -25,9 +25,12 @@ class Recovery(StrEnum):
     FAIL = "fail"
 
 
+#: What a kernel needs for RESEND.
+RESEND_FLAGS = Feature.USER_RECOVERY | Feature.USER_RECOVERY_REISSUE
+
 _FLAGS = {
     Recovery.NONE: Feature(0),
-    Recovery.RESEND: Feature.USER_RECOVERY | Feature.USER_RECOVERY_REISSUE,
+    Recovery.RESEND: RESEND_FLAGS,
     Recovery.FAIL: Feature.USER_RECOVERY | Feature.USER_RECOVERY_FAIL_IO,
 }
 

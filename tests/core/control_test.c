@@ -9,7 +9,9 @@
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -280,6 +282,110 @@ static void the_death_of_its_process(void)
 	close(ends[1]);
 }
 
+/* ---- what is executed when a process has ended ---- */
+
+static void tell_helper(struct pu_helper *h, struct pu_ask ask, int file)
+{
+	struct pu_control control;
+
+	CHECK_EQUAL(pu_control_begin(&control, h, &ask, NULL, 0, file), 0);
+	CHECK_EQUAL(pu_control_wait(&control, LIMIT_MS), 1);
+	CHECK_EQUAL(control.result, 0);
+	CHECK(pu_control_end(&control));
+}
+
+static int file_of(const char *bytes, size_t length)
+{
+	int file = memfd_create("control_test", MFD_CLOEXEC);
+
+	CHECK_EQUAL(write(file, bytes, length), length);
+	return file;
+}
+
+/* A process that has a shell execute `script` when it is killed, for the disks 1, whose memory holds
+ * "kept", and 2; `replaced`: its first helper is killed before it. The helper's pid. */
+static int leave_behind(const char *script, bool replaced)
+{
+	int ends[2], pid = 0, child;
+	char words[512];
+	int length = snprintf(words, sizeof(words), "/bin/sh%c-c%c%s%csh%c%cFOLDER=%s%cA=b%c", 0, 0,
+			      script, 0, 0, 0, folder, 0, 0);
+
+	CHECK_EQUAL(pipe(ends), 0);
+	child = fork();
+	if (child == 0) {
+		struct pu_helper *h = helper();
+		struct pu_ask guarded = { .kind = PU_ASK_GUARD, .flags = PU_ASK_RESTARTED, .cookie = 42 };
+		int program_file = file_of(words, (size_t)length), memory = file_of("kept", 4);
+
+		tell_helper(h, (struct pu_ask){ .kind = PU_ASK_PROGRAM }, program_file);
+		guarded.cmd.dev_id = 2;
+		tell_helper(h, guarded, -1);
+		guarded.cmd.dev_id = 1;
+		tell_helper(h, guarded, memory);
+		guarded.cmd.dev_id = 3; /* one that is not served again */
+		guarded.flags = 0;
+		tell_helper(h, guarded, -1);
+		close(program_file);
+		close(memory);
+		pid = pu_helper_pid(h);
+		if (replaced) {
+			kill(pid, SIGKILL);
+			CHECK(gone(pid));
+			while (pu_helper_pid(h) == pid)
+				usleep(10000);
+			pid = pu_helper_pid(h);
+			check_refusal(h);
+		}
+		CHECK_EQUAL(write(ends[1], &pid, sizeof(pid)), sizeof(pid));
+		kill(getpid(), SIGKILL);
+	}
+	CHECK_EQUAL(read(ends[0], &pid, sizeof(pid)), sizeof(pid));
+	CHECK_EQUAL(waitpid(child, NULL, 0), child);
+	close(ends[0]);
+	close(ends[1]);
+	return pid;
+}
+
+static void check_left(const char *wanted)
+{
+	char path[64], found[512] = "";
+	FILE *file;
+
+	snprintf(path, sizeof(path), "%s/left", folder);
+	file = fopen(path, "r");
+	CHECK(file != NULL);
+	CHECK(fread(found, 1, sizeof(found) - 1, file) > 0);
+	fclose(file);
+	unlink(path);
+	if (strcmp(found, wanted))
+		fprintf(stderr, "%s is not %s", found, wanted);
+	CHECK(!strcmp(found, wanted));
+}
+
+/* Which of the disks comes first is nobody's business. */
+#define LEAVE                                                                          \
+	"for d; do case $d in 1:42:*) file=${d##*:};; 2:42) other=2;; esac; done; " \
+	"echo $# $1 $other $A $PWD `cat /proc/self/fd/$file` >> $FOLDER/left; "
+#define LEFT "3 ended 2 b / kept\n"
+
+static void what_it_is_told_to_is_executed(void)
+{
+	CHECK(gone(leave_behind(LEAVE, false)));
+	check_left(LEFT);
+	CHECK(gone(leave_behind(LEAVE, true)));
+	check_left(LEFT);
+}
+
+static void what_fails_is_executed_again_but_not_for_ever(void)
+{
+	CHECK(gone(leave_behind(LEAVE "test -e $FOLDER/again || { >$FOLDER/again; kill -9 $$; }; "
+				"rm $FOLDER/again", false)));
+	check_left(LEFT LEFT);
+	CHECK(gone(leave_behind(LEAVE "exit 1", false)));
+	check_left(LEFT LEFT LEFT LEFT LEFT LEFT);
+}
+
 #endif
 
 int main(int argc, char **argv)
@@ -301,6 +407,8 @@ int main(int argc, char **argv)
 #ifndef __SANITIZE_THREAD__ /* which knows no threads after a fork */
 	a_fork();
 	the_death_of_its_process();
+	what_it_is_told_to_is_executed();
+	what_fails_is_executed_again_but_not_for_ever();
 #endif
 	unlink(fifo);
 	rmdir(folder);

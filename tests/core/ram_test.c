@@ -3,8 +3,11 @@
 #include "ram.h"
 
 #include <errno.h>
+#include <stdbool.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "check.h"
 #include "ublk.h"
@@ -18,6 +21,20 @@
 #endif
 
 static uint8_t buffer[4 * MIB];
+
+static bool in_file; /* where the disks that are made have their bytes */
+
+static void make(struct pu_ram *ram, uint64_t size)
+{
+	int file = in_file ? memfd_create("ram_test", MFD_CLOEXEC) : -1;
+
+	if (file >= 0)
+		CHECK_EQUAL(ftruncate(file, (off_t)size), 0);
+	CHECK_EQUAL(in_file, file >= 0);
+	CHECK_EQUAL(pu_ram_init(ram, size, file), 0);
+	if (file >= 0)
+		close(file); /* it has its own */
+}
 
 static int64_t request(struct pu_ram *ram, uint32_t op, uint32_t flags, uint64_t offset,
 		       uint64_t length)
@@ -44,7 +61,7 @@ static void holes_read_as_zeroes_and_stay_holes(void)
 {
 	struct pu_ram ram;
 
-	CHECK_EQUAL(pu_ram_init(&ram, HUGE), 0);
+	make(&ram, HUGE);
 	check_bytes(&ram, HUGE - MIB, MIB, 0);
 	CHECK_EQUAL(pu_ram_resident(&ram), 0);
 	fill(&ram, HUGE / 2 + 512, 512, 7);
@@ -57,7 +74,7 @@ static void freed_pages_are_given_back(uint32_t op)
 {
 	struct pu_ram ram;
 
-	CHECK_EQUAL(pu_ram_init(&ram, 4 * MIB), 0);
+	make(&ram, 4 * MIB);
 	fill(&ram, 0, 4 * MIB, 9);
 	CHECK_EQUAL(pu_ram_resident(&ram), 4 * MIB);
 	/* from inside page 0 to inside page 256: both edges stay, zeroed */
@@ -79,7 +96,7 @@ static void nounmap_keeps_the_memory(void)
 	struct pu_ram ram;
 	uint64_t before;
 
-	CHECK_EQUAL(pu_ram_init(&ram, 4 * MIB), 0);
+	make(&ram, 4 * MIB);
 	fill(&ram, 0, 2 * MIB, 1);
 	before = pu_ram_resident(&ram);
 	CHECK_EQUAL(request(&ram, PU_OP_WRITE_ZEROES, PU_FLAG_NOUNMAP, 0, 2 * MIB), 0);
@@ -92,13 +109,13 @@ static void what_cannot_be_is_refused(void)
 {
 	struct pu_ram ram;
 
-	CHECK_EQUAL(pu_ram_init(&ram, MIB), 0);
+	make(&ram, MIB);
 	CHECK_EQUAL(request(&ram, PU_OP_READ, 0, MIB - 512, 1024), -EIO);
 	CHECK_EQUAL(request(&ram, PU_OP_WRITE, 0, UINT64_MAX - 511, 1024), -EIO);
 	CHECK_EQUAL(request(&ram, 13, 0, 0, 512), -EOPNOTSUPP);
 	CHECK_EQUAL(request(&ram, PU_OP_FLUSH, 0, 0, 0), 0);
 	pu_ram_destroy(&ram);
-	CHECK_EQUAL(pu_ram_init(&ram, 1ull << 60), -ENOMEM);
+	CHECK_EQUAL(pu_ram_init(&ram, 1ull << 60, -1), -ENOMEM);
 }
 
 struct writer {
@@ -139,7 +156,7 @@ static void overlapping_requests_stay_whole(void)
 	pthread_t threads[4];
 	struct writer roles[4] = { { &ram, 1 }, { &ram, 2 }, { &ram, 0 }, { &ram, 0 } };
 
-	CHECK_EQUAL(pu_ram_init(&ram, 4 * MIB), 0);
+	make(&ram, 4 * MIB);
 	for (int i = 0; i < 4; i++)
 		CHECK_EQUAL(pthread_create(&threads[i], NULL,
 					   i < 2 ? write_over_and_over : read_over_and_over,
@@ -150,13 +167,44 @@ static void overlapping_requests_stay_whole(void)
 	pu_ram_destroy(&ram);
 }
 
+static int next_descriptor(void)
+{
+	int fd = dup(0);
+
+	close(fd);
+	return fd;
+}
+
+static void a_file_keeps_the_bytes(void)
+{
+	struct pu_ram ram;
+	int file = memfd_create("ram_test", MFD_CLOEXEC), before;
+
+	CHECK_EQUAL(ftruncate(file, 4 * MIB), 0);
+	before = next_descriptor();
+	for (uint8_t turn = 1; turn < 4; turn++) {
+		CHECK_EQUAL(pu_ram_init(&ram, 4 * MIB, file), 0);
+		check_bytes(&ram, MIB, MIB, turn == 1 ? 0 : turn - 1);
+		fill(&ram, MIB, MIB, turn);
+		CHECK_EQUAL(pu_ram_resident(&ram), MIB);
+		pu_ram_destroy(&ram);
+	}
+	CHECK_EQUAL(next_descriptor(), before);
+	close(file);
+	CHECK_EQUAL(pu_ram_init(&ram, MIB, file), -EBADF);
+}
+
 int main(void)
 {
-	holes_read_as_zeroes_and_stay_holes();
-	freed_pages_are_given_back(PU_OP_DISCARD);
-	freed_pages_are_given_back(PU_OP_WRITE_ZEROES);
-	nounmap_keeps_the_memory();
-	what_cannot_be_is_refused();
-	overlapping_requests_stay_whole();
+	for (int kind = 0; kind < 2; kind++) {
+		in_file = kind;
+		holes_read_as_zeroes_and_stay_holes();
+		freed_pages_are_given_back(PU_OP_DISCARD);
+		freed_pages_are_given_back(PU_OP_WRITE_ZEROES);
+		nounmap_keeps_the_memory();
+		what_cannot_be_is_refused();
+		overlapping_requests_stay_whole();
+	}
+	a_file_keeps_the_bytes();
 	return 0;
 }

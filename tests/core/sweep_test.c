@@ -8,6 +8,7 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include "driver.h"
@@ -600,29 +601,47 @@ FILES_SCENARIO(plans, PU_LAYOUT_PER_REQUEST, false)
 
 /* ---- memory ---- */
 
-static int memory_disks(void)
+static int memory_disk(int file)
 {
 	static uint8_t page[8192], back[8192];
 	struct pu_ram ram;
-	int64_t error = pu_ram_init(&ram, 1 << 20);
+	int64_t error = pu_ram_init(&ram, 1 << 20, file);
 
 	if (error)
 		return (int)error;
 	memset(page, 7, sizeof(page));
 	error = pu_ram_handle(&ram, PU_OP_WRITE, 0, 512, sizeof(page), page);
 	CHECK(error >= 0);
-	CHECK(pu_ram_handle(&ram, PU_OP_READ, 0, 512, sizeof(back), back) >= 0);
-	CHECK(!memcmp(page, back, sizeof(page)));
-	error = pu_ram_handle(&ram, PU_OP_WRITE_ZEROES, 0, 0, 16384, NULL);
-	if (error >= 0) {
-		CHECK(pu_ram_handle(&ram, PU_OP_READ, 0, 512, sizeof(back), back) >= 0);
-		for (size_t i = 0; i < sizeof(back); i++)
-			CHECK(!back[i]);
+	error = pu_ram_handle(&ram, PU_OP_READ, 0, 512, sizeof(back), back);
+	CHECK(error < 0 || !memcmp(page, back, sizeof(page)));
+	if (error < 0) {
+		pu_ram_destroy(&ram);
+		return (int)error;
 	}
+	error = pu_ram_handle(&ram, PU_OP_WRITE_ZEROES, 0, 0, 16384, NULL);
+	if (error >= 0)
+		error = pu_ram_handle(&ram, PU_OP_READ, 0, 512, sizeof(back), back);
+	for (size_t i = 0; error >= 0 && i < sizeof(back); i++)
+		CHECK(!back[i]);
 	CHECK_EQUAL(pu_null_handle(NULL, PU_OP_READ, 0, 0, 512, back), 0);
 	pu_ram_resident(&ram);
 	pu_ram_destroy(&ram);
 	return error < 0 ? (int)error : 0;
+}
+
+static int memory_disks(void)
+{
+	return memory_disk(-1);
+}
+
+static int memory_disks_in_a_file(void)
+{
+	int file = memfd_create("sweep_test", MFD_CLOEXEC), error;
+
+	CHECK_EQUAL(ftruncate(file, 1 << 20), 0);
+	error = memory_disk(file);
+	close(file);
+	return error;
 }
 
 static int shared_buffers(void)
@@ -725,6 +744,7 @@ int main(void)
 	SWEEP(plans);
 	SWEEP(queues_of_a_file_that_hangs);
 	SWEEP(memory_disks);
+	SWEEP(memory_disks_in_a_file);
 	SWEEP(shared_buffers);
 	printf("%d were closed with I/O that might have gone on\n", kept);
 	return 0;

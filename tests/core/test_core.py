@@ -77,8 +77,9 @@ def test_core(
     arguments = []
     if program == "control_test":  # which needs the other process, built as it is
         arguments = [tmp_path / "pyublk-helper"]
-        helper = CORE.parent / "_helper" / "helper.c"
-        compiled(build, helper, *core(build), "-pthread", "-o", arguments[0])
+        helper = (CORE.parent / "_helper").glob("*.c")
+        soon = "-DFIRST_PAUSE_MS=1"
+        compiled(build, soon, *helper, *core(build), "-pthread", "-o", arguments[0])
     done = subprocess.run(
         [binary, *arguments],
         capture_output=True,

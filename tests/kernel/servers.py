@@ -215,9 +215,11 @@ def sleeping_beyond_signals() -> list[str]:
 
 
 def end_recorded_servers() -> None:
-    """Kills every server of the run directory: none outlives its test."""
+    """Kills every server of the run directory: none outlives its test, nor is restarted."""
     for number in recorded_ids():
         record = Record.read(number)
+        if record is not None:
+            record.not_restarted()
         server = record.server.open() if record is not None else None
         if server is not None:
             with server:

@@ -30,8 +30,9 @@
 
 struct guarded {
 	struct guarded *next;
-	uint32_t id;
+	uint32_t id, flags, hang_ms;
 	uint64_t cookie;
+	int memory; /* -1: none */
 };
 
 struct pu_helper {
@@ -44,6 +45,7 @@ struct pu_helper {
 	char *program;
 	int sock, pidfd, pid; /* -1: none now */
 	int node;	      /* the control node, our own; -1: not yet */
+	int restarter;	      /* the file of PU_ASK_PROGRAM; -1: none */
 	uint64_t last_id;
 	struct pu_control *calls;
 	struct guarded *guarded;
@@ -126,16 +128,41 @@ static int start(struct pu_helper *h)
 	}
 	if (h->node >= 0)
 		show_node(h);
+	if (h->restarter >= 0) {
+		struct pu_ask ask = { .kind = PU_ASK_PROGRAM };
+
+		post_patiently(h, &ask, NULL, 0, h->restarter);
+	}
 	for (struct guarded *one = h->guarded; one; one = one->next) {
-		struct pu_ask ask = { .kind = PU_ASK_GUARD, .cookie = one->cookie,
+		struct pu_ask ask = { .kind = PU_ASK_GUARD, .flags = one->flags,
+				      .hang_ms = one->hang_ms, .cookie = one->cookie,
 				      .cmd = { .dev_id = one->id } };
 
-		post_patiently(h, &ask, NULL, 0, -1);
+		post_patiently(h, &ask, NULL, 0, one->memory);
 	}
 	return 0;
 }
 
 /* ---- guarded devices, for a helper that has to begin anew ---- */
+
+/* A descriptor of our own for a caller's file; a forked child has it not. */
+static int keep_file(int fd)
+{
+	int kept;
+
+	pu_fork_hold();
+	kept = pu_fork_add(fd < 0 ? -1 : fcntl(fd, F_DUPFD_CLOEXEC, 0));
+	pu_fork_release();
+	return kept;
+}
+
+static void drop_file(int fd)
+{
+	if (fd < 0)
+		return;
+	pu_fork_drop(fd);
+	close(fd);
+}
 
 static void unguard(struct pu_helper *h, uint32_t id)
 {
@@ -144,20 +171,29 @@ static void unguard(struct pu_helper *h, uint32_t id)
 			struct guarded *old = *at;
 
 			*at = old->next;
+			drop_file(old->memory);
 			free(old);
 			return;
 		}
 }
 
-static void guard(struct pu_helper *h, uint32_t id, uint64_t cookie)
+static void guard(struct pu_helper *h, struct guarded wanted)
 {
 	struct guarded *new = malloc(sizeof(*new));
 
-	unguard(h, id);
+	unguard(h, wanted.id);
 	if (!new)
 		return;
-	*new = (struct guarded){ h->guarded, id, cookie };
+	*new = wanted;
+	new->next = h->guarded;
+	new->memory = keep_file(wanted.memory);
 	h->guarded = new;
+}
+
+static void set_restarter(struct pu_helper *h, int file)
+{
+	drop_file(h->restarter);
+	h->restarter = keep_file(file);
 }
 
 static void note_devices(struct pu_helper *h, const struct pu_control *call)
@@ -165,7 +201,11 @@ static void note_devices(struct pu_helper *h, const struct pu_control *call)
 	if (call->stage != PU_CONTROL_DONE)
 		return;
 	if (call->kind == PU_ASK_GUARD && call->result >= 0) {
-		guard(h, call->device, call->cookie);
+		guard(h, (struct guarded){ .id = call->device, .cookie = call->cookie,
+					   .flags = call->flags, .hang_ms = call->hang_ms,
+					   .memory = call->memory });
+	} else if (call->kind == PU_ASK_PROGRAM && call->result >= 0) {
+		set_restarter(h, call->memory);
 	} else if (call->kind == PU_ASK_UNGUARD) {
 		unguard(h, call->device);
 	} else if (call->kind != PU_ASK_COMMAND) {
@@ -174,7 +214,7 @@ static void note_devices(struct pu_helper *h, const struct pu_control *call)
 		struct pu_dev_info info;
 
 		memcpy(&info, call->buffer, sizeof(info));
-		guard(h, info.dev_id, info.server_flags);
+		guard(h, (struct guarded){ .id = info.dev_id, .cookie = info.server_flags, .memory = -1 });
 	} else if ((call->cmd_op == PU_CMD_DEL_DEV || call->cmd_op == PU_CMD_DEL_DEV_ASYNC) &&
 		   (call->result >= 0 || call->result == -ENODEV)) {
 		unguard(h, call->device);
@@ -290,6 +330,7 @@ static void dispose(struct pu_helper *h)
 		unguard(h, h->guarded->id);
 	if (h->node >= 0)
 		close(h->node);
+	drop_file(h->restarter);
 	pthread_cond_destroy(&h->changed);
 	pthread_mutex_destroy(&h->lock);
 	free(h->program);
@@ -310,7 +351,7 @@ static int make(struct pu_helper **helper, const char *program)
 	pthread_condattr_destroy(&monotonic);
 	pthread_mutex_init(&h->lock, NULL);
 	h->process = pu_process();
-	h->sock = h->pidfd = h->node = -1;
+	h->sock = h->pidfd = h->node = h->restarter = -1;
 	h->program = strdup(program);
 	error = h->program ? start(h) : -ENOMEM;
 	if (!error)
@@ -430,7 +471,8 @@ int pu_control_begin(struct pu_control *control, struct pu_helper *h, struct pu_
 		return -EMSGSIZE;
 	*control = (struct pu_control){ .helper = h, .bytes = bytes, .kind = ask->kind,
 					.cmd_op = ask->cmd_op, .flags = ask->flags,
-					.device = ask->cmd.dev_id, .cookie = ask->cookie };
+					.device = ask->cmd.dev_id, .hang_ms = ask->hang_ms,
+					.memory = memory, .cookie = ask->cookie };
 	control->buffer = malloc(bytes ? bytes : 1);
 	if (!control->buffer)
 		return -ENOMEM;

@@ -42,7 +42,8 @@ struct pu_control { /* one command */
 	struct pu_helper *helper;
 	struct pu_control *next;
 	uint64_t id;
-	uint32_t kind, cmd_op, flags, device;
+	uint32_t kind, cmd_op, flags, device, hang_ms;
+	int memory; /* the caller's */
 	uint64_t cookie;
 	bool done;
 	int32_t stage;

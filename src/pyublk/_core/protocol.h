@@ -15,12 +15,19 @@ enum pu_ask_kind {
 	PU_ASK_CANCEL,	/* nobody waits for `id` any more; no answer of its own */
 	PU_ASK_GUARD,	/* cmd.dev_id of that cookie is deleted when the asker ends; no answer without an id */
 	PU_ASK_UNGUARD, /* it is kept */
+	PU_ASK_PROGRAM, /* what serves disks again comes along, as a file: see RESTARTED */
 };
 
 enum { /* pu_ask.flags */
 	PU_ASK_GUARDED = 1u << 0, /* ADD_DEV: the new device is guarded from its first moment */
 	PU_ASK_MEMORY = 1u << 1,  /* REG_BUF: the memory is a file, which comes along */
 	PU_ASK_READ_ONLY = 1u << 2,
+	/* GUARD: when the asker ends, the program is executed, once for all such disks, and they are
+	 * deleted only when it fails again and again. Its file has words, each ended by a 0: those of
+	 * the command, an empty one, and those of the environment. To the command come "ended", or
+	 * "hung" when the asker was killed for it, and ID:COOKIE for each disk; for one with MEMORY, a
+	 * file that comes along, ID:COOKIE:DESCRIPTOR. */
+	PU_ASK_RESTARTED = 1u << 3,
 };
 
 struct pu_ask {
@@ -28,7 +35,7 @@ struct pu_ask {
 	uint32_t kind;
 	uint32_t flags;
 	uint32_t cmd_op;
-	uint32_t pad;
+	uint32_t hang_ms; /* GUARD: the asker is killed when the disk answers nothing for so long; 0: never */
 	uint64_t cookie;
 	uint64_t file_offset, file_bytes; /* MEMORY */
 	struct pu_ctrl_cmd cmd;		  /* addr and len are the helper's to set */

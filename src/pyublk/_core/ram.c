@@ -3,12 +3,15 @@
 #include "ram.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
+#include "forked.h"
 #include "ublk.h"
 
 #define SHARDS 64
@@ -26,29 +29,69 @@ static uint64_t mapped_bytes(const struct pu_ram *ram)
 	return (ram->size + page_bytes() - 1) / page_bytes() * page_bytes() + 2 * page_bytes();
 }
 
-int pu_ram_init(struct pu_ram *ram, uint64_t size)
+/* A descriptor of our own for a caller's file; a forked child has it not. */
+static int own_file(int file)
+{
+	int own;
+
+	if (file < 0)
+		return -1;
+	pu_fork_hold();
+	own = pu_fork_add(fcntl(file, F_DUPFD_CLOEXEC, 0));
+	pu_fork_release();
+	return own;
+}
+
+static void close_file(struct pu_ram *ram)
+{
+	if (ram->file < 0)
+		return;
+	pu_fork_drop(ram->file);
+	close(ram->file);
+}
+
+/* Over the middle of what is reserved. */
+static int open_memory(struct pu_ram *ram)
+{
+	if (ram->file < 0)
+		return mprotect(ram->bytes, ram->size, PROT_READ | PROT_WRITE) ? -errno : 0;
+	if (mmap(ram->bytes, ram->size, PROT_READ | PROT_WRITE,
+		 MAP_SHARED | MAP_FIXED | MAP_NORESERVE, ram->file, 0) == MAP_FAILED)
+		return -errno;
+	return 0;
+}
+
+int pu_ram_init(struct pu_ram *ram, uint64_t size, int file)
 {
 	uint8_t *map;
 	int error;
 
 	ram->size = size;
+	ram->file = own_file(file);
+	if (file >= 0 && ram->file < 0)
+		return -errno;
 	/* NORESERVE: a sparse terabyte costs nothing. */
 	map = mmap(NULL, mapped_bytes(ram), PROT_NONE,
 		   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-	if (map == MAP_FAILED)
-		return -errno;
+	if (map == MAP_FAILED) {
+		error = -errno;
+		close_file(ram);
+		return error;
+	}
 	ram->bytes = map + page_bytes();
 	/* A child process has no use for the disk, and copying its page tables would make every
 	 * control command slow. A huge page for a 4 KiB write would break the promise to stay
 	 * sparse. */
-	if (mprotect(ram->bytes, size, PROT_READ | PROT_WRITE) ||
-	    madvise(ram->bytes, size, MADV_DONTFORK))
+	error = open_memory(ram);
+	if (!error && madvise(ram->bytes, size, MADV_DONTFORK))
 		error = -errno;
-	else
+	if (!error)
 		error = pu_lock_init(&ram->lock, SHARDS, GRANULE);
 	madvise(ram->bytes, size, MADV_NOHUGEPAGE); /* refused where there are none: as well */
-	if (error)
+	if (error) {
 		munmap(map, mapped_bytes(ram));
+		close_file(ram);
+	}
 	return error;
 }
 
@@ -56,6 +99,7 @@ void pu_ram_destroy(struct pu_ram *ram)
 {
 	pu_lock_destroy(&ram->lock);
 	munmap(ram->bytes - page_bytes(), mapped_bytes(ram));
+	close_file(ram);
 }
 
 static int64_t give_back(struct pu_ram *ram, uint64_t offset, uint64_t length)
@@ -63,6 +107,9 @@ static int64_t give_back(struct pu_ram *ram, uint64_t offset, uint64_t length)
 	uint64_t page = page_bytes(), end = offset + length;
 	uint64_t first = (offset + page - 1) / page * page, last = end / page * page;
 
+	if (ram->file >= 0) /* parts of pages are zeroed */
+		return fallocate(ram->file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset,
+				 (off_t)length) ? -errno : 0;
 	if (first >= last) {
 		memset(ram->bytes + offset, 0, length);
 		return 0;
@@ -70,6 +117,23 @@ static int64_t give_back(struct pu_ram *ram, uint64_t offset, uint64_t length)
 	memset(ram->bytes + offset, 0, first - offset);
 	memset(ram->bytes + last, 0, end - last);
 	return madvise(ram->bytes + first, last - first, MADV_DONTNEED) ? -errno : 0;
+}
+
+static int64_t get(struct pu_ram *ram, uint64_t offset, uint64_t length, uint8_t *buffer)
+{
+	if (ram->file < 0) {
+		memcpy(buffer, ram->bytes + offset, length);
+		return 0;
+	}
+	for (uint64_t done = 0; done < length;) {
+		ssize_t got = pread(ram->file, buffer + done, length - done, (off_t)(offset + done));
+
+		if (got > 0)
+			done += (uint64_t)got;
+		else if (got == 0 || errno != EINTR)
+			return got ? -errno : -EIO;
+	}
+	return 0;
 }
 
 int64_t pu_ram_handle(void *context, uint32_t op, uint32_t flags, uint64_t offset, uint64_t length,
@@ -84,9 +148,9 @@ int64_t pu_ram_handle(void *context, uint32_t op, uint32_t flags, uint64_t offse
 		return -EIO;
 	if (op == PU_OP_READ) {
 		pu_lock_read(&ram->lock, offset, length);
-		memcpy(buffer, ram->bytes + offset, length);
+		result = get(ram, offset, length, buffer);
 		pu_lock_unlock(&ram->lock, offset, length);
-		return 0;
+		return result;
 	}
 	pu_lock_write(&ram->lock, offset, length);
 	if (op == PU_OP_WRITE)
@@ -103,6 +167,10 @@ int64_t pu_ram_handle(void *context, uint32_t op, uint32_t flags, uint64_t offse
 
 uint64_t pu_ram_resident(struct pu_ram *ram)
 {
+	struct stat found;
+
+	if (ram->file >= 0) /* pages that are swapped out are counted too */
+		return fstat(ram->file, &found) ? 0 : (uint64_t)found.st_blocks * 512;
 	/* Not mincore: it also counts the shared zero page, which a read of a hole maps. */
 	FILE *smaps = fopen("/proc/self/smaps", "re");
 	char line[256];

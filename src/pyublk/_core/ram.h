@@ -1,5 +1,9 @@
 /* SPDX-License-Identifier: MIT
  * A disk in memory: sparse until written; discard and write-zeroes give pages back.
+ *
+ * The memory is of this process alone, or a file in memory (memfd), which whoever has a descriptor of it
+ * keeps: a write goes into its mapping all the same. A read does not, for the hole that it met would be
+ * filled: the kernel is asked, who has the zeroes without a page.
  */
 #ifndef PU_RAM_H
 #define PU_RAM_H
@@ -9,10 +13,12 @@
 struct pu_ram {
 	uint8_t *bytes;
 	uint64_t size;
+	int file; /* our own descriptor; -1: none */
 	struct pu_lock lock; /* keeps overlapping requests of different queues whole */
 };
 
-int pu_ram_init(struct pu_ram *ram, uint64_t size);
+/* `file`: a file of that size, which stays the caller's; -1: none. 0 or -errno. */
+int pu_ram_init(struct pu_ram *ram, uint64_t size, int file);
 void pu_ram_destroy(struct pu_ram *ram);
 
 /* A pu_handler; context is a struct pu_ram. */

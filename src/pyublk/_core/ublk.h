@@ -34,6 +34,8 @@ enum {
 #define PU_F_BATCH_IO (UINT64_C(1) << 15)
 #define PU_F_SHMEM_ZC (UINT64_C(1) << 19)
 
+#define PU_STATE_LIVE 1
+
 #define PU_CMD_GET_DEV_INFO 0x80207502u
 #define PU_CMD_ADD_DEV 0xc0207504u
 #define PU_CMD_DEL_DEV 0xc0207505u

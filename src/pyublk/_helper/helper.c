@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT
  * pyublk-helper SOCKET PIDFD: issues the control commands of one process, and deletes its disks when it
- * ends without having done so. ../_core/control.h says why, and talks to it.
+ * ends without having done so, or has them served again. ../_core/control.h says why, and talks to it.
  *
  * One thread that never waits for a disk: commands wait in the kernel's workers. It has no descriptor of
  * its server but the socket, the server's pidfd and the control node.
@@ -9,16 +9,21 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "../_core/protocol.h"
 #include "../_core/ring.h"
+#include "guarded.h"
+#include "hang.h"
+#include "restart.h"
 
 enum {
 	OPCODE_ASYNC_CANCEL = 14,
@@ -27,72 +32,25 @@ enum {
 	SQE_ASYNC = 1u << 4,
 };
 
-enum step { COMMAND, OPEN, WRITE, CHECK, STOP, DELETE };
+enum step { COMMAND, OPEN, WRITE, LOOK, CHECK, STOP, DELETE };
 
-struct job { /* a request on its way, or the end of a disk */
+struct job { /* a request on its way, a look at a disk, or its end */
 	struct job *next;
 	struct pu_ask ask;
 	enum step step;
 	bool abandoned; /* nobody waits for the answer */
+	bool unserved;	/* its end: only if nobody else serves it */
 	int fd;		/* OPEN: none yet */
 	void *map;
 	size_t bytes;
 	uint8_t payload[];
 };
 
-struct guarded {
-	struct guarded *next;
-	uint32_t id;
-	uint64_t cookie;
-};
-
 static int sock, server, node = -1;
-static bool server_gone;
+static int server_pid;
+static bool server_gone, server_hung;
 static struct pu_ring ring = { .fd = -1 };
 static struct job *jobs;
-static struct guarded *guarded;
-
-/* ---- guarded disks ---- */
-
-/* What `ps` shows: which disks they are, in the place of the arguments, as far as there is room. */
-static char *title;
-static size_t title_room;
-
-static void show_guarded(void)
-{
-	size_t at = (size_t)snprintf(title, title_room, "pyublk-helper:");
-
-	for (struct guarded *one = guarded; one && at < title_room; one = one->next)
-		at += (size_t)snprintf(title + at, title_room - at, " ublkb%u", one->id);
-	if (at < title_room)
-		memset(title + at, 0, title_room - at);
-}
-
-static void unguard(uint32_t id)
-{
-	for (struct guarded **at = &guarded; *at; at = &(*at)->next)
-		if ((*at)->id == id) {
-			struct guarded *old = *at;
-
-			*at = old->next;
-			free(old);
-			show_guarded();
-			return;
-		}
-}
-
-static int guard(uint32_t id, uint64_t cookie)
-{
-	struct guarded *new = malloc(sizeof(*new));
-
-	if (!new)
-		return -ENOMEM;
-	unguard(id);
-	*new = (struct guarded){ .next = guarded, .id = id, .cookie = cookie };
-	guarded = new;
-	show_guarded();
-	return 0;
-}
 
 /* ---- jobs ---- */
 
@@ -192,13 +150,13 @@ static void fill_command(struct job *job, struct pu_sqe *sqe)
 
 	if (job->step != COMMAND)
 		cmd = (struct pu_ctrl_cmd){ .dev_id = cmd.dev_id, .queue_id = UINT16_MAX };
-	if (job->step == CHECK)
+	if (job->step == CHECK || job->step == LOOK)
 		cmd_op = PU_CMD_GET_DEV_INFO;
 	else if (job->step == STOP)
 		cmd_op = PU_CMD_STOP_DEV;
 	else if (job->step == DELETE)
 		cmd_op = PU_CMD_DEL_DEV;
-	if (job->bytes && (job->step == COMMAND || job->step == CHECK)) {
+	if (job->bytes && job->step != STOP && job->step != DELETE) {
 		cmd.addr = (uint64_t)(uintptr_t)job->payload;
 		cmd.len = (uint16_t)job->bytes;
 	}
@@ -267,21 +225,31 @@ static void call_off(struct job *job)
 
 /* Step by step: STOP_DEV first, since a DEL_DEV that hangs in it would lock up every other disk of the
  * machine; and nothing before the cookie tells that the device is still the one meant. */
-static void delete_device(uint32_t id, uint64_t cookie)
+static void delete_device(uint32_t id, uint64_t cookie, bool unserved)
 {
 	struct pu_ask ask = { .cookie = cookie, .cmd = { .dev_id = id } };
 	struct job *job = new_job(&ask, CHECK, sizeof(struct pu_dev_info));
 
-	if (job)
+	if (job) {
+		job->unserved = unserved;
 		go(job);
+	}
 }
 
-static void deletion_goes_on(struct job *job, int result)
+static bool to_be_deleted(const struct job *job)
 {
 	struct pu_dev_info info;
 
 	memcpy(&info, job->payload, sizeof(info));
-	if (job->step == CHECK && (result < 0 || info.server_flags != job->ask.cookie)) {
+	if (info.server_flags != job->ask.cookie)
+		return false;
+	/* Some kernels go on naming the server that has ended. */
+	return !job->unserved || info.server_pid <= 0 || info.server_pid == server_pid;
+}
+
+static void deletion_goes_on(struct job *job, int result)
+{
+	if (job->step == CHECK && (result < 0 || !to_be_deleted(job))) {
 		end(job);
 	} else if (job->step == DELETE) {
 		end(job);
@@ -291,19 +259,63 @@ static void deletion_goes_on(struct job *job, int result)
 	}
 }
 
+/* The guarded that are not to be served again, or cannot be. */
+static void delete_guarded(bool all)
+{
+	for (struct guarded *one = guarded, *next; one; one = next) {
+		next = one->next;
+		if (all || !one->restarted) {
+			delete_device(one->id, one->cookie, one->restarted);
+			unguard(one->id);
+		}
+	}
+}
+
+static void restart_is(enum restart_state state)
+{
+	if (state == RESTART_GIVEN_UP)
+		delete_guarded(true);
+	while (state == RESTART_DONE && guarded)
+		unguard(guarded->id);
+}
+
 static void server_ended(void)
 {
 	server_gone = true;
 	for (struct job *job = jobs; job; job = job->next)
 		if (job->step == COMMAND || job->step == OPEN || job->step == WRITE)
 			call_off(job);
-	while (guarded) {
-		struct guarded *one = guarded;
+	delete_guarded(!restart_has_program());
+	if (guarded)
+		restart_is(restart_begin(server_hung));
+}
 
-		guarded = one->next;
-		delete_device(one->id, one->cookie);
-		free(one);
+/* ---- a server that hangs ---- */
+
+/* Only one that serves the disk hangs: it is the kernel that says so, before anybody is killed. */
+static void look_for_hangs(void)
+{
+	for (struct guarded *one = guarded; one; one = one->next)
+		if (hang_seen(one)) {
+			struct pu_ask ask = { .cookie = one->cookie, .cmd = { .dev_id = one->id } };
+			struct job *job = new_job(&ask, LOOK, sizeof(struct pu_dev_info));
+
+			if (job)
+				go(job);
+		}
+}
+
+static void end_hang(struct job *job, int result)
+{
+	struct pu_dev_info info;
+
+	memcpy(&info, job->payload, sizeof(info));
+	if (result >= 0 && info.server_flags == job->ask.cookie && info.state == PU_STATE_LIVE &&
+	    info.server_pid == server_pid && !server_gone) {
+		server_hung = true;
+		syscall(SYS_pidfd_send_signal, server, SIGKILL, NULL, 0);
 	}
+	end(job);
 }
 
 /* ---- completions ---- */
@@ -317,9 +329,10 @@ static void command_ended(struct job *job, int result)
 
 		memcpy(&info, job->payload, sizeof(info));
 		if (job->abandoned) /* nobody else will ever know of it */
-			delete_device(info.dev_id, info.server_flags);
+			delete_device(info.dev_id, info.server_flags, false);
 		else if (job->ask.flags & PU_ASK_GUARDED)
-			guard(info.dev_id, info.server_flags);
+			guard(&(struct pu_ask){ .cookie = info.server_flags,
+						.cmd = { .dev_id = info.dev_id } }, -1);
 	}
 	if ((op == PU_CMD_DEL_DEV || op == PU_CMD_DEL_DEV_ASYNC) && (result >= 0 || result == -ENODEV))
 		unguard(job->ask.cmd.dev_id);
@@ -339,6 +352,8 @@ static void ended(struct job *job, int result)
 			go(job);
 	} else if (job->step == OPEN || job->step == WRITE) {
 		answer(job, PU_CONTROL_DONE, result < 0 ? result : 0);
+	} else if (job->step == LOOK) {
+		end_hang(job, result);
 	} else {
 		deletion_goes_on(job, result);
 	}
@@ -394,7 +409,10 @@ static void obey(const struct pu_ask *ask, const void *payload, size_t bytes, in
 		node = fd;
 		return;
 	case PU_ASK_GUARD:
-		acknowledge(ask, guard(ask->cmd.dev_id, ask->cookie));
+		acknowledge(ask, guard(ask, fd));
+		return;
+	case PU_ASK_PROGRAM:
+		acknowledge(ask, fd < 0 ? -EBADF : restart_take_program(fd));
 		return;
 	case PU_ASK_UNGUARD:
 		unguard(ask->cmd.dev_id);
@@ -424,6 +442,20 @@ static void obey(const struct pu_ask *ask, const void *payload, size_t bytes, in
 		close(fd);
 }
 
+/* The program that we may execute gets such a file by its number, which must not be that of its output. */
+static int above_standard(int fd)
+{
+	int higher;
+
+	if (fd < 0 || fd > 2)
+		return fd;
+	higher = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+	if (higher < 0)
+		return fd;
+	close(fd);
+	return higher;
+}
+
 /* False: the other end is closed. */
 static bool listen_to_server(void)
 {
@@ -445,6 +477,7 @@ static bool listen_to_server(void)
 		return false;
 	if (message.msg_controllen >= CMSG_LEN(sizeof(int)) && along.head.cmsg_type == SCM_RIGHTS)
 		memcpy(&fd, CMSG_DATA(&along.head), sizeof(fd));
+	fd = above_standard(fd);
 	memcpy(&ask, buffer, sizeof(ask));
 	obey(&ask, buffer + sizeof(ask), (size_t)got - sizeof(ask), fd);
 	return true;
@@ -455,10 +488,13 @@ static bool listen_to_server(void)
 /* What may be had, may: neither is a reason to fail. */
 static void be_small_and_last(void)
 {
-	int fd = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
+	int fd = open("/proc/self/oom_score_adj", O_RDWR | O_CLOEXEC);
+	char before[16] = "";
 
 	if (fd >= 0) {
-		if (write(fd, "-1000", 5) < 0)
+		if (read(fd, before, sizeof(before) - 1) > 0)
+			restart_with_oom_score(before);
+		if (pwrite(fd, "-1000", 5, 0) < 0)
 			(void)0; /* without CAP_SYS_RESOURCE; it is small, and so not the first */
 		close(fd);
 	}
@@ -473,26 +509,51 @@ static bool needed(void)
 	return guarded != NULL;
 }
 
+static void know_server(void)
+{
+	struct ucred peer = { 0 };
+	socklen_t size = sizeof(peer);
+
+	getsockopt(sock, SOL_SOCKET, SO_PEERCRED, &peer, &size);
+	server_pid = peer.pid;
+	fcntl(sock, F_SETFD, FD_CLOEXEC);
+	fcntl(server, F_SETFD, FD_CLOEXEC);
+}
+
+/* Milliseconds until something is due that no descriptor tells of. */
+static int wait_at_most(bool pending)
+{
+	int due[] = { pending ? 10 : -1, server_gone ? -1 : hang_next_look(), restart_next_start() };
+	int least = -1;
+
+	for (int i = 0; i < 3; i++)
+		if (due[i] >= 0 && (least < 0 || due[i] < least))
+			least = due[i];
+	return least;
+}
+
 int main(int argc, char **argv)
 {
 	if (argc != 3)
 		return 2;
 	sock = atoi(argv[1]);
 	server = atoi(argv[2]);
-	title = argv[0]; /* all of them lie one after the other */
-	title_room = (size_t)(argv[2] + strlen(argv[2]) - argv[0]);
+	/* All of them lie one after the other. */
+	guarded_shown(argv[0], (size_t)(argv[2] + strlen(argv[2]) - argv[0]));
 	if (chdir("/") < 0)
 		return 1;
+	know_server();
 	open_ring();
 	be_small_and_last();
 	for (bool closed = false; !(server_gone || closed) || needed();) {
 		/* One that is not to be asked any more is not looked at. */
 		struct pollfd ready[] = { { .fd = server_gone ? -1 : server, .events = POLLIN },
 					  { .fd = closed ? -1 : sock, .events = POLLIN },
-					  { .fd = ring.fd, .events = POLLIN } };
+					  { .fd = ring.fd, .events = POLLIN },
+					  { .fd = restart_pidfd(), .events = POLLIN } };
 		bool pending = ring.fd >= 0 && pu_ring_unsubmitted(&ring);
 
-		poll(ready, 3, pending ? 10 : -1);
+		poll(ready, 4, wait_at_most(pending));
 		if (pending)
 			submit();
 		reap();
@@ -500,6 +561,10 @@ int main(int argc, char **argv)
 			closed = !listen_to_server();
 		if (ready[0].revents)
 			server_ended();
+		else if (server_gone)
+			restart_is(restart_go_on());
+		else
+			look_for_hangs();
 	}
 	_exit(0);
 }

@@ -129,6 +129,7 @@ def _details(one: DiskEntry) -> dict[str, Any]:
         "owner": {"uid": device.owner_uid, "gid": device.owner_gid},
         "plan": asdict(record.plan) if record else None,
         "data_path": record.data_path if record else None,
+        "restart": record.restarts.told() if record and record.restarts else None,
         "record_trouble": one.record_trouble,
         "status": one.status,
         "threads": one.told.get("threads") if one.told else None,
@@ -189,6 +190,10 @@ def _lines(one: DiskEntry) -> list[tuple[str, str]]:
             lines.append(("status", f"unknown: {one.silence}"))
         if record.server_name:
             lines.append(("server's name", record.server_name))
+        if record.restarts is not None:
+            lines.append(("restart", record.restarts.words()))
+            if (history := record.restarts.history()) is not None:
+                lines.append(("restarts", history))
         lines.append(("log", str(record.log) if record.log else "on the server's terminal"))
     else:
         why = one.record_trouble or "not made by `pyublk add`"

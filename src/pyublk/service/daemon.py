@@ -264,8 +264,10 @@ def _end(server: Server) -> None:
         except subprocess.TimeoutExpired:
             continue
         return
+    left = [record for number in recorded_ids() if (record := Record.read(number)) is not None]
+    left = [record for record in left if record.server.pid == server.pid]
+    for record in left:
+        record.not_restarted()
     _kill(server)
-    for number in recorded_ids():
-        record = Record.read(number)
-        if record is not None and record.server.pid == server.pid:
-            record.remove()
+    for record in left:
+        record.remove()

@@ -15,15 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from pyublk import errors
+from pyublk.control import Controller
 from pyublk.device import Device
 from pyublk.options import DISK
-from pyublk.service import requests, title
+from pyublk.recovery import Recovery, recovery_of
+from pyublk.service import requests, restarts, title
 from pyublk.service.channel import server_place
 from pyublk.service.listener import Listener, Undoable
 from pyublk.service.plan import DiskSpec, TakeOver, of_request
 from pyublk.service.processes import ProcessId
 from pyublk.service.records import Record, log_place, memory_place, socket_place
+from pyublk.service.restarts import Restarts
 from pyublk.sharing import SharedMemory
+from pyublk.targets import Ram
 
 log = logging.getLogger("pyublk.server")
 
@@ -50,6 +54,13 @@ class Served:
         record.write()
         try:
             self._memory = _share(record.plan, device)  # until the end
+            if record.is_restarted:
+                hang_timeout = record.plan.disk.get("hang_timeout")
+                target = device.target
+                memory = target.file if isinstance(target, Ram) else None
+                restarts.watch_over(
+                    record.id, record.cookie, memory=memory, hang_timeout=hang_timeout
+                )
         except BaseException:
             record.remove()
             raise
@@ -126,10 +137,10 @@ class Host:
         try:
             _work_in(directory)
             with self._imports_of(spec, directory):
-                device = spec.device(take_over)
+                device, restarted = made(spec, take_over, background=True)
             device.start()
             try:
-                disk = self._begun(spec, device)
+                disk = self._begun(spec, device, restarted)
             except BaseException:
                 device.stop()
                 raise
@@ -141,9 +152,9 @@ class Host:
         log.info("serving %s as %s by %s", spec.target, disk.record.path, disk.record.data_path)
         return disk
 
-    def _begun(self, spec: DiskSpec, device: Device) -> Served:
+    def _begun(self, spec: DiskSpec, device: Device, restarted: Restarts) -> Served:
         place = log_place(device.id)
-        record = replace(record_of(spec, device, place), server_name=self._name)
+        record = replace(record_of(spec, device, place, restarted), server_name=self._name)
         with suppress(FileNotFoundError):
             place.unlink()  # of the server that had this id before
         os.link(self._log, place)
@@ -231,16 +242,42 @@ class Host:
         self._listener.close_all()
 
 
-def record_of(spec: DiskSpec, device: Device, log_file: Path | None) -> Record:
+def made(
+    spec: DiskSpec, take_over: TakeOver | None, *, background: bool
+) -> tuple[Device, Restarts]:
+    """What is to be started, and whether its server is to be restarted; `background`: by a process
+    of its own. Raises what `DiskSpec.device` and `restarts.decide` raise."""
+    target = spec.make_target()
+    with Controller() as controller:
+        there = None
+        if take_over is not None:
+            there = recovery_of(controller.info(take_over.device).flags)
+        restarted = restarts.decide(
+            spec.disk, target, controller.features(), background=background, there=there
+        )
+    # A disk whose memory is lost is not one with another: see `DiskSpec.device`.
+    if restarted.on and isinstance(target, Ram) and (take_over is None or take_over.may_be_kept):
+        target.keep(None if take_over is None else take_over.memory)
+    recovery = Recovery.RESEND if restarted.on else None
+    return spec.device(take_over, target=target, recovery=recovery), restarted
+
+
+def record_of(spec: DiskSpec, device: Device, log_file: Path | None, restarted: Restarts) -> Record:
     """The record of a disk that this process serves; its thread is where it was asked for."""
+    info = device.info()
+    before = Record.of(info)
+    if before is not None and before.restarts is not None:
+        restarted = replace(before.restarts, why_not=restarted.why_not)
     return Record(
         id=device.id,
-        cookie=device.info().cookie,
+        cookie=info.cookie,
         server=ProcessId.own(),
         plan=spec,
         log=log_file,
         data_path=str(device.data_path),
         directory=os.getcwd(),
+        recovery=str(recovery_of(info.flags)),
+        restarts=restarted,
     )
 
 

@@ -11,6 +11,8 @@ from pyublk import targets
 from pyublk.device import Device
 from pyublk.errors import InvalidTarget
 from pyublk.options import DEVICE, DISK, DeviceOptions, DiskOptions, near
+from pyublk.recovery import Recovery
+from pyublk.service.restarts import keeps_data
 from pyublk.service.toml import WrongKey, reading
 from pyublk.target import Target
 
@@ -18,15 +20,25 @@ from pyublk.target import Target
 @dataclass(frozen=True, slots=True)
 class TakeOver:
     """The disk of the id `device`, which waits for a server; `empty`: also by a target that has not
-    kept its data."""
+    kept its data. `memory` is the path of a file in memory that has the data (`targets.Ram.keep`).
+    """
 
     device: int
     empty: bool = False
+    memory: str | None = None
+
+    @property
+    def may_be_kept(self) -> bool:
+        """Whether a target in memory is to have a file for its data."""
+        return self.empty or self.memory is not None
 
 
 def to_request(spec: "DiskSpec", take_over: TakeOver | None) -> dict[str, Any]:
     """What a server is to serve, and as which disk, unless it is a new one; for JSON."""
-    return {"spec": asdict(spec), "take_over": take_over and asdict(take_over)}
+    fields = take_over and asdict(take_over)
+    if fields and take_over and take_over.memory is None:
+        del fields["memory"]  # which servers of older versions do not know
+    return {"spec": asdict(spec), "take_over": fields}
 
 
 def of_request(fields: Mapping[str, Any]) -> tuple["DiskSpec", TakeOver | None]:
@@ -41,9 +53,9 @@ class DiskSpec:
 
     `target` is a name that `pyublk.targets.resolve` knows; `arguments` and `options` are the texts
     for its class's parameters. `disk` is what else is asked for (`pyublk.options.DiskOptions`):
-    `size`, `block_size` and `read_only` go to the class as well, `shared_memory_size` is for the
-    server, the rest goes to `Device`. What it does not have is left to them. `name` and `file` are
-    those of its definition, if it has one (`pyublk up`).
+    `size`, `block_size` and `read_only` go to the class as well, `shared_memory_size`, `restart`
+    and `hang_timeout` are for the server, the rest goes to `Device`. What it does not have is left
+    to them. `name` and `file` are those of its definition, if it has one (`pyublk up`).
     """
 
     target: str
@@ -118,17 +130,27 @@ class DiskSpec:
             disk=cast(DiskOptions, disk),
         )
 
-    def device(self, take_over: TakeOver | None = None) -> Device:
-        """Loads the target's class, makes a target and a Device for it, not started yet; it is for
-        a new disk, or for one that is there and keeps what is the kernel's.
+    def device(
+        self,
+        take_over: TakeOver | None = None,
+        *,
+        target: Target | None = None,
+        recovery: Recovery | None = None,
+    ) -> Device:
+        """A Device, not started yet, for a new disk, or for one that is there and keeps what is the
+        kernel's. `target` is what `make_target` made; `recovery` that of a disk which was asked for
+        without.
 
-        Raises what `pyublk.targets`, the class and `Device` raise.
+        Raises what `make_target` and `Device` raise.
         """
         asked = {name: value for name, value in self.disk.items() if name in DEVICE}
-        target = self._target()
+        if target is None:
+            target = self.make_target()
         if take_over is None:
+            if recovery is not None:
+                asked.setdefault("recovery", recovery)
             return Device(target, **cast(DeviceOptions, asked))
-        if not take_over.empty and not _keeps_data(target):
+        if not take_over.empty and not keeps_data(target):
             raise InvalidTarget(
                 f"{self.target} does not say that it keeps what was written when its server ends "
                 "(Target.recoverable): name it as the target to serve the disk by it all the same"
@@ -136,7 +158,8 @@ class DiskSpec:
         own = {name: value for name, value in asked.items() if not DEVICE[name].lasting}
         return Device.take_over(take_over.device, target, **cast(DeviceOptions, own))
 
-    def _target(self) -> Target:
+    def make_target(self) -> Target:
+        """Loads the target's class, and makes one. Raises what `pyublk.targets` and it raise."""
         made = targets.resolve(self.target)
         parameters = inspect.signature(made).parameters
         open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -153,11 +176,6 @@ class DiskSpec:
             if name not in given and wish is not None:
                 setattr(target, name, wish)
         return target
-
-
-def _keeps_data(target: Target) -> bool:
-    below = getattr(target, "below", None)
-    return target.recoverable and (below is None or _keeps_data(below))
 
 
 def _text(value: object, *keys: str) -> str:

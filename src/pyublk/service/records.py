@@ -10,7 +10,7 @@ import json
 import os
 import re
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,6 +18,7 @@ from pyublk.control import DeviceInfo, has_node
 from pyublk.files import StrangeFile, read_record, write_record
 from pyublk.service.plan import DiskSpec
 from pyublk.service.processes import ProcessId
+from pyublk.service.restarts import Restarts
 
 
 def run_directory() -> Path:
@@ -46,7 +47,9 @@ class Record:
 
     `cookie` is the device's own; `log` is None for a server that writes to its terminal;
     `data_path` is how the data travels, and why, in words; `server_name` names a server of several
-    disks; `directory` is where relative paths of the plan start.
+    disks; `directory` is where relative paths of the plan start; `recovery` is what becomes of the
+    disk without its server, `restarts` whether another one is started, and how often it was: None
+    in records of older versions.
     """
 
     id: int
@@ -57,6 +60,8 @@ class Record:
     data_path: str | None = None
     server_name: str | None = None
     directory: str | None = None
+    recovery: str | None = None
+    restarts: Restarts | None = None
 
     @property
     def path(self) -> str:
@@ -66,7 +71,18 @@ class Record:
     @property
     def may_be_recovered(self) -> bool:
         """Whether the disk may outlive its server, and is there."""
-        return self.plan.disk.get("recovery", "none") != "none" and has_node(self.id)
+        mode = self.recovery or self.plan.disk.get("recovery", "none")
+        return mode != "none" and has_node(self.id)
+
+    @property
+    def is_restarted(self) -> bool:
+        """Whether another server is started when this one ends by itself."""
+        return self.restarts is not None and self.restarts.on
+
+    def not_restarted(self) -> None:
+        """Keeps whoever restarts servers from this one, which is to end for good."""
+        if self.is_restarted and type(self).read(self.id) is not None:
+            replace(self, restarts=Restarts(why_not="it was to be stopped")).write()
 
     def write(self) -> None:
         """Keeps it, readable for its owner only: a target's options may be secret."""
@@ -127,7 +143,10 @@ def _understood(kind: type[Any], found: dict[str, Any], device: int) -> dict[str
     numbers = (known["id"], known["cookie"], server.pid, server.started)
     texts = (plan.target, *plan.arguments, known["log"] or "", known.get("data_path") or "")
     texts += (known.get("server_name") or "", known.get("directory") or "")
-    texts += (plan.name or "", plan.file or "")
+    texts += (plan.name or "", plan.file or "", known.get("recovery") or "")
+    restarts = known.get("restarts")
+    if restarts is not None:
+        restarts = Restarts.from_fields(restarts)
     if (
         not all(type(number) is int for number in numbers)
         or not all(isinstance(text, str) for text in texts)
@@ -137,7 +156,7 @@ def _understood(kind: type[Any], found: dict[str, Any], device: int) -> dict[str
     ):
         raise ValueError("not what this version writes")
     log = None if known["log"] is None else Path(known["log"])
-    return known | {"plan": plan, "server": server, "log": log}
+    return known | {"plan": plan, "server": server, "log": log, "restarts": restarts}
 
 
 def _known(kind: type[Any], found: object) -> dict[str, Any]:

@@ -18,13 +18,14 @@ def recover(
     spec: DiskSpec | None = None,
     *,
     server: str | None = None,
+    memory: str | None = None,
 ) -> Record:
     """Serves a disk that waits for a server, as its record says, or by another target.
 
     A `spec` is looked up in the caller's directory, and gets size, block size and whether it is
     read-only from the disk. `server` is the name of one that may serve other disks too, by default
-    that of the record. Raises what `daemon.take_over` raises, and ValueError for a disk that nobody
-    knows how to serve.
+    that of the record. `memory` is the path of a file in memory which has the disk's data. Raises
+    what `daemon.take_over` raises, and ValueError for a disk that nobody knows how to serve.
     """
     record = Record.of(device)
     if spec is not None:
@@ -41,7 +42,9 @@ def recover(
     try:
         with chdir(record.directory or "/"):
             return daemon.take_over(
-                TakeOver(device.id), record.plan, server=server or record.server_name
+                TakeOver(device.id, memory=memory),
+                record.plan,
+                server=server or record.server_name,
             )
     except FileNotFoundError as error:
         if error.filename != record.directory:

@@ -95,6 +95,7 @@ def status(disk: ServedDisk) -> dict[str, Any]:
         "target_status": device.target.status(),
         "failed_requests": device.stats().total.errors,
         "data_path": str(device.data_path),
+        "restart": disk.record.restarts and disk.record.restarts.told(),
         "pyublk": version(),
         "pid": os.getpid(),
         "threads": {

@@ -17,7 +17,7 @@ from typing import Any
 from pyublk.device import Device
 from pyublk.interruptions import handled
 from pyublk.service import logs, reports, title
-from pyublk.service.hosting import Host, Served, record_of
+from pyublk.service.hosting import Host, Served, made, record_of
 from pyublk.service.listener import Listener
 from pyublk.service.plan import DiskSpec, TakeOver, of_request
 from pyublk.service.records import (
@@ -106,10 +106,10 @@ def serve(
     with termination.handled():
         try:
             with termination.raising():
-                device = spec.device(take_over)
+                device, restarted = made(spec, take_over, background=log_file is not None)
                 device.start()
             log_file = log_file and log_file.replace(log_place(device.id))
-            served = Served(device, record_of(spec, device, log_file), listener)
+            served = Served(device, record_of(spec, device, log_file, restarted), listener)
             ready(served.record)
             with termination.raising():
                 while not device.wait(LOOK_AFTER):

@@ -51,7 +51,10 @@ def stop(
     if safe:
         controller.features().require(Feature.SAFE_STOP_DEV)
     device = _once_started(controller, device)
-    if not force:
+    if force:
+        _keep_from_restart(device)
+    else:
+        device = _once_restarted(controller, device, timeout)
         refuse_if_used(device)
         if device.status.awaits_server:
             # Nobody would answer a flush.
@@ -130,6 +133,34 @@ def _once_started(controller: Controller, device: DeviceInfo) -> DeviceInfo:
     return device
 
 
+def _once_restarted(controller: Controller, device: DeviceInfo, timeout: float) -> DeviceInfo:
+    """The device with its next server, if one is being started: nothing that was written is lost
+    then. After `timeout` seconds it is as it is. Raises OSError ENODEV when it was deleted."""
+    until = time.monotonic() + timeout
+    while _waits_for_restart(device):
+        if time.monotonic() > until:
+            break
+        time.sleep(0.05)
+        device = controller.info(device.id)
+    return device
+
+
+def _waits_for_restart(device: DeviceInfo) -> bool:
+    record = Record.of(device)
+    if record is None or not record.is_restarted:
+        return False
+    if (server := record.server.open()) is None:
+        return True
+    with server:
+        return device.status.awaits_server
+
+
+def _keep_from_restart(device: DeviceInfo) -> None:
+    record = Record.of(device)
+    if record is not None and device.status.awaits_server:
+        record.not_restarted()
+
+
 def has_server(device: DeviceInfo) -> bool:
     """Whether the process that the kernel names as the server is there.
 
@@ -177,6 +208,7 @@ def _end_server(
         server.send(signal.SIGTERM)
     ended = patiently(server.wait, device, timeout)
     if not ended:
+        record.not_restarted()
         server.send(signal.SIGKILL)
         server.wait(_DELETION)
     if not _deleted(controller, device):
