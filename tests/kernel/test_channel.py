@@ -218,7 +218,7 @@ def test_a_server_that_is_held_is_told_as_silent_and_one_that_is_killed_leaves_n
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("pyublk.service.inventory.PATIENCE", 0.5)
-    disk = added("null", "--size", "1M")
+    disk = added("null", "--size", "1M", "--no-restart")
     os.kill(disk["server_pid"], signal.SIGSTOP)
     try:
         done = run_here("info", str(disk["id"]))
@@ -489,7 +489,8 @@ def test_all_who_want_a_server_at_the_same_time_get_the_same(place: Path) -> Non
 
 
 def test_a_server_that_is_killed_is_told_for_all_of_its_disks(place: Path) -> None:
-    disks = [added("--server", "lab", "null", "--size", "1M") for _ in range(2)]
+    options = ("--server", "lab", "null", "--size", "1M", "--no-restart")
+    disks = [added(*options) for _ in range(2)]
     os.kill(disks[0]["server_pid"], signal.SIGKILL)
     with pyublk.Controller() as controller:
         until(lambda: not list(controller.devices()))

@@ -520,7 +520,7 @@ def test_an_id_that_is_taken_says_by_whom(place: Path, serve: Serve) -> None:
 
 
 def test_an_id_that_a_mount_keeps(place: Path) -> None:
-    made = added("ram", "--size", "16M")
+    made = added("ram", "--size", "16M", "--no-restart")
     mkfs(made["path"])
     mount_point = place / "a mount"
     mount_point.mkdir()
@@ -540,7 +540,7 @@ def test_an_id_that_a_mount_keeps(place: Path) -> None:
 
 def test_a_disk_that_waits_for_a_server_is_shown_and_deleted_by_force(place: Path) -> None:
     image = str(place / "image")
-    made = added("file", image, "--size", "16M", "--recovery", "resend")
+    made = added("file", image, "--size", "16M", "--recovery", "resend", "--no-restart")
     with process(made["server_pid"]) as server:
         server.send(signal.SIGKILL)
         assert server.wait(10)
@@ -596,7 +596,7 @@ def test_failed_requests_are_counted_and_a_log_that_grows_is_cut(place: Path) ->
 
 
 def test_logs_of_servers_that_are_gone_go_with_the_next_add(place: Path) -> None:
-    made = added("null")
+    made = added("null", "--no-restart")
     with process(made["server_pid"]) as server:
         server.send(signal.SIGKILL)
         assert server.wait(10)
@@ -845,7 +845,7 @@ def test_a_server_that_hangs_is_killed_after_the_timeout(place: Path) -> None:
 
 
 def test_a_killed_server_leaves_no_device(place: Path) -> None:
-    made = added("null")
+    made = added("null", "--no-restart")
     with process(made["server_pid"]) as server:
         server.send(signal.SIGKILL)
         assert server.wait(10)
@@ -872,7 +872,7 @@ def kill_with_helper(server: int) -> None:
 def test_the_doctor_deletes_an_orphan(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both the server and its guardian are killed."""
     monkeypatch.setattr(stopping, "_STARTING", 0.0)
-    made = added("null")
+    made = added("null", "--no-restart")
     kill_with_helper(made["server_pid"])
     with pyublk.Controller() as controller:
         controller.wait_for_status(made["id"], DeviceStatus.DEAD, timeout=45)
@@ -889,7 +889,7 @@ def test_the_doctor_deletes_an_orphan(place: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_stop_deletes_an_orphan_of_ours(place: Path) -> None:
-    made = added("null")
+    made = added("null", "--no-restart")
     kill_with_helper(made["server_pid"])
     with pyublk.Controller() as controller:
         controller.wait_for_status(made["id"], DeviceStatus.DEAD, timeout=45)

@@ -33,7 +33,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def killed(controller: Controller, *arguments: str) -> dict[str, Any]:
     """A disk that waits for a server, with "kept" at its beginning."""
-    disk = added(*arguments, "--recovery", "resend")
+    disk = added(*arguments, "--recovery", "resend", "--no-restart")
     with Blocks(disk["path"]) as blocks:
         blocks.write(b"kept".ljust(4096), 0)
     kill(controller, disk)
@@ -85,7 +85,7 @@ def test_a_disk_is_served_as_it_was_added(
 
 
 def test_disks_of_one_server_come_back_to_one(place: Path, controller: Controller) -> None:
-    options = ("--size", "1M", "--server", "small", "--recovery", "resend")
+    options = ("--size", "1M", "--server", "small", "--recovery", "resend", "--no-restart")
     disks = [added("file", name, *options) for name in ("a.img", "b.img")]
     with Blocks(disks[0]["path"]) as blocks:
         blocks.write(b"kept".ljust(4096), 0)
@@ -123,6 +123,7 @@ def test_what_was_lost_is_not_served_unasked(place: Path, controller: Controller
 def test_up_recovers_what_it_has_defined(place: Path, controller: Controller) -> None:
     Path("disks.toml").write_text(
         '[disk.one]\ntarget = "file"\narguments = ["disk.img"]\nsize = "1M"\nrecovery = "resend"\n'
+        "restart = false\n"
     )
     (disk,) = json.loads(run_here("up", "disks.toml", "--json").stdout)
     with Blocks(disk["path"]) as blocks:

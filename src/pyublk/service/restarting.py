@@ -98,8 +98,8 @@ def _how_it_ended(record: Record | None, *, hung: bool) -> str:
 
 def _is_to_be_served(controller: Controller, one: Lost) -> bool:
     """Whether it waits for a server, and is to get one; if it is not, it is deleted."""
+    device = _once_noticed(controller, one)
     record = one.record()
-    device = _once_noticed(controller, one, record)
     if device is None:
         if record is not None:
             record.remove()
@@ -123,21 +123,28 @@ def _is_to_be_served(controller: Controller, one: Lost) -> bool:
     return False
 
 
-def _once_noticed(controller: Controller, one: Lost, record: Record | None) -> DeviceInfo | None:
+def _once_noticed(controller: Controller, one: Lost) -> DeviceInfo | None:
     """The device, once the kernel knows that its server is gone; LIVE: it has another one. None:
     it is gone."""
     until = time.monotonic() + NOTICED
     while (device := one.look(controller)) is not None:
-        if device.status is not DeviceStatus.LIVE:
-            break
-        # Linux 6.12 goes on naming the one that has ended.
-        if has_server(device) and (record is None or device.server_pid != record.server.pid):
+        if device.status is not DeviceStatus.LIVE or _is_served(device, one.record()):
             break
         if time.monotonic() > until:
             raise TimeoutError(f"{one.path} still has a server after {NOTICED:g} s")
         time.sleep(_LOOK)
-        record = one.record()
     return device
+
+
+def _is_served(device: DeviceInfo, record: Record | None) -> bool:
+    """Whether the server that the kernel names is there. Linux 6.12 goes on naming one that has
+    ended, whose pid another process may have by now."""
+    if record is None or device.server_pid != record.server.pid:
+        return has_server(device)
+    if (server := record.server.open()) is None:
+        return False
+    with server:
+        return True
 
 
 def _pause(left: list[Lost]) -> None:
