@@ -86,6 +86,9 @@ class Lifecycle:
         self.kernel: KernelDisk | None = None
         self.sharing: Sharing | None = None
         self.choice: PathChoice | None = None
+        #: Although it has recovery, it is deleted with this process, until the helper is told
+        #: otherwise.
+        self.stays_guarded = False
         self._live = False
         self._final_stats: DeviceStats | None = None
         self._earlier: DeviceStats | None = None  # of targets that were swapped
@@ -200,7 +203,7 @@ class Lifecycle:
         kernel.await_node(until, self._raise_if_over)
         if self._adopted is None:
             kernel.choose_scheduler(self._asked["io_scheduler"], deadline)
-            if kernel.recovery is not Recovery.NONE:
+            if kernel.recovery is not Recovery.NONE and not self.stays_guarded:
                 kernel.guard(False)
         kernel.refresh()
 

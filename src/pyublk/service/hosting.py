@@ -259,7 +259,10 @@ def made(
     if restarted.on and isinstance(target, Ram) and (take_over is None or take_over.may_be_kept):
         target.keep(None if take_over is None else take_over.memory)
     recovery = Recovery.RESEND if restarted.on else None
-    return spec.device(take_over, target=target, recovery=recovery), restarted
+    device = spec.device(take_over, target=target, recovery=recovery)
+    if restarted.on:
+        device._life.stays_guarded = True  # until `watch_over`: no moment is without either
+    return device, restarted
 
 
 def record_of(spec: DiskSpec, device: Device, log_file: Path | None, restarted: Restarts) -> Record:
