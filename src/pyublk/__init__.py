@@ -39,7 +39,7 @@ in a directory also from its own line; `tests/unit/test_rooms.py` reads the map 
     device                   Device: who takes these steps, and when
     layers/                  targets over targets
     targets/, testing/, vm/  the targets that ship; disks without a kernel; a kernel with ublk
-    service/                 daemons that serve a disk: started, recorded, found, stopped
+    service/                 daemons that serve a disk: started, recorded, found, restarted, stopped
     demo                     what `./run demo` shows
     cli/                     the command
 """

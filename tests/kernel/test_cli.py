@@ -846,6 +846,7 @@ def test_a_server_that_hangs_is_killed_after_the_timeout(place: Path) -> None:
 
 def test_a_killed_server_leaves_no_device(place: Path) -> None:
     made = added("null", "--no-restart")
+    assert re.search(r"^restart +no: it was added so$", run_here("info", made["path"]).stdout, re.M)
     with process(made["server_pid"]) as server:
         server.send(signal.SIGKILL)
         assert server.wait(10)

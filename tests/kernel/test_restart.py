@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from servers import device_is_gone, end_recorded_servers, helpers_of, until
 from pyublk.control import Controller
 from pyublk.service import restarts
 from pyublk.service.records import Record, log_place, recorded_ids
+from pyublk.service.restarts import Restarts
 
 MIB = 1 << 20
 RESTARTING = "pyublk.service.restarting"
@@ -52,11 +54,10 @@ def server_of(disk: dict[str, Any]) -> int:
 
 
 def served_again(controller: Controller, disk: dict[str, Any], before: int) -> int:
-    """The pid of the next server, once it serves, and its helper alone knows of it."""
-    until(lambda: helpers_of(before) == [], 60, "the helper of the one before ends")
+    """The pid of the next server, once it serves and nobody restarts one any more."""
+    until(lambda: server_of(disk) != before and restarting() == [], 60, "it is served again")
     pid = server_of(disk)
-    assert pid != before
-    assert controller.info(disk["id"]).server_pid == pid
+    assert controller.info(disk["id"]).server_pid == pid, log_place(disk["id"]).read_text()
     return pid
 
 
@@ -77,65 +78,43 @@ def memory_files() -> int:
     return found
 
 
-@pytest.mark.parametrize("target", ["file", "ram"])
-def test_a_killed_server_is_restarted_under_load(
-    place: Path, controller: Controller, target: str
-) -> None:
-    """The second one too, whose helper was told by a server that the restart began."""
-    disk = added(target, *(["disk.img"] if target == "file" else []), "--size", "4M")
-    with Load(disk["path"]) as load:
-        pid = disk["server_pid"]
-        for _ in range(2):
-            os.kill(pid, signal.SIGKILL)
-            pid = served_again(controller, disk, pid)
-            load.goes_on()
-    load.check()
-    assert load.failed == 0
-    restart = restart_of(disk)
-    assert (restart["on"], restart["count"]) == (True, 2)
-    log = log_place(disk["id"]).read_text()
-    assert f"the server (process {disk['server_pid']}) ended without having stopped" in log
-    assert "restart 2 of its server" in log
-    assert memory_files() == (0 if target == "file" else 2)  # the server's and its helper's
-    assert run_here("stop", str(disk["id"])).exit_code == 0
-    assert recorded_ids() == []
-    until(lambda: helpers_of(pid) == [], what="its helper ends")
-    assert memory_files() == 0
-
-
-def test_two_disks_of_one_server_and_a_helper_that_was_killed(
+def test_disks_of_a_killed_server_are_served_on_under_load(
     place: Path, controller: Controller
 ) -> None:
-    disks = [
-        added("file", "disk.img", "--size", "1M", "--server", "small"),
-        added("ram", "--size", "1M", "--server", "small"),
-    ]
+    """From one server to the next, and by the helper in the place of one that was killed."""
+    options = ("--size", "4M", "--server", "small")
+    disks = [added("file", "disk.img", *options), added("ram", *options)]
     pid = disks[0]["server_pid"]
+    with Load(disks[0]["path"], clients=2) as one, Load(disks[1]["path"], clients=2) as two:
+        (first,) = helpers_of(pid)
+        os.kill(first, signal.SIGKILL)
+        until(lambda: set(helpers_of(pid)) - {first}, 20, "there is another helper")
+        for _ in range(2):
+            os.kill(pid, signal.SIGKILL)
+            before, pid = pid, served_again(controller, disks[0], pid)
+            assert served_again(controller, disks[1], before) == pid
+            one.goes_on()
+            two.goes_on()
+    for load in (one, two):
+        load.check()
+        assert load.failed == 0
     for disk in disks:
-        with Blocks(disk["path"]) as blocks:
-            blocks.write(b"kept".ljust(4096), 0)
-    (first,) = helpers_of(pid)
-    os.kill(first, signal.SIGKILL)
-    until(lambda: len(set(helpers_of(pid)) - {first}) == 1, 20, "there is another helper")
-    os.kill(pid, signal.SIGKILL)
-    next_ones = {served_again(controller, disk, pid) for disk in disks}
-    assert len(next_ones) == 1
-    for disk in disks:
-        with Blocks(disk["path"]) as blocks:
-            assert blocks.read(4096, 0).startswith(b"kept")
-    # One that is stopped is not brought back with the other.
+        restart = restart_of(disk)
+        assert (restart["on"], restart["count"]) == (True, 2)
+    log = log_place(disks[1]["id"]).read_text()
+    assert f"the server (process {disks[0]['server_pid']}) ended without having stopped" in log
+    assert "restart 2 of its server" in log
+    assert memory_files() == 2  # the server's and its helper's
+    # One that is stopped is forgotten, with its memory.
     assert run_here("stop", str(disks[1]["id"])).exit_code == 0
-    assert memory_files() == 0
-    (pid,) = next_ones
-    os.kill(pid, signal.SIGKILL)
-    served_again(controller, disks[0], pid)
-    assert device_is_gone(controller, disks[1]["id"])
+    until(lambda: memory_files() == 0, what="the memory is given back")
     assert run_here("stop", str(disks[0]["id"])).exit_code == 0
     assert recorded_ids() == []
+    until(lambda: helpers_of(pid) == [], what="its helper ends")
 
 
 def test_a_server_that_hangs_is_killed_and_restarted(place: Path, controller: Controller) -> None:
-    disk = added("file", "disk.img", "--size", "1M", "--hang-timeout", "2")
+    disk = added("file", "disk.img", "--size", "1M", "--hang-timeout", "1")
     pid = disk["server_pid"]
     with Blocks(disk["path"]) as blocks:
         os.kill(pid, signal.SIGSTOP)
@@ -144,7 +123,7 @@ def test_a_server_that_hangs_is_killed_and_restarted(place: Path, controller: Co
         served_again(controller, disk, pid)
         assert blocks.read(4096, 0).startswith(b"kept")
     log = log_place(disk["id"]).read_text()
-    assert f"the server (process {pid}) answered nothing for 2 s, and was killed" in log
+    assert f"the server (process {pid}) answered nothing for 1 s, and was killed" in log
     assert run_here("stop", str(disk["id"])).exit_code == 0
 
 
@@ -161,52 +140,34 @@ class Dying(File):
 """
 
 
-def test_a_server_that_dies_at_each_start(place: Path, controller: Controller) -> None:
-    Path("dying.py").write_text(DYING)
-    disk = added("dying.py:Dying", "disk.img", "--size", "1M")
-    Path("die").touch()
+def test_a_server_that_dies_too_often(place: Path, controller: Controller) -> None:
+    """After the last restart that is allowed, nothing is left but the log."""
+    disk = added("file", "disk.img", "--size", "1M")
+    record = Record.read(disk["id"])
+    assert record is not None
+    allowed = Restarts(count=9, times=(restarts.now(),) * restarts.LIMIT)
+    replace(record, restarts=allowed).write()
     os.kill(disk["server_pid"], signal.SIGKILL)
-    until(lambda: device_is_gone(controller, disk["id"]), 100, "it is given up")
-    until(lambda: helpers_of(disk["server_pid"]) == [], what="the helper ends")
-    assert restarting() == []
+    until(lambda: device_is_gone(controller, disk["id"]), what="it is given up")
+    until(lambda: restarting() == [], what="nobody restarts a server")
     assert recorded_ids() == []
     log = log_place(disk["id"]).read_text()
-    assert f"restart {restarts.LIMIT} of its server" in log
-    assert "it could not be restarted: the server ended with exit code 3" in log
     assert f"the disk is deleted: its server was restarted {restarts.LIMIT} times" in log
 
 
-def test_what_is_stopped_is_not_restarted(place: Path, controller: Controller) -> None:
+def test_a_stop_in_the_back_off(place: Path, controller: Controller) -> None:
+    """By force at once, else when it is served again: nothing is lost then."""
     Path("dying.py").write_text(DYING)
-    disks = [added("dying.py:Dying", f"{n}.img", "--size", "1M") for n in range(2)]
+    options = ("--size", "1M", "--server", "small")
+    disks = [added("dying.py:Dying", f"{number}.img", *options) for number in range(2)]
     Path("die").touch()
-    for disk in disks:
-        os.kill(disk["server_pid"], signal.SIGKILL)
-    for disk in disks:
-        until(lambda disk=disk: "could not be restarted" in log_place(disk["id"]).read_text())
-    # In its back-off: by force at once, else when it is served again.
+    os.kill(disks[0]["server_pid"], signal.SIGKILL)
+    failed = "it could not be restarted: the server ended with exit code 3"
+    until(lambda: failed in log_place(disks[1]["id"]).read_text(), 60)
     assert run_here("stop", "--force", str(disks[0]["id"])).exit_code == 0
     Path("die").unlink()
     done = run_here("stop", str(disks[1]["id"]))
     assert done.exit_code == 0, done.stderr
-    until(lambda: not any(helpers_of(disk["server_pid"]) for disk in disks), what="helpers end")
+    until(lambda: restarting() == [], what="nobody restarts a server")
     assert controller.devices() == []
     assert recorded_ids() == []
-
-
-@pytest.mark.parametrize(
-    ("arguments", "why"),
-    [
-        (["file", "disk.img", "--no-restart"], "no: it was added so"),
-        (["ram", "--recovery", "none"], "no: it was added with recovery=none"),
-        (["zoned", "--option", "zone_size=1M"], "no: the class Zoned does not say"),
-    ],
-)
-def test_what_is_not_restarted_is_deleted(
-    place: Path, controller: Controller, arguments: list[str], why: str
-) -> None:
-    disk = added(*arguments, "--size", "4M")
-    assert why in " ".join(run_here("info", str(disk["id"])).stdout.split())
-    os.kill(disk["server_pid"], signal.SIGKILL)
-    until(lambda: device_is_gone(controller, disk["id"]), what="it is deleted")
-    assert restarting() == []

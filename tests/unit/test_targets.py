@@ -1,6 +1,7 @@
 """Names and options of targets, and the file target's own cases; test_disk.py moves the bytes."""
 
 import enum
+import gc
 import os
 import stat
 import subprocess
@@ -350,6 +351,47 @@ def test_ram_is_sparse_and_keeps_its_bytes_between_servings() -> None:
         assert disk.pread(4096, 1 << 39) == b"y" * 4096
         disk.discard(1 << 39, 4096)
         assert ram.resident() == 0
+
+
+def test_ram_that_is_kept_is_there_for_the_next_server() -> None:
+    first, second = targets.Ram(size=1 << 40), targets.Ram(size=1 << 40)
+    assert not first.recoverable
+    first.keep()
+    assert first.recoverable
+    with Disk(first) as disk:
+        assert disk.pread(4096, 0) == bytes(4096)
+        assert first.resident() == 0
+        disk.pwrite(b"y" * 4096, 1 << 39)
+        assert first.resident() == 4096
+        second.keep(f"/proc/self/fd/{first.file}")
+    with Disk(second) as disk:
+        del first
+        assert disk.pread(4096, 1 << 39) == b"y" * 4096
+        disk.discard(1 << 39, 4096)
+        assert second.resident() == 0
+        assert second.file is not None
+        # Who has it mapped is not to be killed for what others do.
+        with pytest.raises(PermissionError):
+            os.ftruncate(second.file, 4096)
+    larger = targets.Ram(size=1 << 41)
+    with pytest.raises(ValueError, match="the memory has 1099511627776 bytes, and the disk 2199"):
+        larger.keep(f"/proc/self/fd/{second.file}")
+
+
+def test_kept_memory_is_given_back_with_the_target() -> None:
+    def memory_files() -> int:
+        places = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+        return sum("pyublk-ram" in os.readlink(place) for place in places if os.path.exists(place))
+
+    gc.collect()
+    before = memory_files()
+    ram = targets.Ram(size=4096)
+    ram.keep()
+    with Disk(ram):
+        assert memory_files() == before + 1
+    del ram
+    gc.collect()
+    assert memory_files() == before
 
 
 def test_importing_targets_runs_nothing_else() -> None:

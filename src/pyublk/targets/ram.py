@@ -33,9 +33,13 @@ class Ram(NativeTarget):
     def keep(self, file: str | None = None) -> None:
         """Before it is opened: has the data in a file in memory (memfd_create(2)), so that it is
         `recoverable` by who has that open. `file` is the path of one that has data already, such as
-        ``/proc/PID/fd/N``. Raises OSError."""
+        ``/proc/PID/fd/N``. Raises OSError, and ValueError for one that is too small."""
         if file is not None:
             self._kept = io.FileIO(file, "r+")
+            self._room = os.fstat(self._kept.fileno()).st_size
+            if self._room < self.size:
+                self._kept.close()
+                raise ValueError(f"the memory has {self._room} bytes, and the disk {self.size}")
         else:
             flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
             self._kept = io.FileIO(os.memfd_create("pyublk-ram", flags), "r+")
@@ -56,9 +60,6 @@ class Ram(NativeTarget):
             self._memory = _native.Ram(self.size)
             self._room = self.size
         elif self._memory is None and self._kept is not None:
-            self._room = os.fstat(self._kept.fileno()).st_size
-            if self._room < self.size:
-                raise ValueError(f"the memory has {self._room} bytes, and the disk {self.size}")
             self._memory = _native.Ram(self._room, self._kept.fileno())  # has one of its own
             self._kept.close()
         assert self._memory is not None
