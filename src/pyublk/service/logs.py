@@ -38,15 +38,29 @@ def begin() -> tuple[int, str]:
 
 
 def abandoned() -> list[Path]:
-    """The logs to which nobody writes any more."""
-    return [path for path in sorted(run_directory().glob("*.log")) if _is_abandoned(path)]
+    """The logs to which nobody writes any more, and with which no other server goes on."""
+    logs = sorted(run_directory().glob("*.log"))
+    # A server of several disks has a name of its own for the same file.
+    kept = {_file(path) for path in logs if _is_of_waiting_disk(path)}
+    return [path for path in logs if _file(path) not in kept and _is_abandoned(path)]
+
+
+def _file(path: Path) -> tuple[int, int] | None:
+    with suppress(FileNotFoundError):
+        found = path.lstat()
+        return found.st_dev, found.st_ino
+    return None
+
+
+def _is_of_waiting_disk(path: Path) -> bool:
+    number = path.stem
+    record = Record.read(int(number)) if number.isdecimal() else None
+    return record is not None and record.may_be_recovered
 
 
 def _is_abandoned(path: Path) -> bool:
     number = path.stem
     if number.isdecimal() and (record := Record.read(int(number))) is not None:
-        if record.may_be_recovered:
-            return False
         server = record.server.open()
         if server is not None:
             with server:
