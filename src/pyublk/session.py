@@ -213,7 +213,8 @@ class Session:
         """Counters of each queue, those of its threads added up."""
         parts: dict[int, list[QueueStats]] = {}
         for queue in self._queues():
-            parts.setdefault(queue.id, []).append(QueueStats.from_counters(queue.counters()))
+            held = queue.held  # first: what is answered meanwhile is still held, not forgotten
+            parts.setdefault(queue.id, []).append(QueueStats.from_counters(queue.counters(), held))
         return DeviceStats(tuple(QueueStats.sum(parts[queue]) for queue in sorted(parts)))
 
     def runs_here(self) -> bool:

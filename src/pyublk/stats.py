@@ -18,6 +18,7 @@ class QueueStats:
     Requests are counted when they arrive; `errors` counts those that were answered with an errno.
     `enters` counts io_uring_enter calls, `largest_batch` is the largest number of requests that one
     of them returned, and `fallbacks` counts how often a data path failed and another was taken.
+    `held` is how many requests it has now and has not answered yet.
     """
 
     reads: int = 0
@@ -34,9 +35,10 @@ class QueueStats:
     enters: int = 0
     largest_batch: int = 0
     fallbacks: int = 0
+    held: int = 0
 
     @classmethod
-    def from_counters(cls, counters: Counters) -> "QueueStats":
+    def from_counters(cls, counters: Counters, held: int = 0) -> "QueueStats":
         requests, lengths, errors, enters, largest_batch, fallbacks = counters
         named = (Op.READ, Op.WRITE, Op.FLUSH, Op.DISCARD, Op.WRITE_ZEROES)
         return cls(
@@ -54,6 +56,7 @@ class QueueStats:
             enters=enters,
             largest_batch=largest_batch,
             fallbacks=fallbacks,
+            held=held,
         )
 
     @classmethod

@@ -39,7 +39,7 @@ def stats(device: int, as_json: bool) -> None:
 
     `errors` counts requests that failed, `enters` calls of io_uring_enter, and `fallbacks` how
     often a request had to take another data path. `largest_batch` is the largest number of requests
-    that one io_uring_enter returned.
+    that one io_uring_enter returned, `held` how many requests are not answered yet.
     """
     told: dict[str, Any] = ask(record_of(device), "stats", timeout=CHANGE)
     if as_json:
