@@ -255,6 +255,19 @@ def node_missing_error(path: str, proc: Path = Path("/proc"), sys: Path = Path("
     return _refusal(errno.ENOENT, f"{path} did not appear: {cause}", whose, remedy)
 
 
+def not_given_error(path: str) -> OSError:
+    """The OSError for a device that was made for a user without rights, to whom nobody gave its
+    node."""
+    return _refusal(
+        errno.EACCES,
+        f"the kernel has made the device, but {path} does not belong to user {os.geteuid()}, so "
+        "that he can neither serve nor delete it",
+        ADMIN,
+        "have root run `pyublk service install --users GROUP`, whose rule gives udev's nodes to "
+        "their owners, and `pyublk del` for this one",
+    )
+
+
 #: What to do where /dev is not the kernel's own.
 OWN_DEV = "run outside the container, or with the machine's own /dev (`--volume /dev:/dev`)"
 

@@ -142,7 +142,7 @@ def _names(features: Feature, conjunction: str) -> str:
     return f"{', '.join(others)} {conjunction} {last}" if others else last
 
 
-def _is_privileged() -> bool:
+def is_privileged() -> bool:
     """Whether the kernel's capable(CAP_SYS_ADMIN) says yes: the first user namespace counts."""
     if os.stat("/proc/self/ns/user").st_ino != _FIRST_USER_NAMESPACE:
         return False
@@ -178,7 +178,7 @@ class Features:
     @classmethod
     def of_this_machine(cls, mask: int | None) -> Self:
         """For this process on this kernel, whose GET_FEATURES answered `mask`."""
-        return cls(mask=mask, kernel_release=os.uname().release, privileged=_is_privileged())
+        return cls(mask=mask, kernel_release=os.uname().release, privileged=is_privileged())
 
     def has(self, feature: Feature) -> bool:
         """Whether all bits of `feature` are there, for this caller."""

@@ -106,7 +106,22 @@ class KernelDisk:
         except BaseException:
             self._delete_added(cookie)
             raise
+        if self._unprivileged:
+            self._await_rights()
         return self._info
+
+    @property
+    def _unprivileged(self) -> bool:
+        return self._info is not None and Feature.UNPRIVILEGED_DEV in self._info.flags
+
+    def _await_rights(self) -> None:
+        """Until the char device's node is its owner's: the kernel asks for it in every command."""
+        path = self.info.char_path
+        until = time.monotonic() + NODE_OPENS
+        while not os.access(path, os.R_OK | os.W_OK):
+            if time.monotonic() > until:
+                raise errors.not_given_error(path)
+            time.sleep(0.005)
 
     def _delete_added(self, cookie: int) -> None:
         """What interrupts ADD_DEV, or ends our patience, may leave the device that it made."""
@@ -308,8 +323,9 @@ class KernelDisk:
         if self.kept or self.spared or self._info is None:
             return
         try:
-            # Not DEL_DEV, which waits until everybody has closed the disk.
-            self.controller.delete(self._info.id, wait=False)
+            # Not DEL_DEV, which waits until everybody has closed the disk; that of a user without
+            # rights is deleted by nothing else.
+            self.controller.delete(self._info.id, wait=self._unprivileged)
             until = time.monotonic() + ID_FREED
             while self._waits and time.monotonic() < until:
                 self.controller.info(self._info.id)

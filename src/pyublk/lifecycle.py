@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pyublk import errors
 from pyublk.defects import defects_of
+from pyublk.features import Features
 from pyublk.handover import check_fits, end_by_quiesce, flush, needs_flush
 from pyublk.kernel_disk import KernelDisk
 from pyublk.options import DeviceOptions, number_of_queues
@@ -139,7 +140,7 @@ class Lifecycle:
             path=asked["path"],
             batch=_batch(asked, recovery),
             depth=asked["depth"],
-            needed=profile.needs | _needed(asked) | recovery,
+            needed=profile.needs | _needed(asked) | recovery | _rights(features),
         )
         zero_copy = Feature.SUPPORT_ZERO_COPY in choice.flags
         params = profile.params(asked["max_io_size"], zero_copy=zero_copy)
@@ -377,6 +378,11 @@ def _needed(asked: DeviceOptions) -> Feature:
     """The device features that such a disk cannot do without."""
     needed = Feature(0) if asked["partition_scan"] else Feature.NO_AUTO_PART_SCAN
     return needed | Feature.SHMEM_ZC if asked["shared_memory"] else needed
+
+
+def _rights(features: Features) -> Feature:
+    """What makes a device one that a caller without CAP_SYS_ADMIN may have."""
+    return Feature(0) if features.privileged else Feature.UNPRIVILEGED_DEV
 
 
 def _check_servers(on: Servers | None, affinity: Affinity) -> None:

@@ -32,6 +32,8 @@ enum {
 	SQE_ASYNC = 1u << 4,
 };
 
+enum { NAME_BYTES = 32 }; /* the path of a char device, and zeros */
+
 enum step { COMMAND, OPEN, WRITE, LOOK, CHECK, STOP, DELETE };
 
 struct job { /* a request on its way, a look at a disk, or its end */
@@ -40,6 +42,7 @@ struct job { /* a request on its way, a look at a disk, or its end */
 	enum step step;
 	bool abandoned; /* nobody waits for the answer */
 	bool unserved;	/* its end: only if nobody else serves it */
+	bool named;	/* CHECK and what follows: the device is an unprivileged user's */
 	int fd;		/* OPEN: none yet */
 	void *map;
 	size_t bytes;
@@ -143,6 +146,17 @@ static struct pu_sqe *entry(void)
 	return sqe;
 }
 
+/* A command of a disk's end: its payload is the device's name, for a device that wants it in every
+ * command, and then, for CHECK, what is told of it. */
+static void fill_end(struct job *job, struct pu_ctrl_cmd *cmd)
+{
+	uint16_t name = job->named ? NAME_BYTES : 0;
+
+	cmd->addr = (uint64_t)(uintptr_t)(job->payload + NAME_BYTES - name);
+	cmd->len = (uint16_t)(name + (job->step == CHECK ? sizeof(struct pu_dev_info) : 0));
+	cmd->dev_path_len = name;
+}
+
 static void fill_command(struct job *job, struct pu_sqe *sqe)
 {
 	struct pu_ctrl_cmd cmd = job->ask.cmd;
@@ -156,7 +170,9 @@ static void fill_command(struct job *job, struct pu_sqe *sqe)
 		cmd_op = PU_CMD_STOP_DEV;
 	else if (job->step == DELETE)
 		cmd_op = PU_CMD_DEL_DEV;
-	if (job->bytes && job->step != STOP && job->step != DELETE) {
+	if (job->step >= CHECK) {
+		fill_end(job, &cmd);
+	} else if (job->bytes) {
 		cmd.addr = (uint64_t)(uintptr_t)job->payload;
 		cmd.len = (uint16_t)job->bytes;
 	}
@@ -228,10 +244,11 @@ static void call_off(struct job *job)
 static void delete_device(uint32_t id, uint64_t cookie, bool unserved)
 {
 	struct pu_ask ask = { .cookie = cookie, .cmd = { .dev_id = id } };
-	struct job *job = new_job(&ask, CHECK, sizeof(struct pu_dev_info));
+	struct job *job = new_job(&ask, CHECK, NAME_BYTES + sizeof(struct pu_dev_info));
 
 	if (job) {
 		job->unserved = unserved;
+		snprintf((char *)job->payload, NAME_BYTES, "/dev/ublkc%u", id);
 		go(job);
 	}
 }
@@ -240,7 +257,7 @@ static bool to_be_deleted(const struct job *job)
 {
 	struct pu_dev_info info;
 
-	memcpy(&info, job->payload, sizeof(info));
+	memcpy(&info, job->payload + NAME_BYTES, sizeof(info));
 	if (info.server_flags != job->ask.cookie)
 		return false;
 	/* Some kernels go on naming the server that has ended. */
@@ -249,7 +266,10 @@ static bool to_be_deleted(const struct job *job)
 
 static void deletion_goes_on(struct job *job, int result)
 {
-	if (job->step == CHECK && (result < 0 || !to_be_deleted(job))) {
+	if (job->step == CHECK && !job->named && (result == -EINVAL || result == -EPERM)) {
+		job->named = true;
+		go(job);
+	} else if (job->step == CHECK && (result < 0 || !to_be_deleted(job))) {
 		end(job);
 	} else if (job->step == DELETE) {
 		end(job);

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """The run directory: a record, a log and a channel for each disk that a command of ours serves.
 
-`N.json`, `N.log` and `N.sock` in `/run/pyublk` belong to `/dev/ublkbN`; PYUBLK_RUN_DIR names
-another directory. A record is believed only while the kernel's device carries the same cookie, and
-only when it is a regular file of ours or root's: nobody else names processes for us to end.
+`N.json`, `N.log` and `N.sock` in `/run/pyublk` (of users: `$XDG_RUNTIME_DIR/pyublk`) belong to
+`/dev/ublkbN`; PYUBLK_RUN_DIR names another directory. A record is believed only while the kernel's
+device carries the same cookie, and only when it is a regular file of ours or root's: nobody else
+names processes for us to end.
 """
 
 import json
@@ -22,8 +23,11 @@ from pyublk.service.restarts import Restarts
 
 
 def run_directory() -> Path:
-    """Where records and logs are; need not exist yet."""
-    return Path(os.environ.get("PYUBLK_RUN_DIR") or "/run/pyublk").absolute()
+    """Where records and logs are; need not exist yet. A user has his own, unless he is root."""
+    if named := os.environ.get("PYUBLK_RUN_DIR"):
+        return Path(named).absolute()
+    own = os.environ.get("XDG_RUNTIME_DIR") if os.geteuid() != 0 else None
+    return Path(own or "/run").absolute() / "pyublk"
 
 
 def make_run_directory() -> Path:

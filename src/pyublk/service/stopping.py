@@ -189,7 +189,9 @@ def _delete(controller: Controller, device: DeviceInfo, deadline: float) -> None
         return
     with unless_gone():
         # Not waiting: a mounted disk is gone at once, but its id is taken until it is unmounted.
-        controller.delete(device.id, wait=False, deadline=deadline)
+        # A disk of a user without rights is only deleted by who waits.
+        unprivileged = Feature.UNPRIVILEGED_DEV in device.flags
+        controller.delete(device.id, wait=unprivileged, deadline=deadline)
 
 
 def _end_server(
