@@ -422,6 +422,14 @@ class TargetOptions(TypedDict, total=False):
 class DiskOptions(TargetOptions, DeviceOptions, total=False):
     """The options of a disk, besides its target's class and that class's own parameters."""
 
+    user: Annotated[
+        str | None,
+        Option(
+            help="User that the server becomes once the disk is there, without any capability.",
+            default_text="whoever starts it",
+            metavar="NAME",
+        ),
+    ]
     shared_memory_size: Annotated[
         int,
         Option(

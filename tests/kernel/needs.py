@@ -7,13 +7,16 @@ one that is skipped in any other way.
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 import pyublk
+from pyublk.defects import defects_of
 from pyublk.uapi import Feature
 
 
@@ -81,3 +84,29 @@ def only_where(condition: bool, otherwise: str) -> None:
     """Skips the test on machines where it has nothing to show, for that reason."""
     if not condition:
         raise Elsewhere(otherwise)
+
+
+def in_any_pid_namespace() -> None:
+    """Skips the test on kernels that start no disk in a pid namespace but the machine's own."""
+    found = defects_of(os.uname().release, in_pid_namespace=True)
+    only_where(
+        not any(one.only_in_pid_namespace for one in found),
+        "this kernel starts no disk in a pid namespace",
+    )
+
+
+@contextmanager
+def python_for_everybody() -> Iterator[None]:
+    """Lets every user run this Python, which may be below the home of one of them."""
+    closed = {
+        place: mode
+        for place in Path(sys.executable).resolve().parents
+        if not (mode := place.stat().st_mode) & 0o001
+    }
+    for place, mode in closed.items():
+        place.chmod(mode | 0o001)
+    try:
+        yield
+    finally:
+        for place, mode in closed.items():
+            place.chmod(mode & 0o7777)

@@ -4,9 +4,10 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 from pyublk.openers import command_name, start_time
-from pyublk.service.processes import ProcessId
+from pyublk.service.processes import ProcessId, unit_of
 
 
 def test_this_process_is_itself() -> None:
@@ -54,3 +55,14 @@ def test_a_name_with_parentheses_does_not_confuse() -> None:
         assert started is not None
         assert started >= ProcessId.own().started
         child.communicate(b"\n")
+
+
+def test_the_service_of_a_process(tmp_path: Path) -> None:
+    def unit(text: str) -> str | None:
+        (tmp_path / "7").mkdir(exist_ok=True)
+        (tmp_path / "7/cgroup").write_text(text)
+        return unit_of(7, proc=tmp_path)
+
+    assert unit("0::/system.slice/system-pyublk.slice/pyublk@a.service\n") == "pyublk@a.service"
+    assert unit("0::/user.slice/user-0.slice/session-1.scope\n") is None
+    assert unit_of(8, proc=tmp_path) is None

@@ -25,6 +25,8 @@ _COMMANDS = {
     "up": ("defining", "Serve the disks that files define."),
     "down": ("defining", "Stop the disks that files define."),
     "plan": ("defining", "Show what `up` would change."),
+    "serve": ("service", "Serve a disk that files define, in this process."),
+    "service": ("service", "Install systemd's units, or remove them."),
     "stats": ("asking", "Print a disk's counters."),
     "resize": ("asking", "Change the size of a disk while it is used."),
     "replace": ("asking", "Replace a mirror's failed leg."),

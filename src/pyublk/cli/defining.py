@@ -33,14 +33,14 @@ _DONE = {
 }
 
 
-def _files(command: F) -> F:
+def files_argument(command: F) -> F:
     """The definitions, as the parameter `places`."""
     return click.argument(
         "places", metavar="[FILE]...", nargs=-1, type=click.Path(exists=True, path_type=Path)
     )(command)
 
 
-def _named(places: tuple[Path, ...]) -> list[Path]:
+def named_files(places: tuple[Path, ...]) -> list[Path]:
     """Raises UsageError when there is none."""
     default = [definitions.DIRECTORY] if definitions.DIRECTORY.exists() else []
     files = definitions.files_of(places or default)
@@ -60,7 +60,7 @@ def _steps(controller: Controller, wanted: list[Definition], files: list[Path]) 
 
 
 @click.command()
-@_files
+@files_argument
 @json_option
 def plan(places: tuple[Path, ...], as_json: bool) -> None:
     """Show what `pyublk up` would change, and change nothing.
@@ -68,7 +68,7 @@ def plan(places: tuple[Path, ...], as_json: bool) -> None:
     FILE defines disks, or is a directory of such files; /etc/pyublk by default. The exit code is 8
     if there is anything to change, and 0 if not.
     """
-    files = _named(places)
+    files = named_files(places)
     wanted = definitions.read(files)
     with open_controller() as controller:
         steps = _steps(controller, wanted, files)
@@ -85,7 +85,7 @@ def plan(places: tuple[Path, ...], as_json: bool) -> None:
 
 
 @click.command()
-@_files
+@files_argument
 @click.option("--recreate", is_flag=True,
               help="Stop and start disks whose definition has changed, unless they are in use. "
               "What a disk in memory holds is lost.")  # fmt: skip
@@ -112,7 +112,7 @@ def up(
     and so is a disk that is no longer in FILE: then the exit code is 8. --recreate stops a changed
     disk and starts it anew, --prune stops one that is gone from FILE.
     """
-    files = _named(places)
+    files = named_files(places)
     wanted = definitions.read(files)
     told: list[dict[str, Any]] = []
     failures: list[Failure] = []
@@ -143,7 +143,7 @@ def up(
 
 
 @click.command()
-@_files
+@files_argument
 @force_option
 @timeout_option
 @json_option
@@ -153,7 +153,7 @@ def down(places: tuple[Path, ...], force: bool, timeout: float, as_json: bool) -
     FILE defines disks, or is a directory of such files; /etc/pyublk by default. Disks are stopped
     as by `pyublk stop`: those in use are left as they are, and their users are named.
     """
-    files = {str(file) for file in _named(places)}
+    files = {str(file) for file in named_files(places)}
     done: list[int] = []
     failures: list[Failure] = []
     with open_controller() as controller:

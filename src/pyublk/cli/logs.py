@@ -9,6 +9,7 @@ import click
 from pyublk.cli.parameters import DeviceId, Whole
 from pyublk.errors import DeviceNotFound
 from pyublk.service.logs import follow, last_lines
+from pyublk.service.processes import unit_of
 from pyublk.service.records import Record, log_place
 
 
@@ -29,8 +30,10 @@ def logs(device: int, follows: bool, lines: int) -> None:
     except FileNotFoundError:
         record = Record.read(device)
         if record is not None and record.log is None:
+            unit = unit_of(record.server.pid)
+            where = f"the journal: journalctl -u {unit}" if unit else "its terminal"
             raise DeviceNotFound(
-                errno.ENODEV, f"the server of {record.path} writes to its terminal"
+                errno.ENODEV, f"the server of {record.path} writes to {where}"
             ) from None
         raise DeviceNotFound(
             errno.ENODEV,

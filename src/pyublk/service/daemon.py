@@ -24,7 +24,7 @@ from pyublk.service.channel import (
     is_abandoned,
     server_place,
 )
-from pyublk.service.plan import DiskSpec, TakeOver, to_request
+from pyublk.service.plan import DiskSpec, TakeOver, check_shareable, to_request
 from pyublk.service.records import (
     Record,
     make_run_directory,
@@ -66,7 +66,7 @@ def start(
 
     def begun(told: int) -> Record:
         record = _record_of(told)
-        _check_readable(record)
+        check_readable(record)
         ready(record)
         return record
 
@@ -119,7 +119,7 @@ def _add_to(name: str, spec: DiskSpec, ready: Callable[[Record], None]) -> Recor
     """Has the server of that name serve it, which is started if there is none."""
     record = _record_of(_ask_to_serve(name, spec, None))
     try:
-        _check_readable(record)
+        check_readable(record)
         ready(record)
     except BaseException:
         with suppress(ChannelError):
@@ -130,6 +130,7 @@ def _add_to(name: str, spec: DiskSpec, ready: Callable[[Record], None]) -> Recor
 
 def _ask_to_serve(name: str, spec: DiskSpec, disk: TakeOver | None) -> int:
     """The id of the disk that the server of that name serves now."""
+    check_shareable(spec)
     wanted = to_request(spec, disk) | {"directory": os.getcwd()}
     for _ in range(ATTEMPTS):
         with _server_of(name) as client:
@@ -217,7 +218,7 @@ def _add_last_lines(error: Exception, log: Path) -> None:
             error.add_note(line)
 
 
-def _check_readable(record: Record) -> None:
+def check_readable(record: Record) -> None:
     """Reads the first block, beside this thread: a target that hangs must not hang us."""
     failures: list[OSError] = []
 

@@ -19,10 +19,10 @@ from pyublk.control import Controller
 from pyublk.device import Device
 from pyublk.options import DISK
 from pyublk.recovery import Recovery, recovery_of
-from pyublk.service import requests, restarts, title
+from pyublk.service import requests, restarts, rights, title
 from pyublk.service.channel import server_place
 from pyublk.service.listener import Listener, Undoable
-from pyublk.service.plan import DiskSpec, TakeOver, of_request
+from pyublk.service.plan import DiskSpec, TakeOver, check_shareable, of_request
 from pyublk.service.processes import ProcessId
 from pyublk.service.records import Record, log_place, memory_place, socket_place
 from pyublk.service.restarts import Restarts
@@ -78,7 +78,7 @@ class Served:
         spec = self.record.plan
         if spec.disk.get("size") is not None:
             self.record = replace(self.record, plan=replace(spec, disk=spec.disk | {"size": size}))
-            self.record.write()
+            rights.note_size(self.record)
 
     def stop(self) -> None:
         """Stops the disk, and forgets it; who comes second waits, and gets the same failure."""
@@ -93,7 +93,7 @@ class Served:
                     self.ended = True
                     self._memory = None  # its number is what the link names
                     self._listener.close(socket_place(self.record.id))
-                    self.record.remove()
+                    rights.forget(self.record)
             elif self.failure is not None:
                 raise self.failure
 
@@ -124,6 +124,7 @@ class Host:
         if arguments.keys() - {"take_over"} != {"spec", "directory"}:
             raise ValueError("add needs 'spec' and 'directory'")
         spec, take_over = of_request(arguments)
+        check_shareable(spec)
         disk = self._add(spec, arguments["directory"], take_over)
         told = {"id": disk.record.id}
         # Who is not told of a new disk knows of none; one that was there is better served.

@@ -178,6 +178,12 @@ class DiskSpec:
         return target
 
 
+def check_shareable(spec: DiskSpec) -> None:
+    """Raises ValueError for a disk that a server of several disks cannot serve."""
+    if spec.disk.get("user") is not None:
+        raise ValueError("user is for a disk with a server of its own: leave out the server")
+
+
 def _text(value: object, *keys: str) -> str:
     """A value of TOML as the text that `pyublk.targets.build` reads."""
     name = keys[-1]

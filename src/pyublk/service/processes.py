@@ -5,6 +5,7 @@ import os
 import select
 import signal
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 from pyublk.openers import start_time
@@ -35,6 +36,16 @@ class ProcessId:
             os.close(pidfd)
             return None
         return Process(self.pid, pidfd)
+
+
+def unit_of(pid: int, *, proc: Path = Path("/proc")) -> str | None:
+    """The service of systemd's that a process belongs to; None: none that can be told."""
+    try:
+        groups = (proc / str(pid) / "cgroup").read_text()
+    except OSError:
+        return None
+    units = [part for part in groups.split("/") if part.strip().endswith(".service")]
+    return units[-1].strip() if units else None
 
 
 class Process:

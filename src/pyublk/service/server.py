@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -16,7 +16,7 @@ from typing import Any
 
 from pyublk.device import Device
 from pyublk.interruptions import handled
-from pyublk.service import logs, reports, title
+from pyublk.service import logs, reports, rights, title
 from pyublk.service.hosting import Host, Served, made, record_of
 from pyublk.service.listener import Listener
 from pyublk.service.plan import DiskSpec, TakeOver, of_request
@@ -24,7 +24,6 @@ from pyublk.service.records import (
     Record,
     log_place,
     make_run_directory,
-    remove_log,
     server_log_place,
 )
 from pyublk.stats import QueueStats
@@ -84,21 +83,34 @@ class ServeResult:
     seconds: float
 
 
+def nothing(_: object) -> None:
+    """Does it."""
+
+
+def at_once(_: object) -> AbstractContextManager[None]:
+    """What a disk's end waits for, when nothing is in its way."""
+    return nullcontext()
+
+
 def serve(
     spec: DiskSpec,
     *,
     log_file: Path | None,
     ready: Callable[[Record], None],
     take_over: TakeOver | None = None,
+    look: Callable[[Device], None] = nothing,
+    ending: Callable[[Served], AbstractContextManager[None]] = at_once,
 ) -> ServeResult | None:
     """Serves until one of _SIGNALS, or the end of the disk by another hand. Main thread only.
 
     `ready` is called, once the disk is there, with its record, which is in the run directory while
     the disk is. `log_file` is moved to its place beside the record. `take_over`: a disk that is
-    there, and waits for a server. Returns None when a signal came before the disk was
-    there. Raises what `DiskSpec.device` and `Device` raise.
+    there, and waits for a server. `look` is called every LOOK_AFTER seconds. The disk is stopped
+    within `ending` when a signal came. Returns None when one came before the disk was
+    there. Raises what `DiskSpec.device`, `Device` and `rights` raise.
     """
     make_run_directory()
+    rights.begin(spec.disk.get("user"))
     termination = _Termination()
     device: Device | None = None
     served: Served | None = None
@@ -110,13 +122,16 @@ def serve(
                 device.start()
             log_file = log_file and log_file.replace(log_place(device.id))
             served = Served(device, record_of(spec, device, log_file, restarted), listener)
+            title.show(*title.of_disk(device.id, spec.target))
+            rights.give_up(served.record)
             ready(served.record)
             with termination.raising():
                 while not device.wait(LOOK_AFTER):
-                    if log_file is not None:
-                        logs.trim(sys.stderr.fileno())
+                    look(device)
         except Terminated:
-            pass
+            if served is not None:
+                with ending(served):
+                    served.stop()
         finally:
             try:
                 if served is not None:
@@ -174,7 +189,6 @@ def _run_daemon(report_fd: int, log_file: Path, name: str | None) -> int:
 
     def ready(record: Record) -> None:
         log.info("serving %s as %s by %s", record.plan.target, record.path, record.data_path)
-        title.show(*title.of_disk(record.id, record.plan.target))
         tell({"ready": record.id})
 
     try:
@@ -186,7 +200,13 @@ def _run_daemon(report_fd: int, log_file: Path, name: str | None) -> int:
             spec, take_over = of_request(json.loads(text))
             if take_over is not None:
                 logs.carry_over(log_place(take_over.device), sys.stderr.fileno())
-            served = serve(spec, log_file=log_file, ready=ready, take_over=take_over)
+            served = serve(
+                spec,
+                log_file=log_file,
+                ready=ready,
+                take_over=take_over,
+                look=lambda _: logs.trim(sys.stderr.fileno()),
+            )
             if served is not None:
                 log.info("stopped after %d requests", served.total.requests)
             ended_well = True
@@ -199,7 +219,7 @@ def _run_daemon(report_fd: int, log_file: Path, name: str | None) -> int:
     if not ended_well and name is not None:  # the logs of disks that did not are left
         server_log_place(name).unlink(missing_ok=True)
     elif live:
-        remove_log(sys.stderr.fileno())
+        rights.forget_log()
     return 0 if ended_well else 1
 
 
