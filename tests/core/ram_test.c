@@ -185,8 +185,13 @@ static void a_file_keeps_the_bytes(void)
 	for (uint8_t turn = 1; turn < 4; turn++) {
 		CHECK_EQUAL(pu_ram_init(&ram, 4 * MIB, file), 0);
 		check_bytes(&ram, MIB, MIB, turn == 1 ? 0 : turn - 1);
+		check_bytes(&ram, 0, MIB, 0);
 		fill(&ram, MIB, MIB, turn);
 		CHECK_EQUAL(pu_ram_resident(&ram), MIB);
+		/* over both edges of what is there */
+		CHECK_EQUAL(request(&ram, PU_OP_READ, 0, 512, 3 * MIB), 0);
+		CHECK(!buffer[MIB - 513] && buffer[MIB - 512] == turn);
+		CHECK(buffer[2 * MIB - 513] == turn && !buffer[2 * MIB - 512]);
 		pu_ram_destroy(&ram);
 	}
 	CHECK_EQUAL(next_descriptor(), before);

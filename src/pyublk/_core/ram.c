@@ -42,13 +42,74 @@ static int own_file(int file)
 	return own;
 }
 
+/* ---- which pages of the file there are ---- */
+
+static size_t bits_bytes(const struct pu_ram *ram)
+{
+	return ram->size / page_bytes() / 8 + 1;
+}
+
+static bool is_there(const struct pu_ram *ram, uint64_t page)
+{
+	return ram->there[page / 8] >> page % 8 & 1;
+}
+
+/* Pages from `first` to before `end`. A byte of bits belongs to one granule of the lock. */
+static void mark(struct pu_ram *ram, uint64_t first, uint64_t end, bool there)
+{
+	while (first < end) {
+		uint8_t *byte = ram->there + first / 8;
+		uint64_t next = (first / 8 + 1) * 8 < end ? (first / 8 + 1) * 8 : end;
+		uint8_t bits = (uint8_t)(((1u << (next - first)) - 1) << first % 8);
+
+		/* Looked at first: the bits of a hole are to be one, too. */
+		if (there && (*byte & bits) != bits)
+			*byte |= bits;
+		else if (!there && *byte & bits)
+			*byte &= (uint8_t)~bits;
+		first = next;
+	}
+}
+
+static void mark_written(struct pu_ram *ram, uint64_t offset, uint64_t length)
+{
+	if (ram->there && length)
+		mark(ram, offset / page_bytes(), (offset + length - 1) / page_bytes() + 1, true);
+}
+
+/* Those that the file has from whoever had it before. */
+static int look_at_file(struct pu_ram *ram)
+{
+	off_t data, hole = 0;
+
+	ram->there = mmap(NULL, bits_bytes(ram), PROT_READ | PROT_WRITE,
+			  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (ram->there == MAP_FAILED) {
+		ram->there = NULL;
+		return -errno;
+	}
+	while ((data = lseek(ram->file, hole, SEEK_DATA)) >= 0 && (uint64_t)data < ram->size) {
+		hole = lseek(ram->file, data, SEEK_HOLE);
+		if (hole < 0)
+			return -errno;
+		if ((uint64_t)hole > ram->size)
+			hole = (off_t)ram->size;
+		mark_written(ram, (uint64_t)data, (uint64_t)(hole - data));
+	}
+	return data < 0 && errno != ENXIO ? -errno : 0; /* ENXIO: only a hole is left */
+}
+
 static void close_file(struct pu_ram *ram)
 {
+	if (ram->there)
+		munmap(ram->there, bits_bytes(ram));
 	if (ram->file < 0)
 		return;
 	pu_fork_drop(ram->file);
 	close(ram->file);
 }
+
+/* ---- the memory ---- */
 
 /* Over the middle of what is reserved. */
 static int open_memory(struct pu_ram *ram)
@@ -58,7 +119,7 @@ static int open_memory(struct pu_ram *ram)
 	if (mmap(ram->bytes, ram->size, PROT_READ | PROT_WRITE,
 		 MAP_SHARED | MAP_FIXED | MAP_NORESERVE, ram->file, 0) == MAP_FAILED)
 		return -errno;
-	return 0;
+	return look_at_file(ram);
 }
 
 int pu_ram_init(struct pu_ram *ram, uint64_t size, int file)
@@ -66,8 +127,7 @@ int pu_ram_init(struct pu_ram *ram, uint64_t size, int file)
 	uint8_t *map;
 	int error;
 
-	ram->size = size;
-	ram->file = own_file(file);
+	*ram = (struct pu_ram){ .size = size, .file = own_file(file) };
 	if (file >= 0 && ram->file < 0)
 		return -errno;
 	/* NORESERVE: a sparse terabyte costs nothing. */
@@ -107,9 +167,13 @@ static int64_t give_back(struct pu_ram *ram, uint64_t offset, uint64_t length)
 	uint64_t page = page_bytes(), end = offset + length;
 	uint64_t first = (offset + page - 1) / page * page, last = end / page * page;
 
-	if (ram->file >= 0) /* parts of pages are zeroed */
-		return fallocate(ram->file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset,
-				 (off_t)length) ? -errno : 0;
+	if (ram->file >= 0) { /* parts of pages are zeroed */
+		if (fallocate(ram->file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset,
+			      (off_t)length))
+			return -errno;
+		mark(ram, first / page, last / page, false);
+		return 0;
+	}
 	if (first >= last) {
 		memset(ram->bytes + offset, 0, length);
 		return 0;
@@ -119,21 +183,29 @@ static int64_t give_back(struct pu_ram *ram, uint64_t offset, uint64_t length)
 	return madvise(ram->bytes + first, last - first, MADV_DONTNEED) ? -errno : 0;
 }
 
-static int64_t get(struct pu_ram *ram, uint64_t offset, uint64_t length, uint8_t *buffer)
+static void get(const struct pu_ram *ram, uint64_t offset, uint64_t length, uint8_t *buffer)
 {
-	if (ram->file < 0) {
-		memcpy(buffer, ram->bytes + offset, length);
-		return 0;
-	}
-	for (uint64_t done = 0; done < length;) {
-		ssize_t got = pread(ram->file, buffer + done, length - done, (off_t)(offset + done));
+	uint64_t end = offset + length, page = page_bytes();
 
-		if (got > 0)
-			done += (uint64_t)got;
-		else if (got == 0 || errno != EINTR)
-			return got ? -errno : -EIO;
+	if (!ram->there) {
+		memcpy(buffer, ram->bytes + offset, length);
+		return;
 	}
-	return 0;
+	while (offset < end) {
+		bool there = is_there(ram, offset / page);
+		uint64_t next = (offset / page + 1) * page;
+
+		while (next < end && is_there(ram, next / page) == there)
+			next += page;
+		if (next > end)
+			next = end;
+		if (there)
+			memcpy(buffer, ram->bytes + offset, next - offset);
+		else
+			memset(buffer, 0, next - offset);
+		buffer += next - offset;
+		offset = next;
+	}
 }
 
 int64_t pu_ram_handle(void *context, uint32_t op, uint32_t flags, uint64_t offset, uint64_t length,
@@ -148,11 +220,13 @@ int64_t pu_ram_handle(void *context, uint32_t op, uint32_t flags, uint64_t offse
 		return -EIO;
 	if (op == PU_OP_READ) {
 		pu_lock_read(&ram->lock, offset, length);
-		result = get(ram, offset, length, buffer);
+		get(ram, offset, length, buffer);
 		pu_lock_unlock(&ram->lock, offset, length);
-		return result;
+		return 0;
 	}
 	pu_lock_write(&ram->lock, offset, length);
+	if (op == PU_OP_WRITE || (op == PU_OP_WRITE_ZEROES && flags & PU_FLAG_NOUNMAP))
+		mark_written(ram, offset, length);
 	if (op == PU_OP_WRITE)
 		memcpy(ram->bytes + offset, buffer, length);
 	else if (op == PU_OP_WRITE_ZEROES && flags & PU_FLAG_NOUNMAP)

@@ -2,8 +2,8 @@
  * A disk in memory: sparse until written; discard and write-zeroes give pages back.
  *
  * The memory is of this process alone, or a file in memory (memfd), which whoever has a descriptor of it
- * keeps: a write goes into its mapping all the same. A read does not, for the hole that it met would be
- * filled: the kernel is asked, who has the zeroes without a page.
+ * keeps. Both are mapped. But whoever reads a hole of a mapped file fills it, so it is known which pages
+ * there are, and of the others nothing is read.
  */
 #ifndef PU_RAM_H
 #define PU_RAM_H
@@ -13,7 +13,8 @@
 struct pu_ram {
 	uint8_t *bytes;
 	uint64_t size;
-	int file; /* our own descriptor; -1: none */
+	int file;	/* our own descriptor; -1: none */
+	uint8_t *there; /* a bit for each page of the file that is no hole, under the lock of its granule */
 	struct pu_lock lock; /* keeps overlapping requests of different queues whole */
 };
 

@@ -97,6 +97,8 @@ static void become(char **arguments)
 	for (int standard = 0; standard < 3; standard++)
 		if (fd != standard)
 			dup2(fd, standard);
+	if (fd > 2)
+		close(fd);
 	for (struct guarded *one = guarded; one; one = one->next)
 		if (one->restarted && one->memory >= 0)
 			fcntl(one->memory, F_SETFD, 0);
