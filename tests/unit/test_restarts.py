@@ -141,7 +141,9 @@ def test_the_kernel_decides_unless_it_is_asked_for() -> None:
         return decide(DiskOptions(**asked), Null(size=4096), features, background=True)
 
     without = features(ALL & ~Feature.USER_RECOVERY)
-    assert found(without).why_not == "this kernel has no recovery"
+    assert str(found(without).why_not).startswith("recovery needs Linux 6.1, here is Linux 7.3.4")
+    user = Features(mask=int(ALL), kernel_release="7.3.4", privileged=False)
+    assert str(found(user).why_not).startswith("recovery needs CAP_SYS_ADMIN")
     bad = features(release="7.3.2")
     assert "requests may be lost" in str(found(bad).why_not)
     assert found(bad, restart=True).on

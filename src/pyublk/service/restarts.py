@@ -140,8 +140,8 @@ def _why_not(
         return f"the class {type(target).__name__} does not say that it is recoverable"
     if mode is not None or asked.get("restart"):
         return None
-    if not features.has(RESEND_FLAGS):
-        return "this kernel has no recovery"
+    if (reason := features.reason(RESEND_FLAGS)) is not None:
+        return f"recovery {reason}"
     for defect in defects_of(features.kernel_release):
         if defect.of_recovery:
             return f"Linux {features.kernel_release}: {defect.what}"
