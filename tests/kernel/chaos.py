@@ -1,47 +1,37 @@
-"""Disks under random trouble and verified load: `./run chaos --minutes 60 --seed 7`.
+"""Disks whose handlers raise, stall, hang, forget their requests, keep their buffers and wake up
+too late.
 
-A life is a disk of one kind, from its start to its stop, or to the SIGKILL of its server. Clients
-write stamped blocks and read them back; handlers raise, stall, hang, forget their requests, keep
-their buffers and wake up too late. The bytes outlive the disk in a file: each life goes on where
-the one before ended. A block that is read must hold the last write that was acknowledged, or one
-that failed since. A seed gives the same lives, with the same trouble in the same order of requests.
+A life is a disk of one kind, from its start to its stop, or to the SIGKILL of its server. Its bytes
+are in a file, and in the end in what clients saw of them (`linear`): a block that is read must hold
+the last write that was acknowledged, or one that failed since.
 """
 
-import argparse
 import asyncio
 import contextlib
 import json
 import mmap
 import os
 import random
-import signal
-import struct
-import sys
-import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
-
-from blocks import Blocks
-from servers import Server, until
+from clients import BLOCK, PATIENCE, READS_AND_WRITES, Clients, values_in
+from linear import History
+from nursery import Nursery, Wire
+from report import Report
+from servers import until
 
 import pyublk
 from pyublk.targets import File
 from pyublk.uapi import Feature, Op
 
-BLOCK = 4096
 CLIENTS = 4
 BLOCKS_EACH = 64
 SIZE = CLIENTS * BLOCKS_EACH * BLOCK
-#: Seconds after which whatever does not go on is a failure.
-PATIENCE = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,40 +49,22 @@ class Life:
     requests: int  # of each client
 
 
-@dataclass
-class Report:
-    """What happened."""
-
-    lives: int = 0
-    events: Counter[str] = field(default_factory=Counter)
-    blocks: int = 0
-    wrong: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        kinds = ", ".join(f"{count} {name}" for name, count in sorted(self.events.items()))
-        return (
-            f"{self.lives} lives, {self.events.total()} events ({kinds}), "
-            f"{self.blocks} blocks verified, {len(self.wrong)} wrong"
-        )
-
-
-def planned(seed: int, batch_is_there: bool) -> Iterator[Life]:
-    """The lives that follow from a seed."""
-    for number in range(sys.maxsize):
-        dice = random.Random(f"{seed}/{number}")
-        kind = KINDS_IN_TURN[number % len(KINDS_IN_TURN)]
-        path = "auto" if kind == "mapped" else dice.choice(["copy", "user-copy", "get-data"])
-        yield Life(
-            seed=dice.randrange(1 << 30),
-            kind=kind,
-            path=path,
-            batch=batch_is_there and path != "get-data" and dice.random() < 0.6,
-            queues=dice.randint(1, min(2, os.cpu_count() or 1)),
-            depth=dice.choice([2, 4, 16]),
-            workers=dice.randint(1, 3) if kind == "workers" else 0,
-            end=ENDS[(number + number // len(KINDS_IN_TURN)) % len(ENDS)],
-            requests=dice.randint(100, 200),
-        )
+def planned(dice: random.Random, number: int, features: pyublk.Features) -> Life:
+    """A life of each kind in turn."""
+    kind = KINDS_IN_TURN[number % len(KINDS_IN_TURN)]
+    path = "auto" if kind == "mapped" else dice.choice(["copy", "user-copy", "get-data"])
+    batch_is_there = features.has(Feature.BATCH_IO) and path != "get-data"
+    return Life(
+        seed=dice.randrange(1 << 30),
+        kind=kind,
+        path=path,
+        batch=batch_is_there and dice.random() < 0.6,
+        queues=dice.randint(1, min(2, os.cpu_count() or 1)),
+        depth=dice.choice([2, 4, 16]),
+        workers=dice.randint(1, 3) if kind == "workers" else 0,
+        end=ENDS[(number + number // len(KINDS_IN_TURN)) % len(ENDS)],
+        requests=dice.randint(100, 200),
+    )
 
 
 # ---- the target ----
@@ -269,62 +241,6 @@ KINDS_IN_TURN = [*KINDS, "mapped"]
 ENDS = ["stop", "hang", "hang", "kill"]
 
 
-# ---- clients ----
-
-
-def stamp(number: int, count: int) -> bytes:
-    return struct.pack("<Q", number) * (count * BLOCK // 8)
-
-
-class Client:
-    """Writes and reads blocks of its own; knows what each may hold."""
-
-    def __init__(self, number: int, report: Report) -> None:
-        self.first = number * BLOCKS_EACH
-        self.report = report
-        self.lock = threading.Lock()
-        self.next_stamp = number + 1
-        self.may_hold: list[set[int]] = [{0} for _ in range(BLOCKS_EACH)]
-
-    def run(self, path: str, seed: int, requests: int, over: threading.Event) -> None:
-        dice = random.Random(seed)
-        try:
-            blocks = Blocks(path)
-        except OSError:  # it is gone already
-            return
-        with blocks, contextlib.suppress(OSError):
-            for _ in range(requests):
-                if over.is_set():
-                    return
-                count = dice.choice([1, 1, 2, 8])
-                block = dice.randrange(BLOCKS_EACH - count + 1)
-                step = self.write if dice.random() < 0.6 else self.read
-                with contextlib.suppress(OSError):
-                    step(blocks, block, count)
-
-    def write(self, blocks: Blocks, block: int, count: int) -> None:
-        number, self.next_stamp = self.next_stamp, self.next_stamp + CLIENTS
-        for each in range(block, block + count):
-            self.may_hold[each].add(number)  # also when it fails
-        blocks.write(stamp(number, count), (self.first + block) * BLOCK)
-        for each in range(block, block + count):
-            self.may_hold[each] = {number}
-
-    def read(self, blocks: Blocks, block: int, count: int) -> None:
-        self.check(block, blocks.read(count * BLOCK, (self.first + block) * BLOCK))
-
-    def check(self, block: int, data: bytes) -> None:
-        for at in range(0, len(data), BLOCK):
-            found = set(struct.unpack(f"<{BLOCK // 8}Q", data[at : at + BLOCK]))
-            allowed = self.may_hold[block + at // BLOCK]
-            self.report.blocks += 1
-            if not found <= allowed:  # several at once where a server was killed in the middle
-                self.report.wrong.append(
-                    f"block {self.first + block + at // BLOCK} holds {sorted(found)[:4]}, "
-                    f"and may hold {sorted(allowed)[:4]}"
-                )
-
-
 # ---- lives ----
 
 
@@ -345,120 +261,81 @@ def device_of(life: Life, target: pyublk.Target) -> pyublk.Device:
     )
 
 
-def serve_until_killed(text: str, place: str) -> None:
-    """What a server of its own runs."""
+def serve(wire: Wire) -> None:
+    """A server that is to be killed."""
+    text, place = wire.hear()
     life = Life(**json.loads(text))
     with device_of(life, target_of(life, Path(place))) as disk:
-        print(disk.path, flush=True)
+        wire.say({"done": disk.path})
         disk.wait()
 
 
-class World:
-    """The file that outlives the disks, the clients that know its content, and what went wrong."""
+def live(life: Life, nursery: Nursery, folder: Path, report: Report) -> None:
+    """Raises AssertionError when anything is wrong."""
+    place = folder / "bytes"
+    place.write_bytes(bytes(SIZE))
+    history = History()
+    if life.end == "kill":
+        _until_it_is_killed(life, nursery, place, history, report)
+    else:
+        _until_it_is_stopped(life, place, history, report)
+    data = place.read_bytes()
+    called = history.reading()
+    for number in range(SIZE // BLOCK):
+        history.found(called, number, values_in(data[number * BLOCK :][:BLOCK]))
+    history.check()
+    report.checked += history.checked
 
-    def __init__(self, place: Path) -> None:
-        place.write_bytes(bytes(SIZE))
-        self.place = place
-        self.report = Report()
-        self.clients = [Client(number, self.report) for number in range(CLIENTS)]
 
-    def live(self, life: Life) -> None:
-        self.report.lives += 1
-        (self.kill if life.end == "kill" else self.stop)(life)
-        data = self.place.read_bytes()
-        for client in self.clients:
-            start = client.first * BLOCK
-            client.check(0, data[start : start + BLOCKS_EACH * BLOCK])
-        self.report.wrong = [f"{wrong} ({life})" for wrong in self.report.wrong]
+@contextlib.contextmanager
+def _load(path: str, life: Life, history: History, report: Report) -> Iterator[Clients]:
+    """Each client has blocks of its own: targets that copy bytes are not atomic."""
+    spans = [range(at, at + BLOCKS_EACH) for at in range(0, CLIENTS * BLOCKS_EACH, BLOCKS_EACH)]
+    with Clients(
+        path,
+        history,
+        spans,
+        seed=life.seed,
+        kinds=READS_AND_WRITES,
+        requests=life.requests,
+        may_fail=True,
+    ) as clients:
+        yield clients
+    report.operations += clients.done
 
-    @contextlib.contextmanager
-    def load(self, path: str, life: Life) -> Iterator[Callable[[], bool]]:
-        over = threading.Event()
-        threads = [
-            threading.Thread(
-                target=client.run, args=[path, life.seed + n, life.requests, over], daemon=True
-            )
-            for n, client in enumerate(self.clients)
-        ]
-        for thread in threads:
-            thread.start()
+
+def _until_it_is_stopped(life: Life, place: Path, history: History, report: Report) -> None:
+    target = target_of(life, place)
+    disk = device_of(life, target)
+    disk.start()
+    with _load(disk.path, life, history, report) as clients:
+        dice = random.Random(life.seed + 99)
+        until(lambda: not clients.busy() or getattr(target, "hanging", 0), timeout=PATIENCE)
+        if clients.busy():
+            time.sleep(dice.random() * 0.3)  # so that the stop comes at any moment
         try:
-            yield lambda: any(thread.is_alive() for thread in threads)
-        finally:
-            over.set()
-            for thread in threads:
-                thread.join(PATIENCE)
-            assert not any(thread.is_alive() for thread in threads), f"a client hangs: {life}"
-
-    def stop(self, life: Life) -> None:
-        target = target_of(life, self.place)
-        disk = device_of(life, target)
-        disk.start()
-        with self.load(disk.path, life) as busy:
-            dice = random.Random(life.seed + 99)
-            until(lambda: not busy() or getattr(target, "hanging", 0), timeout=PATIENCE)
-            if busy():
-                time.sleep(dice.random() * 0.3)  # so that the stop comes at any moment
-            try:
-                disk.stop(0.3)
-                self.report.events["stop"] += 1
-            except pyublk.HandlerTimeout:
-                self.report.events["stop with a hanging handler"] += 1
-            if isinstance(target, Chaos):
-                target.calm.set()
+            disk.stop(0.3)
+            report.events["stop"] += 1
+        except pyublk.HandlerTimeout:
+            report.events["stop with a hanging handler"] += 1
         if isinstance(target, Chaos):
-            until(lambda: not target.hanging, timeout=PATIENCE, what="late handlers end")
-            target.compare_all()
-            self.report.events += target.events
-            self.report.wrong += target.wrong
-
-    def kill(self, life: Life) -> None:
-        program = "from chaos import serve_until_killed; serve_until_killed(*sys.argv[1:])"
-        with Server(program, json.dumps(asdict(life)), self.place) as server:
-            path = server.line()
-            with self.load(path, life) as busy:
-                dice = random.Random(life.seed + 99)
-                end = time.monotonic() + dice.random() * 3
-                until(lambda: not busy() or time.monotonic() > end, timeout=PATIENCE)
-                server.send(signal.SIGKILL)
-                self.report.events["SIGKILL"] += 1
-                server.ended()
-            until(lambda: not os.path.exists(path), timeout=PATIENCE, what=f"{path} is deleted")
+            target.calm.set()
+    if isinstance(target, Chaos):
+        until(lambda: not target.hanging, timeout=PATIENCE, what="late handlers end")
+        target.compare_all()
+        report.events += target.events
+        assert not target.wrong, target.wrong[:5]
 
 
-def run(seed: int, enough: Callable[[Report], bool], tell: Callable[[str], Any]) -> Report:
-    """Lives that follow from a seed, until it is enough or something is wrong."""
-    with pyublk.Controller() as controller:
-        batch = controller.features().has(Feature.BATCH_IO)
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        world = World(Path(folder, "bytes"))
-        for life in planned(seed, batch):
-            world.live(life)
-            tell(f"seed {seed}: {world.report}")
-            if world.report.wrong or enough(world.report):
-                break
-    return world.report
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Disks under random trouble and verified load.")
-    parser.add_argument("--minutes", type=float, default=10, help="how long (default: 10)")
-    parser.add_argument("--seed", type=int, default=None, help="repeats the lives of a run")
-    options = parser.parse_args()
-    if not 0 < options.minutes < float("inf"):
-        parser.error(f"--minutes must be a positive number, not {options.minutes:g}")
-    seed = random.randrange(1 << 30) if options.seed is None else options.seed
-    until_then = time.monotonic() + options.minutes * 60
-    report = run(seed, lambda _report: time.monotonic() > until_then, print)
-    for wrong in report.wrong:
-        print("WRONG:", wrong)
-    print(f"--seed {seed} repeats it")
-    return bool(report.wrong)
-
-
-if __name__ == "__main__":
-    import logging
-
-    logging.getLogger("pyublk").addHandler(logging.NullHandler())
-    logging.getLogger("pyublk").propagate = False
-    sys.exit(main())
+def _until_it_is_killed(
+    life: Life, nursery: Nursery, place: Path, history: History, report: Report
+) -> None:
+    with nursery.start("chaos", "serve") as server:
+        path = server.ask([json.dumps(asdict(life)), str(place)])
+        with _load(path, life, history, report) as clients:
+            dice = random.Random(life.seed + 99)
+            end = time.monotonic() + dice.random() * 3
+            until(lambda: not clients.busy() or time.monotonic() > end, timeout=PATIENCE)
+            server.kill()
+            report.events["kill"] += 1
+        until(lambda: not os.path.exists(path), timeout=PATIENCE, what=f"{path} is deleted")

@@ -27,6 +27,13 @@ class PlainFile(pyublk.Target):
     def close(self) -> None:
         os.close(self.fd)
 
+    def resize(self, size: int, update: Callable[[int], None]) -> None:
+        if size > self.size:
+            os.ftruncate(self.fd, size)
+        super().resize(size, update)
+        if size < os.fstat(self.fd).st_size:
+            os.ftruncate(self.fd, size)
+
     def read(self, offset: int, buffer: memoryview) -> None:
         assert os.preadv(self.fd, [buffer], offset) == len(buffer)
 
@@ -62,6 +69,10 @@ class AsyncFile(pyublk.Target):
     async def close(self) -> None:
         self.plain.close()
 
+    def resize(self, size: int, update: Callable[[int], None]) -> None:
+        self.plain.resize(size, update)
+        self.size = size
+
     async def read(self, offset: int, buffer: memoryview) -> None:
         await asyncio.sleep(0)
         self.plain.read(offset, buffer)
@@ -89,7 +100,7 @@ def faulty(path: Path) -> pyublk.Target:
 
 
 #: By name, from a file.
-FILES: dict[str, Callable[[Path], pyublk.Target]] = {
+FILES: dict[str, Callable[..., pyublk.Target]] = {
     "file": File,
     "plain": PlainFile,
     "async": AsyncFile,
