@@ -25,11 +25,18 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     leave_nothing()
 
 
+def states(pid: int) -> set[str]:
+    """Those of a process's threads (proc(5))."""
+    stats = [stat.read_text() for stat in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return {stat.rpartition(")")[2].split()[0] for stat in stats}
+
+
 def test_a_server_that_hangs_is_killed_and_restarted(place: Path, controller: Controller) -> None:
     disk = added("file", "disk.img", "--size", "1M", "--hang-timeout", "1")
     pid = disk["server_pid"]
     with Blocks(disk["path"]) as blocks:
         os.kill(pid, signal.SIGSTOP)
+        until(lambda: states(pid) == {"T"}, what="all of its threads have stopped")
         blocks.write(b"kept".ljust(4096), 0)  # answered by the next one
         served_again(controller, disk, pid)
         assert blocks.read(4096, 0).startswith(b"kept")

@@ -1,8 +1,5 @@
 /* SPDX-License-Identifier: MIT
  * Whether a disk answers, by the kernel's own counters: no request is sent, and none costs more.
- *
- * A flush on its own is not among the requests that the kernel calls in flight, so a server that hangs in
- * one is noticed by the next request of another kind.
  */
 #ifndef PU_HANG_H
 #define PU_HANG_H

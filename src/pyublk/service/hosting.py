@@ -2,6 +2,7 @@
 """The disks that a server has: each with its record, its channel and its log, from start to end."""
 
 import ctypes
+import gc
 import logging
 import os
 import sys
@@ -189,10 +190,12 @@ class Host:
 
     def goes_on(self) -> bool:
         """Whether there is a disk, or may be one; if not, nobody can add one any more."""
+        ended = [disk for disk in self.disks if disk.ended]
+        while ended:
+            self._forget(ended.pop())
+            gc.collect()  # a disk in memory gives it back
         for disk in list(self.disks):
-            if disk.ended:
-                self._forget(disk)
-            elif not disk.ending and _has_ended(disk.device):
+            if not disk.ending and not disk.ended and _has_ended(disk.device):
                 disk.ending = True
                 threading.Thread(target=self._end, args=(disk,), daemon=True).start()
         with self._lock:
