@@ -130,12 +130,13 @@ class Listener:
                     self._poll.close()
                     self._over.close()
                     return
-                with self._lock:
-                    found = self._places.get(number)
-                if found is not None:
-                    self._accept(found)
+                self._accept(number)
 
-    def _accept(self, place: _Place) -> None:
+    def _accept(self, number: int) -> None:
+        with self._lock:  # this thread keeps nothing of a disk that has ended
+            place = self._places.get(number)
+        if place is None:
+            return
         try:
             connection, _ = place.listening.accept()
         except OSError as error:
