@@ -260,11 +260,10 @@ def not_given_error(path: str) -> OSError:
     node."""
     return _refusal(
         errno.EACCES,
-        f"the kernel has made the device, but {path} does not belong to user {os.geteuid()}, so "
-        "that he can neither serve nor delete it",
+        f"the kernel has made the device, but {path} does not belong to user {os.geteuid()}",
         ADMIN,
-        "have root run `pyublk service install --users GROUP`, whose rule gives udev's nodes to "
-        "their owners, and `pyublk del` for this one",
+        "have root run `pyublk service install --users GROUP`, whose rule for udev gives nodes to "
+        "their owners, and `pyublk del` for this device",
     )
 
 

@@ -107,16 +107,15 @@ class KernelDisk:
             self._delete_added(cookie)
             raise
         if self._unprivileged:
-            self._await_rights()
+            self._await_rights(self._info.char_path)
         return self._info
 
     @property
     def _unprivileged(self) -> bool:
         return self._info is not None and Feature.UNPRIVILEGED_DEV in self._info.flags
 
-    def _await_rights(self) -> None:
-        """Until the char device's node is its owner's: the kernel asks for it in every command."""
-        path = self.info.char_path
+    def _await_rights(self, path: str) -> None:
+        """Until the node is its owner's; the kernel looks at the char device's in every command."""
         until = time.monotonic() + NODE_OPENS
         while not os.access(path, os.R_OK | os.W_OK):
             if time.monotonic() > until:
@@ -271,6 +270,8 @@ class KernelDisk:
             if time.monotonic() > until:
                 raise errors.node_missing_error(path)
             time.sleep(0.005)
+        if self._unprivileged:
+            self._await_rights(path)
 
     def choose_scheduler(self, name: str | None, deadline: float) -> None:
         """Gives it that I/O scheduler; "auto": none, but for a zoned disk; None: leaves it the

@@ -192,8 +192,8 @@ def test_disks_as_services(systemd: Systemd) -> None:
     assert systemd.show(MOUNT, "ActiveState") == ["active"]
     assert kept.read_text() == "after"
 
-    # A stop of the service unmounts first.
-    systemd.run("systemctl", "stop", unit)
+    # A stop of both unmounts first.
+    systemd.run("systemctl", "stop", unit, MOUNT)
     assert systemd.show(MOUNT, "ActiveState", "Result") == ["inactive", "success"]
     assert systemd.show(unit, "ActiveState", "Result") == ["inactive", "success"]
     assert not Path("/dev/ublkb20").exists()
