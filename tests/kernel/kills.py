@@ -91,9 +91,14 @@ class Disk:
 
     @property
     def server(self) -> int:
-        record = Record.read(self.number)
-        assert record is not None, f"device {self.number} has no record"
-        return record.server.pid
+        """The one that runs: clients may be served before a new one is on record."""
+
+        def recorded() -> int:
+            record = Record.read(self.number)
+            return 0 if record is None or not running(record.server.pid) else record.server.pid
+
+        until(recorded, what=f"the record of device {self.number} has its server")
+        return recorded()
 
     @contextmanager
     def load(self, seed: int, *, resending: bool = False, goes: bool = False) -> Iterator[None]:
