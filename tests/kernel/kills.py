@@ -1,5 +1,5 @@
-"""Disks of the command whose servers are killed, or upgraded, under `fio --verify` and under
-clients whose history is explained: `./run soak --kills 100`, `./run soak --upgrades 20`.
+"""Disks of the command whose servers are killed, under `fio --verify` and under clients whose
+history is explained: `./run soak --kills 100`.
 
 fio's checksums tell of a block that is wrong, and the history of the clients, which use the disk's
 first blocks, of one that is old.
@@ -180,25 +180,6 @@ def kills(count: int, seed: int, report: Report, tell: Callable[[str], Any]) -> 
             disk.stop()
             report.lives[f"with {disk.queues} queues"] += 1
             tell(f"disk {number}: {report}")
-
-
-def upgrades(count: int, seed: int, report: Report, tell: Callable[[str], Any]) -> None:
-    """`pyublk upgrade`, by which each request is answered once: nothing is resent."""
-    with left_clean() as place:
-        for turn, queues in enumerate(QUEUES):
-            disk = Disk(place, queues, report, "--recovery", "resend")
-            with disk.load(seed + turn):
-                for _ in range(turn, count, len(QUEUES)):
-                    disk.clients.longest = 0.0
-                    before = disk.server
-                    done = run_here("upgrade", str(disk.number))
-                    assert done.exit_code == 0, done.stderr
-                    assert disk.server != before
-                    disk.clients.goes_on(3)
-                    report.pauses["upgraded"].append(disk.clients.longest)
-            disk.stop()
-            report.lives[f"with {disk.queues} queues"] += 1
-            tell(f"disk {turn}: {report}")
 
 
 @contextmanager

@@ -69,7 +69,6 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="the life to begin with")
     parser.add_argument("--only", choices=sorted(PARTS), help="lives of one kind")
     parser.add_argument("--kills", type=int, metavar="N", help="instead: N kills under fio")
-    parser.add_argument("--upgrades", type=int, metavar="N", help="instead: N upgrades under fio")
     parser.add_argument("--corners", type=int, metavar="N", help="instead: each bad moment N times")
     options = parser.parse_args()
     if not 0 < options.minutes < float("inf"):
@@ -80,7 +79,6 @@ def main() -> int:
     began = time.monotonic()
     instead = {
         kills.kills: options.kills,
-        kills.upgrades: options.upgrades,
         corners.corners: options.corners,
     }
     if any(instead.values()):
