@@ -28,6 +28,9 @@ ID_FREED = 2.0
 #: Seconds for the char device's node, and our right to open it, to come after the device.
 NODE_OPENS = 5.0
 
+#: Seconds for udev to give a node to its owner, which it asks a program about.
+NODE_GIVEN = 30.0
+
 #: Seconds between two looks at whether a device awaits its next server.
 _LOOK = 0.01
 
@@ -116,7 +119,7 @@ class KernelDisk:
 
     def _await_rights(self, path: str) -> None:
         """Until the node is its owner's; the kernel looks at the char device's in every command."""
-        until = time.monotonic() + NODE_OPENS
+        until = time.monotonic() + NODE_GIVEN
         while not os.access(path, os.R_OK | os.W_OK):
             if time.monotonic() > until:
                 raise errors.not_given_error(path)

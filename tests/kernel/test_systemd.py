@@ -77,6 +77,8 @@ class Systemd:
             shutil.copy(SYSTEMD.parent / "system" / name, shipped)
         path = f"{UNITS}:/run/systemd/generator:{shipped}"
         start = (
+            # Shared, as on a machine: a service's own namespace unmounts what others unmount.
+            "mount --make-rshared / && "
             "mount -t tmpfs run /run && mount -t cgroup2 cgroup /sys/fs/cgroup && "
             f"exec {SYSTEMD} --system --unit=basic.target --show-status=0 --log-target=console"
         )
