@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pyublk.files import Identity, about, direct_alignment
-from pyublk.keeping import Ranges, keep, let_go
+from pyublk.keeping import Ranges, keep, let_go, may_make
 
 BLKROGET = 0x125E
 BLKGETSIZE64 = 0x80081272
@@ -52,7 +52,8 @@ class Backing:
         """Opens `path`: a regular file, or a block device, which is opened exclusively.
 
         Args:
-            size: makes the file; `keep` extends it to as many bytes, if it has less.
+            size: makes the file, unless it is that of a disk which is there already; `keep` extends
+                it to as many bytes, if it has less.
             direct: bypass the page cache (O_DIRECT).
             read_only: open it for reading.
 
@@ -110,7 +111,7 @@ class Backing:
 
 
 def _open(path: Path, *, create: bool, read_only: bool) -> tuple[int, bool, bool]:
-    create = create and not read_only
+    create = create and not read_only and may_make()
     flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC
     try:
         made = create and not path.exists()

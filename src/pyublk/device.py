@@ -3,15 +3,15 @@
 
 import atexit
 import logging
-import sys
 import threading
 import time
 import warnings
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from types import FrameType, TracebackType
-from typing import Self, Unpack
+from types import TracebackType
+from typing import Any, Self, Unpack
 
 from pyublk import errors
 from pyublk._native import process, this_thread
@@ -34,7 +34,6 @@ from pyublk.session import Session
 from pyublk.sharing import SharedMemory, check_share
 from pyublk.stats import DeviceStats
 from pyublk.target import Target
-from pyublk.uapi import SECTOR_SIZE
 
 log = logging.getLogger("pyublk.device")
 
@@ -79,6 +78,8 @@ class Device:
         /,
         *,
         on: Servers | None = None,
+        foreign: bool = False,
+        ask: Callable[[], None] | None = None,
         **options: Unpack[DeviceOptions],
     ) -> Self:
         """The disk of the id `device`, which has lost its server, to be served by `target` from the
@@ -88,32 +89,29 @@ class Device:
         `options` are not taken (TypeError). The start waits at most `deadline` seconds for the
         kernel to notice the end of the server. When it fails, the disk waits as before:
 
-        - ValueError: it is not pyublk's, or has no recovery, or differs from the target in what the
-          error names: size, block sizes, operations, read-only, zones, integrity, data path.
+        - ValueError: it is other software's (unless `foreign`), or has no recovery, or differs from
+          the target in what the error names: size, operations, zones, data path and so on.
         - DeviceBusy: it is still served, or another process takes it over.
         - DeviceLost: it is stopped. DeviceNotFound: there is no such disk.
 
-        Once it has started, it is stopped and deleted like every other.
+        `ask` is for a disk that is served: called when all else is ready, it has the server let go
+        (`hand_over`). Until `keep` is called, this Device leaves the disk to that one at its end.
         """
         whole("device", device, least=0)
         asked = complete_for(f"device {device}", options)
         disk = cls.__new__(cls)
-        disk._set_up(target, on, asked, adopted=device)
+        disk._set_up(target, on, asked, adopted=device, foreign=foreign, ask=ask)
         return disk
 
     def _set_up(
-        self, target: Target, on: Servers | None, asked: DeviceOptions, adopted: int | None = None
+        self, target: Target, on: Servers | None, asked: DeviceOptions, **taken: Any
     ) -> None:
         self._state = DeviceState.CREATED
         self.target = target
-        self._life = Lifecycle(target, asked, on, adopted=adopted)
+        self._life = Lifecycle(target, asked, on, **taken)
         self._shares_memory = asked["shared_memory"]
         self._on = on
         self._stop_timeout = asked["stop_timeout"]
-        self._prepare()
-
-    def _prepare(self) -> None:
-        """What it needs to be started once, and stopped once, whoever does."""
         self._stopped = threading.Event()
         self._start_over = threading.Event()
         self._start_over.set()
@@ -125,7 +123,7 @@ class Device:
         self._stop_thread = 0  # which stops it now
         self._impatient = False  # what hangs is given up at once
         self._failure_told = False  # to the caller
-        self._made_at = _caller()
+        self._made_at = errors.caller()
         self._process = process()
 
     # ---- looking at it ----
@@ -165,9 +163,7 @@ class Device:
     @property
     def params(self) -> Params:
         """The parameters as the kernel accepted them."""
-        if self._life.kernel is None:
-            raise errors.DeviceClosed("the device has no parameters before it is started")
-        return self._life.kernel.params
+        return self._life.disk().params
 
     def _inherited(self) -> bool:
         """Whether this is a forked child's copy: the disk is the parent's, and nothing is done."""
@@ -328,20 +324,8 @@ class Device:
         """
         self._check_process()
         whole("size", size)
-        profile = self._session.profile
-        block_size = SECTOR_SIZE if profile is None else profile.block_size
-        if size <= 0 or size % block_size:
-            raise ValueError(f"size must be a positive multiple of {block_size}, not {size}")
-        if self._state is not DeviceState.LIVE:
-            raise errors.DeviceClosed(f"the device is {self._state}, only a live one is resized")
         with self._resize_lock:
-            before = self.params.basic.size
-            if size < before and not shrink:
-                raise ValueError(
-                    f"{self.path} has {before} bytes: shrinking to {size} loses the data beyond, "
-                    "so it must be asked for (shrink=True, or --shrink)"
-                )
-            if size != before:
+            if self._life.check_resize(self._state, size, shrink=shrink):
                 self.target.resize(size, self._update_size)
 
     def _update_size(self, size: int) -> None:
@@ -364,22 +348,20 @@ class Device:
             self._start_threads.discard(this_thread())
 
     def swap(self, target: Target) -> None:
-        """Serves another target as the same disk, which clients may use meanwhile: their requests
-        wait, and none fails. The one before is closed, as at a stop. Needs recovery="resend".
+        """Serves another target as the same disk: clients' requests wait meanwhile, and none fails.
+        The one before is closed, as at a stop. Needs recovery="resend".
 
         `target` is opened first, while the other one still serves: what it reads then may be
         changed until the hand-over. It must be like the disk (ValueError, see `take_over`), and is
         served with the Device's options. If anything fails, the one before serves on, and the error
-        is raised. Only if that cannot serve on either, DeviceLost says so: this Device is stopped,
-        and the disk waits for another server (`take_over`).
+        is raised. If that fails too, DeviceLost: this Device is stopped, and the disk waits.
 
         Handlers that hang are given up as by `stop`, and HandlerTimeout is raised, although the
         new target serves. Must not be called in a handler, or on the event loop that serves the
         disk (RuntimeError; `swap_async` may).
 
-        The kernel holds requests back for it (QUIESCE_DEV, Linux 6.16; FeatureMissing before), so
-        that each is answered once. It does not do so with batch I/O, which is therefore off with
-        recovery="resend" unless it is asked for; then a swap is refused (ValueError).
+        The kernel holds requests back for it (QUIESCE_DEV, Linux 6.16; FeatureMissing before), but
+        not with batch I/O, which recovery="resend" has only if it is asked for (ValueError).
         """
         self._check_process()
         self._life.check_swap(self._state)
@@ -414,6 +396,33 @@ class Device:
                 self._swaps += 1
         return hung
 
+    def hand_over(self, taken: Callable[[], bool]) -> bool:
+        """Leaves the disk to another server: clients' requests wait meanwhile, and none fails.
+        Needs recovery="resend".
+
+        When every request is answered, which the kernel must be able to wait for as for a `swap`,
+        and the target closed, `taken` is called: it waits for the other server (`take_over` with
+        `ask`), and returns whether that has the disk. If so, this Device is stopped. If not, or if
+        it raises, the target is opened again and serves on. DeviceLost says that this failed.
+        """
+        self._check_process()
+        self._life.check_hand_over(self._state)
+        with self._swap_lock, self._resize_lock, self._stop_lock:
+            self._life.check_hand_over(self._state)  # it may have ended since
+            self._swaps += 1
+            patience = max(self._stop_timeout, self._session.max_stall)
+            try:
+                failed = partial(_end_failed, weakref.ref(self))
+                return self._life.hand_over(taken, patience=patience, failed=failed)
+            finally:
+                self._swaps += 1
+                if self._life.disk().spared:
+                    self._release()
+
+    def keep(self) -> None:
+        """The disk that was taken over with `ask` is this Device's from now on."""
+        self._life.keep()
+
     def share(
         self, size: int | None = None, *, fd: int | None = None, read_only: bool = False
     ) -> SharedMemory:
@@ -444,8 +453,7 @@ class Device:
         it, the stop goes on in the background. Stopping twice is allowed, also in a signal handler
         that interrupts another stop. A disk is stopped even if it is mounted.
 
-        A disk with a queue that failed stops by itself. Then this raises the cause, unless `wait`
-        or another stop has raised it.
+        A disk with a queue that failed stops by itself; this raises the cause, if nobody has yet.
         """
         self._check_process()
         try:
@@ -573,14 +581,6 @@ class Device:
             stacklevel=2,
         )
         self._finish_quietly()
-
-
-def _caller() -> str:
-    """The place outside this package that is making a Device."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__", "").startswith("pyublk."):
-        frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else "an unknown place"
 
 
 def _end_failed(device: "weakref.ref[Device]") -> None:

@@ -22,7 +22,9 @@ the command, the device and the likely cause; its notes say where the cause lies
 
 import errno
 import os
+import sys
 from pathlib import Path
+from types import FrameType
 from typing import Self
 
 from pyublk.causes import ADMIN, CALLER, DRIVER, OTHER, usual_cause
@@ -377,3 +379,11 @@ def negotiation_error(what: str, wished: str, got: str, remedy: str) -> OSError:
         DRIVER,
         remedy,
     )
+
+
+def caller() -> str:
+    """The place outside this package that has called it."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("pyublk."):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else "an unknown place"

@@ -7,6 +7,7 @@ kernel takes for its end; START_USER_RECOVERY; the new one opens the char device
 tag; END_USER_RECOVERY.
 """
 
+import errno
 import logging
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from pyublk.claiming import Claim
 from pyublk.kernel_disk import KernelDisk
 from pyublk.paths import PathChoice, path_of
 from pyublk.profile import Profile
-from pyublk.recovery import Recovery, differences
+from pyublk.recovery import Recovery, differences, shortcomings
 from pyublk.session import Session
 from pyublk.target import Target
 from pyublk.uapi import Feature
@@ -45,12 +46,31 @@ def check_fits(target: Target, profile: Profile, kernel: KernelDisk) -> PathChoi
         found.append(f"no {missing.name}, which the target needs")
     zero_copy = Feature.SUPPORT_ZERO_COPY in info.flags
     wished = profile.params(params.basic.max_io_size, zero_copy=zero_copy)
-    found += differences(wished, params)
+    found += differences(wished, params) if info.ours else shortcomings(wished, params)
     if found:
         raise ValueError(
             f"{type(target).__name__} cannot serve {info.path}: the disk has {'; '.join(found)}"
         )
     return choice
+
+
+def quiesces(kernel: KernelDisk) -> bool:
+    """Whether the kernel can hold back the device's requests, and fails none of them: from
+    QUIESCE_DEV on, Linux 7.3.4 fails those of a device with batch I/O."""
+    return Feature.QUIESCE in kernel.info.flags and Feature.BATCH_IO not in kernel.info.flags
+
+
+def open_when_free(session: Session, deadline: float) -> Profile:
+    """Opens the session's target, whose files another server may be about to let go: it keeps one
+    until what it wrote last is written."""
+    until = time.monotonic() + deadline
+    while True:
+        try:
+            return session.open_target(new=False)
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > until:
+                raise
+        time.sleep(0.01)
 
 
 def end_by_quiesce(

@@ -71,18 +71,26 @@ class _Kept:
 _kept: dict[int, _Kept] = {}  # by descriptor
 _lock = threading.Lock()
 
-#: For whom files are opened now, and whom that one is to replace.
-_opening: ContextVar[tuple[object, object]] = ContextVar("_opening", default=(None, None))
+#: For whom files are opened now, whom that one is to replace, and whether they may be made.
+_opening: ContextVar[tuple[object, object, bool]] = ContextVar(
+    "_opening", default=(None, None, True)
+)
 
 
 @contextmanager
-def opened_for(owner: object, *, after: object = None) -> Iterator[None]:
-    """What is kept inside is `owner`'s, who may `succeed` the owner `after` in its files."""
-    token = _opening.set((owner, after))
+def opened_for(owner: object, *, after: object = None, new: bool = True) -> Iterator[None]:
+    """What is kept inside is `owner`'s, who may `succeed` the owner `after` in its files. `new`: a
+    file that is not there is made."""
+    token = _opening.set((owner, after, new))
     try:
         yield
     finally:
         _opening.reset(token)
+
+
+def may_make() -> bool:
+    """Whether a file that is opened now may be made."""
+    return _opening.get()[2]
 
 
 def keep(fd: int, path: Path, ranges: Ranges, *, read_only: bool, succeeds: bool = False) -> None:
@@ -91,7 +99,7 @@ def keep(fd: int, path: Path, ranges: Ranges, *, read_only: bool, succeeds: bool
     `succeeds`: they may be the predecessor's too (`opened_for`), if that one's target allows it.
     Raises OSError EBUSY, naming who has one of them, when another disk or process does.
     """
-    owner, after = _opening.get()
+    owner, after, _ = _opening.get()
     wanted = _Kept(path, about(fd).identity, ranges, read_only, owner, succeeds)
     with _lock:
         before = None

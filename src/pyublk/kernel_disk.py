@@ -170,21 +170,27 @@ class KernelDisk:
                     raise
             time.sleep(0.005)
 
-    def adopt(self, id: int, deadline: float) -> None:
-        """In place of `add` and `set_params`: a device of pyublk's whose server is gone, once the
-        kernel has noticed. It is left as it is. Raises what says why it cannot be adopted."""
+    def adopt(
+        self, id: int, deadline: float, *, served: bool = False, foreign: bool = False
+    ) -> None:
+        """In place of `add` and `set_params`: a device whose server is gone, once the kernel has
+        noticed, or that is `served`, and will be handed over. It is pyublk's, or may be `foreign`,
+        and is left as it is. Raises what says why it cannot be adopted."""
         info = self.controller.info(id)
         if not has_node(id):
             raise errors.device_not_found(id)
-        if not info.ours:
-            raise ValueError(f"device {id} was not made by pyublk: its own server must recover it")
+        if not info.ours and not foreign:
+            raise ValueError(
+                f"device {id} was not made by pyublk: its own server must recover it, or name the "
+                f"target that is to serve it (foreign=True, or `pyublk recover {id} TARGET`)"
+            )
         if recovery_of(info.flags) is Recovery.NONE:
             raise ValueError(
                 f"device {id} cannot be taken over: it was made without recovery (see "
                 "Device(recovery=...))"
             )
         until = time.monotonic() + deadline
-        while info.status is DeviceStatus.LIVE:
+        while info.status is DeviceStatus.LIVE and not served:
             pid = info.server_pid
             if pid is not None and start_time(pid) is not None:
                 raise errors.DeviceBusy(
@@ -202,6 +208,23 @@ class KernelDisk:
         self.spared = True
         self._info = info
         self._params = self.controller.get_params(id)
+
+    def is_served_elsewhere(self) -> bool:
+        """Whether another process that is there serves it now."""
+        info = self.look()
+        pid = info.server_pid
+        live = info.status is DeviceStatus.LIVE
+        return live and pid not in (None, os.getpid()) and start_time(pid) is not None
+
+    def await_end_of_server(self, deadline: float) -> None:
+        """Waits until the kernel has noticed that nobody has the char device any more."""
+        until = time.monotonic() + deadline
+        while not (status := self.look().status).awaits_server:
+            if status is DeviceStatus.DEAD:
+                raise errors.DeviceLost(f"device {self.info.id} was stopped meanwhile")
+            if time.monotonic() > until:
+                raise errors.DeviceBusy(_still_open(self.info.id, deadline))
+            time.sleep(_LOOK)
 
     def start_recovery(self, deadline: float) -> None:
         """START_USER_RECOVERY, once nobody has the char device any more."""

@@ -11,25 +11,31 @@ from collections.abc import Callable
 from contextlib import suppress
 from enum import StrEnum
 from functools import partial
-from itertools import zip_longest
 from typing import TYPE_CHECKING, TypeVar
 
 from pyublk import errors
 from pyublk.defects import defects_of
 from pyublk.features import Features
-from pyublk.handover import check_fits, end_by_quiesce, flush, needs_flush
+from pyublk.handover import (
+    check_fits,
+    end_by_quiesce,
+    flush,
+    needs_flush,
+    open_when_free,
+    quiesces,
+)
 from pyublk.kernel_disk import KernelDisk
 from pyublk.options import DeviceOptions, number_of_queues
 from pyublk.paths import PathChoice, choose_path
 from pyublk.queue_servers import OwnThreads
-from pyublk.recovery import Recovery, recovery_flags
+from pyublk.recovery import Recovery, recovery_flags, resends
 from pyublk.scheduling import Affinity, checked_affinity
 from pyublk.servers import Servers
 from pyublk.session import Session
 from pyublk.sharing import Sharing
-from pyublk.stats import DeviceStats, QueueStats
+from pyublk.stats import DeviceStats
 from pyublk.target import Target
-from pyublk.uapi import ControlCommand, Feature
+from pyublk.uapi import SECTOR_SIZE, ControlCommand, Feature
 
 if TYPE_CHECKING:  # event loops are for disks that need one
     import asyncio
@@ -58,7 +64,8 @@ class Lifecycle:
     """Takes each step once, in this order: `configure`, `begin_serving`, `go_live`, `stop`,
     `release`; and `swap`, while it lives. Who takes them, and when, is the `Device`'s business.
 
-    `adopted`: the id of a device that is there, and is taken over.
+    `adopted`: the id of a device that is there, and is taken over, also if it is `foreign`; `ask`
+    has its server hand it over, if it has one.
     """
 
     def __init__(
@@ -68,9 +75,13 @@ class Lifecycle:
         on: Servers | None,
         *,
         adopted: int | None = None,
+        ask: Callable[[], None] | None = None,
+        foreign: bool = False,
     ) -> None:
         _check_servers(on, asked["affinity"])
         self._adopted = adopted
+        self._ask = ask
+        self._foreign = foreign
         self._asked = asked
         self._on = on
         if adopted is None:
@@ -117,7 +128,7 @@ class Lifecycle:
         if self._final_stats is not None:
             return self._final_stats
         now = self.session.stats()
-        return now if self._earlier is None else _added(self._earlier, now)
+        return now if self._earlier is None else self._earlier.added(now)
 
     def configure(self) -> None:
         """Opens the target, and adds a device of the kernel's that fits it, or adopts one."""
@@ -158,11 +169,15 @@ class Lifecycle:
 
     def _adopt(self, kernel: KernelDisk, device: int) -> None:
         deadline = self._asked["deadline"]
-        kernel.adopt(device, deadline)
+        served = self._ask is not None
+        kernel.adopt(device, deadline, served=served, foreign=self._foreign)
         info = kernel.info
         _check_threads(self._asked["threads"], info.depth)
         self._affinity = checked_affinity(self._asked["affinity"], info.queues)
-        self.choice = check_fits(self.session.target, self.session.open_target(), kernel)
+        if self._ask is not None:
+            self._ask()
+        profile = open_when_free(self.session, 0.0 if self._ask is None else deadline)
+        self.choice = check_fits(self.session.target, profile, kernel)
         kernel.start_recovery(deadline)
 
     def begin_serving(self, *, on_this_loop: bool, failed: Callable[[], None]) -> None:
@@ -196,7 +211,7 @@ class Lifecycle:
         self._await_fetches()
         if self._adopted is not None:
             kernel.end_recovery()
-            kernel.spared = False
+            kernel.spared = self._ask is not None  # its server may take it back: see `keep`
         else:
             kernel.start()
         self._live = True
@@ -258,6 +273,104 @@ class Lifecycle:
         if self._on_shared_loop and self._on is not None:
             self._on.leave_loop()
             self._on_shared_loop = False
+
+    # ---- another size ----
+
+    def check_resize(self, state: DeviceState, size: int, *, shrink: bool) -> bool:
+        """Whether `size` is another one; raises what says why the disk cannot have it now."""
+        profile = self.session.profile
+        block_size = SECTOR_SIZE if profile is None else profile.block_size
+        if size <= 0 or size % block_size:
+            raise ValueError(f"size must be a positive multiple of {block_size}, not {size}")
+        if state is not DeviceState.LIVE:
+            raise errors.DeviceClosed(f"the device is {state}, only a live one is resized")
+        before = self.disk().params.basic.size
+        if size < before and not shrink:
+            raise ValueError(
+                f"{self.disk().info.path} has {before} bytes: shrinking to {size} loses the data "
+                "beyond, so it must be asked for (shrink=True, or --shrink)"
+            )
+        return size != before
+
+    # ---- another server ----
+
+    def keep(self) -> None:
+        """A device that was handed over does not go back to its server any more."""
+        self.disk().spared = False
+
+    def check_hand_over(self, state: DeviceState) -> None:
+        """Raises what says why the device cannot be handed over now, or not by the caller."""
+        if self.kernel is None or state is not DeviceState.LIVE:
+            raise errors.DeviceClosed(f"the device is {state}, only a live one is handed over")
+        if not resends(self.disk().info.flags):
+            raise ValueError(
+                f"{self.disk().info.path} cannot be handed over: it was not made with recovery="
+                '"resend" (--recovery resend), so its clients\' requests would not wait'
+            )
+        self.disk().features().require(Feature.QUIESCE)
+        if not quiesces(self.disk()):
+            raise ValueError(
+                f"{self.disk().info.path} cannot be handed over: the kernel fails requests of a "
+                "device that it quiesces with batch I/O, or that was not made for it"
+            )
+        if self.session.runs_here() or self._loop_runs_here():
+            raise RuntimeError("a disk cannot be handed over by a handler, nor on its loop")
+
+    def hand_over(
+        self, taken: Callable[[], bool], *, patience: float, failed: Callable[[], None]
+    ) -> bool:
+        """Leaves the device to another server, if it is `taken`; else it is served on. Whether it
+        is left: then, and where it can be served on no more, it is `spared`."""
+        kernel = self.disk()
+        gone = False
+        try:
+            self._leave(patience)
+            gone = taken()
+        except BaseException as error:
+            if kernel.spared:
+                self._take_back(error, failed)
+            raise
+        if not gone:
+            gone = not self._take_back(errors.DeviceLost("the next server did not come"), failed)
+        if gone:
+            kernel.guard(False)
+        return gone
+
+    def _leave(self, patience: float) -> None:
+        """Ends the serving, with no request failed: what a handler that hangs does not answer is
+        sent again. The device is `spared` from when there is no way back but `_take_back`."""
+        kernel, old = self.disk(), self.session
+        end_by_quiesce(kernel, old, patience=patience, give_up=list)
+        kernel.spared = True
+        stats = old.stats()
+        self._earlier = stats if self._earlier is None else self._earlier.added(stats)
+        if not old.all_ended() and not old.leave(LEAVES):
+            raise errors.HandlerTimeout(
+                f"{kernel.info.path} is not handed over: a handler of {type(old.target).__name__} "
+                "does not return"
+            )
+        self._let_go_of(old)
+        old.close_target()
+        kernel.await_end_of_server(self._asked["deadline"])
+
+    def _take_back(self, why: BaseException, failed: Callable[[], None]) -> bool:
+        """Serves the device again, by the same target. False: its next server has come after all.
+        Raises DeviceLost when it is neither."""
+        kernel, deadline, session = self.disk(), self._asked["deadline"], self.session
+        try:
+            self._let_go_of(session)
+            kernel.await_end_of_server(deadline)
+            if session.closed:
+                session = self.session = self._new_session(session.target)
+                self._where_served(session, session.prepare)
+                open_when_free(session, deadline)
+            self._resume(session, failed)
+        except BaseException as worse:
+            if kernel.is_served_elsewhere():
+                return False
+            raise self._lost(session, why, worse) from why
+        kernel.spared = False
+        return True
 
     # ---- another target ----
 
@@ -328,7 +441,7 @@ class Lifecycle:
             kernel, old, patience=patience, give_up=lambda: _give_up_hanging(kernel, old)
         )
         stats = old.stats()
-        self._earlier = stats if self._earlier is None else _added(self._earlier, stats)
+        self._earlier = stats if self._earlier is None else self._earlier.added(stats)
         self._let_go_of(old)
         return hung
 
@@ -351,20 +464,24 @@ class Lifecycle:
         kernel.end_recovery()
 
     def _put_back(self, old: Session, error: BaseException, failed: Callable[[], None]) -> None:
-        kernel = self.disk()
         self.session = old
         try:
             self._resume(old, failed)
         except BaseException as worse:
-            self._let_go_of(old)
-            kernel.spared = True
-            lost = errors.DeviceLost(
-                f"{kernel.info.path} has no server any more: it could not be handed over "
-                f"({error}), nor given back ({worse}); another process can take it over "
-                f"(Device.take_over), or it is deleted by `pyublk del --force {kernel.info.id}`"
-            )
-            old.failure = lost
-            raise lost from error
+            raise self._lost(old, error, worse) from error
+
+    def _lost(self, session: Session, error: BaseException, worse: BaseException) -> Exception:
+        """What tells that the device could be handed over neither there nor back."""
+        kernel = self.disk()
+        self._let_go_of(session)
+        kernel.spared = True
+        self.session = session
+        session.failure = errors.DeviceLost(
+            f"{kernel.info.path} has no server any more: it could not be handed over "
+            f"({error}), nor given back ({worse}); another process can take it over "
+            f"(Device.take_over), or it is deleted by `pyublk del --force {kernel.info.id}`"
+        )
+        return session.failure
 
 
 def _batch(asked: DeviceOptions, recovery: Feature) -> bool | None:
@@ -390,9 +507,7 @@ def _check_servers(on: Servers | None, affinity: Affinity) -> None:
     if on is not None and not isinstance(on, Servers):
         raise TypeError(f"on must be Servers or None, not {type(on).__name__}")
     if on is not None and affinity not in ("auto", None):
-        raise ValueError(
-            "affinity is for threads of the disk's own: leave out one of affinity and on"
-        )
+        raise ValueError("affinity is for a disk's own threads: leave out one of affinity and on")
 
 
 def _warn_of_defects(release: str) -> None:
@@ -405,12 +520,6 @@ def _warn_of_defects(release: str) -> None:
 def _check_threads(threads: int, depth: int) -> None:
     if threads > depth:
         raise ValueError(f"threads must be 1 to the depth, {depth}, not {threads}")
-
-
-def _added(one: DeviceStats, other: DeviceStats) -> DeviceStats:
-    # Queues that are not made yet have counted nothing.
-    pairs = zip_longest(one.queues, other.queues, fillvalue=QueueStats())
-    return DeviceStats(tuple(QueueStats.sum(pair) for pair in pairs))
 
 
 def stop_serving(

@@ -51,6 +51,11 @@ def recovery_of(flags: Feature) -> Recovery:
     return Recovery.FAIL if Feature.USER_RECOVERY_FAIL_IO in flags else Recovery.RESEND
 
 
+def resends(flags: Feature) -> bool:
+    """Whether the next server gets each request that the one before has not answered."""
+    return _FLAGS[Recovery.RESEND] in flags
+
+
 def differences(wished: Params, disk: Params) -> list[str]:
     """In what a disk is another one than a target's, one string each. Hints, of which clients made
     what they could when the disk was new, count like everything else."""
@@ -60,4 +65,31 @@ def differences(wished: Params, disk: Params) -> list[str]:
     for name in ("discard", "zoned", "integrity"):
         if getattr(wished, name) is None and getattr(disk, name) is not None:
             found.append(f"{name}, which the target has not")
+    return found
+
+
+def shortcomings(wished: Params, disk: Params) -> list[str]:
+    """What clients of a disk that other software made were told, and a target does not do, one
+    string each. That it can do more does not matter, nor do hints, which that software chose."""
+    own, basic = wished.basic, disk.basic
+    found = [
+        f"basic.{name} {getattr(basic, name)}, and the target has {getattr(own, name)}"
+        for name in ("size", "logical_block_size", "read_only", "chunk_size")
+        if getattr(basic, name) != getattr(own, name)
+    ]
+    if own.volatile_cache and not basic.volatile_cache:
+        found.append("no volatile cache: nobody asks for the flushes that the target needs")
+    if basic.fua and not own.fua:
+        found.append("basic.fua True, and the target has no write_fua")
+    if disk.discard is not None:
+        for name in ("max_discard_size", "max_write_zeroes_size"):
+            asked = getattr(disk.discard, name)
+            if asked and not (wished.discard and getattr(wished.discard, name)):
+                found.append(f"discard.{name} {asked}, and the target has none")
+    for name in ("zoned", "integrity"):
+        if getattr(wished, name) != getattr(disk, name):
+            found.append(f"another {name} than the target")
+    aligned = 1 if disk.dma_align is None else disk.dma_align.alignment
+    if wished.dma_align is not None and wished.dma_align.alignment > aligned:
+        found.append(f"dma_align {aligned}, and the target needs {wished.dma_align.alignment}")
     return found

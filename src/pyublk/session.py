@@ -67,6 +67,7 @@ class Session:
         #: What the target says of itself, once it is open.
         self.profile: Profile | None = None
         self._opened = False
+        self.closed = False  # the target: a session ends once
         self._owner = object()  # of the files that the target opens
         self.attention = threading.Event()  # a queue's server ended, or failed
         self.moved = threading.Event()  # something that `progress_until` waits for may have ended
@@ -91,9 +92,10 @@ class Session:
     def target(self) -> Target:
         return self._engine.target
 
-    def open_target(self, *, after: "Session | None" = None) -> Profile:
-        """Opens the target, which is to replace that of `after`, if there is one."""
-        with opened_for(self._owner, after=None if after is None else after._owner):
+    def open_target(self, *, after: "Session | None" = None, new: bool = True) -> Profile:
+        """Opens the target, which is to replace that of `after`, if there is one. Not `new`: the
+        disk is there, and so must its files be."""
+        with opened_for(self._owner, after=None if after is None else after._owner, new=new):
             self._engine.open()
         self._opened = True
         self.profile = profile = self._engine.target.profile()
@@ -108,6 +110,9 @@ class Session:
         self._engine.cancel_opening()
 
     def close_target(self) -> None:
+        if self.closed:
+            return
+        self.closed = True
         opened, self._opened = self._opened, False
         self._engine.close(opened=opened)
 

@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import zip_longest
 
 from pyublk.uapi import Op
 
@@ -91,3 +92,8 @@ class DeviceStats:
     def total(self) -> QueueStats:
         """Sums over the queues; `largest_batch` is the largest of them."""
         return QueueStats.sum(self.queues)
+
+    def added(self, other: "DeviceStats") -> "DeviceStats":
+        """Those of both, queue by queue; queues that one has not made yet have counted nothing."""
+        pairs = zip_longest(self.queues, other.queues, fillvalue=QueueStats())
+        return DeviceStats(tuple(QueueStats.sum(pair) for pair in pairs))

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -249,8 +250,9 @@ def test_who_differs_from_the_disk_is_refused_and_it_waits(orphans: ExitStack, s
         assert f"cannot serve /dev/ublkb{device}: the disk has " in str(error)
         assert words in str(error)
         assert status(device) is DeviceStatus.QUIESCED
-    missing = refused(device, File(store.with_name("missing")))
+    missing = refused(device, File(store.with_name("missing"), size=MIB))
     assert isinstance(missing, FileNotFoundError)
+    assert not store.with_name("missing").exists()
     with pyublk.Device.take_over(device, File(store)) as disk:
         assert first_bytes(disk.path) == bytes(4)
 
@@ -300,6 +302,29 @@ def fail_once(patch: pytest.MonkeyPatch, step: str, times: int = 1) -> None:
         return real(*arguments, **options)
 
     patch.setattr(owner, step, failing)
+
+
+def test_a_disk_of_other_software_is_taken_over_on_request(
+    orphans: ExitStack, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it told its clients, and the target does as well, may differ from what ours would."""
+    told = pyublk.Profile.params
+
+    def of_another(profile: pyublk.Profile, *sizes: int, **options: bool) -> pyublk.Params:
+        params = told(profile, *sizes, **options)
+        return replace(params, basic=replace(params.basic, io_opt=65536), discard=None)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pyublk.kernel_disk.new_cookie", lambda: 0)
+        patch.setattr("pyublk.Profile.params", of_another)
+        device = abandoned(orphans, File(store), path="copy")
+    assert "was not made by pyublk" in str(refused(device, File(store)))
+    small = refused(device, Null(size=2 * MIB), foreign=True)
+    assert "the disk has basic.size 1048576, and the target has 2097152" in str(small)
+    with pyublk.Device.take_over(device, File(store), foreign=True) as disk:
+        assert disk.params.basic.io_opt == 65536
+        assert first_bytes(disk.path) == bytes(4)
+    assert not os.path.exists(f"/dev/ublkb{device}")
 
 
 def test_two_who_take_over_at_once(orphans: ExitStack, store: Path) -> None:

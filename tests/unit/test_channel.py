@@ -38,7 +38,7 @@ def serve(place: Path) -> Iterator[Serve]:
     with ExitStack() as made:
 
         def start(**functions: Callable[..., Any]) -> Listener:
-            def answer(name: str, arguments: dict[str, Any]) -> Any:
+            def answer(name: str, arguments: dict[str, Any], _: object) -> Any:
                 return functions[name](**arguments)
 
             one = Listener()
@@ -247,7 +247,7 @@ def test_a_name_may_be_longer_than_a_sockets(tmp_path: Path) -> None:
     folder = tmp_path / ("deep" * 40)
     folder.mkdir()
     one = Listener()
-    one.open(folder / "3.sock", ["stay"], lambda _name, _arguments: "here")
+    one.open(folder / "3.sock", ["stay"], lambda _name, _arguments, _conversation: "here")
     try:
         with Client(folder / "3.sock") as client:
             assert client.ask("stay") == "here"
@@ -306,8 +306,9 @@ def test_arguments_are_those_of_the_function() -> None:
 
     requests.REQUESTS["probe"] = probe
     disk: Any = object()
+    conversation: Any = None
     try:
-        requests.call(disk, "probe", {"size": 1, "name": None})
+        requests.call(disk, "probe", {"size": 1, "name": None}, conversation)
         for arguments, text in (
             ({}, "probe needs 'size'"),
             ({"size": 1, "colour": 2}, "probe has no argument 'colour'; it takes size, name"),
@@ -315,7 +316,7 @@ def test_arguments_are_those_of_the_function() -> None:
             ({"size": 1, "name": 2}, "name of probe must be a text or null"),
         ):
             with pytest.raises(ValueError, match=text):
-                requests.call(disk, "probe", arguments)
+                requests.call(disk, "probe", arguments, conversation)
     finally:
         del requests.REQUESTS["probe"]
     assert seen == [(disk, 1, None)]

@@ -349,7 +349,7 @@ def test_records_of_others_are_told_in_a_sentence(
 @pytest.mark.parametrize("status", [DeviceStatus.QUIESCED, DeviceStatus.FAIL_IO])
 @pytest.mark.parametrize(
     ("cookie", "remedy"),
-    [(None, "pyublk recover 5"), (4711, "start its server again")],
+    [(None, "pyublk recover 5"), (4711, "start its server again, or pyublk recover 5 TARGET")],
     ids=["ours", "somebody's"],
 )
 def test_a_device_that_waits_for_a_new_server_is_told(

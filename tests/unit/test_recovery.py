@@ -21,6 +21,7 @@ from pyublk.recovery import (
     differences,
     recovery_flags,
     recovery_of,
+    shortcomings,
 )
 from pyublk.targets import File, Linear, Mirror, Null, Ram, Slice, Stripe, Zoned
 from pyublk.testing import Disk
@@ -79,6 +80,25 @@ def test_all_that_differs_is_named() -> None:
     assert full.discard is not None
     assert "discard, which the target has not" in differences(without, full)
     assert "no discard" in differences(full, without)
+
+
+def test_a_disk_of_other_software_needs_only_what_its_clients_were_told() -> None:
+    ram = Ram(size=MIB).profile().params(65536)
+    assert ram.discard is not None
+    ours = replace(ram, basic=replace(ram.basic, volatile_cache=True, fua=True))
+    told = replace(ours, basic=replace(ours.basic, io_opt=1 << 20))
+    assert shortcomings(ours, told) == []
+    assert shortcomings(ours, replace(told, discard=None)) == []
+    plain = Null(size=2 * MIB).profile().params(65536)
+    through = replace(told, basic=replace(told.basic, volatile_cache=False, fua=False))
+    assert shortcomings(ours, through) == [
+        "no volatile cache: nobody asks for the flushes that the target needs"
+    ]
+    assert shortcomings(replace(plain, discard=None), told)[0] == (
+        "basic.size 1048576, and the target has 2097152"
+    )
+    missing = shortcomings(replace(plain, discard=None), told)
+    assert any("discard.max_discard_size" in one for one in missing)
 
 
 @pytest.mark.parametrize("path", list(DataPath))

@@ -176,7 +176,7 @@ def test_numbers_of_threads_that_there_are_not(threads: int) -> None:
 def test_what_a_device_cannot_be_served_on(servers: Servers) -> None:
     with pytest.raises(TypeError, match="on must be Servers or None, not int"):
         pyublk.Device(Memory(), on=2)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="affinity is for threads of the disk's own"):
+    with pytest.raises(ValueError, match="affinity is for a disk's own threads"):
         pyublk.Device(Memory(), on=servers, affinity=[[0]])
 
 

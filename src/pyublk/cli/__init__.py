@@ -22,6 +22,7 @@ _COMMANDS = {
     "stop": ("stopping", "Flush disks and stop them."),
     "del": ("stopping", "Stop and delete devices of any server, even a dead one."),
     "recover": ("recovering", "Serve a disk whose server is gone."),
+    "upgrade": ("upgrading", "Serve a disk by a new server process while it is used."),
     "up": ("defining", "Serve the disks that files define."),
     "down": ("defining", "Stop the disks that files define."),
     "plan": ("defining", "Show what `up` would change."),

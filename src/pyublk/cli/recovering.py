@@ -29,11 +29,12 @@ def recover_(
     server: str | None,
     as_json: bool,
 ) -> None:
-    """Serve a disk whose server is gone; it was made with --recovery.
+    """Serve a disk whose server is gone; it was made with --recovery, or by other software.
 
     ID is a number, a node such as /dev/ublkb0, or `all` for every disk that waits for a server. It
     is served as it was added; or by another TARGET, with ARGUMENTs as for `pyublk add`, which must
-    have the disk's size and all else that clients know of it.
+    have the disk's size and all else that clients know of it. Disks of other software (ublksrv,
+    kublk) are served by a TARGET only.
     """
     if target is None and options:
         raise click.UsageError("--option is for another TARGET, which is not named")

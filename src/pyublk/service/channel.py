@@ -151,15 +151,23 @@ class Client:
 
 
 def ask(record: Record, request: str, /, *, timeout: float | None = 30.0, **arguments: Any) -> Any:
-    """As `Client.ask`, of the server of a disk."""
+    """As `Client.ask`, of the server of a disk; if another one takes its place, of that one."""
     place = socket_place(record.id)
-    with Client(place, timeout=GREETING if timeout is None else min(timeout, GREETING)) as client:
-        if client.server_pid != record.server.pid:
-            raise ChannelError(
-                f"{place} belongs to process {client.server_pid}, and {record.path} to "
-                f"{record.server.pid}"
-            )
-        return client.ask(request, timeout=timeout, **arguments)
+    patience = GREETING if timeout is None else min(timeout, GREETING)
+    until = time.monotonic() + patience
+    while True:
+        with Client(place, timeout=patience) as client:
+            if client.server_pid == record.server.pid:
+                return client.ask(request, timeout=timeout, **arguments)
+            if time.monotonic() > until:
+                raise ChannelError(
+                    f"{place} belongs to process {client.server_pid}, and {record.path} to "
+                    f"{record.server.pid}"
+                )
+        time.sleep(0.01)
+        now = Record.read(record.id)
+        if now is not None and now.cookie == record.cookie:
+            record = now
 
 
 @contextmanager

@@ -261,7 +261,9 @@ def check_devices() -> Iterator[Check]:
 
 
 def _another_server(device: DeviceInfo) -> str:
-    return f"pyublk recover {device.id}" if device.ours else "start its server again"
+    if device.ours:
+        return f"pyublk recover {device.id}"
+    return f"start its server again, or pyublk recover {device.id} TARGET"
 
 
 def stale_records() -> list[Path]:

@@ -8,9 +8,10 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ from typing import Any
 from pyublk import errors
 from pyublk.control import Controller
 from pyublk.device import Device
+from pyublk.lifecycle import DeviceState
 from pyublk.options import DISK
 from pyublk.recovery import Recovery, recovery_of
 from pyublk.service import requests, restarts, rights, title
 from pyublk.service.channel import server_place
-from pyublk.service.listener import Listener, Undoable
+from pyublk.service.listener import Conversation, Listener, Undoable
 from pyublk.service.plan import DiskSpec, TakeOver, check_shareable, of_request
 from pyublk.service.processes import ProcessId
 from pyublk.service.records import Record, log_place, memory_place, socket_place
@@ -49,7 +51,7 @@ class Served:
         self._listener = listener
         self.began = time.monotonic()
         self._ending = threading.Lock()
-        self.ending = self.ended = False
+        self.ending = self.ended = self.handed_over = False
         #: What its end failed with.
         self.failure: Exception | None = None
         record.write()
@@ -65,14 +67,17 @@ class Served:
         except BaseException:
             record.remove()
             raise
+        self._listen()
+
+    def _listen(self) -> None:
         try:
-            listener.open(
-                socket_place(record.id),
+            self._listener.open(
+                socket_place(self.record.id),
                 sorted(requests.REQUESTS),
-                lambda name, arguments: requests.call(self, name, arguments),
+                partial(requests.call, self),
             )
         except OSError as error:  # it can be served without
-            log.warning("%s has no channel: %s", record.path, error)
+            log.warning("%s has no channel: %s", self.record.path, error)
 
     def resize(self, size: int, *, shrink: bool) -> None:
         self.device.resize(size, shrink=shrink)
@@ -80,6 +85,32 @@ class Served:
         if spec.disk.get("size") is not None:
             self.record = replace(self.record, plan=replace(spec, disk=spec.disk | {"size": size}))
             rights.note_size(self.record)
+
+    def hand_over(self, taken: Callable[[], bool]) -> bool:
+        """`Device.hand_over`. The record and the channel are the next server's then; else they are
+        made anew, since that one may have put its own there."""
+        if not self._ending.acquire(blocking=False):
+            raise errors.DeviceBusy(
+                f"{self.record.path} is already handed over to another server, or stopped"
+            )
+        try:
+            if self.record.directory is not None:  # where the target may have to be opened again
+                _work_in(self.record.directory)
+            self.ended = self.handed_over = self.device.hand_over(taken)
+            if self.handed_over:
+                log.info("%s has another server now", self.record.path)
+        except errors.DeviceLost as lost:  # it waits for a server, who needs the record
+            self.ended, self.failure = self.device.state is DeviceState.STOPPED, lost
+            raise
+        finally:
+            os.chdir("/")
+            if not self.ended:
+                self.record.write()
+            self._listener.close(socket_place(self.record.id))
+            if not self.ended:
+                self._listen()
+            self._ending.release()
+        return self.handed_over
 
     def stop(self) -> None:
         """Stops the disk, and forgets it; who comes second waits, and gets the same failure."""
@@ -119,7 +150,7 @@ class Host:
         self._listener.open(self._place, ["add", "disks"], self._answer)
         self._show()
 
-    def _answer(self, name: str, arguments: dict[str, Any]) -> Any:
+    def _answer(self, name: str, arguments: dict[str, Any], _: Conversation) -> Any:
         if name == "disks":
             return [disk.record.id for disk in list(self.disks)]
         if arguments.keys() - {"take_over"} != {"spec", "directory"}:
@@ -247,10 +278,15 @@ class Host:
 
 
 def made(
-    spec: DiskSpec, take_over: TakeOver | None, *, background: bool
+    spec: DiskSpec,
+    take_over: TakeOver | None,
+    *,
+    background: bool,
+    ask: Callable[[], None] | None = None,
 ) -> tuple[Device, Restarts]:
     """What is to be started, and whether its server is to be restarted; `background`: by a process
-    of its own. Raises what `DiskSpec.device` and `restarts.decide` raise."""
+    of its own; `ask` as for `Device.take_over`. Raises what `DiskSpec.device` and `restarts.decide`
+    raise."""
     target = spec.make_target()
     with Controller() as controller:
         there = None
@@ -263,7 +299,7 @@ def made(
     if restarted.on and isinstance(target, Ram) and (take_over is None or take_over.may_be_kept):
         target.keep(None if take_over is None else take_over.memory)
     recovery = Recovery.RESEND if restarted.on else None
-    device = spec.device(take_over, target=target, recovery=recovery)
+    device = spec.device(take_over, target=target, recovery=recovery, ask=ask)
     if restarted.on:
         device._life.stays_guarded = True  # until `watch_over`: no moment is without either
     return device, restarted

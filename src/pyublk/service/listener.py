@@ -36,7 +36,7 @@ SLOW = 10.0
 FAREWELL = 1.0
 
 #: What a request by this name does, with these arguments; returns what JSON can say.
-Answer = Callable[[str, dict[str, Any]], Any]
+Answer = Callable[[str, dict[str, Any], "Conversation"], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,48 @@ class _Place:
     identity: tuple[int, int]
     requests: list[str]
     answer: Answer
+
+
+class Conversation:
+    """A client's requests and their answers, for a request that takes several steps."""
+
+    def __init__(self, lines: Lines) -> None:
+        self._lines = lines
+        self._about: dict[str, Any] = {}  # the request that was read last
+
+    def read(self, line: bytes) -> tuple[str, dict[str, Any]]:
+        """The name of what a line requests, and the arguments. Raises ValueError."""
+        self._about = {}
+        try:
+            request = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"the line is not JSON: {error}") from None
+        if not isinstance(request, dict) or not isinstance(request.get("execute"), str):
+            raise ValueError('a request is an object with "execute", the name of what to do')
+        if "id" in request:
+            self._about = {"id": request["id"]}
+        if unknown := request.keys() - {"execute", "arguments", "id"}:
+            raise ValueError(
+                f'a request has "execute", "arguments" and "id", and no {sorted(unknown)[0]!r}'
+            )
+        arguments = request.get("arguments", {})
+        if not isinstance(arguments, dict):
+            raise ValueError('"arguments" is an object: a name and a value for each')
+        return request["execute"], arguments
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Answers it. Raises OSError when the client has gone, or does not take its answer."""
+        self._lines.send(json.dumps(message | self._about))
+
+    def goes_on(self, value: Any, *, by: str, within: float) -> bool:
+        """Answers it by `value`, and reads the client's next request: whether it came within so
+        many seconds, and is the one named `by`."""
+        try:
+            self.send({"return": value})
+            line = self._lines.receive(time.monotonic() + within)
+            return line is not None and self.read(line)[0] == by
+        except (OSError, ValueError):
+            return False
 
 
 class _Client:
@@ -199,33 +241,20 @@ class Listener:
 
 def _answer(lines: Lines, line: bytes, place: _Place) -> None:
     returned: Any = None
-    about: dict[str, Any] = {}
+    conversation = Conversation(lines)
     try:
-        try:
-            request = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"the line is not JSON: {error}") from None
-        if not isinstance(request, dict) or not isinstance(request.get("execute"), str):
-            raise ValueError('a request is an object with "execute", the name of what to do')
-        if "id" in request:
-            about["id"] = request["id"]
-        if unknown := request.keys() - {"execute", "arguments", "id"}:
-            raise ValueError(
-                f'a request has "execute", "arguments" and "id", and no {sorted(unknown)[0]!r}'
-            )
-        arguments = request.get("arguments", {})
-        if not isinstance(arguments, dict):
-            raise ValueError('"arguments" is an object: a name and a value for each')
-        if request["execute"] not in place.requests:
+        name, arguments = conversation.read(line)
+        if name not in place.requests:
             known = ", ".join(place.requests)
-            raise ValueError(f"there is no request {request['execute']!r} here; there is: {known}")
-        returned = place.answer(request["execute"], arguments)
+            raise ValueError(f"there is no request {name!r} here; there is: {known}")
+        returned = place.answer(name, arguments, conversation)
         value = returned.value if isinstance(returned, Undoable) else returned
-        message = json.dumps({"return": value, **about})  # a target's status may be anything
+        message = {"return": value}
+        json.dumps(message)  # a target's status may be anything
     except Exception as error:
-        message = json.dumps({"error": reports.describe(error), **about})
+        message = {"error": reports.describe(error)}
     try:
-        lines.send(message)
+        conversation.send(message)
     except OSError:
         if isinstance(returned, Undoable):
             returned.undo()

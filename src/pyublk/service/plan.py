@@ -2,7 +2,7 @@
 """What to serve and how, in a form that can be written down and given to another process."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self, cast
@@ -19,13 +19,15 @@ from pyublk.target import Target
 
 @dataclass(frozen=True, slots=True)
 class TakeOver:
-    """The disk of the id `device`, which waits for a server; `empty`: also by a target that has not
-    kept its data. `memory` is the path of a file in memory that has the data (`targets.Ram.keep`).
-    """
+    """The disk of the id `device`, which waits for a server; `empty`: the caller has named its
+    target, which need not have kept its data, and the disk may be other software's. `memory` is the
+    path of a file in memory that has the data (`targets.Ram.keep`). `served`: the disk has a
+    server, which hands it over."""
 
     device: int
     empty: bool = False
     memory: str | None = None
+    served: bool = False
 
     @property
     def may_be_kept(self) -> bool:
@@ -35,10 +37,11 @@ class TakeOver:
 
 def to_request(spec: "DiskSpec", take_over: TakeOver | None) -> dict[str, Any]:
     """What a server is to serve, and as which disk, unless it is a new one; for JSON."""
-    fields = take_over and asdict(take_over)
-    if fields and take_over and take_over.memory is None:
-        del fields["memory"]  # which servers of older versions do not know
-    return {"spec": asdict(spec), "take_over": fields}
+    told = None if take_over is None else asdict(take_over)
+    for name in ("memory", "served"):  # which servers of older versions do not know
+        if told is not None and not told[name]:
+            del told[name]
+    return {"spec": asdict(spec), "take_over": told}
 
 
 def of_request(fields: Mapping[str, Any]) -> tuple["DiskSpec", TakeOver | None]:
@@ -136,10 +139,11 @@ class DiskSpec:
         *,
         target: Target | None = None,
         recovery: Recovery | None = None,
+        ask: Callable[[], None] | None = None,
     ) -> Device:
         """A Device, not started yet, for a new disk, or for one that is there and keeps what is the
         kernel's. `target` is what `make_target` made; `recovery` that of a disk which was asked for
-        without.
+        without; `ask` as for `Device.take_over`.
 
         Raises what `make_target` and `Device` raise.
         """
@@ -151,12 +155,20 @@ class DiskSpec:
                 asked.setdefault("recovery", recovery)
             return Device(target, **cast(DeviceOptions, asked))
         if not take_over.empty and not keeps_data(target):
+            remedy = (
+                "another process would serve an empty disk"
+                if take_over.served
+                else "name it as the target to serve the disk by it all the same"
+            )
             raise InvalidTarget(
                 f"{self.target} does not say that it keeps what was written when its server ends "
-                "(Target.recoverable): name it as the target to serve the disk by it all the same"
+                f"(Target.recoverable): {remedy}"
             )
         own = {name: value for name, value in asked.items() if not DEVICE[name].lasting}
-        return Device.take_over(take_over.device, target, **cast(DeviceOptions, own))
+        foreign = take_over.empty or take_over.served
+        return Device.take_over(
+            take_over.device, target, foreign=foreign, ask=ask, **cast(DeviceOptions, own)
+        )
 
     def make_target(self) -> Target:
         """Loads the target's class, and makes one. Raises what `pyublk.targets` and it raise."""

@@ -23,9 +23,10 @@ def recover(
     """Serves a disk that waits for a server, as its record says, or by another target.
 
     A `spec` is looked up in the caller's directory, and gets size, block size and whether it is
-    read-only from the disk. `server` is the name of one that may serve other disks too, by default
-    that of the record. `memory` is the path of a file in memory which has the disk's data. Raises
-    what `daemon.take_over` raises, and ValueError for a disk that nobody knows how to serve.
+    read-only from the disk, which other software may have made. `server` is the name of one that
+    may serve other disks too, by default that of the record. `memory` is the path of a file in
+    memory which has the disk's data. Raises what `daemon.take_over` raises, and ValueError for a
+    disk that nobody knows how to serve.
     """
     record = Record.of(device)
     if spec is not None:

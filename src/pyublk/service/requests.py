@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """What a disk's channel can be asked for: each request is one function here.
 
-A request is named as its function; its arguments are the function's, but for the disk, with the
-types that it says. What it returns is made of JSON's types. What it raises is told to the client.
+A request is named as its function; its arguments are the function's, but for the disk and the
+conversation, with the types that it says. What it returns is made of JSON's types. What it raises
+is told to the client.
 """
 
 import inspect
@@ -11,11 +12,13 @@ import threading
 import types
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, Union, get_args, get_origin, get_type_hints
 
+from pyublk import errors
 from pyublk.device import Device
-from pyublk.service.listener import version
+from pyublk.service.listener import Conversation, version
 from pyublk.service.records import Record
 from pyublk.targets import Mirror
 
@@ -25,6 +28,8 @@ class ServedDisk(Protocol):
 
     device: Device
     record: Record
+    #: Another server has it now.
+    handed_over: bool
 
     def resize(self, size: int, *, shrink: bool) -> None:
         """`Device.resize`, and its record."""
@@ -32,8 +37,14 @@ class ServedDisk(Protocol):
     def stop(self) -> None:
         """Stops it, and forgets it."""
 
+    def hand_over(self, taken: Callable[[], bool]) -> bool:
+        """`Device.hand_over`, and forgets it when another server has it."""
+
 
 REQUESTS: dict[str, Callable[..., Any]] = {}
+
+#: Seconds that a disk which is handed over may be without a server.
+HELD_WITHIN = 60.0
 
 #: How JSON calls its types.
 _WORDS = {int: "a whole number", bool: "true or false", str: "a text", type(None): "null"}
@@ -45,17 +56,20 @@ def request(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def call(disk: ServedDisk, name: str, arguments: dict[str, Any]) -> Any:
+def call(disk: ServedDisk, name: str, arguments: dict[str, Any], conversation: Conversation) -> Any:
     """What the request returns. Raises ValueError for arguments that it does not take."""
     function = REQUESTS[name]
     parameters = list(inspect.signature(function).parameters.values())[1:]
+    if parameters and parameters[0].name == "conversation":
+        function = partial(function, conversation=conversation)
+        del parameters[0]
     names = [parameter.name for parameter in parameters]
     for given in arguments:
         if given not in names:
             raise ValueError(
                 f"{name} has no argument {given!r}; it takes {', '.join(names) or 'none'}"
             )
-    hints = get_type_hints(function)
+    hints = get_type_hints(REQUESTS[name])
     for parameter in parameters:
         if parameter.name not in arguments:
             if parameter.default is parameter.empty:
@@ -130,3 +144,17 @@ def stop(disk: ServedDisk) -> None:
     """`Device.stop`; the server ends with its last disk. What was written to the disk is flushed
     through the target, but not the kernel's page cache: `pyublk stop` does that, and asks users."""
     disk.stop()
+    if disk.handed_over:
+        raise errors.DeviceClosed(f"{disk.record.path} has another server now, which can stop it")
+
+
+@request
+def hand_over(disk: ServedDisk, conversation: Conversation) -> None:
+    """`Device.hand_over`. It is answered when nobody serves the disk any more; the client then
+    takes it over, and says so by the request `held`. If that does not come, or the client goes
+    before, the disk is served here again."""
+    gone = disk.hand_over(lambda: conversation.goes_on(None, by="held", within=HELD_WITHIN))
+    if not gone:
+        raise errors.DeviceBusy(
+            f"{disk.record.path} was not taken over by who asked for it, and is served here again"
+        )

@@ -20,6 +20,7 @@ from pyublk.service import logs, reports, rights, title
 from pyublk.service.hosting import Host, Served, made, record_of
 from pyublk.service.listener import Listener
 from pyublk.service.plan import DiskSpec, TakeOver, of_request
+from pyublk.service.predecessor import Predecessor
 from pyublk.service.records import (
     Record,
     log_place,
@@ -115,15 +116,20 @@ def serve(
     device: Device | None = None
     served: Served | None = None
     listener = Listener()
+    before = None if take_over is None or not take_over.served else Predecessor(take_over.device)
     with termination.handled():
         try:
             with termination.raising():
-                device, restarted = made(spec, take_over, background=log_file is not None)
+                device, restarted = made(
+                    spec,
+                    take_over,
+                    background=log_file is not None,
+                    ask=None if before is None else before.ask,
+                )
                 device.start()
-            log_file = log_file and log_file.replace(log_place(device.id))
-            served = Served(device, record_of(spec, device, log_file, restarted), listener)
-            title.show(*title.of_disk(device.id, spec.target))
-            rights.give_up(served.record)
+            record = record_of(spec, device, log_file and log_place(device.id), restarted)
+            served = Served(device, record, listener)
+            _have(served, log_file, before)
             ready(served.record)
             with termination.raising():
                 while not device.wait(LOOK_AFTER):
@@ -143,6 +149,19 @@ def serve(
     if served is None:
         return None
     return ServeResult(served.device.stats().total, time.monotonic() - served.began)
+
+
+def _have(served: Served, log_file: Path | None, before: Predecessor | None) -> None:
+    """What a disk that is there has besides: its log in its place, its name in `ps`, no other
+    server, and no more rights than it needs."""
+    record = served.record
+    if log_file is not None:
+        log_file.replace(log_place(record.id))
+    title.show(*title.of_disk(record.id, record.plan.target))
+    if before is not None:
+        served.device.keep()
+        before.dismiss()
+    rights.give_up(record)
 
 
 def serve_several(name: str, *, log_file: Path, ready: Callable[[], None]) -> bool:

@@ -54,19 +54,14 @@ def stop(
     if force:
         _keep_from_restart(device)
     else:
-        device = _once_restarted(controller, device, timeout)
-        refuse_if_used(device)
-        if device.status.awaits_server:
-            # Nobody would answer a flush.
-            raise errors.DeviceBusy(
-                f"{device.path} waits for a new server: stopping it now loses what was not written"
-            )
+        device = _once_served(controller, device, timeout)
+        _refuse_what_may_lose(device)
     if trouble := record_trouble(device.id):
         log.warning("the server of %s is not known: %s", device.path, trouble)
     record = Record.of(device)
     server = record.server.open() if record is not None else None
     tolerated: tuple[type[Exception], ...] = (OSError,) if force and not safe else ()
-    stopped = False
+    stopped = handed_over = False
     with ExitStack() as held:
         if server is not None:
             held.enter_context(server)
@@ -77,7 +72,9 @@ def stop(
         if record is not None and server is not None and record.server_name is not None:
             _end_one_of_several(controller, device, record, timeout)
         elif record is not None and server is not None:
-            _end_server(controller, device, record, server, timeout, asked=stopped)
+            handed_over = not _end_server(
+                controller, device, record, server, timeout, asked=stopped
+            )
         elif has_server(device) or not device.ours:
             if device.status is not DeviceStatus.DEAD and not stopped:
                 with unless_gone():
@@ -88,6 +85,8 @@ def stop(
                 record.remove()
                 if record.log is not None:  # of a server that is gone
                     record.log.unlink(missing_ok=True)
+    if handed_over:
+        stop(controller, controller.info(device.id), timeout=timeout, force=force, safe=safe)
 
 
 def delete(
@@ -133,11 +132,11 @@ def _once_started(controller: Controller, device: DeviceInfo) -> DeviceInfo:
     return device
 
 
-def _once_restarted(controller: Controller, device: DeviceInfo, timeout: float) -> DeviceInfo:
-    """The device with its next server, if one is being started: nothing that was written is lost
+def _once_served(controller: Controller, device: DeviceInfo, timeout: float) -> DeviceInfo:
+    """The device with its next server, if one is on its way: nothing that was written is lost
     then. After `timeout` seconds it is as it is. Raises OSError ENODEV when it was deleted."""
     until = time.monotonic() + timeout
-    while _waits_for_restart(device):
+    while _gets_server(device):
         if time.monotonic() > until:
             break
         time.sleep(0.05)
@@ -145,12 +144,22 @@ def _once_restarted(controller: Controller, device: DeviceInfo, timeout: float) 
     return device
 
 
-def _waits_for_restart(device: DeviceInfo) -> bool:
+def _refuse_what_may_lose(device: DeviceInfo) -> None:
+    refuse_if_used(device)
+    if device.status.awaits_server:
+        # Nobody would answer a flush.
+        raise errors.DeviceBusy(
+            f"{device.path} waits for a new server: stopping it now loses what was not written"
+        )
+
+
+def _gets_server(device: DeviceInfo) -> bool:
+    """Whether it is handed over to another server, or its server is restarted."""
     record = Record.of(device)
-    if record is None or not record.is_restarted:
+    if record is None:
         return False
     if (server := record.server.open()) is None:
-        return True
+        return record.is_restarted
     with server:
         return device.status.awaits_server
 
@@ -202,9 +211,9 @@ def _end_server(
     timeout: float,
     *,
     asked: bool,
-) -> None:
+) -> bool:
     """`asked`: its disk is stopped, so that it ends by itself; a signal might meet it at its very
-    end, and make that look like a failure."""
+    end, and make that look like a failure. False: it has left the disk to another server."""
     log = _identity(record.log)
     if not asked:
         server.send(signal.SIGTERM)
@@ -213,6 +222,9 @@ def _end_server(
         record.not_restarted()
         server.send(signal.SIGKILL)
         server.wait(_DELETION)
+    now = Record.of(device)
+    if now is not None and now.server != record.server:
+        return False
     if not _deleted(controller, device):
         _delete(controller, device, timeout)
     record.remove()
@@ -226,6 +238,7 @@ def _end_server(
         raise errors.DeviceLost(
             f"{device.path} is gone, but its server ended with an error: see {record.log}"
         )
+    return True
 
 
 def _end_one_of_several(

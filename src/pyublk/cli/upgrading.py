@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: MIT
+"""`pyublk upgrade`."""
+
+import click
+
+from pyublk.cli.adding import target_options
+from pyublk.cli.failures import Failure, open_controller, raise_all
+from pyublk.cli.listing import find
+from pyublk.cli.output import print_json
+from pyublk.cli.parameters import DeviceId, json_option
+from pyublk.service.records import Record
+from pyublk.service.upgrading import upgrade
+
+
+@click.command("upgrade")
+@click.argument("device", metavar="ID", type=DeviceId(all_allowed=True))
+@target_options
+@json_option
+def upgrade_(device: int | str, options: dict[str, str], as_json: bool) -> None:
+    """Serve a disk by a new server process while it is used.
+
+    ID is a number, a node such as /dev/ublkb0, or `all` for every disk of `pyublk add`. The disk
+    must have been made with --recovery resend. Its new server has the environment of this command,
+    and the class of the target and pyublk as they are now; --option changes parameters of the
+    class.
+
+    Clients wait for a moment, and no request fails (Linux 6.16). If the new server cannot serve
+    the disk, the old one serves on.
+    """
+    if device == "all" and options:
+        raise click.UsageError("--option is for one disk: upgrade them one at a time")
+    done: list[Record] = []
+    failures: list[Failure] = []
+    with open_controller() as controller:
+        if isinstance(device, int):
+            wanted = [find(controller, device)]
+        else:
+            wanted = [one for one in controller.devices() if Record.of(one) is not None]
+        for one in wanted:
+            try:
+                done.append(upgrade(controller, one, options))
+            except Exception as error:
+                if len(wanted) == 1:
+                    raise
+                failures.append(Failure(error, of=one.path))
+    if as_json:
+        print_json([{"id": one.id, "path": one.path, "server_pid": one.server.pid} for one in done])
+    else:
+        for record in done:
+            click.echo(record.path)
+    raise_all(failures)
