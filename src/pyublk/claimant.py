@@ -66,8 +66,9 @@ def flush_node(path: str) -> None:
 
 
 def flush(descriptor: int) -> None:
-    fcntl.ioctl(descriptor, BLKFLSBUF)
-    os.fsync(descriptor)  # the disk's own cache, which BLKFLSBUF leaves alone
+    with suppress(PermissionError):  # of a user without CAP_SYS_ADMIN, who mounts nothing
+        fcntl.ioctl(descriptor, BLKFLSBUF)
+    os.fsync(descriptor)  # the page cache, and the disk's own, which BLKFLSBUF leaves alone
 
 
 def tell(number: int | None) -> None:

@@ -558,7 +558,7 @@ class Controller:
                 found.append(self.info(node_id(node), deadline=deadline))
             except OSError as error:
                 closed = isinstance(error, PermissionError) and not is_privileged()
-                if error.errno != errno.ENODEV and not closed:  # else: deleted since
+                if has_node(node_id(node)) and error.errno != errno.ENODEV and not closed:
                     raise
         return found
 

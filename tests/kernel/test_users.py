@@ -147,7 +147,9 @@ def test_what_users_are_refused(place: Path, controller: pyublk.Controller) -> N
     os.kill(disk["server_pid"], 9)
     until(lambda: controller.devices() == [], what="the disk is deleted")
     # Without the rule, he cannot even delete what the kernel made for him.
-    (installing.RULES / installing.RULE).rename(place / "rule")
+    rule = installing.RULES / installing.RULE
+    text = rule.read_text()
+    rule.unlink()
     udevadm("control", "--reload")
     try:
         refused = run(ALICE, place, "add", "ram", "--size", "1M")
@@ -155,7 +157,7 @@ def test_what_users_are_refused(place: Path, controller: pyublk.Controller) -> N
         assert "does not belong to user" in refused.stderr
         assert "have root run `pyublk service install --users GROUP`" in refused.stderr
     finally:
-        (place / "rule").rename(installing.RULES / installing.RULE)
+        rule.write_text(text)
         udevadm("control", "--reload")
         for device in controller.devices():
             controller.delete(device.id)
