@@ -20,9 +20,9 @@ def upgrade_(device: int | str, options: dict[str, str], as_json: bool) -> None:
     """Serve a disk by a new server process while it is used.
 
     ID is a number, a node such as /dev/ublkb0, or `all` for every disk of `pyublk add`. The disk
-    must have been made with --recovery resend. Its new server has the environment of this command,
-    and the class of the target and pyublk as they are now; --option changes parameters of the
-    class.
+    must have --recovery resend, which is the default where its server may be restarted. Its new
+    server has the environment of this command, and the class of the target and pyublk as they are
+    now; --option changes parameters of the class.
 
     Clients wait for a moment, and no request fails (Linux 6.16). If the new server cannot serve
     the disk, the old one serves on.
