@@ -129,7 +129,7 @@ def test_what_is_not_upgraded(place: Path, controller: Controller) -> None:
     several = run_here("upgrade", "all", "-o", "direct=yes")
     assert several.exit_code == ExitCode.USAGE
     assert "--option is for one disk" in several.stderr
-    disk = added("file", "store")
+    disk = added("file", "store", "--recovery", "none")
     refused = run_here("upgrade", str(disk["id"]))
     assert refused.exit_code == ExitCode.USAGE
     assert "was not made with --recovery resend" in refused.stderr
@@ -263,7 +263,7 @@ def test_a_handler_that_hangs_keeps_the_disk_and_its_request(tmp_path: Path) -> 
         client = threading.Thread(target=read)
         client.start()
         assert target.hangs.wait(30)
-        threading.Timer(3, target.released.set).start()
+        threading.Timer(10, target.released.set).start()  # when all patience is over
         with pytest.raises(pyublk.HandlerTimeout, match="is not handed over: a handler of Hangs"):
             disk.hand_over(lambda: True)
         client.join(60)
