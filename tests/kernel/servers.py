@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -215,8 +216,10 @@ def sleeping_beyond_signals() -> list[str]:
 
 
 def end_recorded_servers() -> None:
-    """Kills every server of the run directory: none outlives its test, nor is restarted."""
-    for number in recorded_ids():
+    """Kills every server of the run directory, and deletes its disk: none outlives its test, nor is
+    restarted."""
+    numbers = recorded_ids()
+    for number in numbers:
         record = Record.read(number)
         if record is not None:
             record.not_restarted()
@@ -225,3 +228,8 @@ def end_recorded_servers() -> None:
             with server:
                 server.send(signal.SIGKILL)
                 server.wait(10)
+    # Its helper does so, or the program that would restart it; when, is theirs.
+    with pyublk.Controller() as controller:
+        for number in numbers:
+            with suppress(pyublk.DeviceNotFound):
+                controller.delete(number, deadline=30)

@@ -174,3 +174,25 @@ def test_a_server_of_several_that_dies_is_told_with_its_last_words(
     assert caught.value.__notes__[-1] == "last words"
     with pytest.raises(ValueError, match="there is no target"):
         daemon.start(DiskSpec(target="nul"), server="lab")
+
+
+def test_a_server_of_several_that_ends_before_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There will be another, as for one that says that it is ending."""
+
+    class Ending:
+        def __enter__(self) -> "Ending":
+            return self
+
+        def __exit__(self, *_exception: object) -> None:
+            pass
+
+        def ask(self, *_request: object, **_arguments: object) -> dict[str, int]:
+            raise ChannelError("the server ended before it answered")
+
+    class Next(Ending):
+        def ask(self, *_request: object, **_arguments: object) -> dict[str, int]:
+            return {"id": 3}
+
+    servers: list[Ending] = [Ending(), Next()]
+    monkeypatch.setattr(daemon, "_server_of", lambda _name: servers.pop(0))
+    assert daemon._ask_to_serve("lab", DiskSpec(target="null"), None) == 3

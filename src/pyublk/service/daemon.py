@@ -140,6 +140,9 @@ def _ask_to_serve(name: str, spec: DiskSpec, disk: TakeOver | None) -> int:
                 time.sleep(0.1)
                 continue
             except ChannelError as error:
+                if not server_place(name).exists():  # it was ending when it was asked
+                    time.sleep(0.1)
+                    continue
                 _add_last_lines(error, server_log_place(name))
                 raise
     raise errors.DeviceBusy(f"the server {name} is ending, but has not ended yet: see its log")
