@@ -140,6 +140,16 @@ def _check_kind(path: Path, found: os.stat_result) -> None:
         raise StrangeFile(f"{path} belongs to another user, {found.st_uid}")
 
 
+def inode_at(path: Path | None) -> tuple[int, int] | None:
+    """The device and the number of the inode that has this name, None when nothing has. A link is
+    not followed."""
+    try:
+        found = path.lstat() if path is not None else None
+    except FileNotFoundError:
+        return None
+    return found and (found.st_dev, found.st_ino)
+
+
 def trusted_owners() -> Collection[int]:
     """Whose records are believed: ours, and those of root."""
     return {0, os.geteuid()}

@@ -63,7 +63,7 @@ def installation(
     `users` who may have disks of their own, the rule of udev's. No command is left to be run where
     every file is there already.
 
-    Raises StrangeFile for a file in the way that is not ours.
+    Raises UblkError for a file in the way that is not ours.
     """
     wanted = {units / name: _shipped(name) for name in (UNIT, TEMPLATE)}
     for one in definitions:

@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pyublk.files import trusted_owners
+from pyublk.files import inode_at, trusted_owners
 from pyublk.service import reports
 from pyublk.service.channel import LONGEST_REQUEST, PROTOCOL, Lines, listen, peer_of
 
@@ -51,7 +51,7 @@ class Undoable:
 class _Place:
     path: Path
     listening: socket.socket
-    identity: tuple[int, int]
+    identity: tuple[int, int] | None
     requests: list[str]
     answer: Answer
 
@@ -128,7 +128,7 @@ class Listener:
         """Listens there from now on. Raises OSError."""
         listening = listen(place)
         listening.setblocking(False)
-        made = _Place(place, listening, _identity(place), requests, answer)
+        made = _Place(place, listening, inode_at(place), requests, answer)
         with self._lock:
             self._places[listening.fileno()] = made
         self._poll.register(listening, select.EPOLLIN)
@@ -141,7 +141,7 @@ class Listener:
                     del self._places[number]
                     # The next disk with this id, or server of this name, may have its own there.
                     with suppress(OSError):
-                        if _identity(place) == one.identity:
+                        if inode_at(place) == one.identity:
                             place.unlink()
                     self._poll.unregister(number)
                     one.listening.close()
@@ -259,11 +259,6 @@ def _answer(lines: Lines, line: bytes, place: _Place) -> None:
         if isinstance(returned, Undoable):
             returned.undo()
         raise
-
-
-def _identity(place: Path) -> tuple[int, int]:
-    found = place.lstat()
-    return found.st_dev, found.st_ino
 
 
 def _letting_go(listener: "weakref.ref[Listener]") -> Callable[[], None]:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from pyublk.files import StrangeFile, trusted_owners
+from pyublk.files import StrangeFile, inode_at, trusted_owners
 from pyublk.service.records import Record, make_run_directory, run_directory
 
 #: Bytes at which the older part of a log is removed, and about as many as are left then.
@@ -41,15 +41,8 @@ def abandoned() -> list[Path]:
     """The logs to which nobody writes any more, and with which no other server goes on."""
     logs = sorted(run_directory().glob("*.log"))
     # A server of several disks has a name of its own for the same file.
-    kept = {_file(path) for path in logs if _is_of_waiting_disk(path)}
-    return [path for path in logs if _file(path) not in kept and _is_abandoned(path)]
-
-
-def _file(path: Path) -> tuple[int, int] | None:
-    with suppress(FileNotFoundError):
-        found = path.lstat()
-        return found.st_dev, found.st_ino
-    return None
+    kept = {inode_at(path) for path in logs if _is_of_waiting_disk(path)}
+    return [path for path in logs if inode_at(path) not in kept and _is_abandoned(path)]
 
 
 def _is_of_waiting_disk(path: Path) -> bool:

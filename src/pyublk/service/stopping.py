@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pyublk import errors
 from pyublk.control import Controller, DeviceInfo, has_node
-from pyublk.files import about
+from pyublk.files import about, inode_at
 from pyublk.openers import start_time
 from pyublk.service.channel import ChannelError, ask
 from pyublk.service.claim import patiently, refuse_if_used, take
@@ -214,7 +214,7 @@ def _end_server(
 ) -> bool:
     """`asked`: its disk is stopped, so that it ends by itself; a signal might meet it at its very
     end, and make that look like a failure. False: it has left the disk to another server."""
-    log = _identity(record.log)
+    log = inode_at(record.log)
     if not asked:
         server.send(signal.SIGTERM)
     ended = patiently(server.wait, device, timeout)
@@ -234,7 +234,7 @@ def _end_server(
             "and was killed: requests that it held were failed, and the disk is deleted"
         )
     # Another one may have got the disk's id, and its log that name.
-    if log is not None and _identity(record.log) == log:
+    if log is not None and inode_at(record.log) == log:
         raise errors.DeviceLost(
             f"{device.path} is gone, but its server ended with an error: see {record.log}"
         )
@@ -245,7 +245,7 @@ def _end_one_of_several(
     controller: Controller, device: DeviceInfo, record: Record, timeout: float
 ) -> None:
     """Its server goes on, unless it was the last disk; it gives up by itself what hangs."""
-    log = _identity(record.log)
+    log = inode_at(record.log)
     failures: list[Exception] = []
 
     def ask_for_it() -> None:
@@ -282,20 +282,11 @@ def _end_one_of_several(
 def _remains(log: Path | None, identity: tuple[int, int]) -> bool:
     """Whether the log is still there when its disk has ended for a moment."""
     until = time.monotonic() + _FORGOTTEN
-    while _identity(log) == identity:
+    while inode_at(log) == identity:
         if time.monotonic() > until:
             return True
         time.sleep(0.02)
     return False
-
-
-def _identity(log: Path | None) -> tuple[int, int] | None:
-    """Which file is there, if any."""
-    try:
-        found = log.stat() if log is not None else None
-    except FileNotFoundError:
-        return None
-    return found and (found.st_dev, found.st_ino)
 
 
 def _deleted(controller: Controller, device: DeviceInfo) -> bool:
