@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from needs import Elsewhere
+from restarted import leave_nothing
 from servers import running_children, until
 
 import pyublk
@@ -136,3 +137,13 @@ def serve() -> Iterator[Serve]:
 def controller() -> Iterator[pyublk.Controller]:
     with pyublk.Controller() as opened:
         yield opened
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The working directory, with a run directory of its own, whose servers end with the test."""
+    monkeypatch.setenv("PYUBLK_RUN_DIR", str(tmp_path / "run"))
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    monkeypatch.chdir("/")
+    leave_nothing()

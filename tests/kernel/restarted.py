@@ -8,7 +8,7 @@ from command_line import run_here
 from servers import end_recorded_servers, until
 
 from pyublk.control import Controller
-from pyublk.service.records import Record, log_place, recorded_ids
+from pyublk.service.records import Record, log_place
 
 RESTARTING = "pyublk.service.restarting"
 
@@ -49,5 +49,3 @@ def leave_nothing() -> None:
     """Ends every server of the run directory, for good."""
     end_recorded_servers()
     until(lambda: restarting() == [], what="nobody restarts a server")
-    for number in recorded_ids():
-        run_here("del", "--force", str(number))

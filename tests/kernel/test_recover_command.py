@@ -3,14 +3,13 @@
 import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from blocks import Blocks
 from command_line import added, run_here
-from servers import end_recorded_servers, until
+from servers import until
 
 from pyublk.cli.failures import ExitCode
 from pyublk.control import Controller
@@ -18,17 +17,6 @@ from pyublk.service.records import Record, log_place, recorded_ids
 from pyublk.uapi import DeviceStatus
 
 MIB = 1 << 20
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("PYUBLK_RUN_DIR", str(tmp_path / "run"))
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    monkeypatch.chdir("/")
-    end_recorded_servers()
-    for number in recorded_ids():
-        run_here("del", "--force", str(number))
 
 
 def killed(controller: Controller, *arguments: str) -> dict[str, Any]:

@@ -2,26 +2,15 @@
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 from command_line import added, run_here
 from load import Load
-from restarted import leave_nothing, restart_of, served_again
+from restarted import restart_of, served_again
 from servers import helpers_of, until
 
 from pyublk.control import Controller
 from pyublk.service.records import log_place, recorded_ids
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("PYUBLK_RUN_DIR", str(tmp_path / "run"))
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    monkeypatch.chdir("/")
-    leave_nothing()
 
 
 def keepers_of_memory() -> set[int]:

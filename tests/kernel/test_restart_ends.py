@@ -2,27 +2,16 @@
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 from blocks import Blocks
 from command_line import added, run_here
-from restarted import leave_nothing, restarting, served_again
+from restarted import restarting, served_again
 from servers import device_is_gone, until
 
 from pyublk.control import Controller
 from pyublk.service import restarts
 from pyublk.service.records import log_place, recorded_ids
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("PYUBLK_RUN_DIR", str(tmp_path / "run"))
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    monkeypatch.chdir("/")
-    leave_nothing()
 
 
 def states(pid: int) -> set[str]:

@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from files import FILES
 from load import Load
 from memory import Memory
 from needs import needs, only_where
-from servers import end_recorded_servers, until
+from servers import until
 
 import pyublk
 from pyublk.cli.failures import ExitCode
@@ -31,16 +30,11 @@ RESEND = ("--recovery", "resend")
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("PYUBLK_RUN_DIR", str(tmp_path / "run"))
-    monkeypatch.chdir(tmp_path)
+def place(place: Path) -> Path:
+    """With a file for a disk."""
     with open("store", "wb") as file:
         file.truncate(MIB)
-    yield tmp_path
-    monkeypatch.chdir("/")
-    end_recorded_servers()
-    for number in recorded_ids():
-        run_here("del", "--force", str(number))
+    return place
 
 
 def server_of(device: int) -> int:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """`pyublk recover`."""
 
+from collections.abc import Callable
+
 import click
 
 from pyublk.cli.adding import TargetName, target_options
@@ -8,6 +10,7 @@ from pyublk.cli.failures import Failure, open_controller, raise_all
 from pyublk.cli.listing import find
 from pyublk.cli.output import print_json
 from pyublk.cli.parameters import DeviceId, json_option
+from pyublk.control import Controller, DeviceInfo
 from pyublk.service.plan import DiskSpec
 from pyublk.service.records import Record
 from pyublk.service.recovering import recover
@@ -41,16 +44,33 @@ def recover_(
     if device == "all" and target is not None:
         raise click.UsageError("several disks cannot have the same TARGET: recover one at a time")
     spec = None if target is None else DiskSpec(target=target, arguments=arguments, options=options)
+    give_servers(
+        device,
+        lambda one: one.ours and one.status.awaits_server,
+        lambda controller, one: recover(controller, one, spec, server=server),
+        as_json=as_json,
+    )
+
+
+def give_servers(
+    device: int | str,
+    in_all: Callable[[DeviceInfo], bool],
+    give: Callable[[Controller, DeviceInfo], Record],
+    *,
+    as_json: bool,
+) -> None:
+    """Gives the device another server by `give`, or each of `all` that is `in_all`, and prints
+    those that have one. Raises for those that have not, once each was tried."""
     done: list[Record] = []
     failures: list[Failure] = []
     with open_controller() as controller:
         if isinstance(device, int):
             wanted = [find(controller, device)]
         else:
-            wanted = [one for one in controller.devices() if one.ours and one.status.awaits_server]
+            wanted = [one for one in controller.devices() if in_all(one)]
         for one in wanted:
             try:
-                done.append(recover(controller, one, spec, server=server))
+                done.append(give(controller, one))
             except Exception as error:
                 if len(wanted) == 1:
                     raise

@@ -4,10 +4,8 @@
 import click
 
 from pyublk.cli.adding import target_options
-from pyublk.cli.failures import Failure, open_controller, raise_all
-from pyublk.cli.listing import find
-from pyublk.cli.output import print_json
 from pyublk.cli.parameters import DeviceId, json_option
+from pyublk.cli.recovering import give_servers
 from pyublk.service.records import Record
 from pyublk.service.upgrading import upgrade
 
@@ -29,23 +27,9 @@ def upgrade_(device: int | str, options: dict[str, str], as_json: bool) -> None:
     """
     if device == "all" and options:
         raise click.UsageError("--option is for one disk: upgrade them one at a time")
-    done: list[Record] = []
-    failures: list[Failure] = []
-    with open_controller() as controller:
-        if isinstance(device, int):
-            wanted = [find(controller, device)]
-        else:
-            wanted = [one for one in controller.devices() if Record.of(one) is not None]
-        for one in wanted:
-            try:
-                done.append(upgrade(controller, one, options))
-            except Exception as error:
-                if len(wanted) == 1:
-                    raise
-                failures.append(Failure(error, of=one.path))
-    if as_json:
-        print_json([{"id": one.id, "path": one.path, "server_pid": one.server.pid} for one in done])
-    else:
-        for record in done:
-            click.echo(record.path)
-    raise_all(failures)
+    give_servers(
+        device,
+        lambda one: Record.of(one) is not None,
+        lambda controller, one: upgrade(controller, one, options),
+        as_json=as_json,
+    )
