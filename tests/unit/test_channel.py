@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -326,3 +327,28 @@ def test_arguments_are_those_of_the_function() -> None:
 def test_a_servers_name_is_one_of_a_file(name: str) -> None:
     with pytest.raises(ValueError, match="is not a server's name: use 1 to 64 letters"):
         channel.check_server_name(name)
+
+
+def test_a_socket_that_changes_hands(
+    place: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server before has closed it, and the next one is on record: that one is asked."""
+
+    class Now(SimpleNamespace):
+        def read(self, _device: int) -> SimpleNamespace:
+            serve(stay=lambda: "here")
+            return next_one
+
+    before = SimpleNamespace(id=3, cookie=5, path="/dev/ublkb3", server=SimpleNamespace(pid=1))
+    next_one = SimpleNamespace(**vars(before) | {"server": SimpleNamespace(pid=os.getpid())})
+    monkeypatch.setattr(channel, "socket_place", lambda _device: place)
+    monkeypatch.setattr(channel, "Record", Now())
+    assert channel.ask(cast(Any, before), "stay") == "here"
+
+
+def test_a_server_that_has_ended_and_no_other(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = SimpleNamespace(id=3, cookie=5, path="/dev/ublkb3", server=SimpleNamespace(pid=1))
+    monkeypatch.setattr(channel, "socket_place", lambda _device: place)
+    monkeypatch.setattr(channel, "Record", SimpleNamespace(read=lambda _device: one))
+    with pytest.raises(ChannelError, match="nobody listens"):
+        channel.ask(cast(Any, one), "stay")

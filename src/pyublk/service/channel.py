@@ -156,7 +156,14 @@ def ask(record: Record, request: str, /, *, timeout: float | None = 30.0, **argu
     patience = GREETING if timeout is None else min(timeout, GREETING)
     until = time.monotonic() + patience
     while True:
-        with Client(place, timeout=patience) as client:
+        try:
+            client = Client(place, timeout=patience)
+        except ChannelError:  # also when the socket changes hands just now
+            if (now := _now(record)).server == record.server:
+                raise
+            record = now
+            continue
+        with client:
             if client.server_pid == record.server.pid:
                 return client.ask(request, timeout=timeout, **arguments)
             if time.monotonic() > until:
@@ -165,9 +172,13 @@ def ask(record: Record, request: str, /, *, timeout: float | None = 30.0, **argu
                     f"{record.server.pid}"
                 )
         time.sleep(0.01)
-        now = Record.read(record.id)
-        if now is not None and now.cookie == record.cookie:
-            record = now
+        record = _now(record)
+
+
+def _now(record: Record) -> Record:
+    """What is on record of the same disk now."""
+    now = Record.read(record.id)
+    return now if now is not None and now.cookie == record.cookie else record
 
 
 @contextmanager
