@@ -105,6 +105,7 @@ cdef extern from "_core/ring.h" nogil:
     pu_sqe *pu_ring_get_sqe(pu_ring *)
     uint32_t pu_ring_unsubmitted(const pu_ring *)
     int pu_ring_submit(pu_ring *, uint32_t, int64_t, uint32_t)
+    int pu_ring_submit_and_wait(pu_ring *, uint32_t, int64_t, uint32_t)
     uint32_t pu_ring_ready(const pu_ring *)
     const pu_cqe *pu_ring_cqe(const pu_ring *, uint32_t)
     void pu_ring_advance(pu_ring *, uint32_t)

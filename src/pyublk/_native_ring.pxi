@@ -255,21 +255,14 @@ cdef class Ring:
             if not self.ring.features & PU_FEAT_MIN_TIMEOUT:
                 raise errors.FeatureMissing("min_wait", "Linux 6.12", "an older kernel")
             min_wait_us = <uint32_t>(nanoseconds(min_wait) // 1000)
-        cdef int done, again = 0
-        cdef uint32_t wanted = 0
-        if timeout is None and min_wait is None:
-            wanted = min(wait, self.ring.cq_entries)
+        cdef int done
         self.busy += 1
         with nogil:
-            done = pu_ring_submit(&self.ring, wait, limit, min_wait_us)
-            # Kernels end a wait when a time-out fires, which is before its completion is there.
-            while (done >= 0 and again >= 0 and pu_ring_ready(&self.ring) < wanted
-                   and not pu_ring_unsubmitted(&self.ring)):
-                again = pu_ring_submit(&self.ring, wait, limit, 0)
+            done = pu_ring_submit_and_wait(&self.ring, wait, limit, min_wait_us)
         self.busy -= 1
-        if done == -EINTR or again == -EINTR:
+        if done == -EINTR:
             PyErr_CheckSignals()
-            return max(done, 0)
+            return 0
         if done == -ETIME:
             return 0
         if done < 0:

@@ -322,6 +322,16 @@ def test_waits_end_in_time() -> None:
 
 
 @needs_io_uring
+@pytest.mark.parametrize("limit", [None, 60])
+def test_a_timeout_that_fires_does_not_end_a_wait_for_more(limit: float | None) -> None:
+    with Ring(4) as ring:  # the kernel itself wakes a waiter for each
+        for number in range(1, 4):
+            ring.timeout(0.01 * number, user_data=number)
+        assert ring.submit(3, timeout=limit) == 3
+        assert [done.user_data for done in ring.completions()] == [1, 2, 3]
+
+
+@needs_io_uring
 def test_after_the_minimum_wait_one_completion_is_enough() -> None:
     with Ring(4) as ring:
         ring.nop(7)

@@ -381,6 +381,38 @@ int pu_ring_submit(struct pu_ring *ring, uint32_t wait, int64_t timeout_ns, uint
 	}
 }
 
+static int64_t now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
+}
+
+int pu_ring_submit_and_wait(struct pu_ring *ring, uint32_t wait, int64_t timeout_ns,
+			    uint32_t min_wait_us)
+{
+	uint32_t wanted = wait < ring->cq_entries ? wait : ring->cq_entries;
+	int64_t end = timeout_ns < 0 ? 0 : now_ns() + timeout_ns;
+	int done = pu_ring_submit(ring, wait, timeout_ns, min_wait_us);
+
+	if (min_wait_us && wanted)
+		wanted = 1;
+	while (done >= 0 && pu_ring_ready(ring) < wanted && !pu_ring_unsubmitted(ring)) {
+		int64_t left = timeout_ns < 0 ? PU_FOREVER : end - now_ns();
+		int again;
+
+		if (timeout_ns >= 0 && left <= 0)
+			break;
+		again = pu_ring_submit(ring, wanted, left, 0);
+		if (again == -ETIME || again == -EINTR)
+			break;
+		if (again < 0)
+			return again;
+	}
+	return done;
+}
+
 struct pu_sqe *pu_ring_next_sqe(struct pu_ring *ring)
 {
 	struct pu_sqe *sqe = pu_ring_get_sqe(ring);
@@ -419,14 +451,6 @@ static void tell_of_completed(struct pu_ring *ring, pu_over over, void *context)
 			over(context, cqe->user_data, cqe->res);
 	}
 	pu_ring_advance(ring, there);
-}
-
-static int64_t now_ns(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
 }
 
 /* A thread ends when all that it had begun is over. */

@@ -209,6 +209,12 @@ void pu_ring_retract(struct pu_ring *ring);
  * Returns the number submitted, or -ETIME, -EINTR, -EAGAIN, -EBUSY (reap first), other -errno. */
 int pu_ring_submit(struct pu_ring *ring, uint32_t wait, int64_t timeout_ns, uint32_t min_wait_us);
 
+/* The same, for who counts on what was waited for: the kernel ends a wait when a time-out fires, too,
+ * which is before its completion is there (io_should_wake in io_uring/io_uring.c). This waits on for
+ * the rest of the time. Also ended by a signal, with what was submitted before. */
+int pu_ring_submit_and_wait(struct pu_ring *ring, uint32_t wait, int64_t timeout_ns,
+			    uint32_t min_wait_us);
+
 uint32_t pu_ring_ready(const struct pu_ring *ring);
 
 /* Whether an enter would bring completions that no eventfd tells of any more: what came while the
