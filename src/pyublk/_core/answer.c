@@ -48,8 +48,8 @@ static int post_to_kernel(struct pu_queue *q, uint16_t tag, int64_t result)
 	if (!error) {
 		if (value < 0)
 			__atomic_fetch_add(&q->counters.errors, 1, __ATOMIC_RELAXED);
-		__atomic_fetch_add(&q->posted, 1, __ATOMIC_RELEASE);
-		if (__atomic_load_n(&q->ending, __ATOMIC_ACQUIRE))
+		__atomic_fetch_add(&q->posted, 1, __ATOMIC_SEQ_CST);
+		if (__atomic_load_n(&q->ending, __ATOMIC_SEQ_CST))
 			pu_wake_call(&q->wake); /* it may have waited for this one alone */
 	}
 	pthread_mutex_unlock(&q->inbox_lock);

@@ -274,7 +274,7 @@ void pu_batch_complete(struct pu_queue *q, const struct pu_cqe *cqe)
 			q->counters.fallbacks++;
 		} else if (cqe->res < 0) {
 			b->ended = true;
-			q->ending = true;
+			pu_queue_set_ending(q, true);
 			if (cqe->res != -ENODEV && cqe->res != -ECANCELED && !q->error)
 				q->error = cqe->res;
 		}

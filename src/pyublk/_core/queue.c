@@ -40,7 +40,7 @@ int pu_queue_fetch(struct pu_queue *q)
 	bool ring = q->ring.fd >= 0;
 	int error = ring ? pu_wake_arm(&q->wake, &q->ring, WAKE) : 0;
 
-	q->ending = false;
+	pu_queue_set_ending(q, false);
 	if (!error)
 		error = fetch_tags(q);
 	while (!error && ring && pu_ring_unsubmitted(&q->ring)) {

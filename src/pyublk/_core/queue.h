@@ -220,14 +220,22 @@ static inline bool pu_queue_holds(const struct pu_queue *q, uint16_t tag, uint32
 /* Requests that were taken, and not answered. */
 static inline uint32_t pu_queue_held(const struct pu_queue *q)
 {
-	return q->owned - __atomic_load_n(&q->posted, __ATOMIC_ACQUIRE);
+	return q->owned - __atomic_load_n(&q->posted, __ATOMIC_SEQ_CST);
+}
+
+/* Whoever posts an answer counts it, and then looks at `ending`; the owner sets that, and then looks
+ * at the count before it waits. In one order for both, or neither would see the other. */
+static inline void pu_queue_set_ending(struct pu_queue *q, bool ending)
+{
+	__atomic_store_n(&q->ending, ending, __ATOMIC_SEQ_CST);
 }
 
 /* The kernel has taken a tag away, or did not take its answer. */
 static inline void pu_queue_lose(struct pu_queue *q, uint16_t tag, int32_t result)
 {
 	pu_tag_set_state(&q->tags[tag], PU_TAG_GONE);
-	q->ending = true;
+	if (!q->ending)
+		pu_queue_set_ending(q, true);
 	if (result != -ENODEV && result != -ECANCELED && !q->error)
 		q->error = result;
 }
