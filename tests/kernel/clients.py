@@ -118,7 +118,7 @@ class Clients:
             pairs = zip(self.answers, before, strict=True)
             return bool(self.wrong) or all(now >= then + answers for now, then in pairs)
 
-        until(has_gone_on, PATIENCE, "clients get answers")
+        until(has_gone_on, 2 * PATIENCE, "clients get answers")
         assert not self.wrong, self.wrong[:5]
 
     def next_answer(self, before: int) -> None:

@@ -1,5 +1,5 @@
-"""Disks of the command whose servers are killed, under `fio --verify` and under clients whose
-history is explained: `./run soak --kills 100`.
+"""Disks of the command whose servers are killed, or upgraded, under `fio --verify` and under
+clients whose history is explained: `./run soak --kills 100`, `./run soak --upgrades 20`.
 
 fio's checksums tell of a block that is wrong, and the history of the clients, which use the disk's
 first blocks, of one that is old.
@@ -138,14 +138,25 @@ class Disk:
             with self.history.resending():
                 os.kill(server, 9)
                 until(lambda: not running(server), what="the server is dead")
-                answers = sum(self.clients.answers)
                 how = "restarted by the helper"
                 if not restarts or who == "both":
                     how = "recovered by command"
                     by_command(self, restarts=restarts)
-                self.clients.next_answer(answers)
+                self.clients.goes_on(2)  # the first may be of before, and be seen only now
                 self.report.pauses[how].append(self.clients.longest)
         self.report.events[f"kill of {who}"] += 1
+
+    def upgrade(self) -> None:
+        """Each request is answered once: nothing is sent again."""
+        self.clients.longest = 0.0
+        before = self.server
+        done = run_here("upgrade", str(self.number))
+        assert done.exit_code == 0, done.stderr
+        assert self.server != before
+        until(lambda: not running(before), what="the server before ends")
+        self.clients.goes_on(3)
+        self.report.pauses["upgraded"].append(self.clients.longest)
+        self.report.events["upgrade"] += 1
 
 
 def running(pid: int) -> bool:
@@ -180,6 +191,22 @@ def kills(count: int, seed: int, report: Report, tell: Callable[[str], Any]) -> 
             disk.stop()
             report.lives[f"with {disk.queues} queues"] += 1
             tell(f"disk {number}: {report}")
+
+
+def upgrades(count: int, seed: int, report: Report, tell: Callable[[str], Any]) -> None:
+    """`count` of them, by `pyublk upgrade`; then each disk's server is killed once, so that the
+    pauses can be compared. Raises AssertionError when anything is wrong."""
+    with left_clean() as place:
+        for turn, queues in enumerate(QUEUES):
+            disk = Disk(place, queues, report)
+            with disk.load(seed + turn):
+                for _ in range(turn, count, len(QUEUES)):
+                    disk.upgrade()
+                disk.kill("server", restarts=True)
+                disk.clients.goes_on(3)
+            disk.stop()
+            report.lives[f"with {disk.queues} queues"] += 1
+            tell(f"disk {turn}: {report}")
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 Lives of two kinds come in turn: in those of `chaos`, handlers misbehave; in those of `model`,
 servers are killed and followed by others. Each life follows from the seed and its number, and can
-be repeated by itself. `--kills` and `--corners` do the same to servers of the command.
+be repeated by itself. `--kills`, `--upgrades` and `--corners` are about servers of the command.
 """
 
 import argparse
@@ -69,6 +69,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="the life to begin with")
     parser.add_argument("--only", choices=sorted(PARTS), help="lives of one kind")
     parser.add_argument("--kills", type=int, metavar="N", help="instead: N kills under fio")
+    parser.add_argument("--upgrades", type=int, metavar="N", help="instead: N upgrades under fio")
     parser.add_argument("--corners", type=int, metavar="N", help="instead: each bad moment N times")
     options = parser.parse_args()
     if not 0 < options.minutes < float("inf"):
@@ -79,6 +80,7 @@ def main() -> int:
     began = time.monotonic()
     instead = {
         kills.kills: options.kills,
+        kills.upgrades: options.upgrades,
         corners.corners: options.corners,
     }
     if any(instead.values()):
