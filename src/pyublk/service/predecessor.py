@@ -7,6 +7,9 @@ from pyublk import errors
 from pyublk.service.channel import ChannelError, Client
 from pyublk.service.records import Record, socket_place
 
+#: Seconds for it to greet: nobody waits for the disk yet, and it may be very busy.
+_GREETING = 60.0
+
 #: Seconds for a process that has closed its channel to be gone.
 _ENDING = 10.0
 
@@ -30,7 +33,7 @@ class Predecessor:
         if process is None:
             return
         with process:
-            self._client = client = Client(place)
+            self._client = client = Client(place, timeout=_GREETING)
             if client.server_pid != self._record.server.pid:
                 raise errors.DeviceBusy(
                     f"{self._record.path} got another server meanwhile, process {client.server_pid}"
