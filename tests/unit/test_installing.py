@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pyublk import errors
-from pyublk.service import definitions, installing
+from pyublk.service import definitions
 from pyublk.service.definitions import Definition
 from pyublk.service.installing import Change, Work, carry_out, installation, removal
 
@@ -101,15 +101,23 @@ def test_files_that_are_not_ours(tmp_path: Path, found: list[Definition]) -> Non
     assert removal(units=tmp_path / "units", rules=tmp_path / "rules").files == ()
 
 
-def test_a_command_that_fails(
-    tmp_path: Path, found: list[Definition], called: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_command_that_fails(tmp_path: Path, found: list[Definition], called: Path) -> None:
     called.with_name("systemctl").write_text("#!/bin/sh\necho no manager >&2\nexit 1\n")
     with pytest.raises(errors.UblkError, match="systemctl daemon-reload: no manager"):
         carry_out(work_for(found, tmp_path))
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(errors.UblkError, match="this machine does not run systemd"):
-        installing._run(["systemctl", "daemon-reload"])
+
+
+def test_a_machine_without_systemd(
+    tmp_path: Path, found: list[Definition], called: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is written, or removed, whose commands cannot be run then."""
+    work = work_for(found, tmp_path)
+    called.with_name("udevadm").unlink()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    with pytest.raises(errors.UblkError, match="udevadm is not there: this machine does not run"):
+        carry_out(work)
+    assert not (tmp_path / "units").exists()
+    assert not called.exists()
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not there")

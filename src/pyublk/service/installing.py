@@ -91,7 +91,11 @@ def removal(*, units: Path = UNITS, rules: Path = RULES) -> Work:
 
 
 def carry_out(work: Work) -> None:
-    """Does it. Raises OSError, and UblkError for a command that fails."""
+    """Does it. Raises OSError, and UblkError for a command that fails. One that is not there is
+    found before anything is changed."""
+    for program, *_ in (*work.before, *work.after):
+        if shutil.which(program) is None:
+            raise errors.UblkError(f"{program} is not there: this machine does not run systemd")
     for command in work.before:
         _run(command)
     for step in work.files:
@@ -149,8 +153,6 @@ def _commands(steps: Sequence[FileStep], units: Path, rules: Path) -> tuple[tupl
 
 
 def _run(command: Sequence[str]) -> None:
-    if shutil.which(command[0]) is None:
-        raise errors.UblkError(f"{command[0]} is not there: this machine does not run systemd")
     done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=False)
     if done.returncode:
         said = done.stderr.strip() or f"exit code {done.returncode}"
