@@ -36,26 +36,6 @@ def told(manager: socket.socket) -> str | None:
         return None
 
 
-def test_what_is_told_reaches_the_manager(
-    manager: socket.socket, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    managed.tell("READY=1\nSTATUS=here")
-    assert told(manager) == "READY=1\nSTATUS=here"
-    monkeypatch.delenv("NOTIFY_SOCKET")
-    managed.tell("READY=1")
-    assert told(manager) is None
-
-
-def test_a_name_without_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
-        listening.bind("")  # a name that the kernel chooses
-        listening.setblocking(False)
-        name = listening.getsockname()
-        monkeypatch.setenv("NOTIFY_SOCKET", "@" + name[1:].decode())
-        managed.tell("READY=1")
-        assert told(listening) == "READY=1"
-
-
 class Queues:
     """Counters as a test sets them: (requests, held) for each queue."""
 

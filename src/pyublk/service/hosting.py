@@ -30,6 +30,7 @@ from pyublk.service.processes import ProcessId
 from pyublk.service.records import Record, log_place, memory_place, socket_place
 from pyublk.service.restarts import Restarts
 from pyublk.sharing import SharedMemory
+from pyublk.target import Target
 from pyublk.targets import Ram
 
 log = logging.getLogger("pyublk.server")
@@ -282,12 +283,15 @@ def made(
     take_over: TakeOver | None,
     *,
     background: bool,
+    prepare: Callable[[Target], None] | None = None,
     ask: Callable[[], None] | None = None,
 ) -> tuple[Device, Restarts]:
     """What is to be started, and whether its server is to be restarted; `background`: by a process
-    of its own; `ask` as for `Device.take_over`. Raises what `DiskSpec.device` and `restarts.decide`
-    raise."""
+    of its own; `prepare` is called with its target; `ask` as for `Device.take_over`. Raises what
+    `DiskSpec.device` and `restarts.decide` raise."""
     target = spec.make_target()
+    if prepare is not None:
+        prepare(target)
     with Controller() as controller:
         there = None
         if take_over is not None:

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: MIT
 """One defined disk, served in this process under a service manager such as systemd.
 
-The manager starts the process again when it fails; so nobody else does. What it is told goes to the
-socket that it names in the environment (sd_notify(3)).
+The manager starts the process again when it fails; so nobody else does.
 """
 
 import faulthandler
 import logging
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +22,7 @@ from pyublk.service import daemon, definitions, rights
 from pyublk.service.claim import take
 from pyublk.service.definitions import Definition
 from pyublk.service.hosting import Served
+from pyublk.service.manager import Store, tell
 from pyublk.service.plan import DiskSpec, TakeOver
 from pyublk.service.records import Record
 from pyublk.service.server import ServeResult, serve
@@ -45,18 +44,7 @@ _PRIORITIES = {
 }
 
 
-# ---- the service manager ----
-
-
-def tell(state: str) -> None:
-    """Tells the service manager, if there is one that wants to know: `READY=1` and its like."""
-    place = os.environ.get("NOTIFY_SOCKET")
-    if not place:
-        return
-    if place.startswith("@"):  # a name without a file
-        place = "\0" + place[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as to:
-        to.sendto(state.encode(), place)
+# ---- its watchdog and its journal ----
 
 
 class Watchdog:
@@ -178,6 +166,7 @@ def serve_defined(definition: Definition, ready: Callable[[Record], None]) -> Se
                 log_file=None,
                 ready=begun,
                 take_over=take_over,
+                prepare=partial(Store().prepare, new=take_over is None),
                 look=look,
                 ending=partial(unless_used, controller),
             )

@@ -28,6 +28,7 @@ from pyublk.service.records import (
     server_log_place,
 )
 from pyublk.stats import QueueStats
+from pyublk.target import Target
 
 log = logging.getLogger("pyublk.server")
 
@@ -99,6 +100,7 @@ def serve(
     log_file: Path | None,
     ready: Callable[[Record], None],
     take_over: TakeOver | None = None,
+    prepare: Callable[[Target], None] = nothing,
     look: Callable[[Device], None] = nothing,
     ending: Callable[[Served], AbstractContextManager[None]] = at_once,
 ) -> ServeResult | None:
@@ -106,9 +108,9 @@ def serve(
 
     `ready` is called, once the disk is there, with its record, which is in the run directory while
     the disk is. `log_file` is moved to its place beside the record. `take_over`: a disk that is
-    there, and waits for a server. `look` is called every LOOK_AFTER seconds. The disk is stopped
-    within `ending` when a signal came. Returns None when one came before the disk was
-    there. Raises what `DiskSpec.device`, `Device` and `rights` raise.
+    there, and waits for a server. `prepare` is called with the target before it is opened, and
+    `look` every LOOK_AFTER seconds. The disk is stopped within `ending` when a signal came; None is
+    returned if it came before that was there. Raises what `DiskSpec.device`, `Device`, `rights` do.
     """
     make_run_directory()
     rights.begin(spec.disk.get("user"))
@@ -124,6 +126,7 @@ def serve(
                     spec,
                     take_over,
                     background=log_file is not None,
+                    prepare=prepare,
                     ask=None if before is None else before.ask,
                 )
                 device.start()

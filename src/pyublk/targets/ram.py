@@ -51,9 +51,10 @@ class Ram(NativeTarget):
 
     @property
     def file(self) -> int | None:
-        """The descriptor of the file that has the data, if it is in one and open."""
-        file = -1 if self._memory is None else self._memory.file
-        return None if file < 0 else file
+        """The descriptor of the file that has the data, if it is in one."""
+        if self._memory is None:
+            return None if self._kept is None else self._kept.fileno()
+        return None if self._memory.file < 0 else self._memory.file
 
     def open(self) -> None:
         if self._memory is None and self._kept is None:
