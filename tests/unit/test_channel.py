@@ -83,6 +83,16 @@ def test_a_client_is_greeted_and_answered_line_by_line(serve: Serve, place: Path
         assert client.server_pid == os.getpid()
 
 
+def test_a_server_knows_its_version_before_another_is_installed() -> None:
+    listener.version.cache_clear()
+    listening = Listener()
+    until = time.monotonic() + TIMEOUT
+    while not listener.version.cache_info().currsize and time.monotonic() < until:
+        time.sleep(0.01)
+    listening.close_all()
+    assert listener.version.cache_info().currsize == 1
+
+
 @pytest.mark.parametrize(
     ("line", "text"),
     [

@@ -166,6 +166,7 @@ class Listener:
             client.connection.close()
 
     def _run(self) -> None:
+        version()  # of what runs here: another may be installed later
         while True:
             for number, _ in self._poll.poll():
                 if number == self._over.fileno():

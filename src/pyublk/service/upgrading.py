@@ -64,6 +64,7 @@ def _check(device: DeviceInfo, record: Record) -> None:
     if record.log is None:
         raise ValueError(
             f"{device.path} cannot be upgraded: it is served in the foreground; restart its service"
+            f"{_unit(record)}"
         )
     if record.plan.disk.get("user") is not None:
         raise ValueError(
@@ -75,6 +76,13 @@ def _check(device: DeviceInfo, record: Record) -> None:
             f"{device.path} cannot be upgraded: it shares the server {record.server_name}; stop "
             "it and add it again"
         )
+
+
+def _unit(record: Record) -> str:
+    """The command that does so, if it has the unit that ships."""
+    if record.plan.name is None:
+        return ""
+    return f": systemctl restart pyublk@{record.plan.name}"
 
 
 def _outcome(controller: Controller, device: DeviceInfo, record: Record) -> str:
