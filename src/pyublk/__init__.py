@@ -38,7 +38,8 @@ in a directory also from its own line; `tests/unit/test_rooms.py` reads the map 
     lifecycle                the steps of a disk's life, in which the two halves meet
     device                   Device: who takes these steps, and when
     layers/                  targets over targets
-    targets/, testing/, vm/  the targets that ship; disks without a kernel; a kernel with ublk
+    targets/                 the targets that ship
+    testing/, vm/            disks without a kernel, power cuts; a kernel with ublk
     service/                 daemons that serve a disk: started, recorded, found, restarted, stopped
     demo                     what `./run demo` shows
     cli/                     the command
