@@ -41,6 +41,7 @@ in a directory also from its own line; `tests/unit/test_rooms.py` reads the map 
     targets/                 the targets that ship
     testing/, vm/            disks without a kernel, power cuts; a kernel with ublk
     service/                 daemons that serve a disk: started, recorded, found, restarted, stopped
+    traces/                  what was recorded of a disk: read, summed up, exported, drawn
     demo                     what `./run demo` shows
     cli/                     the command
 """
@@ -54,6 +55,7 @@ from pyublk.errors import (
     DeviceClosed,
     DeviceLost,
     DeviceNotFound,
+    ExtraMissing,
     FeatureMissing,
     HandlerTimeout,
     InternalError,
@@ -87,6 +89,7 @@ __all__ = [
     "DeviceNotFound",
     "DeviceState",
     "DeviceStats",
+    "ExtraMissing",
     "FeatureMissing",
     "Features",
     "HandlerTimeout",

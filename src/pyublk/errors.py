@@ -10,6 +10,7 @@
         ├── DeviceBusy          another program or device uses it
         ├── DeviceLost          the device or its node went away
         ├── DeviceNotFound      there is no such device (also an OSError, ENODEV)
+        ├── ExtraMissing        a package of an extra is not installed (also an ImportError)
         ├── FeatureMissing      the kernel, or the caller's rights, do not offer it
         ├── HandlerTimeout      a target's handler never returned (also a TimeoutError)
         ├── InvalidTarget       this class cannot be served (also a TypeError)
@@ -49,6 +50,13 @@ class DeviceLost(UblkError):
 
 class DeviceNotFound(UblkError, OSError):
     """There is no such device, or not any more; `errno` is ENODEV."""
+
+
+class ExtraMissing(UblkError, ImportError):
+    """A package that only one extra of pyublk needs is not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed: pip install 'pyublk[{extra}]'")
 
 
 class FeatureMissing(UblkError):

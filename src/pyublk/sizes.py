@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Sizes as people write them: 512, 64K, 512MiB, 1G. Every unit is a power of 1024."""
+"""Sizes as people write them: 512, 64K, 512MiB, 1G. Every unit is a power of 1024. Times, too."""
 
 import re
 
 UNITS = "KMGTPE"
+_TIMES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
 
 
 def parse_size(text: str) -> int:
@@ -28,3 +29,25 @@ def format_size(size: int) -> str:
         size //= 1024
         exponent += 1
     return f"{size}{UNITS[exponent - 1]}iB" if exponent else str(size)
+
+
+def short_size(size: float) -> str:
+    """A number of bytes in three digits, for people: 1.25MiB."""
+    exponent = 0
+    while size >= 999.5 and exponent < len(UNITS):
+        size /= 1024
+        exponent += 1
+    return f"{_digits(size)}{UNITS[exponent - 1]}iB" if exponent else f"{size:.0f}B"
+
+
+def short_seconds(seconds: float) -> str:
+    """A time in three digits, for people: 1.25ms."""
+    if not seconds:
+        return "0s"
+    scale, unit = next((one for one in _TIMES if seconds >= 0.9995 * one[0]), _TIMES[-1])
+    return f"{_digits(seconds / scale)}{unit}"
+
+
+def _digits(number: float) -> str:
+    """Three of them, or all that are before the point."""
+    return f"{number:.{2 if number < 9.995 else 1 if number < 99.95 else 0}f}"

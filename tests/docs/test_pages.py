@@ -47,7 +47,9 @@ def test_every_page_is_in_the_table_of_contents(site: Path) -> None:
     assert (site / "index.html").exists()
 
 
-@pytest.mark.parametrize("module", ["pyublk", "pyublk.targets", "pyublk.testing", "pyublk.vm"])
+@pytest.mark.parametrize(
+    "module", ["pyublk", "pyublk.targets", "pyublk.testing", "pyublk.traces", "pyublk.vm"]
+)
 def test_every_public_name_is_in_the_reference(site: Path, module: str) -> None:
     package = importlib.import_module(module)
     missing = [

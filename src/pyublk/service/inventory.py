@@ -98,9 +98,9 @@ def disk(
         params=params,
         record=record,
         record_trouble=record_trouble(device.id),
-        size=_size(name) if live else 0,
+        size=size_of(name) if live else 0,
         uses=tuple(uses(name)),
-        served=_served(name) if live else None,
+        served=counters(name) if live else None,
         io_scheduler=io_scheduler(name) if live else None,
         queues=tuple(_queues(name, device)) if live else (),
         server_name=command_name(device.server_pid) if device.server_pid is not None else None,
@@ -143,15 +143,17 @@ def _queues(name: str, device: DeviceInfo, sys: Path = Path("/sys")) -> Iterator
         )
 
 
-def _size(name: str, sys: Path = Path("/sys")) -> int:
+def size_of(name: str, sys: Path = Path("/sys")) -> int:
+    """Bytes of a block device by the kernel's name; 0 if there is none."""
     try:
         return int((sys / "class/block" / name / "size").read_text()) * 512
     except FileNotFoundError:
         return 0
 
 
-def _served(name: str, sys: Path = Path("/sys")) -> DiskCounters | None:
-    """Documentation/block/stat.rst: counts of requests and of 512-byte sectors."""
+def counters(name: str, sys: Path = Path("/sys")) -> DiskCounters | None:
+    """Those of a block device by the kernel's name; None if there is none."""
+    # Documentation/block/stat.rst: counts of requests and of 512-byte sectors.
     try:
         fields = [int(field) for field in (sys / "class/block" / name / "stat").read_text().split()]
     except FileNotFoundError:
