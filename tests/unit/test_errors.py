@@ -352,6 +352,7 @@ def test_the_tree() -> None:
         "DeviceBusy",
         "DeviceLost",
         "DeviceNotFound",
+        "ExtraMissing",
         "FeatureMissing",
         "HandlerTimeout",
         "InvalidTarget",
