@@ -18,6 +18,8 @@ from pyublk import errors, traces
 from pyublk.cli import main
 from pyublk.cli.failures import ExitCode
 from pyublk.traces import Category, Record, Request, Trace, TraceError
+from pyublk.traces.exports import FORMATS
+from pyublk.traces.plots import PLOTS
 from pyublk.traces.summary import depth
 
 K = 1024
@@ -447,10 +449,10 @@ def test_chromes_events(tmp_path: Path) -> None:
     assert max(one["args"]["requests"] for one in found["traceEvents"] if one["ph"] == "C") == 3
 
 
-@pytest.mark.parametrize("form", sorted(traces.FORMATS))
+@pytest.mark.parametrize("form", sorted(FORMATS))
 def test_every_format_takes_every_request(form: str, name: Path) -> None:
     out = io.StringIO()
-    traces.FORMATS[form](traces.read(name), out)
+    FORMATS[form](traces.read(name), out)
     assert len(out.getvalue().splitlines()) >= len(REQUESTS)
 
 
@@ -476,7 +478,7 @@ def test_a_picture_is_drawn(suffix: str, name: Path, tmp_path: Path) -> None:
 def test_one_plot_has_one_panel(name: Path) -> None:
     """And shows where each request was."""
     figure = pytest.importorskip("matplotlib.figure").Figure()
-    traces.PLOTS["offsets"](panel := figure.subplots(), traces.read(name))
+    PLOTS["offsets"](panel := figure.subplots(), traces.read(name))
     drawn = {points.get_label(): points.get_offsets().tolist() for points in panel.collections}
     assert drawn.keys() == {"read", "write", "discard"}
     assert drawn["discard"] == [pytest.approx([0.011, 2048])]
@@ -485,7 +487,7 @@ def test_one_plot_has_one_panel(name: Path) -> None:
 def test_the_heat_map_has_every_answered_request(tmp_path: Path) -> None:
     figure = pytest.importorskip("matplotlib.figure").Figure()
     traces.write(tmp_path / "t", [*many(), Request("read", 0, 512, 0.0, None)])
-    traces.PLOTS["latency"](panel := figure.subplots(), traces.read(tmp_path / "t"))
+    PLOTS["latency"](panel := figure.subplots(), traces.read(tmp_path / "t"))
     assert panel.collections[0].get_array().sum() == 1000
     assert panel.get_yscale() == "log"
 
@@ -495,7 +497,7 @@ def test_the_sizes_add_up(sizes: int, tmp_path: Path) -> None:
     figure = pytest.importorskip("matplotlib.figure").Figure()
     requests = [Request("read", 0, (n % sizes + 1) * 512, n * 1e-3, 1e-4) for n in range(200)]
     traces.write(tmp_path / "t", requests)
-    traces.PLOTS["sizes"](panel := figure.subplots(), traces.read(tmp_path / "t"))
+    PLOTS["sizes"](panel := figure.subplots(), traces.read(tmp_path / "t"))
     assert sum(bar.get_width() for bar in panel.patches) == 200
     assert len(panel.patches) == (4 if sizes == 4 else 6)
 

@@ -11,6 +11,8 @@ from pyublk.cli.failures import message
 from pyublk.cli.output import print_json, print_table
 from pyublk.cli.parameters import json_option
 from pyublk.sizes import format_size, short_seconds, short_size
+from pyublk.traces.exports import FORMATS
+from pyublk.traces.plots import PLOTS
 from pyublk.traces.summary import QUANTILES, OperationSummary, Summary
 
 #: How many of the most frequent sizes are told of each operation.
@@ -115,7 +117,7 @@ def _sizes(found: Summary) -> list[list[str]]:
     return rows
 
 
-@trace.command()
+@trace.command(short_help="Draw a trace.")
 @_name
 @click.option(
     "--output",
@@ -126,7 +128,7 @@ def _sizes(found: Summary) -> list[list[str]]:
 )
 @click.option(
     "--only",
-    type=click.Choice(list(traces.PLOTS)),
+    type=click.Choice(list(PLOTS)),
     multiple=True,
     help="Draw this plot only; may be repeated.",
 )
@@ -136,16 +138,16 @@ def plot(name: str, output: str | None, only: tuple[str, ...]) -> None:
     This needs matplotlib: pip install 'pyublk[plot]'.
     """
     output = output or f"{name}.png"
-    traces.plot(read(name), output, plots=only or tuple(traces.PLOTS))
+    traces.plot(read(name), output, plots=only or tuple(PLOTS))
     click.echo(output)
 
 
-@trace.command()
+@trace.command(short_help="Convert a trace.")
 @_name
 @click.option(
     "--format",
     "form",
-    type=click.Choice(list(traces.FORMATS)),
+    type=click.Choice(list(FORMATS)),
     required=True,
     help="fio: an iolog for `fio --read_iolog`; chrome: for ui.perfetto.dev; csv: a table.",
 )
@@ -165,9 +167,9 @@ def export(name: str, form: str, output: str) -> None:
     """
     found = read(name)
     if output == "-":
-        left_out = traces.FORMATS[form](found, sys.stdout)
+        left_out = FORMATS[form](found, sys.stdout)
     else:
         with open(output, "w") as file:
-            left_out = traces.FORMATS[form](found, file)
+            left_out = FORMATS[form](found, file)
     if left_out:
         message(f"{left_out} requests have no form in {form} and were left out")

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Traces of disks: blktrace's records read, paired to requests, summed up, exported and drawn."""
 
-from pyublk.traces.exports import FORMATS, to_chrome, to_csv, to_fio
-from pyublk.traces.plots import PLOTS, plot
+from pyublk.traces.exports import to_chrome, to_csv, to_fio
+from pyublk.traces.plots import plot
 from pyublk.traces.records import Action, Category, Record, TraceError, read_records, write_records
 from pyublk.traces.requests import Request, Trace, read, write
 from pyublk.traces.summary import OperationSummary, Range, Summary, summarize
 
 __all__ = [
-    "FORMATS",
-    "PLOTS",
     "Action",
     "Category",
     "OperationSummary",

@@ -134,8 +134,8 @@ PLOTS: dict[str, Callable[["Axes", Trace], None]] = {
 
 
 def plot(trace: Trace, path: str | Path, *, plots: Sequence[str] = tuple(PLOTS)) -> None:
-    """Draws some of the `PLOTS` into one picture; the suffix of `path`, .png or .svg, tells
-    its form.
+    """Draws `plots`, of offsets, latency, sizes and depth, into one picture; the suffix of `path`,
+    .png or .svg, tells its form.
 
     Raises ExtraMissing without matplotlib, ValueError for another suffix or an unknown plot, and
     OSError.
