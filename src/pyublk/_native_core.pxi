@@ -209,6 +209,7 @@ cdef extern from "_core/queue.h" nogil:
     int pu_queue_fetch(pu_queue *)
     int pu_queue_wait(pu_queue *, int64_t)
     void pu_queue_carry_over(pu_queue *, uint32_t)
+    int pu_queue_submit(pu_queue *)
     int64_t pu_queue_tick() noexcept
     int pu_queue_event_fd(pu_queue *)
     int pu_queue_watch(pu_queue *, int)
@@ -260,9 +261,6 @@ cdef extern from "_core/copy.h" nogil:
 cdef extern from "_core/loopback.h" nogil:
     int pu_loopback_inject(pu_queue *, uint16_t, uint32_t, uint64_t, uint32_t)
     int32_t pu_loopback_result(const pu_queue *, uint16_t)
-
-cdef extern from "_core/batch.h" nogil:
-    int pu_batch_submit(pu_queue *)
 
 cdef extern from "sys/prctl.h" nogil:
     int PR_SET_NAME

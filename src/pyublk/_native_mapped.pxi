@@ -135,9 +135,7 @@ cdef class MappedQueue(Queue):
             limit = 0
         # Whoever waits for `fileno` now must not wait for what has not been handed over.
         with nogil:
-            if self.q.batch != NULL:
-                pu_batch_submit(&self.q)
-            pu_ring_submit(&self.q.ring, 0, 0, 0)
+            pu_queue_submit(&self.q)
         return True
 
     cdef bint mapped_round(

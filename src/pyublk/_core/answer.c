@@ -36,6 +36,7 @@ static bool takes_posts(const struct pu_queue *q)
 static int post_to_kernel(struct pu_queue *q, uint16_t tag, int64_t result)
 {
 	int32_t value = pu_commit_value_of(&q->desc[tag], result);
+	struct pu_posted posted = pu_taps_before_post(q, tag);
 	int error = 0;
 
 	pthread_mutex_lock(&q->inbox_lock);
@@ -48,6 +49,7 @@ static int post_to_kernel(struct pu_queue *q, uint16_t tag, int64_t result)
 	if (!error) {
 		if (value < 0)
 			__atomic_fetch_add(&q->counters.errors, 1, __ATOMIC_RELAXED);
+		pu_taps_post(q, &posted, value);
 		__atomic_fetch_add(&q->posted, 1, __ATOMIC_SEQ_CST);
 		if (__atomic_load_n(&q->ending, __ATOMIC_SEQ_CST))
 			pu_wake_call(&q->wake); /* it may have waited for this one alone */

@@ -10,6 +10,7 @@
 
 #include "batch.h"
 #include "queue.h"
+#include "tapping.h"
 
 /* Never a short result: kernels disagree about what it means. `length` is that of the request. */
 static inline int32_t pu_commit_value(uint32_t op, uint64_t length, int64_t result)
@@ -54,6 +55,7 @@ PU_ALWAYS_INLINE int pu_commit(struct pu_queue *q, uint16_t tag, int32_t value)
 	if (value < 0)
 		pu_count(&q->counters.errors, 1);
 	q->owned--;
+	pu_taps_answer(q, tag, value);
 	if (!q->batch)
 		return pu_commit_alone(q, tag, value);
 	pu_commit_in_batch(q, tag, value);

@@ -13,6 +13,7 @@
 #include "batch.h"
 #include "forked.h"
 #include "loopback.h"
+#include "tapping.h"
 
 #ifndef PR_SET_IO_FLUSHER
 #define PR_SET_IO_FLUSHER 57
@@ -187,6 +188,8 @@ int pu_queue_open(struct pu_queue *q, int cdev, const struct pu_queue_options *o
 		error = -ENOMEM;
 	else
 		error = get_inert(q);
+	if (!error)
+		error = pu_taps_open(q);
 	if (!error && cdev < 0)
 		error = pu_loopback_open(q);
 	if (!error)
@@ -284,6 +287,7 @@ void pu_queue_free(struct pu_queue *q)
 	}
 	put_inert(q);
 	pu_loopback_free(q);
+	pu_taps_close(q);
 	free(q->tags);
 	free(q->ready);
 	free(q->inbox);

@@ -11,6 +11,7 @@
 #include "commit.h"
 #include "copy.h"
 #include "loopback.h"
+#include "tapping.h"
 
 #define WAKE PU_USER_DATA(PU_KIND_WAKE, 0)
 #define WATCH PU_USER_DATA(PU_KIND_WATCH, 0)
@@ -102,6 +103,17 @@ PU_ALWAYS_INLINE void handle(struct pu_queue *q, uint16_t tag, uint32_t op_flags
 		q->error = error;
 }
 
+/* To its target: at once, or with others when the wait returns. */
+PU_ALWAYS_INLINE void deliver(struct pu_queue *q, uint16_t tag, uint32_t op_flags, uint64_t length)
+{
+	if (q->native) {
+		q->nr_ready++;
+		handle(q, tag, op_flags, length);
+	} else {
+		q->ready[q->nr_ready++] = tag;
+	}
+}
+
 PU_ALWAYS_INLINE void take(struct pu_queue *q, uint16_t tag)
 {
 	const struct pu_desc *desc = &q->desc[tag];
@@ -114,14 +126,13 @@ PU_ALWAYS_INLINE void take(struct pu_queue *q, uint16_t tag)
 	t->fetched = false;
 	t->zone_lba = 0; /* the kernel refuses a commit that has one for nothing */
 	t->buffer = pu_queue_next_buffer(q, tag); /* before anybody can fail it, and offer another */
+	t->arrived = q->taps.now;
+	t->operation = pu_operations[op];
 	pu_tag_own(t);
 	q->owned++;
-	if (q->native) {
-		q->nr_ready++;
-		handle(q, tag, op_flags, length);
-	} else {
-		q->ready[q->nr_ready++] = tag;
-	}
+	if (__builtin_expect(q->taps.countable < 0, 0) && !pu_taps_arrive(q, tag))
+		return;
+	deliver(q, tag, op_flags, length);
 }
 
 static inline int complete_tag(struct pu_queue *q, uint16_t tag, int32_t result)
@@ -151,6 +162,8 @@ static int reap(struct pu_queue *q)
 	uint32_t there = pu_ring_ready(&q->ring);
 	int error = 0;
 
+	if (there)
+		pu_taps_begin_batch(q);
 	for (uint32_t i = 0; i < there; i++) {
 		const struct pu_cqe *cqe = pu_ring_cqe(&q->ring, i);
 		enum pu_kind kind = (enum pu_kind)(cqe->user_data >> PU_KIND_SHIFT);
@@ -232,6 +245,15 @@ int pu_queue_watch(struct pu_queue *q, int fd)
 	return 0;
 }
 
+int pu_queue_submit(struct pu_queue *q)
+{
+	int error;
+
+	pu_taps_flush(q);
+	error = q->batch ? pu_batch_submit(q) : 0;
+	return error < 0 ? error : pu_ring_submit(&q->ring, 0, 0, 0);
+}
+
 static int wait_kernel(struct pu_queue *q, int64_t timeout_ns)
 {
 	eventfd_t events;
@@ -240,6 +262,7 @@ static int wait_kernel(struct pu_queue *q, int64_t timeout_ns)
 	/* Before the enter: what comes after it is told anew. */
 	if (q->event_fd >= 0)
 		eventfd_read(q->event_fd, &events);
+	pu_taps_flush(q);
 	if (q->batch) {
 		done = pu_batch_submit(q);
 		if (done < 0 && done != -EAGAIN)
@@ -283,6 +306,7 @@ static void take_injected(struct pu_queue *q)
 {
 	struct pu_loopback *loopback = q->loopback;
 
+	pu_taps_begin_batch(q);
 	q->owned -= loopback->nr_injected; /* counted again as they are taken */
 	for (uint32_t i = 0; i < loopback->nr_injected; i++)
 		take(q, loopback->injected[i]);

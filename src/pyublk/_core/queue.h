@@ -23,6 +23,7 @@
 #include "ring.h"
 #include "shared.h"
 #include "tag.h"
+#include "taps.h"
 #include "ublk.h"
 #include "wake.h"
 
@@ -120,6 +121,7 @@ struct pu_queue {
 	void *completer;
 
 	struct pu_counters counters;
+	struct pu_taps taps;
 };
 
 /* user_data: what a completion is about is in the top byte, its number below. */
@@ -149,6 +151,9 @@ int pu_queue_wait(struct pu_queue *q, int64_t timeout_ns);
  * and waits for nothing. So the answers that there are go out before. */
 void pu_queue_carry_over(struct pu_queue *q, uint32_t served);
 
+/* Submits all commits, for who will not wait next. 0 or -errno. */
+int pu_queue_submit(struct pu_queue *q);
+
 /* A descriptor that becomes readable when there is something to wait for, or -errno. Not the ring's
  * own: a ring that defers its work does not wake those who poll it. Owner thread only. */
 int pu_queue_event_fd(struct pu_queue *q);
@@ -176,13 +181,24 @@ static inline void pu_count(uint64_t *counter, uint64_t add)
 	__atomic_store_n(counter, *counter + add, __ATOMIC_RELAXED);
 }
 
-/* Nanoseconds, as of the last tick of the kernel's clock: a cheap look at the time. */
-static inline int64_t pu_queue_tick(void)
+static inline int64_t pu_time(clockid_t clock)
 {
 	struct timespec now;
 
-	clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
+	clock_gettime(clock, &now);
 	return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
+}
+
+/* Nanoseconds. */
+static inline int64_t pu_queue_now(void)
+{
+	return pu_time(CLOCK_MONOTONIC);
+}
+
+/* Likewise, as of the last tick of the kernel's clock: a cheap look at the time. */
+static inline int64_t pu_queue_tick(void)
+{
+	return pu_time(CLOCK_MONOTONIC_COARSE);
 }
 
 /* Of the tag's request. */

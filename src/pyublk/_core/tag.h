@@ -28,8 +28,10 @@ struct pu_tag {
 	uint64_t life; /* generation << 32 | pins << 8 | state */
 	bool fetched; /* user copy: a write's data is in the buffer already */
 	bool carried_over; /* within pu_queue_carry_over: seen */
+	uint8_t operation; /* what its latency counts as: PU_READS, ... */
 	uint8_t *buffer; /* of its request, whatever the next one is offered */
 	uint64_t zone_lba; /* zone append: where it was written, in 512-byte sectors */
+	int64_t arrived; /* ns */
 };
 
 #define PU_PIN UINT64_C(0x100)

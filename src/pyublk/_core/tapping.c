@@ -1,0 +1,173 @@
+/* SPDX-License-Identifier: MIT */
+#define _GNU_SOURCE
+#include "tapping.h"
+
+#include <stdlib.h>
+#include <sys/mman.h>
+
+#define LOOKS 100000 /* at an owner that is at the trace, which is for as long as a record takes */
+
+/* Both histograms, and the list, are memory that nobody has touched until there are requests. */
+static size_t bytes_of(const struct pu_queue *q)
+{
+	return 2 * sizeof(struct pu_histogram) + q->depth * sizeof(*q->taps.answered);
+}
+
+int pu_taps_open(struct pu_queue *q)
+{
+	void *map = mmap(NULL, bytes_of(q), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	if (map == MAP_FAILED)
+		return -ENOMEM;
+	q->taps.histogram = map;
+	q->taps.others = q->taps.histogram + 1;
+	q->taps.answered = (uint16_t *)(q->taps.others + 1);
+	return 0;
+}
+
+void pu_taps_close(struct pu_queue *q)
+{
+	if (q->taps.histogram)
+		munmap(q->taps.histogram, bytes_of(q));
+	q->taps.histogram = NULL;
+}
+
+/* Whoever takes the trace away waits until at_trace is false: so either it sees that we are there, or we
+ * see that the trace is gone. */
+static struct pu_trace *come_to_trace(struct pu_queue *q)
+{
+	__atomic_store_n(&q->taps.at_trace, true, __ATOMIC_SEQ_CST);
+	return __atomic_load_n(&q->taps.trace, __ATOMIC_SEQ_CST);
+}
+
+static void leave_trace(struct pu_queue *q)
+{
+	__atomic_store_n(&q->taps.at_trace, false, __ATOMIC_RELEASE);
+}
+
+bool pu_taps_arrive(struct pu_queue *q, uint16_t tag)
+{
+	struct pu_trace *trace = come_to_trace(q);
+
+	if (trace)
+		pu_trace_put(trace, PU_TRACE_QUEUED, &q->desc[tag], q->taps.now, 0);
+	leave_trace(q);
+	pu_taps_issue(q, tag);
+	return true;
+}
+
+void pu_taps_issue(struct pu_queue *q, uint16_t tag)
+{
+	struct pu_trace *trace = come_to_trace(q);
+
+	if (trace && q->tags[tag].arrived >= trace->began)
+		pu_trace_put(trace, PU_TRACE_ISSUED, &q->desc[tag], q->taps.now, 0);
+	leave_trace(q);
+}
+
+void pu_taps_list(struct pu_queue *q, uint16_t tag, int32_t value)
+{
+	struct pu_trace *trace = come_to_trace(q);
+
+	if (trace && q->tags[tag].arrived >= trace->began)
+		pu_trace_put(trace, PU_TRACE_COMPLETED, &q->desc[tag], pu_queue_now(), value);
+	leave_trace(q);
+	q->taps.answered[q->taps.nr_answered++] = tag;
+}
+
+static void count_at_once(struct pu_taps *taps, int64_t now)
+{
+	int64_t ns = now - taps->now;
+	uint32_t bucket = pu_histogram_bucket(ns);
+
+	for (uint32_t operation = 0; operation < PU_OPERATIONS; operation++) {
+		uint32_t requests = taps->answered_at_once[operation];
+
+		if (!requests)
+			continue;
+		taps->answered_at_once[operation] = 0;
+		pu_histogram_add(taps->histogram, operation, bucket, ns, requests);
+	}
+}
+
+/* Those that came together are mostly answered together: a bucket is found once for them. */
+static void count_listed(struct pu_queue *q, int64_t now)
+{
+	struct pu_taps *taps = &q->taps;
+	int64_t arrived = now;
+	uint32_t bucket = 0;
+
+	for (uint32_t i = 0; i < taps->nr_answered; i++) {
+		const struct pu_tag *t = &q->tags[taps->answered[i]];
+
+		if (t->arrived != arrived) {
+			arrived = t->arrived;
+			bucket = pu_histogram_bucket(now - arrived);
+		}
+		pu_histogram_add(taps->histogram, t->operation, bucket, now - arrived, 1);
+	}
+	taps->nr_answered = 0;
+}
+
+void pu_taps_flush(struct pu_queue *q)
+{
+	struct pu_taps *taps = &q->taps;
+	uint32_t at_once = 0;
+	int64_t now;
+
+	for (uint32_t operation = 0; operation < PU_OPERATIONS; operation++)
+		at_once |= taps->answered_at_once[operation];
+	if (!at_once && !taps->nr_answered)
+		return;
+	now = pu_queue_now();
+	if (at_once)
+		count_at_once(taps, now);
+	count_listed(q, now);
+}
+
+struct pu_posted pu_taps_before_post(const struct pu_queue *q, uint16_t tag)
+{
+	const struct pu_tag *t = &q->tags[tag];
+
+	return (struct pu_posted){ q->desc[tag], t->arrived, pu_queue_now(), t->operation };
+}
+
+void pu_taps_post(struct pu_queue *q, const struct pu_posted *posted, int32_t value)
+{
+	struct pu_trace *trace = q->taps.trace;
+	int64_t ns = posted->now - posted->arrived;
+
+	pu_histogram_add(q->taps.others, posted->operation, pu_histogram_bucket(ns), ns, 1);
+	if (trace && posted->arrived >= trace->began)
+		pu_trace_put(trace, PU_TRACE_COMPLETED, &posted->desc, posted->now, value);
+}
+
+void pu_taps_arm(struct pu_queue *q)
+{
+	bool armed = __atomic_load_n(&q->taps.trace, __ATOMIC_ACQUIRE) ||
+		     __atomic_load_n(&q->taps.gate, __ATOMIC_ACQUIRE);
+
+	__atomic_store_n(&q->taps.armed, armed, __ATOMIC_RELEASE);
+}
+
+bool pu_taps_trace(struct pu_queue *q, struct pu_trace *trace)
+{
+	uint32_t looks = LOOKS;
+
+	pthread_mutex_lock(&q->inbox_lock); /* other threads are at the trace only with it */
+	__atomic_store_n(&q->taps.trace, trace, __ATOMIC_SEQ_CST);
+	pu_taps_arm(q);
+	pthread_mutex_unlock(&q->inbox_lock);
+	while (__atomic_load_n(&q->taps.at_trace, __ATOMIC_SEQ_CST)) {
+		if (!looks--)
+			return false;
+		nanosleep(&(struct timespec){ 0, 20000 }, NULL);
+	}
+	return true;
+}
+
+void pu_taps_read(const struct pu_queue *q, struct pu_histogram *sum)
+{
+	pu_histogram_read(q->taps.histogram, sum);
+	pu_histogram_read(q->taps.others, sum);
+}
