@@ -47,12 +47,12 @@ def round_trip(path: str, byte: bytes = b"r") -> None:
 # ---- many lives ----
 
 
-@pytest.mark.timeout(900)  # a hundred of what others do once
+@pytest.mark.timeout(600)  # forty of what others do once
 def test_many_lives_leave_nothing() -> None:
     """Devices, threads, descriptors and processes are counted by the fixture around every test;
     here also memory, which must not grow with the number of lives."""
     sizes = []
-    for life in range(100):
+    for life in range(40):
         disk = Device(Memory(64 * 1024), depth=32, max_io_size=65536, id=7)
         with disk, Blocks(disk.path) as client:
             client.write(bytes([life]) * 65536, 0)
@@ -62,9 +62,9 @@ def test_many_lives_leave_nothing() -> None:
             gc.collect()
             sizes.append(resident())
     assert threading.active_count() == 1
-    # The first lives warm the allocator up; after them, a leak of 12 KiB a life is seen, and that
-    # of one tag's buffer would be 5.6 MiB by now.
-    assert sizes[-1] - sizes[0] < MIB, sizes
+    # The first lives warm the allocator up; after them, a leak of 18 KiB a life is seen, and that
+    # of one tag's buffer would be 1.9 MiB by now.
+    assert sizes[-1] - sizes[0] < MIB // 2, sizes
 
 
 # ---- states ----

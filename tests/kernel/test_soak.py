@@ -8,12 +8,11 @@ import soak
 
 @pytest.mark.leaves_threads
 @pytest.mark.timeout(400)
-def test_a_thousand_events(caplog: pytest.LogCaptureFixture) -> None:
-    """Handlers that misbehave."""
+def test_handlers_that_misbehave(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL, "pyublk")  # each event would be told
-    enough = lambda report: report.lives.total() >= 8 and report.events.total() >= 1000  # noqa: E731
+    enough = lambda report: report.lives.total() >= 3 and report.events.total() >= 350
     report = soak.run(4, ["chaos"], enough, print)
-    assert report.checked > 5000
+    assert report.checked > 1500
     for event in ("raise first", "raise last", "stall", "keep", "late wake-up", "kill", "stop"):
         assert report.events[event], f"{event} never happened: {report}"
 
