@@ -13,7 +13,7 @@ in a directory also from its own line; `tests/unit/test_rooms.py` reads the map 
     errors                   what is raised, and the sentences for it
     _native                  over _core/: Ring, Queue, IO; control commands; native targets
     features, defects        what the kernel can do, and what is wrong with it
-    params, stats            device parameters; counters
+    params, stats, tracing   device parameters; counters and latencies; a record of each request
     descriptors              room for the open files of many disks
     claimant                 a program that claims a disk and flushes it
     claiming                 how it is used
@@ -36,6 +36,7 @@ in a directory also from its own line; `tests/unit/test_rooms.py` reads the map 
     kernel_disk, session     a disk's two halves: the kernel's device; one target served on it
     handover                 a disk's requests, from one server to the next
     lifecycle                the steps of a disk's life, in which the two halves meet
+    tapped                   what is asked of a disk's queues, whatever serves them
     device                   Device: who takes these steps, and when
     layers/                  targets over targets
     targets/                 the targets that ship
@@ -73,8 +74,9 @@ from pyublk.profile import Profile
 from pyublk.recovery import Recovery
 from pyublk.servers import Servers
 from pyublk.sharing import SharedMemory
-from pyublk.stats import DeviceStats, QueueStats
+from pyublk.stats import DeviceStats, Histogram, QueueStats
 from pyublk.target import NativeTarget, Target
+from pyublk.tracing import Trace, TraceSummary
 from pyublk.zoned import ZonedTarget
 
 __all__ = [
@@ -93,6 +95,7 @@ __all__ = [
     "FeatureMissing",
     "Features",
     "HandlerTimeout",
+    "Histogram",
     "InternalError",
     "InvalidTarget",
     "Layer",
@@ -114,6 +117,8 @@ __all__ = [
     "SharedMemory",
     "StaleIO",
     "Target",
+    "Trace",
+    "TraceSummary",
     "UblkError",
     "ZonedTarget",
 ]

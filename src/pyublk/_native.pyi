@@ -29,6 +29,7 @@ __all__ = [
     "Ring",
     "ShardedLock",
     "SharedTable",
+    "TraceBuffer",
     "WriteInChild",
     "address",
     "become_io_flusher",
@@ -396,6 +397,12 @@ class Queue:
         `QueueSet`. False: the device has stopped."""
     def counters(self) -> tuple[tuple[int, ...], tuple[int, ...], int, int, int, int]:
         """For `QueueStats.from_counters`."""
+    def latency(self) -> tuple[tuple[int, tuple[tuple[int, int], ...]], ...]:
+        """For `pyublk.stats.latency_of`: of each operation, the sum of all latencies in
+        nanoseconds, and for each bucket that is not empty its upper bound, likewise, and count."""
+    def trace(self, buffer: TraceBuffer | None) -> None:
+        """Records each request from now on in `buffer`; None: no more. When it returns, nothing is
+        written to the buffer before any more. From any thread."""
     def wake(self) -> None:
         """Makes a `wait` return. From any thread."""
     def fail_held(self, error: int = 5) -> None:
@@ -410,6 +417,24 @@ class Queue:
         """Loopback: where the tag's zone append was written, as answered."""
     def memory(self, tag: int, length: int) -> memoryview:
         """The tag's buffer as the kernel sees it."""
+
+@final
+class TraceBuffer:
+    """Memory of `size` bytes for records of a queue's requests, as blktrace has them.
+
+    `device` is the number that each record names (major << 20 | minor), `number` what it has for
+    the CPU. Raises MemoryError.
+    """
+
+    def __init__(self, size: int, *, device: int = 0, number: int = 0) -> None: ...
+    @property
+    def kept(self) -> int:
+        """How many records it has."""
+    @property
+    def lost(self) -> int:
+        """How many it had no room for."""
+    def records(self) -> memoryview:
+        """Those that it has, when no queue records to it any more."""
 
 @final
 class Dispatcher:

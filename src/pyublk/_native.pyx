@@ -63,6 +63,7 @@ __all__ = [
     "Ring",
     "ShardedLock",
     "SharedTable",
+    "TraceBuffer",
     "WriteInChild",
     "address",
     "become_io_flusher",
@@ -78,6 +79,7 @@ include "_native_buffers.pxi"
 include "_native_ring.pxi"
 include "_native_shared.pxi"
 include "_native_io.pxi"
+include "_native_trace.pxi"
 include "_native_queue.pxi"
 include "_native_async.pxi"
 include "_native_layout.pxi"

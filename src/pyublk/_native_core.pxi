@@ -210,6 +210,7 @@ cdef extern from "_core/queue.h" nogil:
     int pu_queue_wait(pu_queue *, int64_t)
     void pu_queue_carry_over(pu_queue *, uint32_t)
     int pu_queue_submit(pu_queue *)
+    int64_t pu_queue_now() noexcept
     int64_t pu_queue_tick() noexcept
     int pu_queue_event_fd(pu_queue *)
     int pu_queue_watch(pu_queue *, int)
@@ -222,6 +223,37 @@ cdef extern from "_core/queue.h" nogil:
     uint8_t *pu_queue_buffer(const pu_queue *, uint16_t)
     uint8_t *pu_queue_next_buffer(const pu_queue *, uint16_t)
     bint pu_queue_holds(const pu_queue *, uint16_t, uint32_t)
+
+cdef extern from "_core/histogram.h" nogil:
+    int PU_BUCKETS
+    int PU_OTHERS
+    int PU_READS
+    int PU_WRITES
+    int PU_FLUSHES
+    int PU_DISCARDS
+    int PU_WRITES_OF_ZEROES
+
+    struct pu_histogram:
+        uint64_t total_ns[6]
+        uint64_t counts[6][256]
+
+    uint64_t pu_histogram_bound(uint32_t)
+
+cdef extern from "_core/trace.h" nogil:
+    struct pu_trace:
+        void *records
+        int64_t began
+        uint32_t device
+        uint32_t cpu
+
+    int pu_trace_open(pu_trace *, size_t)
+    void pu_trace_close(pu_trace *)
+    uint64_t pu_trace_kept(const pu_trace *)
+    uint64_t pu_trace_lost(const pu_trace *)
+
+cdef extern from "_core/tapping.h" nogil:
+    bint pu_taps_trace(pu_queue *, pu_trace *)
+    void pu_taps_read(const pu_queue *, pu_histogram *)
 
 cdef extern from "_core/open.h" nogil:
     struct pu_queue_options:

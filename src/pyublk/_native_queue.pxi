@@ -40,6 +40,7 @@ cdef class Queue:
     cdef Buffers buffers
     cdef CharDevice device
     cdef SharedTable table
+    cdef TraceBuffer trace_buffer
     cdef object __weakref__
 
     def __init__(self, fd, uint16_t queue_id=0, *, unsigned int depth=DEFAULT_DEPTH,
@@ -413,6 +414,34 @@ cdef class Queue:
             now.largest_batch,
             now.fallbacks,
         )
+
+    def latency(self):
+        cdef pu_histogram now
+        memset(&now, 0, sizeof(now))
+        pu_taps_read(&self.q, &now)
+        return tuple([
+            (
+                now.total_ns[operation],
+                tuple([
+                    (pu_histogram_bound(bucket), now.counts[operation][bucket])
+                    for bucket in range(PU_BUCKETS)
+                    if now.counts[operation][bucket]
+                ]),
+            )
+            for operation in (
+                PU_READS, PU_WRITES, PU_FLUSHES, PU_DISCARDS, PU_WRITES_OF_ZEROES, PU_OTHERS
+            )
+        ])
+
+    @cython.critical_section
+    def trace(self, TraceBuffer buffer):
+        cdef pu_trace *trace = NULL if buffer is None else &buffer.trace
+        cdef bint left
+        with nogil:
+            left = pu_taps_trace(&self.q, trace)
+        if not left and self.trace_buffer is not None:
+            Py_INCREF(self.trace_buffer)  # the owner may still write to it
+        self.trace_buffer = buffer
 
     def wake(self):
         if self.is_open:

@@ -32,7 +32,7 @@ from pyublk.paths import PathChoice
 from pyublk.servers import Servers
 from pyublk.session import Session
 from pyublk.sharing import SharedMemory, check_share
-from pyublk.stats import DeviceStats
+from pyublk.tapped import Tapped
 from pyublk.target import Target
 
 log = logging.getLogger("pyublk.device")
@@ -44,7 +44,7 @@ LOOK_FOR_STOP = 0.05
 
 
 @documented(DEVICE)
-class Device:
+class Device(Tapped):
     """A target served as `/dev/ublkbN`.
 
     ::
@@ -180,11 +180,6 @@ class Device:
         if kernel is None or self._state is DeviceState.STOPPED:
             raise errors.DeviceClosed(f"the device is {self._state}")
         return kernel.look()
-
-    def stats(self) -> DeviceStats:
-        """The counters since the start; after the stop, their last values."""
-        self._check_process()
-        return self._life.stats()
 
     def __repr__(self) -> str:
         kernel = self._life.kernel

@@ -16,14 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 from pyublk import errors
 from pyublk.defects import defects_of
 from pyublk.features import Features
-from pyublk.handover import (
-    check_fits,
-    end_by_quiesce,
-    flush,
-    needs_flush,
-    open_when_free,
-    quiesces,
-)
+from pyublk.handover import check_fits, end_by_quiesce, flush, needs_flush, open_when_free, quiesces
 from pyublk.kernel_disk import KernelDisk
 from pyublk.options import DeviceOptions, number_of_queues
 from pyublk.paths import PathChoice, choose_path
@@ -35,6 +28,7 @@ from pyublk.session import Session
 from pyublk.sharing import Sharing
 from pyublk.stats import DeviceStats
 from pyublk.target import Target
+from pyublk.tracing import Trace
 from pyublk.uapi import SECTOR_SIZE, ControlCommand, Feature
 
 if TYPE_CHECKING:  # event loops are for disks that need one
@@ -103,7 +97,8 @@ class Lifecycle:
         self.stays_guarded = False
         self._live = False
         self._final_stats: DeviceStats | None = None
-        self._earlier: DeviceStats | None = None  # of targets that were swapped
+        self._earlier = DeviceStats(())  # of targets that were swapped
+        self.trace: Trace | None = None
         self._on_shared_loop = False
 
     def _new_session(self, target: Target) -> Session:
@@ -125,10 +120,7 @@ class Lifecycle:
 
     def stats(self) -> DeviceStats:
         """Counters since the start; after the end, the last ones."""
-        if self._final_stats is not None:
-            return self._final_stats
-        now = self.session.stats()
-        return now if self._earlier is None else self._earlier.added(now)
+        return self._final_stats or self._earlier.added(self.session.stats())
 
     def configure(self) -> None:
         """Opens the target, and adds a device of the kernel's that fits it, or adopts one."""
@@ -266,6 +258,8 @@ class Lifecycle:
             if kernel is not None:
                 kernel.close()
             self._final_stats = self.stats()
+            if self.trace is not None:
+                self.trace.end()
             session.dismiss()
             self._leave_shared_loop()
 
@@ -342,8 +336,7 @@ class Lifecycle:
         kernel, old = self.disk(), self.session
         end_by_quiesce(kernel, old, patience=patience, give_up=list)
         kernel.spared = True
-        stats = old.stats()
-        self._earlier = stats if self._earlier is None else self._earlier.added(stats)
+        self._earlier = self._earlier.added(old.stats())
         if not old.all_ended() and not old.leave(LEAVES):
             raise errors.HandlerTimeout(
                 f"{kernel.info.path} is not handed over: a handler of {type(old.target).__name__} "
@@ -440,8 +433,7 @@ class Lifecycle:
         hung = end_by_quiesce(
             kernel, old, patience=patience, give_up=lambda: _give_up_hanging(kernel, old)
         )
-        stats = old.stats()
-        self._earlier = stats if self._earlier is None else self._earlier.added(stats)
+        self._earlier = self._earlier.added(old.stats())
         self._let_go_of(old)
         return hung
 
@@ -461,6 +453,8 @@ class Lifecycle:
         self.session = session
         self._where_served(session, partial(self.begin_serving, failed=failed))
         self._await_fetches()
+        if self.trace is not None:
+            self.trace.follow(session.queues())
         kernel.end_recovery()
 
     def _put_back(self, old: Session, error: BaseException, failed: Callable[[], None]) -> None:

@@ -20,7 +20,7 @@ from pyublk.keeping import opened_for
 from pyublk.profile import Profile
 from pyublk.queue_servers import QueueServer, ServingTask, TagSet, ThreadProvider
 from pyublk.scheduling import queue_thread_name
-from pyublk.stats import DeviceStats, QueueStats
+from pyublk.stats import DeviceStats, QueueStats, latency_of, sum_latency
 from pyublk.target import Target
 
 
@@ -211,16 +211,19 @@ class Session:
 
     # ---- while it is served ----
 
-    def _queues(self) -> list[Queue]:
+    def queues(self) -> list[Queue]:
+        """Once all are `primed`; those of a disk's queue, if it has several threads, together."""
         return [queue for server in self._servers for queue in server.queues]
 
     def stats(self) -> DeviceStats:
-        """Counters of each queue, those of its threads added up."""
+        """Counters of each queue, those of its threads added up, and all latencies."""
         parts: dict[int, list[QueueStats]] = {}
-        for queue in self._queues():
+        latency = sum_latency(latency_of(queue.latency()) for queue in self.queues())
+        for queue in self.queues():
             held = queue.held  # first: what is answered meanwhile is still held, not forgotten
             parts.setdefault(queue.id, []).append(QueueStats.from_counters(queue.counters(), held))
-        return DeviceStats(tuple(QueueStats.sum(parts[queue]) for queue in sorted(parts)))
+        sums = tuple(QueueStats.sum(parts[queue]) for queue in sorted(parts))
+        return DeviceStats(sums, latency)
 
     def runs_here(self) -> bool:
         """Whether the caller is a handler."""
@@ -248,7 +251,7 @@ class Session:
         last: tuple[int, int] | None = None
         since = 0.0
         while not done():
-            held = sum(queue.held for queue in self._queues())
+            held = sum(queue.held for queue in self.queues())
             if (now := (self.stats().total.requests, held)) != last:
                 last, since = now, time.monotonic()
             limit = patience if held else idle
@@ -269,12 +272,12 @@ class Session:
         workers, waiting = self._engine.hanging(), self._engine.waiting()
         held = [
             f"queue {queue.id} held {queue.held} request(s) that nobody completed"
-            for queue in self._queues()
+            for queue in self.queues()
             if queue.held
         ]
         full = [server for server in servers if server.holds_everything()]
         self._engine.cancel()
-        for queue in self._queues():
+        for queue in self.queues():
             queue.fail_held()
         if self.progress_until(self.all_ended, patience=1.0, idle=1.0):
             # What a queue that failed held is no handler's doing.

@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: MIT
 """Counters as frozen snapshots: taking one costs the serving threads nothing."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from itertools import zip_longest
+from math import ceil, nan
+from typing import Any, Self
 
 from pyublk.uapi import Op
+
+#: What latencies are told apart by, in the order of `Queue.latency`; "other" is of zones.
+OPERATIONS = ("read", "write", "flush", "discard", "write_zeroes", "other")
 
 #: What Queue.counters() gives: requests and bytes by operation, errors, enters, largest batch,
 #: fallbacks.
@@ -83,10 +89,108 @@ class QueueStats:
 
 
 @dataclass(frozen=True, slots=True)
+class Histogram:
+    """How long the requests of one operation took, from their arrival to their answer.
+
+    Latencies are counted in buckets: four for each power of two of nanoseconds, so that the bounds
+    of a bucket are at most 25 % apart. `a - b`, of a later and an earlier snapshot, is what came
+    between them, and `a + b` what both have.
+    """
+
+    #: For each bucket that is not empty, ascending: its upper bound in nanoseconds, and how many
+    #: requests took less than that, and no less than the bound below.
+    buckets_ns: tuple[tuple[int, int], ...] = ()
+    #: All latencies together, in nanoseconds.
+    total_ns: int = 0
+
+    @property
+    def count(self) -> int:
+        """How many requests there were."""
+        return sum(count for _, count in self.buckets_ns)
+
+    @property
+    def total(self) -> float:
+        """All latencies together, in seconds."""
+        return self.total_ns / 1e9
+
+    @property
+    def buckets(self) -> tuple[tuple[float, int], ...]:
+        """As `buckets_ns`, in seconds."""
+        return tuple((bound / 1e9, count) for bound, count in self.buckets_ns)
+
+    def quantile(self, q: float) -> float:
+        """Seconds that a share `q` (0 to 1) of the requests did not exceed: the upper bound of the
+        last bucket of these. NaN when there were no requests. Raises ValueError for another `q`."""
+        if not 0 <= q <= 1:
+            raise ValueError(f"a quantile is between 0 and 1, not {q}")
+        wanted = max(1, ceil(q * self.count))
+        for bound, count in self.buckets_ns:
+            wanted -= count
+            if wanted <= 0:
+                return bound / 1e9
+        return nan
+
+    def __add__(self, other: "Histogram") -> "Histogram":
+        return self._combined(other, 1)
+
+    def __sub__(self, other: "Histogram") -> "Histogram":
+        """Raises ValueError when `other` is not an earlier snapshot of this one."""
+        return self._combined(other, -1)
+
+    def _combined(self, other: "Histogram", sign: int) -> "Histogram":
+        counts = Counter(dict(self.buckets_ns))
+        for bound, count in other.buckets_ns:
+            counts[bound] += sign * count
+        if any(count < 0 for count in counts.values()):
+            raise ValueError("only an earlier snapshot of a histogram can be taken from it")
+        return Histogram(
+            tuple((bound, count) for bound, count in sorted(counts.items()) if count),
+            self.total_ns + sign * other.total_ns,
+        )
+
+    def told(self) -> dict[str, Any]:
+        """It, as JSON has it (see `from_told`)."""
+        return {
+            "total_ns": self.total_ns,
+            "buckets": [[bound, count] for bound, count in self.buckets_ns],
+        }
+
+    @classmethod
+    def from_told(cls, told: Mapping[str, Any]) -> Self:
+        """What `told` told: the `latency` of an operation in a channel's answer to `stats`."""
+        return cls(tuple((bound, count) for bound, count in told["buckets"]), told["total_ns"])
+
+
+#: By each of OPERATIONS.
+Latency = Mapping[str, Histogram]
+
+NO_LATENCY: Latency = dict.fromkeys(OPERATIONS, Histogram())
+
+
+def sum_latency(parts: Iterable[Latency]) -> Latency:
+    """All of them together."""
+    sums = dict(NO_LATENCY)
+    for part in parts:
+        for name, histogram in part.items():
+            sums[name] = sums[name] + histogram if sums[name].buckets_ns else histogram
+    return sums
+
+
+def latency_of(counted: Sequence[tuple[int, tuple[tuple[int, int], ...]]]) -> Latency:
+    """What `Queue.latency` gives."""
+    return {
+        name: Histogram(buckets, total_ns)
+        for name, (total_ns, buckets) in zip(OPERATIONS, counted, strict=True)
+    }
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceStats:
-    """The counters of every queue, in queue order, and their sum."""
+    """The counters of every queue, in queue order, and their sum; latencies, by operation: "read",
+    "write", "flush", "discard", "write_zeroes", "other"."""
 
     queues: tuple[QueueStats, ...]
+    latency: Latency = field(default_factory=lambda: NO_LATENCY, hash=False)
 
     @property
     def total(self) -> QueueStats:
@@ -96,4 +200,7 @@ class DeviceStats:
     def added(self, other: "DeviceStats") -> "DeviceStats":
         """Those of both, queue by queue; queues that one has not made yet have counted nothing."""
         pairs = zip_longest(self.queues, other.queues, fillvalue=QueueStats())
-        return DeviceStats(tuple(QueueStats.sum(pair) for pair in pairs))
+        return DeviceStats(
+            tuple(QueueStats.sum(pair) for pair in pairs),
+            sum_latency((self.latency, other.latency)),
+        )

@@ -168,6 +168,8 @@ bool pu_taps_trace(struct pu_queue *q, struct pu_trace *trace)
 
 void pu_taps_read(const struct pu_queue *q, struct pu_histogram *sum)
 {
+	if (!q->taps.histogram)
+		return;
 	pu_histogram_read(q->taps.histogram, sum);
 	pu_histogram_read(q->taps.others, sum);
 }

@@ -2,6 +2,10 @@
 #define _GNU_SOURCE
 #include "trace.h"
 
+#include <errno.h>
+#include <string.h>
+#include <sys/mman.h>
+
 #define MAGIC 0x65617407u /* and the version */
 
 enum { /* the upper half of an action: BLK_TC_* */
@@ -16,6 +20,28 @@ enum { /* the upper half of an action: BLK_TC_* */
 	DISCARD = 1u << 28,
 	FUA = 1u << 31,
 };
+
+int pu_trace_open(struct pu_trace *trace, size_t bytes)
+{
+	int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE;
+	void *map;
+
+	memset(trace, 0, sizeof(*trace));
+	map = mmap(NULL, bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
+	if (map == MAP_FAILED)
+		return -ENOMEM;
+	trace->records = map;
+	trace->bytes = bytes;
+	trace->room = bytes / sizeof(*trace->records);
+	return 0;
+}
+
+void pu_trace_close(struct pu_trace *trace)
+{
+	if (trace->records)
+		munmap(trace->records, trace->bytes);
+	trace->records = NULL;
+}
 
 static uint32_t category(uint32_t op_flags)
 {

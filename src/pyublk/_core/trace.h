@@ -9,6 +9,7 @@
 #ifndef PU_TRACE_H
 #define PU_TRACE_H
 
+#include <stddef.h>
 #include <stdint.h>
 
 #include "ublk.h"
@@ -37,12 +38,17 @@ _Static_assert(sizeof(struct pu_trace_record) == 48, "blk_io_trace");
 
 struct pu_trace {
 	struct pu_trace_record *records;
-	uint64_t room; /* of records */
+	size_t bytes;
+	uint64_t room; /* so many records */
 	uint64_t next; /* how many there were, with those for which there was no room */
 	int64_t began; /* what arrived before has no record */
 	uint32_t device;
 	uint32_t cpu; /* the number of the file */
 };
+
+/* Takes memory for so many bytes of records, all of it now; 0 or -ENOMEM. */
+int pu_trace_open(struct pu_trace *trace, size_t bytes);
+void pu_trace_close(struct pu_trace *trace);
 
 /* [any thread] */
 void pu_trace_put(struct pu_trace *trace, enum pu_trace_event event, const struct pu_desc *desc,

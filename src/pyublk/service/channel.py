@@ -16,6 +16,7 @@ import errno
 import json
 import os
 import re
+import select
 import socket
 import stat
 import struct
@@ -130,6 +131,11 @@ class Client:
             raise reports.revive(answer["error"])
         return answer["return"]
 
+    def ends_within(self, seconds: float | None) -> bool:
+        """Waits for the server's end of the connection, at most so long (None: for ever): whether
+        it came. Between two requests only."""
+        return bool(select.select([self._connection], [], [], seconds)[0])
+
     def _answer(self, until: float | None, timeout: float | None) -> dict[str, Any]:
         with _failures_told(self._place, timeout):
             line = self._lines.receive(until)
@@ -152,6 +158,12 @@ class Client:
 
 def ask(record: Record, request: str, /, *, timeout: float | None = 30.0, **arguments: Any) -> Any:
     """As `Client.ask`, of the server of a disk; if another one takes its place, of that one."""
+    with connect(record, timeout=timeout) as client:
+        return client.ask(request, timeout=timeout, **arguments)
+
+
+def connect(record: Record, *, timeout: float | None = 30.0) -> Client:
+    """A client of the server of a disk, or of the one that takes its place meanwhile."""
     place = socket_place(record.id)
     patience = GREETING if timeout is None else min(timeout, GREETING)
     until = time.monotonic() + patience
@@ -163,9 +175,9 @@ def ask(record: Record, request: str, /, *, timeout: float | None = 30.0, **argu
                 raise
             record = now
             continue
+        if client.server_pid == record.server.pid:
+            return client
         with client:
-            if client.server_pid == record.server.pid:
-                return client.ask(request, timeout=timeout, **arguments)
             if time.monotonic() > until:
                 raise ChannelError(
                     f"{place} belongs to process {client.server_pid}, and {record.path} to "

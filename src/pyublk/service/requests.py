@@ -21,6 +21,7 @@ from pyublk.device import Device
 from pyublk.service.listener import Conversation, version
 from pyublk.service.records import Record
 from pyublk.targets import Mirror
+from pyublk.tracing import DEFAULT_MEGABYTES
 
 
 class ServedDisk(Protocol):
@@ -45,6 +46,8 @@ REQUESTS: dict[str, Callable[..., Any]] = {}
 
 #: Seconds that a disk which is handed over may be without a server.
 HELD_WITHIN = 60.0
+#: Seconds that a trace lasts at most.
+TRACED_WITHIN = 7 * 24 * 3600.0
 
 #: How JSON calls its types.
 _WORDS = {int: "a whole number", bool: "true or false", str: "a text", type(None): "null"}
@@ -88,11 +91,13 @@ def _allowed(hint: Any) -> tuple[type, ...]:
 
 @request
 def stats(disk: ServedDisk) -> dict[str, Any]:
-    """The counters of each queue and of all together, `errors` among them: failed requests."""
+    """The counters of each queue and of all together, `errors` among them: failed requests; and
+    the latencies by operation."""
     found = disk.device.stats()
     return {
         "total": asdict(found.total),
         "queues": [asdict(queue) for queue in found.queues],
+        "latency": {name: histogram.told() for name, histogram in found.latency.items()},
     }
 
 
@@ -133,10 +138,32 @@ def replace(disk: ServedDisk, leg: int, path: str | None = None) -> dict[str, An
     target = disk.device.target
     if not isinstance(target, Mirror):
         raise ValueError(f"{disk.record.path} is not a mirror: only a mirror has legs")
-    if path is not None and not os.path.isabs(path):
-        raise ValueError(f"{path!r} must be an absolute path: the server has another directory")
+    if path is not None:
+        _check_absolute(path)
     target.replace(leg, None if path is None else Path(path))
     return {"target_status": target.status()}
+
+
+def _check_absolute(path: str) -> None:
+    if not os.path.isabs(path):
+        raise ValueError(f"{path!r} must be an absolute path: the server has another directory")
+
+
+@request
+def trace(
+    disk: ServedDisk, conversation: Conversation, path: str, megabytes: int = DEFAULT_MEGABYTES
+) -> dict[str, Any]:
+    """`Device.trace`. It is answered by the names of the files when it has begun; the client then
+    sends the request `end_trace`, which is answered by what there was, when the files are written.
+    They are also written when the client goes before, and after a week."""
+    _check_absolute(path)
+    recorded = disk.device.trace(path, megabytes=megabytes)
+    files = [str(file) for file in recorded.files]
+    try:
+        conversation.goes_on({"files": files}, by="end_trace", within=TRACED_WITHIN)
+    finally:
+        summary = recorded.stop()
+    return {"events": summary.events, "lost": summary.lost, "files": files}
 
 
 @request

@@ -2,15 +2,17 @@
 """What a client can do with a kernel-free disk: the same as with a real one."""
 
 import errno
+import os
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 
 from pyublk._native import Queue
 from pyublk.arguments import whole
-from pyublk.errors import DeviceClosed
+from pyublk.errors import DeviceBusy, DeviceClosed
 from pyublk.params import Params
-from pyublk.stats import DeviceStats, QueueStats
+from pyublk.stats import DeviceStats, QueueStats, latency_of
 from pyublk.target import Target
+from pyublk.tracing import DEFAULT_MEGABYTES, Trace
 from pyublk.uapi import SECTOR_SIZE, IOFlag, Op
 from pyublk.zones import REPORT_BYTES, Zone
 
@@ -52,6 +54,7 @@ class AsyncDisk:
         self._max_io_size = max_io_size
         self._depth = depth
         self._queue: Queue | None = None
+        self._trace: Trace | None = None
         self._params: Params | None = None
         self._serve: Callable[[Queue], Awaitable[None]]
 
@@ -62,6 +65,8 @@ class AsyncDisk:
         self._queue, self._params, self._serve = queue, params, serve
 
     def _end(self) -> None:
+        if self._trace is not None:
+            self._trace.end()
         self._queue = self._params = None
 
     # ---- looking at it ----
@@ -91,10 +96,25 @@ class AsyncDisk:
         self._params = replace(self.params, basic=replace(self.params.basic, size=size))
 
     def stats(self) -> DeviceStats:
-        """Counters since the disk was opened."""
+        """Counters and latencies since the disk was opened."""
+        queue = self._opened_queue()
+        return DeviceStats(
+            (QueueStats.from_counters(queue.counters()),), latency_of(queue.latency())
+        )
+
+    def trace(self, path: str | os.PathLike[str], *, megabytes: int = DEFAULT_MEGABYTES) -> Trace:
+        """Records each request from now on, as `Device.trace` does; until `stop`, or the end of
+        `with`."""
+        queue = self._opened_queue()
+        if self._trace is not None and not self._trace.is_over:
+            raise DeviceBusy(f"the disk is traced already, to {self._trace.files[0]}")
+        self._trace = Trace(path, [queue], megabytes=megabytes)
+        return self._trace
+
+    def _opened_queue(self) -> Queue:
         if self._queue is None:
             raise DeviceClosed("the disk is not open: use `with`")
-        return DeviceStats((QueueStats.from_counters(self._queue.counters()),))
+        return self._queue
 
     # ---- a client's calls ----
 

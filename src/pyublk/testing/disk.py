@@ -2,6 +2,7 @@
 """A disk without a kernel: a target behind the same dispatch code that serves real requests."""
 
 import asyncio
+import os
 from collections.abc import Coroutine
 from types import TracebackType
 from typing import Any, ClassVar, Self, TypeVar
@@ -14,6 +15,7 @@ from pyublk.params import Params
 from pyublk.stats import DeviceStats
 from pyublk.target import Target
 from pyublk.testing.client import POISON, AsyncDisk
+from pyublk.tracing import DEFAULT_MEGABYTES, Trace
 from pyublk.uapi import Op
 from pyublk.zones import Zone
 
@@ -212,8 +214,13 @@ class Disk:
         self._client.resize(size)
 
     def stats(self) -> DeviceStats:
-        """Counters since the disk was opened."""
+        """Counters and latencies since the disk was opened."""
         return self._client.stats()
+
+    def trace(self, path: str | os.PathLike[str], *, megabytes: int = DEFAULT_MEGABYTES) -> Trace:
+        """Records each request from now on, as `Device.trace` does; until `stop`, or the end of
+        `with`."""
+        return self._client.trace(path, megabytes=megabytes)
 
     # ---- a client's calls ----
 
