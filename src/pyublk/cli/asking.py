@@ -14,6 +14,7 @@ from pyublk.cli.parameters import DeviceId, Size, Whole, json_option
 from pyublk.service.channel import CHANGE, ask
 from pyublk.service.records import Record, record_trouble
 from pyublk.sizes import format_size
+from pyublk.stats import Histogram
 
 
 def record_of(number: int) -> Record:
@@ -35,11 +36,14 @@ def record_of(number: int) -> Record:
 @click.argument("device", metavar="ID", type=DeviceId())
 @json_option
 def stats(device: int, as_json: bool) -> None:
-    """Print a disk's counters, in total and for each queue.
+    """Print a disk's counters, in total and for each queue, and its latencies.
 
     `errors` counts requests that failed, `enters` calls of io_uring_enter, and `fallbacks` how
     often a request had to take another data path. `largest_batch` is the largest number of requests
     that one io_uring_enter returned, `held` how many requests are not answered yet.
+
+    A latency is the time from a request's arrival at the server to its answer. P50 is
+    the median, and so on; these may be up to 25 % too large.
     """
     told: dict[str, Any] = ask(record_of(device), "stats", timeout=CHANGE)
     if as_json:
@@ -52,6 +56,16 @@ def stats(device: int, as_json: bool) -> None:
         for name, value in told["total"].items()
     ]
     print_table(columns, rows)
+    # A server of an older version tells of none.
+    latency = {name: Histogram.from_told(one) for name, one in told.get("latency", {}).items()}
+    if rows := [_latency_row(name, one) for name, one in latency.items() if one.count]:
+        click.echo()
+        print_table(["OPERATION", "REQUESTS", "MEAN", "P50", "P99", "P99.9"], rows)
+
+
+def _latency_row(name: str, histogram: Histogram) -> list[str]:
+    seconds = [histogram.total / histogram.count, *map(histogram.quantile, (0.5, 0.99, 0.999))]
+    return [name, str(histogram.count), *(f"{value * 1e6:.1f} µs" for value in seconds)]
 
 
 @click.command()
