@@ -36,6 +36,8 @@ __all__ = [
     "name_thread",
     "open_private",
     "process",
+    "spawn_helper_for",
+    "spawn_helpers_by",
     "this_thread",
     "write_in_child",
 ]
@@ -576,6 +578,15 @@ def open_private(path: str, flags: int) -> int:
 def process() -> int:
     """This process, also after a fork, without a system call. What was made in another one is the
     parent's."""
+
+def spawn_helpers_by(sock: int) -> None:
+    """From now on another process, at the other end of `sock`, starts this one's helpers. It is
+    sent what it calls `spawn_helper_for` with, and answers by an int32, the pid or -errno, and
+    the pidfd. `sock` must stay open."""
+
+def spawn_helper_for(sock: int, server: int) -> tuple[int, int]:
+    """Starts the helper of another process, whose pidfd is `server`: returns the helper's pidfd and
+    pid. Raises OSError."""
 
 #: Descriptor, whether the file's bytes are in memory, whether it is a block device.
 _File: TypeAlias = tuple[int, bool, bool]

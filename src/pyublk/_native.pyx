@@ -70,6 +70,8 @@ __all__ = [
     "name_thread",
     "open_private",
     "process",
+    "spawn_helper_for",
+    "spawn_helpers_by",
     "this_thread",
     "write_in_child",
 ]

@@ -218,6 +218,23 @@ def _ignore_killed_helper():
     pu_helper_tell(NULL)
 
 
+# The helpers of a process that has given up root's rights are started by another one.
+
+def spawn_helpers_by(int sock):
+    pu_spawn_by(sock)
+
+
+def spawn_helper_for(int sock, int server):
+    cdef bytes program = os.fsencode(HELPER_PROGRAM)
+    cdef const char *where = program
+    cdef int pidfd, pid, error
+    with nogil:
+        error = pu_spawn_helper_for(where, sock, server, &pidfd, &pid)
+    if error < 0:
+        raise errors.helper_error(-error, HELPER_PROGRAM)
+    return pidfd, pid
+
+
 # Descriptors that a forked child must not keep.
 
 def open_private(path, int flags):

@@ -311,6 +311,10 @@ cdef extern from "_core/forked.h" nogil:
     int pu_fork_add(int)
     void pu_fork_drop(int)
 
+cdef extern from "_core/spawn.h" nogil:
+    void pu_spawn_by(int)
+    int pu_spawn_helper_for(const char *, int, int, int *, int *)
+
 cdef extern from "_core/control.h" nogil:
     int PU_ASK_COMMAND
     int PU_ASK_WRITE

@@ -13,12 +13,14 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include "check.h"
 #include "forked.h"
+#include "spawn.h"
 
 #define LIMIT_MS 20000
 
@@ -143,6 +145,15 @@ static void tell(int pid)
 	__atomic_store_n(&told, 1, __ATOMIC_RELEASE);
 }
 
+static int told_within_limit(void)
+{
+	for (int turn = 0; !__atomic_load_n(&told, __ATOMIC_ACQUIRE) && turn < LIMIT_MS / 10; turn++)
+		usleep(10000);
+	CHECK(told);
+	told = 0;
+	return told_pid;
+}
+
 static void a_helper_that_is_killed_is_replaced(void)
 {
 	struct pu_helper *h = helper();
@@ -156,9 +167,7 @@ static void a_helper_that_is_killed_is_replaced(void)
 	CHECK_EQUAL(control.result, PU_CONTROL_KILLED);
 	CHECK(pu_control_end(&control));
 	check_refusal(h);
-	for (int turn = 0; !__atomic_load_n(&told, __ATOMIC_ACQUIRE) && turn < LIMIT_MS / 10; turn++)
-		usleep(10000);
-	CHECK(told_pid > 0);
+	CHECK(told_within_limit() > 0);
 	CHECK(told_pid != pid);
 	CHECK_EQUAL(pu_helper_pid(h), told_pid);
 	pu_helper_tell(NULL);
@@ -280,6 +289,85 @@ static void the_death_of_its_process(void)
 	CHECK(gone(pid));
 	close(ends[0]);
 	close(ends[1]);
+}
+
+/* ---- by another process ---- */
+
+/* Starts helpers for who is at the other end; `wrong` of them cannot be started. */
+static void keep(int asker, int wrong)
+{
+	union {
+		struct cmsghdr head;
+		uint8_t room[CMSG_SPACE(2 * sizeof(int))];
+	} along;
+	int32_t pid;
+	struct iovec part = { &pid, sizeof(pid) };
+	struct msghdr message = { .msg_iov = &part, .msg_iovlen = 1, .msg_control = &along };
+
+	for (;;) {
+		int given[2], pidfd = -1, error;
+
+		message.msg_controllen = sizeof(along);
+		if (recvmsg(asker, &message, MSG_CMSG_CLOEXEC) <= 0)
+			return;
+		memcpy(given, CMSG_DATA(&along.head), sizeof(given));
+		error = pu_spawn_helper_for(wrong-- > 0 ? "/nonexistent" : program, given[0], given[1],
+					    &pidfd, &pid);
+		if (error)
+			pid = error;
+		along.head.cmsg_len = CMSG_LEN(sizeof(int));
+		memcpy(CMSG_DATA(&along.head), &pidfd, sizeof(int));
+		message.msg_controllen = error ? 0 : CMSG_SPACE(sizeof(int));
+		CHECK_EQUAL(sendmsg(asker, &message, MSG_NOSIGNAL), sizeof(pid));
+		close(pidfd);
+		close(given[0]);
+		close(given[1]);
+	}
+}
+
+static void ask_a_keeper(int keeper_end, int keeper)
+{
+	struct pu_helper *h = helper();
+	int first = pu_helper_pid(h);
+
+	check_refusal(h);
+	pu_spawn_by(keeper_end);
+	pu_helper_tell(tell);
+	told = 0;
+	CHECK_EQUAL(kill(first, SIGKILL), 0);
+	CHECK_EQUAL(told_within_limit(), -ENOENT); /* the one that cannot be started */
+	CHECK_EQUAL(pu_helper_pid(h), 0);
+	check_refusal(h);
+	CHECK(pu_helper_pid(h) != first);
+	/* Nobody starts one without the rights that the keeper has. */
+	CHECK_EQUAL(kill(keeper, SIGKILL), 0);
+	CHECK_EQUAL(waitpid(keeper, NULL, 0), keeper);
+	CHECK_EQUAL(kill(pu_helper_pid(h), SIGKILL), 0);
+	CHECK_EQUAL(told_within_limit(), -EPIPE);
+	pu_helper_tell(NULL);
+	pu_helper_put(h);
+}
+
+static void helpers_by_another_process(void)
+{
+	int ends[2], status, child;
+
+	CHECK_EQUAL(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends), 0);
+	child = fork();
+	if (child == 0) {
+		int keeper = fork();
+
+		close(ends[keeper == 0 ? 0 : 1]);
+		if (keeper == 0)
+			keep(ends[1], 1);
+		else
+			ask_a_keeper(ends[0], keeper);
+		_exit(0);
+	}
+	close(ends[0]);
+	close(ends[1]);
+	CHECK_EQUAL(waitpid(child, &status, 0), child);
+	CHECK_EQUAL(status, 0);
 }
 
 /* ---- what is executed when a process has ended ---- */
@@ -407,6 +495,7 @@ int main(int argc, char **argv)
 #ifndef __SANITIZE_THREAD__ /* which knows no threads after a fork */
 	a_fork();
 	the_death_of_its_process();
+	helpers_by_another_process();
 	what_it_is_told_to_is_executed();
 	what_fails_is_executed_again_but_not_for_ever();
 #endif

@@ -11,7 +11,7 @@ import pytest
 from blocks import Blocks
 from command_line import added, run_here
 from needs import python_for_everybody
-from servers import end_recorded_servers, until
+from servers import end_recorded_servers, helpers_of, until
 
 import pyublk
 from pyublk.service.records import Record, recorded_ids
@@ -53,6 +53,14 @@ def test_a_server_becomes_another_user(place: Path) -> None:
     with Blocks(made["path"]) as disk:
         disk.write(b"kept".ljust(4096), 0)
         assert disk.read(4096, 0).startswith(b"kept")
+    # A helper that is killed is replaced by one that has root's rights as well.
+    (helper,) = helpers_of(pid)
+    os.kill(helper, signal.SIGKILL)
+    until(lambda: helpers_of(pid) not in ([helper], []), what="there is another helper")
+    (helper,) = helpers_of(pid)
+    (found_out,) = statuses(helper)
+    assert found_out["Uid"].split() == ["0"] * 4
+    assert found_out["CapEff"] != "0" * 16
     counters = run_here("stats", str(made["id"]), "--json")
     assert json.loads(counters.stdout)["total"]["writes"] == 1
     with pyublk.Controller() as controller:

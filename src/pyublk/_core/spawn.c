@@ -4,11 +4,13 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
@@ -37,6 +39,7 @@ int __clone(int (*fn)(void *), void *stack, int flags, void *arg, ...);
 #define IN_CHILD __attribute__((no_sanitize("thread", "address"), noinline))
 
 #define STACK_BYTES (64u * 1024) /* for each of two */
+#define KEEPER_MS 10000		 /* for another process to start a helper */
 
 /* Both children run in our memory, on stacks of their own, while we are suspended: system calls only,
  * and what they write is ours to read. */
@@ -131,6 +134,91 @@ static int clone_twice(struct birth *birth)
 	return birth->error;
 }
 
+static int bear(struct birth *birth)
+{
+	int error;
+
+	birth->stacks = mmap(NULL, 2 * STACK_BYTES, PROT_READ | PROT_WRITE,
+			     MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0);
+	if (birth->stacks == MAP_FAILED)
+		return -ENOMEM;
+	snprintf(birth->sock_word, sizeof(birth->sock_word), "%d", birth->sock);
+	snprintf(birth->server_word, sizeof(birth->server_word), "%d", birth->server);
+	error = clone_twice(birth);
+	munmap(birth->stacks, 2 * STACK_BYTES);
+	return error;
+}
+
+/* ---- by another process ---- */
+
+static int keeper = -1, keeper_of; /* who is asked, and by which process; -1: nobody */
+
+static int exchange(struct birth *birth)
+{
+	union {
+		struct cmsghdr head;
+		uint8_t room[CMSG_SPACE(2 * sizeof(int))];
+	} along = { .head = { .cmsg_len = CMSG_LEN(2 * sizeof(int)), .cmsg_level = SOL_SOCKET,
+			      .cmsg_type = SCM_RIGHTS } };
+	int given[] = { birth->sock, birth->server };
+	int32_t pid = 0;
+	struct iovec part = { &pid, sizeof(pid) };
+	struct msghdr message = { .msg_iov = &part, .msg_iovlen = 1, .msg_control = &along,
+				  .msg_controllen = sizeof(along) };
+	struct pollfd answer = { .fd = keeper, .events = POLLIN };
+	ssize_t got;
+
+	memcpy(CMSG_DATA(&along.head), given, sizeof(given));
+	if (sendmsg(keeper, &message, MSG_NOSIGNAL) < 0)
+		return -errno;
+	if (poll(&answer, 1, KEEPER_MS) == 0)
+		return -ETIMEDOUT;
+	got = recvmsg(keeper, &message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT);
+	if (got != sizeof(pid))
+		return got < 0 ? -errno : -EPIPE;
+	if (pid < 0)
+		return pid;
+	if (message.msg_controllen < CMSG_LEN(sizeof(int)))
+		return -EMFILE;
+	memcpy(&birth->pidfd, CMSG_DATA(&along.head), sizeof(birth->pidfd));
+	birth->pid = pid;
+	return 0;
+}
+
+static int ask_keeper(struct birth *birth)
+{
+	int error = exchange(birth);
+
+	if (error == -ETIMEDOUT) /* an answer that comes later would be taken for that of the next */
+		shutdown(keeper, SHUT_RDWR);
+	return error;
+}
+
+void pu_spawn_by(int sock)
+{
+	pu_fork_hold();
+	keeper = pu_fork_add(sock);
+	keeper_of = pu_process();
+	pu_fork_release();
+}
+
+int pu_spawn_helper_for(const char *program, int sock, int server, int *pidfd, int *pid)
+{
+	struct birth birth = { .program = program, .sock = sock, .server = server, .pidfd = -1 };
+	int error;
+
+	pu_fork_hold();
+	error = bear(&birth);
+	pu_fork_release();
+	if (!error) {
+		*pidfd = birth.pidfd;
+		*pid = birth.pid;
+	}
+	return error;
+}
+
+/* ---- the whole ---- */
+
 static int spawn(struct birth *birth)
 {
 	int error;
@@ -138,16 +226,10 @@ static int spawn(struct birth *birth)
 	birth->server = (int)syscall(SYS_pidfd_open, getpid(), 0);
 	if (birth->server < 0)
 		return -errno;
-	birth->stacks = mmap(NULL, 2 * STACK_BYTES, PROT_READ | PROT_WRITE,
-			     MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0);
-	if (birth->stacks == MAP_FAILED) {
-		error = -ENOMEM;
-	} else {
-		snprintf(birth->sock_word, sizeof(birth->sock_word), "%d", birth->sock);
-		snprintf(birth->server_word, sizeof(birth->server_word), "%d", birth->server);
-		error = clone_twice(birth);
-		munmap(birth->stacks, 2 * STACK_BYTES);
-	}
+	if (keeper >= 0 && keeper_of == pu_process())
+		error = ask_keeper(birth);
+	else
+		error = bear(birth);
 	close(birth->server);
 	return error;
 }

@@ -3,19 +3,24 @@
 
 The helper, a process of its own, keeps those for control commands. The records and the log are
 kept by another one, which is forked before anything else is begun: from the moment at which the
-rights are given up, it does nothing but change one record's size, and remove that record and log.
+rights are given up, it does nothing but change one record's size, remove that record and log, and
+start another helper in the place of one that was killed.
 """
 
+import errno
 import os
 import pwd
 import signal
 import socket
+import struct
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from pyublk import _native
 from pyublk.service import title
 from pyublk.service.records import Record, remove_log, run_directory
 
@@ -31,17 +36,27 @@ class Keeper:
 
     def __init__(self) -> None:
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._for_helpers, helpers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         if os.fork() == 0:
             try:
                 # Whoever waits for the end of some pipe waits for the server, not for this one.
-                os.closerange(3, its.fileno())
-                os.closerange(its.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
+                low = 3
+                for kept in sorted((its.fileno(), helpers.fileno())):
+                    os.closerange(low, kept)
+                    low = kept + 1
+                os.closerange(low, os.sysconf("SC_OPEN_MAX"))
                 title.show("pyublk-keeper", "pyublk-keeper")
+                threading.Thread(target=_start_helpers, args=(helpers,), daemon=True).start()
                 _keep(its)
             finally:
                 os._exit(0)
         its.close()
+        helpers.close()
         self._to = ours
+
+    def start_helpers(self) -> None:
+        """From now on the keeper does, since the process's own would have no rights."""
+        _native.spawn_helpers_by(self._for_helpers.fileno())
 
     def ask(self, what: str) -> None:
         """Waits until it is done. Raises OSError for what failed, or when it is gone."""
@@ -49,6 +64,23 @@ class Keeper:
         said = self._to.recv(_LONGEST).decode()
         if said != "done":
             raise OSError(f"the record could not be changed: {said or 'its keeper is gone'}")
+
+
+def _start_helpers(asker: socket.socket) -> None:
+    """One each time that the C core asks (_core/spawn.h)."""
+    while True:
+        message, files, _, _ = socket.recv_fds(asker, 16, 2)
+        if not message:
+            return
+        try:
+            pidfd, number = _native.spawn_helper_for(*files)
+            files.append(pidfd)
+            along = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", pidfd))]
+        except OSError as error:
+            number, along = -(error.errno or errno.EIO), []
+        asker.sendmsg([struct.pack("i", number)], along)
+        for file in files:
+            os.close(file)
 
 
 def _keep(asker: socket.socket) -> None:
@@ -94,6 +126,7 @@ def give_up(record: Record) -> None:
     if user is None or _keeper is None:
         return
     _keeper.ask(f"record {record.id}")
+    _keeper.start_helpers()
     entry = _entry(user)
     os.environ["PYUBLK_RUN_DIR"] = str(run_directory())  # which is not that of the user
     os.chown(record.path, entry.pw_uid, -1)
