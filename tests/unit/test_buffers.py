@@ -125,11 +125,11 @@ WAYS: dict[str, tuple[type[Looking], dict[str, int]]] = {
 
 @pytest.mark.parametrize("how", SEEN_BY)
 @pytest.mark.parametrize("way", WAYS)
-def test_what_is_seen_of_a_write_stays(ublk_disk: Callable[..., Disk], way: str, how: str) -> None:
+def test_what_is_seen_of_a_write_stays(open_disk: Callable[..., Disk], way: str, how: str) -> None:
     look, show = SEEN_BY[how]
     make, options = WAYS[way]
     target = make(look)
-    disk = ublk_disk(target, depth=1, **options)
+    disk = open_disk(target, depth=1, **options)
     for byte in b"ABC":
         disk.pwrite(bytes([byte]) * BLOCK, 0)
         disk.pwrite(b"z" * BLOCK, BLOCK)
@@ -140,12 +140,12 @@ def test_what_is_seen_of_a_write_stays(ublk_disk: Callable[..., Disk], way: str,
 @pytest.mark.parametrize("how", SEEN_BY)
 @pytest.mark.parametrize("way", WAYS)
 def test_what_is_seen_of_a_read_stays_and_is_no_bodys_else(
-    ublk_disk: Callable[..., Disk], way: str, how: str
+    open_disk: Callable[..., Disk], way: str, how: str
 ) -> None:
     look, show = SEEN_BY[how]
     make, options = WAYS[way]
     target = make(look)
-    disk = ublk_disk(target, depth=1, **options)
+    disk = open_disk(target, depth=1, **options)
     assert disk.pread(BLOCK, 0) == b"\1" * BLOCK  # the answer is whole, though it was kept
     disk.pwrite(b"z" * BLOCK, BLOCK)
     assert set(show(target.seen[0])) == {1}
@@ -157,10 +157,10 @@ def test_what_is_seen_of_a_read_stays_and_is_no_bodys_else(
 
 @pytest.mark.parametrize("length", [512, BLOCK, 65536])
 def test_requests_of_other_lengths_find_nothing_of_it(
-    ublk_disk: Callable[..., Disk], length: int
+    open_disk: Callable[..., Disk], length: int
 ) -> None:
     target = Looking(lambda data: data[-16:])
-    disk = ublk_disk(target, depth=1)
+    disk = open_disk(target, depth=1)
     disk.pwrite(b"A" * BLOCK, 0)
     disk.pwrite(b"z" * length, BLOCK)
     assert disk.pread(length, 16 * BLOCK) == b"\x11" * length
@@ -169,7 +169,7 @@ def test_requests_of_other_lengths_find_nothing_of_it(
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_view_that_its_handler_released_is_made_anew(
-    ublk_disk: Callable[..., Disk], way: str
+    open_disk: Callable[..., Disk], way: str
 ) -> None:
     def release(data: memoryview) -> object:
         with data:
@@ -177,14 +177,14 @@ def test_a_view_that_its_handler_released_is_made_anew(
 
     make, options = WAYS[way]
     target = make(release)
-    disk = ublk_disk(target, depth=1, **options)
+    disk = open_disk(target, depth=1, **options)
     for byte in b"ABC":
         disk.pwrite(bytes([byte]) * BLOCK, 0)
         assert disk.pread(BLOCK, 0) == b"\1" * BLOCK
     assert target.seen == [b"A", b"\1", b"B", b"\1", b"C", b"\1"]
 
 
-def test_a_released_view_is_made_anew_within_its_request(ublk_disk: Callable[..., Disk]) -> None:
+def test_a_released_view_is_made_anew_within_its_request(open_disk: Callable[..., Disk]) -> None:
     class Twice(pyublk.Target):
         seen: list[bytes]
 
@@ -195,7 +195,7 @@ def test_a_released_view_is_made_anew_within_its_request(ublk_disk: Callable[...
             self.kept = kept
 
     target = Twice(size=1 << 20)
-    disk = ublk_disk(target, depth=1)
+    disk = open_disk(target, depth=1)
     disk.pwrite(b"A" * BLOCK, 0)
     assert target.seen == [b"A", b"A"]
     first = target.kept
@@ -208,10 +208,10 @@ def mapped() -> int:
     return int(Path("/proc/self/statm").read_text().split()[0]) * 4096
 
 
-def test_memory_goes_back_when_nobody_sees_it_any_more(ublk_disk: Callable[..., Disk]) -> None:
+def test_memory_goes_back_when_nobody_sees_it_any_more(open_disk: Callable[..., Disk]) -> None:
     size = 8 << 20  # of address space, so that what others take does not count
     target = Looking(lambda data: data[:1])
-    disk = ublk_disk(target, depth=1, max_io_size=size)
+    disk = open_disk(target, depth=1, max_io_size=size)
     disk.pwrite(bytes(BLOCK), 0)
     before = mapped()
     for _ in range(32):

@@ -147,8 +147,8 @@ def test_random_operations_agree_with_a_shadow(
     Operations.TestCase().runTest()
 
 
-def test_requests_are_split_and_counted(ublk_disk: Callable[..., Disk]) -> None:
-    disk = ublk_disk(Memory(), max_io_size=4096, depth=8)
+def test_requests_are_split_and_counted(open_disk: Callable[..., Disk]) -> None:
+    disk = open_disk(Memory(), max_io_size=4096, depth=8)
     disk.pwrite(bytes(40960), 512)
     disk.pread(4096, 0)
     total = disk.stats().total
@@ -169,15 +169,15 @@ def test_requests_are_split_and_counted(ublk_disk: Callable[..., Disk]) -> None:
     ],
 )
 def test_what_a_block_device_refuses_is_refused(
-    call: Callable[[Disk], object], error: int, message: str, ublk_disk: Callable[..., Disk]
+    call: Callable[[Disk], object], error: int, message: str, open_disk: Callable[..., Disk]
 ) -> None:
     with pytest.raises(OSError, match=message) as raised:
-        call(ublk_disk(Memory()))
+        call(open_disk(Memory()))
     assert raised.value.errno == error
 
 
 def test_fua_is_emulated_by_flush_unless_the_target_takes_it(
-    ublk_disk: Callable[..., Disk],
+    open_disk: Callable[..., Disk],
 ) -> None:
     class Durable(Memory):
         durable = 0
@@ -187,18 +187,18 @@ def test_fua_is_emulated_by_flush_unless_the_target_takes_it(
             self.write(offset, data)
 
     plain, durable = Memory(), Durable()
-    assert not ublk_disk(plain).params.basic.fua
-    ublk_disk_durable = ublk_disk(durable)
-    assert ublk_disk_durable.params.basic.fua
-    ublk_disk(plain).pwrite(bytes(512), 0, fua=True)
-    ublk_disk_durable.pwrite(bytes(512), 0, fua=True)
+    assert not open_disk(plain).params.basic.fua
+    durable_disk = open_disk(durable)
+    assert durable_disk.params.basic.fua
+    open_disk(plain).pwrite(bytes(512), 0, fua=True)
+    durable_disk.pwrite(bytes(512), 0, fua=True)
     assert plain.flushed == 1
     assert (durable.durable, durable.flushed) == (1, 0)
 
 
-def test_an_os_error_is_the_clients_errno(ublk_disk: Callable[..., Disk]) -> None:
+def test_an_os_error_is_the_clients_errno(open_disk: Callable[..., Disk]) -> None:
     target = Faulty(Memory())
-    disk = ublk_disk(target)
+    disk = open_disk(target)
     target.fail("read", errno.ENOSPC, nth=2)
     disk.pread(512, 0)
     with pytest.raises(OSError, match="READ at 0 failed") as raised:
@@ -262,18 +262,18 @@ def test_a_read_only_target_is_never_written_to() -> None:
 
 
 def test_returning_bytes_is_told(
-    ublk_disk: Callable[..., Disk], caplog: pytest.LogCaptureFixture
+    open_disk: Callable[..., Disk], caplog: pytest.LogCaptureFixture
 ) -> None:
     class Returning(Memory):
         def read(self, offset: int, buffer: memoryview) -> Any:
             return bytes(buffer)
 
     with pytest.raises(OSError, match="READ at 0 failed"):
-        ublk_disk(Returning()).pread(512, 0)
+        open_disk(Returning()).pread(512, 0)
     assert "returned bytes instead of None (to read, fill the buffer)" in caplog.text
 
 
-def test_a_buffer_kept_too_long_stays_as_it_was(ublk_disk: Callable[..., Disk]) -> None:
+def test_a_buffer_kept_too_long_stays_as_it_was(open_disk: Callable[..., Disk]) -> None:
     class Keeping(Memory):
         kept: memoryview | None = None
 
@@ -283,7 +283,7 @@ def test_a_buffer_kept_too_long_stays_as_it_was(ublk_disk: Callable[..., Disk]) 
             self.kept = self.kept or data
 
     target = Keeping()
-    disk = ublk_disk(target, depth=1)
+    disk = open_disk(target, depth=1)
     disk.pwrite(b"A" * 512, 0)
     disk.pwrite(b"B" * 512, 0)
     assert target.kept == b"A" * 512
@@ -291,7 +291,7 @@ def test_a_buffer_kept_too_long_stays_as_it_was(ublk_disk: Callable[..., Disk]) 
         target.kept[0] = 1
 
 
-def test_a_stale_io_raises_even_when_its_tag_serves_again(ublk_disk: Callable[..., Disk]) -> None:
+def test_a_stale_io_raises_even_when_its_tag_serves_again(open_disk: Callable[..., Disk]) -> None:
     class Keeping(Handle):
         kept: list[pyublk.IO]
 
@@ -307,7 +307,7 @@ def test_a_stale_io_raises_even_when_its_tag_serves_again(ublk_disk: Callable[..
             assert io.completed
 
     target = Keeping()
-    disk = ublk_disk(target, depth=1)
+    disk = open_disk(target, depth=1)
     disk.pread(512, 0)
     disk.pread(512, 512)
     assert repr(target.kept[0]) == "<IO tag 0 (completed)>"
@@ -330,7 +330,7 @@ def test_a_deferred_request_is_completed_from_another_thread() -> None:
         assert raised.value.errno == errno.ENOSPC
 
 
-def test_requests_of_an_async_target_overlap(ublk_disk: Callable[..., Disk]) -> None:
+def test_requests_of_an_async_target_overlap(open_disk: Callable[..., Disk]) -> None:
     class Meeting(Async):
         """Reads end only when two are there."""
 
@@ -343,17 +343,17 @@ def test_requests_of_an_async_target_overlap(ublk_disk: Callable[..., Disk]) -> 
             else:
                 self.waiting.set_result(None)
 
-    ublk_disk(Meeting(), max_io_size=4096).pread(8192, 0)
+    open_disk(Meeting(), max_io_size=4096).pread(8192, 0)
 
 
-def test_workers_run_beside_each_other(ublk_disk: Callable[..., Disk]) -> None:
+def test_workers_run_beside_each_other(open_disk: Callable[..., Disk]) -> None:
     class Meeting(Parallel):
         barrier = threading.Barrier(2, timeout=10)
 
         def read(self, offset: int, buffer: memoryview) -> None:
             self.barrier.wait()
 
-    ublk_disk(Meeting(), workers=2, max_io_size=4096).pread(8192, 0)
+    open_disk(Meeting(), workers=2, max_io_size=4096).pread(8192, 0)
 
 
 def test_a_hanging_request_is_released() -> None:

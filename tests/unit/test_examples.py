@@ -25,30 +25,30 @@ def round_trip(disk: Disk) -> None:
     assert disk.pread(512, 0) == bytes(512)
 
 
-def test_rot13(ublk_disk: Callable[..., Disk]) -> None:
+def test_rot13(open_disk: Callable[..., Disk]) -> None:
     target = load("rot13").Rot13(1 << 20)
-    disk = ublk_disk(target)
+    disk = open_disk(target)
     target.data[:512] = bytes([13]) * 512  # as a zero is kept
     round_trip(disk)
     disk.pwrite(b"uryyb" + bytes(507), 0)
     assert bytes(target.data[:5]) == bytes(byte + 13 for byte in b"uryyb")
 
 
-def test_protected(ublk_disk: Callable[..., Disk]) -> None:
+def test_protected(open_disk: Callable[..., Disk]) -> None:
     target = load("protected").Protected(1 << 20)
-    disk = ublk_disk(target)
+    disk = open_disk(target)
     assert disk.params.integrity == target.integrity
     round_trip(disk)  # without a kernel no request has metadata
     assert set(target.metadata) == {0xFF}
 
 
-def test_async_disk(ublk_disk: Callable[..., Disk]) -> None:
-    round_trip(ublk_disk(load("async_disk").Slow(1 << 20, delay=0.001)))
+def test_async_disk(open_disk: Callable[..., Disk]) -> None:
+    round_trip(open_disk(load("async_disk").Slow(1 << 20, delay=0.001)))
 
 
-def test_pointer_ctypes(ublk_disk: Callable[..., Disk]) -> None:
+def test_pointer_ctypes(open_disk: Callable[..., Disk]) -> None:
     target = load("pointer_ctypes").Pattern()
-    disk = ublk_disk(target)
+    disk = open_disk(target)
     pattern = struct.pack("<64Q", *range(4096, 4096 + 512, 8))
     assert disk.pread(512, 4096) == pattern
     disk.pwrite(pattern, 4096)
@@ -57,14 +57,14 @@ def test_pointer_ctypes(ublk_disk: Callable[..., Disk]) -> None:
     assert target.served.value == 3
 
 
-def test_pointer_cffi(ublk_disk: Callable[..., Disk]) -> None:
+def test_pointer_cffi(open_disk: Callable[..., Disk]) -> None:
     pytest.importorskip("cffi", reason="cffi is not installed")
-    round_trip(ublk_disk(load("pointer_cffi").Mirrored(size=1 << 20)))
+    round_trip(open_disk(load("pointer_cffi").Mirrored(size=1 << 20)))
 
 
-def test_pointer_numba(ublk_disk: Callable[..., Disk]) -> None:
+def test_pointer_numba(open_disk: Callable[..., Disk]) -> None:
     pytest.importorskip("numba", reason="numba is not installed")
-    round_trip(ublk_disk(load("pointer_numba").Inverted(size=1 << 20)))
+    round_trip(open_disk(load("pointer_numba").Inverted(size=1 << 20)))
 
 
 def test_no_example_is_forgotten() -> None:

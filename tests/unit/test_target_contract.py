@@ -15,5 +15,5 @@ __all__ = ["target"]  # a fixture
 
 class TestADiskWithoutAKernel(TargetContract):
     @pytest.fixture
-    def open_disk(self, ublk_disk: Callable[..., Disk]) -> Callable[..., Disk]:
-        return ublk_disk
+    def open_disk(self, open_disk: Callable[..., Disk]) -> Callable[..., Disk]:
+        return open_disk

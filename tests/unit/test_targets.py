@@ -217,24 +217,24 @@ def test_unknown_targets_are_told_with_what_is_near(text: str, message: str) -> 
 
 
 def test_a_file_is_made_and_its_content_stays(
-    tmp_path: Path, ublk_disk: Callable[..., Disk]
+    tmp_path: Path, open_disk: Callable[..., Disk]
 ) -> None:
     path = tmp_path / "disk.img"
-    disk = ublk_disk(targets.File(path, size=1 << 20))
+    disk = open_disk(targets.File(path, size=1 << 20))
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     disk.pwrite(b"kept" + bytes(508), 4096)
     disk.close()
     assert path.read_bytes()[4096:4100] == b"kept"
-    again = ublk_disk(targets.File(path))
+    again = open_disk(targets.File(path))
     assert again.size == 1 << 20
     assert again.pread(512, 4096)[:4] == b"kept"
 
 
 def test_discard_and_write_zeroes_give_blocks_back(
-    tmp_path: Path, ublk_disk: Callable[..., Disk]
+    tmp_path: Path, open_disk: Callable[..., Disk]
 ) -> None:
     path = tmp_path / "disk.img"
-    disk = ublk_disk(targets.File(path, size=1 << 20))
+    disk = open_disk(targets.File(path, size=1 << 20))
     disk.pwrite(b"x" * (1 << 20), 0)
     disk.flush()
     full = path.stat().st_blocks
@@ -248,7 +248,7 @@ def test_discard_and_write_zeroes_give_blocks_back(
 
 
 def test_a_discard_that_is_no_command_of_its_device_punches_a_hole(
-    tmp_path: Path, ublk_disk: Callable[..., Disk]
+    tmp_path: Path, open_disk: Callable[..., Disk]
 ) -> None:
     """A file passed off as a device: like those of kernels before 6.12, it has no such command."""
 
@@ -257,7 +257,7 @@ def test_a_discard_that_is_no_command_of_its_device_punches_a_hole(
             return super().make_layout([(files[0][0], False, True)])
 
     path = tmp_path / "disk.img"
-    disk = ublk_disk(Device(path, size=1 << 20), depth=4, max_io_size=65536)
+    disk = open_disk(Device(path, size=1 << 20), depth=4, max_io_size=65536)
     disk.pwrite(b"x" * (1 << 20), 0)
     disk.flush()
     full = path.stat().st_blocks
@@ -270,21 +270,21 @@ def test_a_discard_that_is_no_command_of_its_device_punches_a_hole(
 
 
 def test_a_read_only_file_is_a_read_only_disk(
-    tmp_path: Path, ublk_disk: Callable[..., Disk]
+    tmp_path: Path, open_disk: Callable[..., Disk]
 ) -> None:
     path = tmp_path / "disk.img"
     path.write_bytes(b"fixed" + bytes(1019))
-    disk = ublk_disk(targets.File(path, read_only=True))
+    disk = open_disk(targets.File(path, read_only=True))
     assert disk.pread(512, 0)[:5] == b"fixed"
     with pytest.raises(PermissionError, match="read-only"):
         disk.pwrite(bytes(512), 0)
 
 
-def test_direct_io_round_trips(ublk_disk: Callable[..., Disk]) -> None:
+def test_direct_io_round_trips(open_disk: Callable[..., Disk]) -> None:
     folder = Path(__file__).parent  # tmp_path may be on a file system without direct I/O
     path = folder / f"direct-{os.getpid()}.img"
     try:
-        disk = ublk_disk(targets.File(path, size=1 << 20, direct=True))
+        disk = open_disk(targets.File(path, size=1 << 20, direct=True))
         data = os.urandom(64 << 10)
         disk.pwrite(data, 8192)
         disk.write_zeroes(8192, 4096, unmap=False)
@@ -331,10 +331,10 @@ def test_direct_io_is_refused_where_it_cannot_be(tmp_path: Path) -> None:
 
 
 def test_a_file_cut_short_fails_reads_only_there(
-    tmp_path: Path, ublk_disk: Callable[..., Disk]
+    tmp_path: Path, open_disk: Callable[..., Disk]
 ) -> None:
     path = tmp_path / "disk.img"
-    disk = ublk_disk(targets.File(path, size=8192))
+    disk = open_disk(targets.File(path, size=8192))
     os.truncate(path, 4096)
     assert disk.pread(4096, 0) == bytes(4096)
     with pytest.raises(OSError, match="READ at 4096 failed"):

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: MIT
+"""The fixtures. Each is a function that makes something which ends with the test."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Protocol, Unpack
+
+import pytest
+
+from pyublk.device import Device
+from pyublk.options import DeviceOptions
+from pyublk.pytest_plugin import file_systems, marking
+from pyublk.pytest_plugin.file_systems import FileSystem, Watch, unmount_all
+from pyublk.sizes import parse_size
+from pyublk.target import Target
+from pyublk.targets.ram import Ram
+
+
+class MakeDisk(Protocol):
+    """What `ublk_disk` is."""
+
+    def __call__(
+        self, content: Target | str | int = "64M", /, **options: Unpack[DeviceOptions]
+    ) -> Device:
+        """Starts a disk.
+
+        Args:
+            content: its target, or the size of a disk in memory ("64M", or a number of bytes).
+            **options: those of `pyublk.Device`.
+        """
+
+
+class MakeFileSystem(Protocol):
+    """What `ublk_fs` is."""
+
+    def __call__(
+        self,
+        kind: str | None = None,
+        content: Target | str | int | None = None,
+        /,
+        **options: Unpack[DeviceOptions],
+    ) -> FileSystem:
+        """Makes a file system on a disk of its own, and mounts it.
+
+        Args:
+            kind: "ext4", "xfs", "btrfs" or "vfat"; the fixture's parameter, or else ext4.
+            content: as for `ublk_disk`; by default a disk in memory that is large enough.
+            **options: those of `pyublk.Device`.
+        """
+
+
+@pytest.fixture
+def ublk_disk(request: pytest.FixtureRequest) -> Iterator[MakeDisk]:
+    """Makes real disks: `disk = ublk_disk("64M")`, a disk in memory at `disk.path`;
+    `ublk_disk(target, **options)`, a disk of that target. They are unmounted, stopped and deleted
+    after the test."""
+    marking.need(request.node, *marking.needs_of(request.node))
+    with ExitStack() as disks:
+
+        def make(
+            content: Target | str | int = "64M", /, **options: Unpack[DeviceOptions]
+        ) -> Device:
+            return _start(_target(content), options, disks)
+
+        yield make
+
+
+@pytest.fixture
+def ublk_fs(
+    request: pytest.FixtureRequest,
+    ublk_disk: MakeDisk,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> MakeFileSystem:
+    """Makes file systems on real disks: `fs = ublk_fs("xfs")` is mounted at `fs.path`. It can be
+    parametrized indirectly by the kind."""
+
+    def make(
+        kind: str | None = None,
+        content: Target | str | int | None = None,
+        /,
+        **options: Unpack[DeviceOptions],
+    ) -> FileSystem:
+        kind = str(kind or getattr(request, "param", "ext4"))
+        marking.need(request.node, *file_systems.needs_of(kind))
+        if content is None:
+            content = file_systems.kind_named(kind).size
+        made = FileSystem(kind, ublk_disk(content, **options), tmp_path_factory.mktemp(kind))
+        made.make()
+        made.mount()
+        return made
+
+    return make
+
+
+def _target(content: Target | str | int) -> Target:
+    if isinstance(content, str):
+        content = parse_size(content)
+    return Ram(size=content) if isinstance(content, int) else content
+
+
+def _start(target: Target, options: DeviceOptions, disks: ExitStack) -> Device:
+    disk = Device(target, **options)
+    disks.callback(disk.stop)
+    disk.start()
+    watch = Watch(disk.path)
+    disks.callback(watch.done)
+    disks.callback(_unmount, disk)
+    return disk
+
+
+def _unmount(disk: Device) -> None:
+    if (in_use := unmount_all(disk.path.removeprefix("/dev/"))) is not None:
+        pytest.fail(in_use, pytrace=False)
