@@ -4,13 +4,17 @@ import logging
 
 import pytest
 import soak
+from report import Report
 
 
 @pytest.mark.leaves_threads
 @pytest.mark.timeout(400)
 def test_handlers_that_misbehave(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL, "pyublk")  # each event would be told
-    enough = lambda report: report.lives.total() >= 3 and report.events.total() >= 350
+
+    def enough(report: Report) -> bool:
+        return report.lives.total() >= 3 and report.events.total() >= 350
+
     report = soak.run(4, ["chaos"], enough, print)
     assert report.checked > 1500
     for event in ("raise first", "raise last", "stall", "keep", "late wake-up", "kill", "stop"):
