@@ -7,6 +7,7 @@ filesystems  mounting and checking what is left
 crash        one of these disks
 checks       trying them, and the smallest loss at which a check fails
 log_writes   the record in the format of dm-log-writes
+saved        the record in a file of its own
 cut          the disk
 """
 

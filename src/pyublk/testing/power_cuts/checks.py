@@ -26,9 +26,9 @@ class PowerCutFailed(CheckFailed):
     def __init__(self, crash: Crash, first: Crash, number: int, reason: Exception) -> None:
         point, choices = crash.state
         also = "" if choices != point.all_kept else "it fails also when nothing is lost\n"
+        told = ": ".join(filter(None, [type(reason).__name__, str(reason)]))
         super().__init__(
-            f"the check fails after a power cut (state {number}: {first.id}): "
-            f"{type(reason).__name__}: {reason}\n"
+            f"the check fails after a power cut (state {number}: {first.id}): {told}\n"
             f"{also}{crash.explain()}\n"
             f"the same state again: cut.crash({crash.id!r})"
         )

@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 from pyublk.target import Target
 from pyublk.testing.disk import Disk
-from pyublk.testing.power_cuts.filesystems import mounted
+from pyublk.testing.power_cuts.filesystems import extracted, mounted
 from pyublk.testing.power_cuts.record import CHUNK, Write
 from pyublk.testing.power_cuts.states import Choices, Point, name_of
 
@@ -45,9 +45,16 @@ class Crash:
         self._cut = cut
         self._point = point
         self._choices = choices
-        self.id = name or name_of(point, choices)
+        self._name = name
         self.marks = point.marks
         self.time = point.time
+
+    @property
+    def id(self) -> str:
+        """Its name."""
+        if not self._name:
+            self._name = name_of(self._point, self._choices)
+        return self._name
 
     def __repr__(self) -> str:
         return f"<Crash {self.id}>"
@@ -124,6 +131,15 @@ class Crash:
         another file system.
         """
         return mounted(self.target(), file_system, options)
+
+    def extracted(self) -> AbstractContextManager[Path]:
+        """The files of an ext4 file system, copied out into a directory: ``with crash.extracted()
+        as path``. Needs e2fsprogs, but no kernel, and root only for the owners of files.
+
+        e2fsck replays the journal, and must be able to bring the file system in order by itself.
+        Raises CheckFailed when it is not.
+        """
+        return extracted(self.write_image)
 
     def write_image(self, path: Path | str) -> None:
         """Writes the disk into a file, sparse where it is zero."""

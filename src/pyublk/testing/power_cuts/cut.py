@@ -5,7 +5,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -22,6 +22,7 @@ from pyublk.testing.power_cuts.checks import Check, PowerCutFailed, checker, fai
 from pyublk.testing.power_cuts.crash import Crash, runs
 from pyublk.testing.power_cuts.log_writes import write_log
 from pyublk.testing.power_cuts.record import Record, Write
+from pyublk.testing.power_cuts.saved import Saved, save
 from pyublk.testing.power_cuts.states import Point, read_name, unique_states
 
 #: Bytes of the largest unit that a power cut leaves whole.
@@ -310,6 +311,41 @@ class PowerCut(Layer):
         """The same cut with a smaller loss, at which `check` fails still: none of what is lost can
         be kept without its passing. `tries`: how often it calls the check at most."""
         return shrink(crash, check, tries)
+
+    def save(self, path: Path | str) -> None:
+        """Saves the record into a file, so that `load` has the same crashes, by the same ids, also
+        on a machine that has no kernel with ublk."""
+        windows = [[start, stop] for start, stop in self._windows]
+        about = {
+            "block_size": self.block_size,
+            "unit": self.unit,
+            "garbage": self._garbage,
+            "windows": windows,
+        }
+        self.hold()
+        try:
+            save(path, self._record, about)
+        finally:
+            self.let_go()
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """The PowerCut that was saved, in memory. Raises ValueError for another file."""
+        with closing(Saved(path)) as saved:
+            about = saved.about
+            block, unit, garbage = about["block_size"], about["unit"], about["garbage"]
+            cut = cls(about["size"], block_size=block, atomic=unit, garbage=garbage)
+            cut.open()
+            for offset, piece in saved.pieces():
+                cut._calls["write"](offset, memoryview(piece))
+            for write in saved.writes():
+                cut._record.restore(write)
+                data = bytes(write.length) if write.data is None else write.data
+                cut._calls["write"](write.offset, memoryview(data))
+            saved.restore_rest(cut._record)
+            cut._windows = [(start, stop) for start, stop in about["windows"]]
+            cut.close()
+        return cut
 
     def write_log(self, path: Path | str) -> None:
         """Writes the record in the format of dm-log-writes, for the replay-log of xfstests.

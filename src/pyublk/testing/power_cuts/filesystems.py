@@ -3,7 +3,7 @@
 
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,3 +116,15 @@ def mounted(target: Target, file_system: str | None, options: str = "") -> Itera
         run([*checked.check, device.path], checked.passed)
         with _mount(device.path, place, kind, options):
             yield place
+
+
+@contextmanager
+def extracted(write_image: Callable[[Path], object]) -> Iterator[Path]:
+    """The files of an ext4 image, which is written into a file first; see `Crash.extracted`."""
+    with tempfile.TemporaryDirectory(prefix="pyublk-") as directory:
+        disk, files = Path(directory, "disk.img"), Path(directory, "files")
+        write_image(disk)
+        files.mkdir()
+        run(["e2fsck", "-f", "-p", disk], passed=(0, 1))
+        run(["debugfs", "-R", f"rdump / {files}", disk])
+        yield files

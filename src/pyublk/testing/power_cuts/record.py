@@ -113,17 +113,16 @@ class Record:
         """Around what does it to the disk itself. One that raises may have been done or not."""
         with self.lock:
             self.lock.wait_for(lambda: not self._busy(offset, offset + length))
-            units = self._keep_before(offset, length, zeroes=data is None)
             write = Write(
-                number=self._number(), kind=kind, offset=offset, length=length, data=data, fua=fua,
-                arrived=self._tick(), units=units,
-            )  # fmt: skip
-            for unit in units:
-                changes = self.changes.setdefault(unit, [])
-                changes.append(write)
-                write.places.append(len(changes))
-            self.writes.append(write)
-            self._pending[write.number] = write
+                number=self._number(),
+                kind=kind,
+                offset=offset,
+                length=length,
+                data=data,
+                fua=fua,
+                arrived=self._tick(),
+            )
+            self._add(write)
             self._in_flight.append(write)
         done = False
         try:
@@ -138,6 +137,22 @@ class Record:
                     write.stable = write.completed
                     del self._pending[write.number]
                 self.lock.notify_all()
+
+    def _add(self, write: Write) -> None:
+        write.units = self._keep_before(write.offset, write.length, zeroes=write.data is None)
+        for unit in write.units:
+            changes = self.changes.setdefault(unit, [])
+            changes.append(write)
+            write.places.append(len(changes))
+        self.writes.append(write)
+        if write.stable is None:
+            self._pending[write.number] = write
+
+    def restore(self, write: Write) -> None:
+        """One of another record, whose times are those of this one; before it is done again."""
+        with self.lock:
+            self._requests = write.number
+            self._add(write)
 
     def _busy(self, start: int, end: int) -> bool:
         """Whether a request is in flight that changes some of it."""

@@ -360,7 +360,10 @@ def stable_sums(record: Record, points: list[Point]) -> dict[int, int]:
 def unique_states(
     record: Record, points: list[Point], limit: int, seed: int
 ) -> Iterator[tuple[Point, Choices, str]]:
-    """At most `limit` states, no two alike in image and marks; all of them when they are as few."""
+    """At most `limit` states, no two alike in image and marks; all of them when they are as few.
+
+    The last of a tuple is the name of a random state; that of another is `name_of` it.
+    """
     sums = stable_sums(record, points)
     seen: set[tuple[int, int]] = set()
 
@@ -384,12 +387,12 @@ def unique_states(
     def rest(point: Point) -> Iterator[tuple[Choices, str]]:
         if point.count() > limit:
             return random_ones(point)
-        return ((one, name_of(point, one)) for one in point.every() if new(point, one))
+        return ((one, "") for one in point.every() if new(point, one))
 
     def everything() -> Iterator[tuple[Point, Choices, str]]:
         for point, choices in in_order(points):
             if new(point, choices):
-                yield point, choices, name_of(point, choices)
+                yield point, choices, ""
         for point, (choices, name) in in_turn((point, rest(point)) for point in points):
             yield point, choices, name
 
