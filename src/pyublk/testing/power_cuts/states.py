@@ -46,6 +46,7 @@ class Point:
             key=lambda write: write.number,
         )
         self._hashes: list[list[int]] | None = None
+        self._places: dict[int, list[tuple[int, int]]] = {}
 
     # ---- choices ----
 
@@ -59,11 +60,12 @@ class Point:
 
     def places(self, write: Write) -> list[tuple[int, int]]:
         """(index of a unit, choice that ends with this request) of what is not stable of it."""
-        found = []
-        for unit, version in zip(write.units, write.places, strict=True):
-            index = self.index.get(unit)
-            if index is not None and version > self.stable[index]:
-                found.append((index, version - self.stable[index]))
+        if (found := self._places.get(write.number)) is None:
+            found = self._places[write.number] = []
+            for unit, version in zip(write.units, write.places, strict=True):
+                index = self.index.get(unit)
+                if index is not None and version > self.stable[index]:
+                    found.append((index, version - self.stable[index]))
         return found
 
     def without(self, lost: Iterable[Piece]) -> Choices:
