@@ -13,6 +13,8 @@ from pyublk.pytest_plugin.file_systems import FileSystem
 from pyublk.pytest_plugin.fixtures import (
     MakeDisk,
     MakeFileSystem,
+    MakePowerCut,
+    power_cut,
     ublk_disk,
     ublk_fs,
 )
@@ -21,7 +23,15 @@ from pyublk.vm import VMError
 from pyublk.vm.attached import memory_size
 from pyublk.vm.machine import LONGEST
 
-__all__ = ["FileSystem", "MakeDisk", "MakeFileSystem", "ublk_disk", "ublk_fs"]
+__all__ = [
+    "FileSystem",
+    "MakeDisk",
+    "MakeFileSystem",
+    "MakePowerCut",
+    "power_cut",
+    "ublk_disk",
+    "ublk_fs",
+]
 
 _LOG = pytest.StashKey[KernelLog]()
 

@@ -87,6 +87,10 @@ class FileSystem:
         """Mounts it, with options of mount(8) such as "ro". Raises CommandFailed."""
         run("mount", "-t", self.kind, "-o", ",".join(["nodev", *options]), self.disk.path, self)
 
+    def sync(self) -> None:
+        """Makes everything in it durable, as syncfs(2) does. Raises CommandFailed."""
+        run("sync", "--file-system", self)
+
     def unmount(self) -> None:
         """Unmounts it, with everything written. Raises CommandFailed when it is in use."""
         run("umount", self)

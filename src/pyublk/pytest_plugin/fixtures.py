@@ -14,6 +14,7 @@ from pyublk.pytest_plugin.file_systems import FileSystem, Watch, unmount_all
 from pyublk.sizes import parse_size
 from pyublk.target import Target
 from pyublk.targets.ram import Ram
+from pyublk.testing import PowerCut
 
 
 class MakeDisk(Protocol):
@@ -46,6 +47,29 @@ class MakeFileSystem(Protocol):
             kind: "ext4", "xfs", "btrfs" or "vfat"; the fixture's parameter, or else ext4.
             content: as for `ublk_disk`; by default a disk in memory that is large enough.
             **options: those of `pyublk.Device`.
+        """
+
+
+class MakePowerCut(Protocol):
+    """What `power_cut` is."""
+
+    def __call__(
+        self,
+        kind: str = "ext4",
+        content: Target | str | int | None = None,
+        /,
+        *,
+        block_size: int | None = None,
+        atomic: int | None = None,
+        garbage: bool = False,
+    ) -> tuple[PowerCut, FileSystem]:
+        """Makes a file system on a disk that records what a power cut would leave of it, and mounts
+        it. What it begins with is durable.
+
+        Args:
+            kind: "ext4", "xfs", "btrfs" or "vfat".
+            content: as for `ublk_disk`; by default a disk in memory that is large enough.
+            block_size, atomic, garbage: as for `pyublk.testing.PowerCut`.
         """
 
 
@@ -88,6 +112,30 @@ def ublk_fs(
         made.make()
         made.mount()
         return made
+
+    return make
+
+
+@pytest.fixture
+def power_cut(ublk_fs: MakeFileSystem) -> MakePowerCut:
+    """Makes file systems that lose power: `cut, fs = power_cut("ext4")` is a
+    `pyublk.testing.PowerCut` and the file system on it, mounted at `fs.path`."""
+
+    def make(
+        kind: str = "ext4",
+        content: Target | str | int | None = None,
+        /,
+        *,
+        block_size: int | None = None,
+        atomic: int | None = None,
+        garbage: bool = False,
+    ) -> tuple[PowerCut, FileSystem]:
+        if content is None:
+            content = file_systems.kind_named(kind).size
+        cut = PowerCut(_target(content), block_size=block_size, atomic=atomic, garbage=garbage)
+        made = ublk_fs(kind, cut)
+        made.sync()
+        return cut, made
 
     return make
 
