@@ -1,12 +1,11 @@
-"""What tests need of the kernel and of the machine: the only way to skip one here.
+"""What tests need of the kernel and of the machine, as the plugin has it, and a little more: the
+only way to skip one here.
 
 Where everything must be there (`--every-feature`), a test that lacks something fails, and so does
 one that is skipped in any other way.
 """
 
 import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,8 @@ import pytest
 
 import pyublk
 from pyublk.defects import defects_of
+from pyublk.pytest_plugin.needs import KernelFeature, Module
+from pyublk.pytest_plugin.needs import Tool as Program
 from pyublk.uapi import Feature
 
 
@@ -37,37 +38,11 @@ class CPUs:
         return f"needs {self.count} CPUs, here are {here}" if here < self.count else None
 
 
-@dataclass(frozen=True, slots=True)
-class Program:
-    name: str
-
-    def lacking(self) -> str | None:
-        return None if shutil.which(self.name) else f"needs the program {self.name}"
-
-
-@dataclass(frozen=True, slots=True)
-class Module:
-    """Of the kernel."""
-
-    name: str
-
-    def lacking(self) -> str | None:
-        done = subprocess.run(["modprobe", self.name], capture_output=True, check=False)
-        return f"needs a kernel with {self.name}" if done.returncode else None
-
-
-def _lacking(what: Feature | CPUs | Program | Module) -> str | None:
-    if not isinstance(what, Feature):
-        return what.lacking()
-    with pyublk.Controller() as controller:
-        reason = controller.features().reason(what)
-    return None if reason is None else f"{what.name} {reason}"
-
-
 def needs(*things: Feature | CPUs | Program | Module) -> None:
     """Skips the test where one of these is not there."""
     for what in things:
-        if reason := _lacking(what):
+        need = KernelFeature(what) if isinstance(what, Feature) else what
+        if reason := need.lacking():
             raise Lacking(reason)
 
 

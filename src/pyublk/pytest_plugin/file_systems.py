@@ -3,47 +3,15 @@
 
 import os
 import subprocess
-import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from pyublk.pytest_plugin import needs
 from pyublk.service.usage import opened, uses
+from pyublk.testing.file_systems import CheckFailed, kind_named, mount, run
 
-MIB = 1 << 20
-#: Seconds that mkfs, fsck, mount or umount may take.
+#: Seconds that an unmount may take: a disk that hangs is given up by its own stop.
 PATIENCE = 60
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """How a file system is made and checked, and the smallest disk that its tools take, in bytes
-    and rounded up."""
-
-    make: tuple[str, ...]
-    check: tuple[str, ...]
-    size: int
-
-
-KINDS = {
-    "ext4": Kind(
-        # Else the kernel goes on writing tables long after mkfs.
-        ("mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0"),
-        ("e2fsck", "-f", "-n"),
-        64 * MIB,
-    ),
-    "xfs": Kind(("mkfs.xfs", "-q", "-f"), ("xfs_repair", "-n"), 320 * MIB),
-    "btrfs": Kind(("mkfs.btrfs", "-q", "-f"), ("btrfs", "check", "--readonly"), 128 * MIB),
-    "vfat": Kind(("mkfs.vfat",), ("fsck.vfat", "-n"), 64 * MIB),
-}
-
-
-def kind_named(name: str) -> Kind:
-    """Raises ValueError for one that is not known."""
-    if name not in KINDS:
-        raise ValueError(f"there is no file system {name!r} here; there are {', '.join(KINDS)}")
-    return KINDS[name]
 
 
 def needs_of(name: str) -> list[needs.Need]:
@@ -80,61 +48,25 @@ class FileSystem:
         return self.path / name
 
     def make(self) -> None:
-        """Makes it anew. Raises CommandFailed."""
-        run(*kind_named(self.kind).make, self.disk.path)
+        """Makes it anew. Raises CheckFailed."""
+        run([*kind_named(self.kind).make, self.disk.path])
 
     def mount(self, *options: str) -> None:
-        """Mounts it, with options of mount(8) such as "ro". Raises CommandFailed."""
-        run("mount", "-t", self.kind, "-o", ",".join(["nodev", *options]), self.disk.path, self)
+        """Mounts it, with options of mount(8) such as "ro". Raises CheckFailed."""
+        mount(self.kind, self.disk.path, self, *options)
 
     def sync(self) -> None:
-        """Makes everything in it durable, as syncfs(2) does. Raises CommandFailed."""
-        run("sync", "--file-system", self)
+        """Makes everything in it durable, as syncfs(2) does. Raises CheckFailed."""
+        run(["sync", "--file-system", self.path])
 
     def unmount(self) -> None:
-        """Unmounts it, with everything written. Raises CommandFailed when it is in use."""
-        run("umount", self)
+        """Unmounts it, with everything written. Raises CheckFailed when it is in use."""
+        run(["umount", self.path])
 
     def check(self) -> None:
-        """Has fsck look at it, which must be unmounted. Raises CommandFailed, with what fsck says,
+        """Has fsck look at it, which must be unmounted. Raises CheckFailed, with what fsck says,
         unless it is clean."""
-        run(*kind_named(self.kind).check, self.disk.path)
-
-
-class CommandFailed(AssertionError):
-    """A command of a file system failed; the message is what it printed."""
-
-
-#: Commands that cannot be killed, since a disk below them hangs. They end with the disk.
-_abandoned: list["subprocess.Popen[bytes]"] = []
-
-
-def run(*command: str | os.PathLike[str]) -> None:
-    """Runs a command of root's; raises CommandFailed when it fails, or takes too long."""
-    words = [os.fspath(word) for word in command]
-    places = [os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"]
-    with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(
-            words,
-            env={**os.environ, "PATH": os.pathsep.join(places), "LC_ALL": "C"},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            how = f"ended with {process.wait(PATIENCE)}"
-        except subprocess.TimeoutExpired:
-            process.kill()
-            _abandoned.append(process)
-            how = f"did not end within {PATIENCE} s"
-        except BaseException:
-            process.kill()
-            _abandoned.append(process)
-            raise
-        if process.returncode != 0:
-            output.seek(0)
-            printed = output.read().decode(errors="replace")
-            raise CommandFailed(f"{' '.join(words)} {how}:\n{printed}")
+        run([*kind_named(self.kind).check, self.disk.path])
 
 
 def unmount_all(name: str) -> str | None:
@@ -143,11 +75,11 @@ def unmount_all(name: str) -> str | None:
     in_use = []
     for place in [use.by for use in uses(name) if use.how == "mounted"][::-1]:
         try:
-            run("umount", place)
-        except CommandFailed as error:
+            run(["umount", place], timeout=PATIENCE)
+        except CheckFailed as error:
             by = ", ".join(use.by for use in opened(name) if use.how == "files") or str(error)
             in_use.append(f"{place} was still in use and is unmounted lazily: {by}")
-            run("umount", "--lazy", place)
+            run(["umount", "--lazy", place], timeout=PATIENCE)
     return "\n".join(in_use) or None
 
 

@@ -15,6 +15,7 @@ from pyublk.sizes import parse_size
 from pyublk.target import Target
 from pyublk.targets.ram import Ram
 from pyublk.testing import PowerCut
+from pyublk.testing.file_systems import kind_named
 
 
 class MakeDisk(Protocol):
@@ -107,7 +108,7 @@ def ublk_fs(
         kind = str(kind or getattr(request, "param", "ext4"))
         marking.need(request.node, *file_systems.needs_of(kind))
         if content is None:
-            content = file_systems.kind_named(kind).size
+            content = kind_named(kind).size
         made = FileSystem(kind, ublk_disk(content, **options), tmp_path_factory.mktemp(kind))
         made.make()
         made.mount()
@@ -131,7 +132,7 @@ def power_cut(ublk_fs: MakeFileSystem) -> MakePowerCut:
         garbage: bool = False,
     ) -> tuple[PowerCut, FileSystem]:
         if content is None:
-            content = file_systems.kind_named(kind).size
+            content = kind_named(kind).size
         cut = PowerCut(_target(content), block_size=block_size, atomic=atomic, garbage=garbage)
         made = ublk_fs(kind, cut)
         made.sync()

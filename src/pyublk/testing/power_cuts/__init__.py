@@ -11,10 +11,10 @@ saved        the record in a file of its own
 cut          the disk
 """
 
+from pyublk.testing.file_systems import CheckFailed
 from pyublk.testing.power_cuts.checks import PowerCutFailed
 from pyublk.testing.power_cuts.crash import Crash
 from pyublk.testing.power_cuts.cut import PowerCut, Volatile
-from pyublk.testing.power_cuts.filesystems import CheckFailed
 from pyublk.testing.power_cuts.record import Write
 
 __all__ = ["CheckFailed", "Crash", "PowerCut", "PowerCutFailed", "Volatile", "Write"]

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from pyublk.device import Device
+from pyublk.testing.file_systems import CheckFailed, run
 from pyublk.testing.power_cuts.crash import Crash
-from pyublk.testing.power_cuts.filesystems import CheckFailed, run
 from pyublk.testing.power_cuts.states import GARBAGE
 
 T = TypeVar("T")
