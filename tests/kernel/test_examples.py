@@ -108,3 +108,18 @@ def test_programs_print_their_disks_and_end_on_a_signal(name: str) -> None:
         finally:
             program.kill()
     assert not any(os.path.exists(path) for path in paths)
+
+
+@pytest.mark.parametrize("project", ["pytest", "pytest-power-cut"])
+def test_projects_that_test_with_the_plugin(project: str) -> None:
+    """Here they find ublk, and run at once."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--ublk-require"],
+        cwd=EXAMPLES / project,
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout

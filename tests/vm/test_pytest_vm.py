@@ -14,6 +14,7 @@ import pytest
 
 from pyublk.vm import KernelUnavailable, Machine, MissingProgram
 
+pytestmark = pytest.mark.timeout(900)
 LIMIT = 400
 """Seconds within which a command must have ended, on a busy host."""
 

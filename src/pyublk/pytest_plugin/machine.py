@@ -81,6 +81,10 @@ class Host:
     def _selection(self) -> Path:
         return Path(self._directory.name, "tests.json")
 
+    def pytest_report_header(self) -> str:
+        kernel = self._config.getoption("ublk_kernel")
+        return f"ublk: tests that need it run in a virtual machine (kernel {kernel})"
+
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
         """xdist: of a new worker."""
