@@ -216,7 +216,7 @@ def test_blkparse_and_btt_read_it(tmp_path: Path) -> None:
     assert "Reads Queued:         100,      400KiB" in parsed
     assert "Writes Completed:      100,      400KiB" in parsed
     told = subprocess.run(
-        [btt, "-i", tmp_path / "t.bin"], capture_output=True, text=True, check=True, timeout=60
+        [btt, "-i", "t.bin"], capture_output=True, text=True, check=True, timeout=60, cwd=tmp_path
     ).stdout
     for row in ("D2C", "Q2C"):
         line = next(line for line in told.splitlines() if line.startswith(f"{row} "))
