@@ -7,29 +7,28 @@
 
 #define LOOKS 100000 /* at an owner that is at the trace, which is for as long as a record takes */
 
-/* Both histograms, and the list, are memory that nobody has touched until there are requests. */
-static size_t bytes_of(const struct pu_queue *q)
-{
-	return 2 * sizeof(struct pu_histogram) + q->depth * sizeof(*q->taps.answered);
-}
+#define HISTOGRAMS (2 * sizeof(struct pu_histogram))
 
+/* The histograms are memory that nobody has touched, until there are requests. */
 int pu_taps_open(struct pu_queue *q)
 {
-	void *map = mmap(NULL, bytes_of(q), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	void *map = mmap(NULL, HISTOGRAMS, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 
 	if (map == MAP_FAILED)
 		return -ENOMEM;
 	q->taps.histogram = map;
 	q->taps.others = q->taps.histogram + 1;
-	q->taps.answered = (uint16_t *)(q->taps.others + 1);
-	return 0;
+	q->taps.answered = calloc(q->depth, sizeof(*q->taps.answered));
+	return q->taps.answered ? 0 : -ENOMEM;
 }
 
 void pu_taps_close(struct pu_queue *q)
 {
 	if (q->taps.histogram)
-		munmap(q->taps.histogram, bytes_of(q));
+		munmap(q->taps.histogram, HISTOGRAMS);
+	free(q->taps.answered);
 	q->taps.histogram = NULL;
+	q->taps.answered = NULL;
 }
 
 /* Whoever takes the trace away waits until at_trace is false: so either it sees that we are there, or we
@@ -75,6 +74,35 @@ void pu_taps_list(struct pu_queue *q, uint16_t tag, int32_t value)
 	q->taps.answered[q->taps.nr_answered++] = tag;
 }
 
+static void count(struct pu_taps *taps, uint32_t operation, uint32_t bucket, int64_t ns,
+		  uint32_t requests)
+{
+	uint32_t there = taps->nr_first;
+
+	if (requests > PU_FIRST_LATENCIES - there) {
+		pu_histogram_add(taps->histogram, operation, bucket, ns, requests);
+		return;
+	}
+	for (uint32_t i = there; i < there + requests; i++)
+		__atomic_store_n(&taps->first[i], operation << 8 | bucket, __ATOMIC_RELAXED);
+	pu_count(&taps->first_ns[operation], (uint64_t)ns * requests);
+	__atomic_store_n(&taps->nr_first, there + requests, __ATOMIC_RELEASE);
+}
+
+static void read_first(const struct pu_taps *taps, struct pu_histogram *sum)
+{
+	uint32_t there = __atomic_load_n(&taps->nr_first, __ATOMIC_ACQUIRE);
+
+	for (uint32_t i = 0; i < there; i++) {
+		uint16_t first = __atomic_load_n(&taps->first[i], __ATOMIC_RELAXED);
+
+		sum->counts[first >> 8][first & 0xff]++;
+	}
+	for (uint32_t operation = 0; operation < PU_OPERATIONS; operation++)
+		sum->total_ns[operation] +=
+			__atomic_load_n(&taps->first_ns[operation], __ATOMIC_RELAXED);
+}
+
 static void count_at_once(struct pu_taps *taps, int64_t now)
 {
 	int64_t ns = now - taps->now;
@@ -86,7 +114,7 @@ static void count_at_once(struct pu_taps *taps, int64_t now)
 		if (!requests)
 			continue;
 		taps->answered_at_once[operation] = 0;
-		pu_histogram_add(taps->histogram, operation, bucket, ns, requests);
+		count(taps, operation, bucket, ns, requests);
 	}
 }
 
@@ -104,7 +132,7 @@ static void count_listed(struct pu_queue *q, int64_t now)
 			arrived = t->arrived;
 			bucket = pu_histogram_bucket(now - arrived);
 		}
-		pu_histogram_add(taps->histogram, t->operation, bucket, now - arrived, 1);
+		count(taps, t->operation, bucket, now - arrived, 1);
 	}
 	taps->nr_answered = 0;
 }
@@ -170,6 +198,7 @@ void pu_taps_read(const struct pu_queue *q, struct pu_histogram *sum)
 {
 	if (!q->taps.histogram)
 		return;
+	read_first(&q->taps, sum);
 	pu_histogram_read(q->taps.histogram, sum);
 	pu_histogram_read(q->taps.others, sum);
 }

@@ -16,6 +16,10 @@
 #include "histogram.h"
 #include "trace.h"
 
+/* The page of a histogram is more than all else that a disk has which is only looked at by partition
+ * scans. So the first latencies are in the queue itself, as buckets. */
+#define PU_FIRST_LATENCIES 128u
+
 struct pu_gate;
 
 struct pu_taps {
@@ -24,7 +28,10 @@ struct pu_taps {
 	uint32_t answered_at_once[PU_OPERATIONS]; /* of these, since the last look at the clock */
 	uint32_t nr_answered;
 	uint16_t *answered; /* and the tags of the others */
-	struct pu_histogram *histogram;	 /* what the owner answered */
+	uint32_t nr_first;
+	uint16_t first[PU_FIRST_LATENCIES]; /* operation << 8 | bucket */
+	uint64_t first_ns[PU_OPERATIONS];
+	struct pu_histogram *histogram;	 /* what the owner answered later */
 	struct pu_histogram *others;	 /* what other threads did; guarded by inbox_lock */
 	bool armed;		/* there is a trace or a gate */
 	bool at_trace;		/* the owner looks at it */
