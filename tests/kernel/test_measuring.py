@@ -131,9 +131,7 @@ def test_failures_have_their_errno(serve: Serve, tmp_path: Path) -> None:
     assert disk.stats().latency["write"].count == 2
 
 
-def test_a_swap_keeps_what_was_measured_and_goes_on_recording(
-    serve: Serve, tmp_path: Path
-) -> None:
+def test_a_swap_keeps_what_was_measured_and_goes_on_recording(serve: Serve, tmp_path: Path) -> None:
     needs(Feature.QUIESCE)
     disk = serve(Null(size=MIB), recovery="resend", batch=False, path=DataPath.COPY)
     trace = disk.trace(tmp_path / "t", megabytes=1)
