@@ -103,19 +103,25 @@ static void read_first(const struct pu_taps *taps, struct pu_histogram *sum)
 			__atomic_load_n(&taps->first_ns[operation], __ATOMIC_RELAXED);
 }
 
-static void count_at_once(struct pu_taps *taps, int64_t now)
+/* Returns the time, if it had to look at it. */
+static int64_t count_at_once(struct pu_taps *taps)
 {
-	int64_t ns = now - taps->now;
-	uint32_t bucket = pu_histogram_bucket(ns);
+	uint32_t bucket = 0;
+	int64_t now = 0;
 
 	for (uint32_t operation = 0; operation < PU_OPERATIONS; operation++) {
 		uint32_t requests = taps->answered_at_once[operation];
 
 		if (!requests)
 			continue;
+		if (!now) {
+			now = pu_queue_now();
+			bucket = pu_histogram_bucket(now - taps->now);
+		}
 		taps->answered_at_once[operation] = 0;
-		count(taps, operation, bucket, ns, requests);
+		count(taps, operation, bucket, now - taps->now, requests);
 	}
+	return now;
 }
 
 /* Those that came together are mostly answered together: a bucket is found once for them. */
@@ -139,18 +145,10 @@ static void count_listed(struct pu_queue *q, int64_t now)
 
 void pu_taps_flush(struct pu_queue *q)
 {
-	struct pu_taps *taps = &q->taps;
-	uint32_t at_once = 0;
-	int64_t now;
+	int64_t now = count_at_once(&q->taps);
 
-	for (uint32_t operation = 0; operation < PU_OPERATIONS; operation++)
-		at_once |= taps->answered_at_once[operation];
-	if (!at_once && !taps->nr_answered)
-		return;
-	now = pu_queue_now();
-	if (at_once)
-		count_at_once(taps, now);
-	count_listed(q, now);
+	if (q->taps.nr_answered)
+		count_listed(q, now ? now : pu_queue_now());
 }
 
 struct pu_posted pu_taps_before_post(const struct pu_queue *q, uint16_t tag)
