@@ -137,6 +137,8 @@ def start(name: str, settings: Mapping[str, Any]) -> Staying:
         with keeper.stdout as told:
             ready = select.select([told], [], [], _START)[0] and told.readline()
         if ready:
+            # It outlives this process; one that lives longer takes notice of its end.
+            threading.Thread(target=keeper.wait, name="pyublk-vm", daemon=True).start()
             return _alive(name)
     except BaseException:
         keeper.kill()
