@@ -40,6 +40,14 @@ def short_size(size: float) -> str:
     return f"{_digits(size)}{UNITS[exponent - 1]}iB" if exponent else f"{size:.0f}B"
 
 
+def short_count(count: float) -> str:
+    """A number in at most five characters, for people: 12.5k."""
+    if count < 9999.5:
+        return f"{count:.0f}"
+    thousands = count / 1000
+    return f"{_digits(thousands)}k" if thousands < 999.5 else f"{_digits(thousands / 1000)}M"
+
+
 def short_seconds(seconds: float) -> str:
     """A time in three digits, for people: 1.25ms."""
     if not seconds:

@@ -29,6 +29,8 @@ _COMMANDS = {
     "serve": ("service", "Serve a disk that files define, in this process."),
     "service": ("service", "Install systemd's units, or remove them."),
     "stats": ("asking", "Print a disk's counters."),
+    "top": ("top", "Watch what all disks do."),
+    "metrics": ("metrics", "Tell Prometheus of all disks."),
     "trace": ("tracing", "Record the requests of a disk, and read what was recorded."),
     "resize": ("asking", "Change the size of a disk while it is used."),
     "replace": ("asking", "Replace a mirror's failed leg."),

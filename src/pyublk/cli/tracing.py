@@ -10,6 +10,7 @@ from pyublk import traces
 from pyublk.cli.failures import message
 from pyublk.cli.output import print_json, print_table
 from pyublk.cli.parameters import json_option
+from pyublk.cli.recording import record
 from pyublk.sizes import format_size, short_seconds, short_size
 from pyublk.traces.exports import FORMATS
 from pyublk.traces.plots import PLOTS
@@ -28,6 +29,9 @@ def trace() -> None:
     A trace NAME is in the files NAME.blktrace.0, NAME.blktrace.1 and so on, one for each queue.
     They have the format of blktrace: blkparse, btt and fio read them too.
     """
+
+
+trace.add_command(record)
 
 
 def read(name: str) -> traces.Trace:
