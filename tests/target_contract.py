@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import pytest
 
 import pyublk
+from pyublk.faults import Faults
 from pyublk.stats import DeviceStats
 from pyublk.targets import File, Ram
-from pyublk.testing import Faulty
 from pyublk.uapi import Op
 
 SIZE = 1 << 20
@@ -29,6 +29,8 @@ class Client(Protocol):
 
     @property
     def size(self) -> int: ...
+    @property
+    def faults(self) -> Faults: ...
     def pread(self, length: int, offset: int) -> bytes: ...
     def pwrite(self, data: bytes, offset: int) -> int: ...
     def flush(self) -> None: ...
@@ -423,19 +425,39 @@ class TargetContract:
     def test_faults_over_every_kind(
         self, open_disk: OpenDisk, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
     ) -> None:
-        faulty = Faulty(made(kind, tmp_path))
-        disk = open_disk(faulty, **FAILING[kind][1] if kind in FAILING else {})
-        for method, call in operations_of(disk).items():
-            if faulty.announces(method):
-                faulty.fail("handle" if kind == "handle" else method, errno.ENOSPC, every=True)
-                assert failure_of(call) == errno.ENOSPC, method
-                faulty.heal()
-                call()
-        faulty.delay("handle" if kind == "handle" else "write", 0.001)
-        disk.pwrite(b"late" * 1024, HALF)
-        faulty.hang("handle" if kind == "handle" else "read")
-        release = threading.Timer(0.1, faulty.heal)
-        release.start()
+        target = made(kind, tmp_path)
+        disk = open_disk(target, **FAILING[kind][1] if kind in FAILING else {})
+        here = (HALF, SIZE)
+        for operation, call in operations_of(disk).items():
+            if not target.announces(operation):
+                continue
+            where = None if operation == "flush" else here
+            with disk.faults.fail(operation, errno.ENOSPC, range=where) as rule:
+                assert failure_of(call) == errno.ENOSPC, operation
+                assert rule.fired == 1
+            call()
+        disk.pwrite(b"then" * 2048, HALF)
+        with disk.faults.delay("write", 0.001, range=here) as delayed:
+            disk.pwrite(b"late" * 1024, HALF)
+        with disk.faults.hang("read", range=here) as hung:
+            release = threading.Timer(0.1, hung.release)
+            release.start()
+            assert disk.pread(4096, HALF) == b"late" * 1024
+            release.join()
+        with disk.faults.drop("write", range=here) as dropped:
+            disk.pwrite(b"lost" * 1024, HALF)
         assert disk.pread(4096, HALF) == b"late" * 1024
-        release.join()
+        block = target.block_size
+        with disk.faults.tear("write", sectors=block // 512, range=here) as torn:
+            disk.pwrite(b"torn" * 2048, HALF)
+        assert (
+            disk.pread(8192, HALF)
+            == (b"torn" * 2048)[:block] + (b"late" * 1024 + b"then" * 1024)[block:]
+        )
+        with disk.faults.misdirect("write", offset=SIZE - 4096, range=here) as misdirected:
+            disk.pwrite(b"lost" * 1024, HALF)
+        assert disk.pread(4096, HALF)[:block] == (b"torn" * 1024)[:block]
+        assert disk.pread(4096, SIZE - 4096) == b"lost" * 1024
+        fired = [rule.fired for rule in (delayed, hung, dropped, torn, misdirected)]
+        assert fired == [1] * 5
         assert caplog.records == []

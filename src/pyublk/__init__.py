@@ -30,6 +30,7 @@ in a directory also from its own line; `tests/unit/test_rooms.py` reads the map 
     profile                  what a target says of itself, as one value
     target                   what a target implements
     mapped, zoned, sharing   the bases of mapped and zoned targets; memory shared with clients
+    faults/                  rules for a disk's requests: faults, limits, the profiles of disks
     queue_servers            who serves some queues: a thread, or a loop
     engines/                 how requests reach a target: one engine for each kind
     servers                  threads that serve the queues of many disks

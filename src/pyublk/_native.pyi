@@ -17,6 +17,8 @@ __all__ = [
     "Buffers",
     "CharDevice",
     "Dispatcher",
+    "Gate",
+    "GateRule",
     "Handlers",
     "Helper",
     "Layout",
@@ -290,6 +292,54 @@ def this_thread() -> int:
     """The calling thread's number. No other thread ever has it: idents go to new threads."""
 
 @final
+@final
+class GateRule:
+    """One rule of a `Gate`; whoever makes it checks its arguments.
+
+    `ops` has a bit for each operation. The rule is for bytes from `begin` to `end` (0: for all), for
+    requests that jump, for which `when` is true. Of these, the `nth` (0: each), `times` at most.
+    `delays` are in seconds, each as likely; costs are the seconds of a request, and of a byte.
+    """
+
+    def __init__(
+        self,
+        action: str,
+        *,
+        ops: int,
+        begin: int = 0,
+        end: int = 0,
+        jumps: bool = False,
+        when: Callable[[Op | int, int, int], object] | None = None,
+        nth: int = 0,
+        every: bool = False,
+        times: int = 0,
+        probability: float = 1.0,
+        seed: int = 0,
+        error: int = 0,
+        delays: Sequence[float] = (),
+        amount: int = 0,
+        place: int = 0,
+        request_cost: float = 0.0,
+        byte_cost: float = 0.0,
+        burst: float = 0.0,
+    ) -> None: ...
+    def counts(self) -> tuple[int, int]:
+        """How many requests matched, and for how many it fired."""
+
+@final
+class Gate:
+    """What a disk's rules do to the requests of its queues, which are made with it."""
+
+    def exchange(self, rules: Sequence[GateRule]) -> None:
+        """These are the rules from now on."""
+    def release(self, rule: GateRule | None = None) -> None:
+        """Lets go of what a rule holds now, or all of them."""
+    def suspend(self, suspended: bool) -> None:
+        """No rule applies, and nothing is held, until this is taken back."""
+    def set_size(self, size: int) -> None:
+        """Bytes of the disk."""
+
+@disjoint_base
 class SharedTable:
     """The memory that a device shares with its clients, by the kernel's index.
 
@@ -335,6 +385,7 @@ class Queue:
         trim_after: float | None = None,
         faults: int = 0,
         table: SharedTable | None = None,
+        gate: Gate | None = None,
     ) -> None: ...
     @classmethod
     def loopback(
@@ -344,6 +395,7 @@ class Queue:
         buffer_size: int = 524288,
         extra_entries: int = 0,
         table: SharedTable | None = None,
+        gate: Gate | None = None,
     ) -> Self:
         """A kernel-free queue: requests are injected, answers are read back (pyublk.testing)."""
     def close(self) -> None:
@@ -365,6 +417,12 @@ class Queue:
     @property
     def held(self) -> int:
         """Requests taken and not yet committed."""
+    @property
+    def kept(self) -> int:
+        """Of these, what its gate holds."""
+    @property
+    def is_due(self) -> bool:
+        """Whether the next wait brings some of that."""
     @property
     def ending(self) -> bool:
         """Whether the kernel has begun to take the tags back: the device is stopped or quiesced.
@@ -692,10 +750,16 @@ class MappedQueue(Queue):
         buffers: Buffers | None = None,
         trim_after: float | None = None,
         faults: int = 0,
+        gate: Gate | None = None,
     ) -> None: ...
     @classmethod
     def loopback(  # type: ignore[override]
-        cls, *, layout: Layout, depth: int = 128, buffer_size: int = 524288
+        cls,
+        *,
+        layout: Layout,
+        depth: int = 128,
+        buffer_size: int = 524288,
+        gate: Gate | None = None,
     ) -> Self: ...
     def serve_mapped(
         self,

@@ -51,6 +51,8 @@ __all__ = [
     "Buffers",
     "CharDevice",
     "Dispatcher",
+    "Gate",
+    "GateRule",
     "Handlers",
     "Helper",
     "Layout",
@@ -82,6 +84,7 @@ include "_native_ring.pxi"
 include "_native_shared.pxi"
 include "_native_io.pxi"
 include "_native_trace.pxi"
+include "_native_gate.pxi"
 include "_native_queue.pxi"
 include "_native_async.pxi"
 include "_native_layout.pxi"

@@ -172,6 +172,62 @@ cdef extern from "_core/tag.h" nogil:
     uint32_t pu_tag_generation(const pu_tag *)
     int pu_tag_state(const pu_tag *)
 
+cdef extern from "_core/rule.h" nogil:
+    enum pu_action:
+        PU_ACT_DELAY
+        PU_ACT_HANG
+        PU_ACT_LIMIT
+        PU_ACT_FAIL
+        PU_ACT_DROP
+        PU_ACT_TEAR
+        PU_ACT_MISDIRECT
+        PU_ACT_ROT
+
+    uint64_t PU_ALWAYS_FIRES
+    ctypedef bint (*pu_when)(void *, uint32_t, uint64_t, uint64_t) noexcept
+
+    struct pu_rule_spec:
+        pu_action action
+        uint32_t ops
+        uint64_t begin
+        uint64_t end
+        bint jumps
+        pu_when when
+        void *context
+        uint64_t nth
+        bint every
+        uint64_t times
+        uint64_t chance
+        uint64_t seed
+        int32_t error
+        const int64_t *delays_ns
+        uint32_t nr_delays
+        uint32_t amount
+        uint64_t place
+        double request_ns
+        double byte_ns
+        int64_t burst_ns
+
+    struct pu_rule:
+        pass
+
+    pu_rule *pu_rule_new(const pu_rule_spec *)
+    void pu_rule_put(pu_rule *)
+    void pu_rule_counts(pu_rule *, uint64_t *, uint64_t *)
+
+cdef extern from "_core/gate.h" nogil:
+    struct pu_rules:
+        pass
+
+    void pu_rules_init(pu_rules *)
+    void pu_rules_destroy(pu_rules *)
+    int pu_rules_exchange(pu_rules *, pu_rule **, uint32_t)
+    void pu_rules_release(pu_rules *, pu_rule *)
+    void pu_rules_set_size(pu_rules *, uint64_t)
+    void pu_rules_open(pu_rules *, bint)
+    int64_t pu_gate_due(const pu_queue *)
+    uint32_t pu_gate_kept(const pu_queue *)
+
 cdef extern from "_core/queue.h" nogil:
     ctypedef int64_t (*pu_handler)(
         void *, uint32_t, uint32_t, uint64_t, uint64_t, void *
@@ -271,6 +327,7 @@ cdef extern from "_core/open.h" nogil:
         int64_t trim_after_ns
         uint32_t faults
         const pu_shared *client_memory
+        pu_rules *rules
 
     void pu_io_flusher()
     int pu_queue_open(pu_queue *, int, const pu_queue_options *)

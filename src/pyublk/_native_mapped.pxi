@@ -103,8 +103,8 @@ cdef class MappedQueue(Queue):
         layout.queues += 1
 
     @classmethod
-    def loopback(cls, *, layout, depth=DEFAULT_DEPTH, buffer_size=DEFAULT_MAX_IO_SIZE):
-        return cls(-1, layout=layout, depth=depth, buffer_size=buffer_size)
+    def loopback(cls, *, layout, depth=DEFAULT_DEPTH, buffer_size=DEFAULT_MAX_IO_SIZE, gate=None):
+        return cls(-1, layout=layout, depth=depth, buffer_size=buffer_size, gate=gate)
 
     def __dealloc__(self):
         if self.opened:
@@ -121,7 +121,7 @@ cdef class MappedQueue(Queue):
         if mapper is None:
             pu_watch_end(&self.watch)
         while self.mapped_round(mapper, leg_failed, -1, not self.q.loopback):
-            if self.q.loopback and not pu_queue_held(&self.q):
+            if self.q.loopback and pu_queue_held(&self.q) == pu_gate_kept(&self.q):
                 return
 
     def step(self, Mapper mapper=None, leg_failed=None, *, timeout=None):

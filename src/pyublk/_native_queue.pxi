@@ -41,12 +41,14 @@ cdef class Queue:
     cdef CharDevice device
     cdef SharedTable table
     cdef TraceBuffer trace_buffer
+    cdef Gate gate
     cdef object __weakref__
 
     def __init__(self, fd, uint16_t queue_id=0, *, unsigned int depth=DEFAULT_DEPTH,
                  size_t buffer_size=DEFAULT_MAX_IO_SIZE, uint64_t flags=0, unsigned int first_tag=0,
                  unsigned int tag_step=1, Buffers buffers=None, uint32_t extra_entries=0,
-                 files=(), trim_after=None, uint32_t faults=0, SharedTable table=None):
+                 files=(), trim_after=None, uint32_t faults=0, SharedTable table=None,
+                 Gate gate=None):
         if self.ios is not None:
             raise RuntimeError("this queue is open already")
         if not 1 <= depth <= uapi.MAX_QUEUE_DEPTH:
@@ -78,6 +80,9 @@ cdef class Queue:
         if table is not None:
             options.client_memory = table.table
             self.table = table
+        if gate is not None:
+            options.rules = &gate.rules
+            self.gate = gate
         numbers = array("i", files)
         cdef const int[::1] numbers_view = numbers if numbers else array("i", [-1])
         options.files = &numbers_view[0]
@@ -102,9 +107,9 @@ cdef class Queue:
 
     @classmethod
     def loopback(cls, *, depth=DEFAULT_DEPTH, buffer_size=DEFAULT_MAX_IO_SIZE, extra_entries=0,
-                 table=None):
+                 table=None, gate=None):
         return cls(-1, depth=depth, buffer_size=buffer_size, extra_entries=extra_entries,
-                   table=table)
+                   table=table, gate=gate)
 
     def __dealloc__(self):
         pu_watch_end(&self.watch)
@@ -442,6 +447,13 @@ cdef class Queue:
         if not left and self.trace_buffer is not None:
             Py_INCREF(self.trace_buffer)  # the owner may still write to it
         self.trace_buffer = buffer
+    @property
+    def kept(self):
+        return pu_gate_kept(&self.q)
+
+    @property
+    def is_due(self):
+        return pu_gate_due(&self.q) == 0
 
     def wake(self):
         if self.is_open:

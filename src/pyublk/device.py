@@ -17,6 +17,8 @@ from pyublk import errors
 from pyublk._native import process, this_thread
 from pyublk.arguments import whole
 from pyublk.control import DeviceInfo
+from pyublk.faults import Faults, WithFaults
+from pyublk.handover import handler_timeout
 from pyublk.interruptions import (
     LOOK_FOR_SIGNALS,
     Signalled,
@@ -25,7 +27,7 @@ from pyublk.interruptions import (
     signals_raised,
 )
 from pyublk.launch import fill_descriptors
-from pyublk.lifecycle import DeviceState, Lifecycle, handler_timeout
+from pyublk.lifecycle import DeviceState, Lifecycle
 from pyublk.options import DEVICE, DeviceOptions, complete, complete_for, documented
 from pyublk.params import Params
 from pyublk.paths import PathChoice
@@ -44,7 +46,7 @@ LOOK_FOR_STOP = 0.05
 
 
 @documented(DEVICE)
-class Device(Tapped):
+class Device(Tapped, WithFaults):
     """A target served as `/dev/ublkbN`.
 
     ::
@@ -108,8 +110,8 @@ class Device(Tapped):
     ) -> None:
         self._state = DeviceState.CREATED
         self.target = target
-        self._life = Lifecycle(target, asked, on, **taken)
-        self._shares_memory = asked["shared_memory"]
+        self._faults = Faults(target)
+        self._life = Lifecycle(target, asked, on, self._faults, **taken)
         self._on = on
         self._stop_timeout = asked["stop_timeout"]
         self._stopped = threading.Event()
@@ -335,7 +337,7 @@ class Device(Tapped):
             try:
                 if self._state is not DeviceState.LIVE:
                     raise errors.DeviceClosed(f"the device is {self._state} meanwhile")
-                self._life.disk().resize(size)
+                self._life.resize(size)
             finally:
                 if locked:
                     self._stop_lock.release()
@@ -382,7 +384,7 @@ class Device(Tapped):
             failed = partial(_end_failed, weakref.ref(self))
             try:
                 hung = self._life.swap(target, patience=patience, failed=failed)
-                self.target = target
+                self.target = self._faults.target = target
             except BaseException:
                 if self._life.disk().spared:
                     self._release()
@@ -430,12 +432,7 @@ class Device(Tapped):
         """
         self._check_process()
         check_share(size, fd)
-        if not self._shares_memory:
-            raise ValueError("share needs a device made with shared_memory=True")
-        sharing = self._life.sharing
-        if sharing is None or self._state is not DeviceState.LIVE:
-            raise errors.DeviceClosed(f"the device is {self._state}, only a live one shares memory")
-        return sharing.begin(size, fd, read_only=read_only)
+        return self._life.shared(self._state).begin(size, fd, read_only=read_only)
 
     # ---- stopping ----
 

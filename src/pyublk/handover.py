@@ -81,7 +81,12 @@ def end_by_quiesce(
 
     What the first QUIESCE_DEV raises leaves the session as it is.
     """
-    kernel.quiesce(min(patience, ANSWERED_WITHIN))
+    session.suspend_faults(True)
+    try:
+        kernel.quiesce(min(patience, ANSWERED_WITHIN))
+    except BaseException:
+        session.suspend_faults(False)
+        raise
     hung: list[str] = []
     again = time.monotonic() + QUIESCE_AGAIN
 
@@ -131,3 +136,23 @@ def flush(
                 kernel.info.path,
                 errors.described(results[-1]),
             )
+
+
+def handler_timeout(
+    target: Target, kernel: KernelDisk, stacks: list[str], *, successor: Target | None = None
+) -> errors.HandlerTimeout:
+    """For handlers that were given up at a disk's end, or when another target took their place."""
+    who = "a handler" if len(stacks) == 1 else f"{len(stacks)} handlers"
+    outcome = (
+        f"every request of a queue is in its hands, and Linux before 6.16 keeps such a disk until "
+        f"its server ends: {kernel.info.path} goes half a minute after this process"
+        if kernel.kept
+        else f"every request it held was failed, and {kernel.info.path} was deleted"
+    )
+    if successor is not None:
+        now = type(successor).__name__
+        outcome = f"every request it held was failed, and {kernel.info.path} is now served by {now}"
+    error = errors.HandlerTimeout(f"{who} of {type(target).__name__} never returned: {outcome}")
+    for stack in stacks:
+        error.add_note(stack)
+    return error

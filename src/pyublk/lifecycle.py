@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pyublk import errors
 from pyublk.defects import defects_of
+from pyublk.faults import Faults
 from pyublk.features import Features
 from pyublk.handover import check_fits, end_by_quiesce, flush, needs_flush, open_when_free, quiesces
 from pyublk.kernel_disk import KernelDisk
@@ -67,6 +68,7 @@ class Lifecycle:
         target: Target,
         asked: DeviceOptions,
         on: Servers | None,
+        faults: Faults,
         *,
         adopted: int | None = None,
         ask: Callable[[], None] | None = None,
@@ -78,6 +80,7 @@ class Lifecycle:
         self._foreign = foreign
         self._asked = asked
         self._on = on
+        self._faults = faults
         if adopted is None:
             _check_threads(asked["threads"], asked["depth"])
             self._queues = number_of_queues(asked)
@@ -110,6 +113,7 @@ class Lifecycle:
             shared_memory=asked["shared_memory"],
             trim_after=asked["trim_after"],
             provider=OwnThreads(preempt=asked["preempt"]) if on is None else on,
+            faults=self._faults,
         )
 
     def disk(self) -> KernelDisk:
@@ -140,7 +144,7 @@ class Lifecycle:
         choice = self.choice = choose_path(
             profile.paths,
             features,
-            path=asked["path"],
+            path=self._faults.wanted_path(asked["path"]),
             batch=_batch(asked, recovery),
             depth=asked["depth"],
             needed=profile.needs | _needed(asked) | recovery | _rights(features),
@@ -234,6 +238,7 @@ class Lifecycle:
         if kernel is None or not kernel.exists:
             return []
         deadline = self._asked["deadline"]
+        self._faults.suspend(True)
         if kernel.spared:
             session.primed(deadline)
             session.leave(LEAVES)
@@ -268,7 +273,22 @@ class Lifecycle:
             self._on.leave_loop()
             self._on_shared_loop = False
 
+    # ---- memory shared with clients ----
+
+    def shared(self, state: DeviceState) -> Sharing:
+        """What shares memory; raises what says why none can be shared now."""
+        if not self._asked["shared_memory"]:
+            raise ValueError("share needs a device made with shared_memory=True")
+        if self.sharing is None or state is not DeviceState.LIVE:
+            raise errors.DeviceClosed(f"the device is {state}, only a live one shares memory")
+        return self.sharing
+
     # ---- another size ----
+
+    def resize(self, size: int) -> None:
+        """UPDATE_SIZE."""
+        self.disk().resize(size)
+        self._faults.resize(size)
 
     def check_resize(self, state: DeviceState, size: int, *, shrink: bool) -> bool:
         """Whether `size` is another one; raises what says why the disk cannot have it now."""
@@ -572,23 +592,3 @@ def _give_up_hanging(kernel: KernelDisk, session: Session) -> list[str]:
     if hanging.holds_queue:
         kernel.give_up_queue()
     return hanging.stacks
-
-
-def handler_timeout(
-    target: Target, kernel: KernelDisk, stacks: list[str], *, successor: Target | None = None
-) -> errors.HandlerTimeout:
-    """For handlers that were given up at a disk's end, or when another target took their place."""
-    who = "a handler" if len(stacks) == 1 else f"{len(stacks)} handlers"
-    outcome = (
-        f"every request of a queue is in its hands, and Linux before 6.16 keeps such a disk until "
-        f"its server ends: {kernel.info.path} goes half a minute after this process"
-        if kernel.kept
-        else f"every request it held was failed, and {kernel.info.path} was deleted"
-    )
-    if successor is not None:
-        now = type(successor).__name__
-        outcome = f"every request it held was failed, and {kernel.info.path} is now served by {now}"
-    error = errors.HandlerTimeout(f"{who} of {type(target).__name__} never returned: {outcome}")
-    for stack in stacks:
-        error.add_note(stack)
-    return error

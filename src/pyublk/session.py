@@ -16,7 +16,9 @@ from pyublk._native import Buffers, CharDevice, Queue, SharedTable
 from pyublk.control import DeviceInfo
 from pyublk.engines import engine_for
 from pyublk.engines.base import Setup
+from pyublk.faults import Faults
 from pyublk.keeping import opened_for
+from pyublk.paths import path_of
 from pyublk.profile import Profile
 from pyublk.queue_servers import QueueServer, ServingTask, TagSet, ThreadProvider
 from pyublk.scheduling import queue_thread_name
@@ -57,6 +59,7 @@ class Session:
         shared_memory: bool,
         trim_after: float | None,
         provider: ThreadProvider,
+        faults: Faults,
     ) -> None:
         self._engine = engine_for(target)
         self._engine.check(threads=threads, workers=workers, shared_memory=shared_memory)
@@ -64,6 +67,7 @@ class Session:
         self._workers = workers
         self._trim_after = trim_after
         self._provider = provider
+        self._faults = faults
         #: What the target says of itself, once it is open.
         self.profile: Profile | None = None
         self._opened = False
@@ -133,6 +137,9 @@ class Session:
         What a server fails with at its start is for `raise_error`, once all are `primed`. `failed`
         is called once, when one has failed, by it.
         """
+        assert self.profile is not None
+        self._faults.serve(self.profile.size, path_of(info.flags).path)
+        self._faults.suspend(False)
         self._tell_failure = failed
         self._severed = False
         engine = self._engine
@@ -157,6 +164,7 @@ class Session:
                 "flags": info.flags,
                 "table": table,
                 "trim_after": self._trim_after,
+                "gate": self._faults.gate,
             },
         )
         for group in [tag_sets] if on_this_loop else engine.groups(tag_sets):
@@ -210,6 +218,10 @@ class Session:
             raise self.failure
 
     # ---- while it is served ----
+
+    def suspend_faults(self, suspended: bool) -> None:
+        """See `Faults.suspend`."""
+        self._faults.suspend(suspended)
 
     def queues(self) -> list[Queue]:
         """Once all are `primed`; those of a disk's queue, if it has several threads, together."""

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pyublk
-from pyublk.layers.faults import Faulty
 from pyublk.targets import File
 
 
@@ -94,9 +93,15 @@ class AsyncFile(pyublk.Target):
         self.plain.write_zeroes(offset, length, unmap)
 
 
-def faulty(path: Path) -> pyublk.Target:
+class Over(pyublk.Layer):
+    """A layer that changes nothing."""
+
+    recoverable = True
+
+
+def over(path: Path) -> pyublk.Target:
     """A layer over a mapped target."""
-    return Faulty(File(path))
+    return Over(File(path))
 
 
 #: By name, from a file.
@@ -104,5 +109,5 @@ FILES: dict[str, Callable[..., pyublk.Target]] = {
     "file": File,
     "plain": PlainFile,
     "async": AsyncFile,
-    "layer": faulty,
+    "layer": over,
 }

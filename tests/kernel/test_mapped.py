@@ -20,7 +20,6 @@ import pyublk
 from pyublk import DataPath, MappedTarget
 from pyublk._native import MappedQueue
 from pyublk.targets import File, Linear, Mirror, Slice, Stripe
-from pyublk.testing import Faulty
 from pyublk.uapi import Feature
 
 MIB = 1 << 20
@@ -155,17 +154,16 @@ def test_a_write_that_fails_half_way_returns_the_error(serve: Serve, tmp_path: P
         def write(self, offset: int, data: memoryview) -> None:
             self.data[offset : offset + len(data)] = data
 
-    part = Faulty(Memory())
-    bad = serve(part)
+    bad = serve(Memory())
     target = Linear(make(tmp_path, "good", SIZE), Path(bad.path), direct=True)
     disk = serve(target, max_io_size=256 * 1024)
-    part.fail("write", errno.ENOSPC, every=True)
+    bad.faults.fail("write", errno.ENOSPC)
     with Blocks(disk.path) as blocks:
         assert blocks.write(b"x" * 65536, SIZE - 65536) == 65536
         with pytest.raises(OSError, match="No space left") as failure:
             blocks.write(b"x" * 131072, SIZE - 65536)
         assert failure.value.errno == errno.ENOSPC
-        part.heal()
+        bad.faults.clear()
         assert blocks.write(b"y" * 131072, SIZE - 65536) == 131072
         assert blocks.read(131072, SIZE - 65536) == b"y" * 131072
 
@@ -207,22 +205,22 @@ def states(mirror: Mirror) -> list[str]:
 
 @pytest.mark.parametrize("method", ["read", "write", "flush"])
 def test_a_mirror_survives_a_leg_that_fails(serve: Serve, tmp_path: Path, method: str) -> None:
-    legs = [Faulty(Memory()), Faulty(Memory())]
-    paths = [Path(serve(leg).path) for leg in legs]
+    legs = [serve(Memory()), serve(Memory())]
+    paths = [Path(leg.path) for leg in legs]
     mirror = Mirror(*paths, state=tmp_path / "state", direct=True)
     disk = serve(mirror)
     assert mirror.wait_in_step(30)
     data = os.urandom(MIB)
     with Blocks(disk.path) as blocks:
         blocks.write(data, 0)
-        legs[0].fail(method, every=True)
+        legs[0].faults.fail(method)
         for number in range(4):
             blocks.write(data, number * MIB)
             blocks.sync()
             assert blocks.read(MIB, number * MIB) == data
         assert states(mirror) == ["failed", "synced"]
         # It comes back, while the disk is written.
-        legs[0].heal()
+        legs[0].faults.clear()
         mirror.replace(0)
         chance = random.Random(2)
         while not mirror.wait_in_step(0):
@@ -236,8 +234,8 @@ def test_a_mirror_survives_a_leg_that_fails(serve: Serve, tmp_path: Path, method
 
 @pytest.mark.parametrize("method", ["read", "write"])
 def test_a_mirror_survives_a_leg_that_hangs(serve: Serve, tmp_path: Path, method: str) -> None:
-    legs = [Faulty(Memory()), Faulty(Memory())]
-    paths = [Path(serve(leg).path) for leg in legs]
+    legs = [serve(Memory()), serve(Memory())]
+    paths = [Path(leg.path) for leg in legs]
     mirror = Mirror(*paths, state=tmp_path / "state", leg_timeout=1, direct=True)
     disk = serve(mirror)
     assert mirror.wait_in_step(30)
@@ -245,20 +243,20 @@ def test_a_mirror_survives_a_leg_that_hangs(serve: Serve, tmp_path: Path, method
     try:
         with Blocks(disk.path) as blocks:
             blocks.write(data, 0)
-            legs[0].hang(method)
+            legs[0].faults.hang(method)
             for number in range(4):
                 blocks.write(data, number * MIB)
                 assert blocks.read(65536, number * MIB) == data
         assert states(mirror) == ["failed", "synced"]
     finally:
         for leg in legs:
-            leg.release()
+            leg.faults.clear()
     disk.stop()
 
 
 def test_a_stop_waits_until_a_leg_that_hangs_is_given_up(serve: Serve, tmp_path: Path) -> None:
-    legs = [Faulty(Memory()), Faulty(Memory())]
-    paths = [Path(serve(leg).path) for leg in legs]
+    legs = [serve(Memory()), serve(Memory())]
+    paths = [Path(leg.path) for leg in legs]
     mirror = Mirror(*paths, state=tmp_path / "state", leg_timeout=2, direct=True)
     disk = serve(mirror, stop_timeout=0.2)
     assert mirror.wait_in_step(30)
@@ -271,7 +269,7 @@ def test_a_stop_waits_until_a_leg_that_hangs_is_given_up(serve: Serve, tmp_path:
             except OSError as error:
                 outcome.append(error)
 
-    legs[0].hang("write")
+    legs[0].faults.hang("write")
     client = threading.Thread(target=write)
     try:
         client.start()
@@ -280,35 +278,35 @@ def test_a_stop_waits_until_a_leg_that_hangs_is_given_up(serve: Serve, tmp_path:
         client.join(30)
     finally:
         for leg in legs:
-            leg.release()
+            leg.faults.clear()
     assert outcome == [4096]
     with Blocks(str(paths[1]), os.O_RDONLY) as other:
         assert other.read(4096, 0) == b"kept" * 1024
 
 
 def test_a_mirror_of_one_good_leg_passes_errors_on(serve: Serve, tmp_path: Path) -> None:
-    legs = [Faulty(Memory()), Faulty(Memory())]
-    mirror = Mirror(*(Path(serve(leg).path) for leg in legs), state=tmp_path / "s", direct=True)
+    legs = [serve(Memory()), serve(Memory())]
+    mirror = Mirror(*(Path(leg.path) for leg in legs), state=tmp_path / "s", direct=True)
     disk = serve(mirror)
     assert mirror.wait_in_step(30)
     with Blocks(disk.path) as blocks:
         blocks.write(b"a" * 4096, 0)
         for leg in legs:
-            leg.fail("read", every=True)
+            leg.faults.fail("read")
         with pytest.raises(OSError, match="Input/output error") as failure:
             blocks.read(4096, 0)
         assert failure.value.errno == errno.EIO
         for leg in legs:
-            leg.heal()
+            leg.faults.clear()
         assert blocks.read(4096, 0) == b"a" * 4096
 
 
 def test_clients_do_not_notice_that_a_leg_dies(serve: Serve, tmp_path: Path) -> None:
-    legs = [Faulty(Memory()), Faulty(Memory())]
-    mirror = Mirror(*(Path(serve(leg).path) for leg in legs), state=tmp_path / "s", direct=True)
+    legs = [serve(Memory()), serve(Memory())]
+    mirror = Mirror(*(Path(leg.path) for leg in legs), state=tmp_path / "s", direct=True)
     disk = serve(mirror, queues=2)
     assert mirror.wait_in_step(30)
-    timer = threading.Timer(1.0, lambda: legs[1].fail("write", every=True))
+    timer = threading.Timer(1.0, lambda: legs[1].faults.fail("write"))
     timer.start()
     verified(disk.path, rw="randwrite", bsrange="4k-64k", size="8m", iodepth=8, loops=2)
     timer.join()

@@ -23,6 +23,7 @@ class Opened:
 
     def __init__(self, disk: pyublk.Device, client: Blocks) -> None:
         self._disk, self._client = disk, client
+        self.faults = disk.faults
         self.stats: Callable[[], DeviceStats] = disk.stats
         self.flush = client.sync
         self.discard = client.discard

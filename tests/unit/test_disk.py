@@ -2,7 +2,6 @@
 
 import asyncio
 import errno
-import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 import pyublk
 from pyublk import targets
-from pyublk.testing import Disk, Faulty, Shadow
+from pyublk.testing import Disk, Shadow
 from pyublk.uapi import Op
 
 SIZE = 256 << 10
@@ -84,11 +83,11 @@ def make(kind: str, folder: Path) -> tuple[pyublk.Target, dict[str, Any]]:
         "handle": lambda: (Handle(), {}),
         "ram": lambda: (targets.Ram(size=SIZE), {}),
         "file": lambda: (targets.File(folder / "disk.img", size=SIZE), {}),
-        "faulty": lambda: (Faulty(Memory()), {}),
+        "layer": lambda: (pyublk.Layer(Memory()), {}),
     }[kind]()
 
 
-KINDS = ["sync", "workers", "async", "handle", "ram", "file", "faulty"]
+KINDS = ["sync", "workers", "async", "handle", "ram", "file", "layer"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -197,68 +196,13 @@ def test_fua_is_emulated_by_flush_unless_the_target_takes_it(
 
 
 def test_an_os_error_is_the_clients_errno(open_disk: Callable[..., Disk]) -> None:
-    target = Faulty(Memory())
-    disk = open_disk(target)
-    target.fail("read", errno.ENOSPC, nth=2)
-    disk.pread(512, 0)
-    with pytest.raises(OSError, match="READ at 0 failed") as raised:
-        disk.pread(512, 0)
+    class Full(Memory):
+        def write(self, offset: int, data: memoryview) -> None:
+            raise OSError(errno.ENOSPC, "full")
+
+    with pytest.raises(OSError, match="WRITE at 0 failed") as raised:
+        open_disk(Full()).pwrite(bytes(512), 0)
     assert raised.value.errno == errno.ENOSPC
-    disk.pread(512, 0)
-    target.fail("write", every=True)
-    for _ in range(2):
-        with pytest.raises(OSError, match="WRITE at 0 failed"):
-            disk.pwrite(bytes(512), 0)
-    target.heal()
-    disk.pwrite(bytes(512), 0)
-
-
-NEVER = [
-    ("fail", ("writ",), {}, "no request calls 'writ' of Memory (did you mean 'write'?): its"),
-    (
-        "fail",
-        ("discard",),
-        {},
-        "no request calls 'discard' of Memory: its methods are read, write,",
-    ),
-    ("delay", ("handle", 1), {}, "no request calls 'handle' of Memory"),
-    ("hang", ("open",), {}, "no request calls 'open' of Memory"),
-    ("hang", ("",), {}, "no request calls '' of Memory"),
-    ("hang", (None,), {}, "no request calls None of Memory"),
-    ("fail", ("write",), {"nth": 0}, "nth must be at least 1, not 0"),
-    ("fail", ("write",), {"nth": -1, "every": True}, "nth must be at least 1, not -1"),
-    ("fail", ("write",), {"nth": 1.5}, "nth must be a whole number, not 1.5"),
-    ("fail", ("write",), {"nth": True}, "nth must be a whole number, not True"),
-    ("fail", ("write", -5), {}, "error must be an errno value such as errno.EIO, not -5"),
-    ("fail", ("write", []), {}, "error must be an errno value"),
-    ("fail", ("write", True), {}, "error must be an errno value"),
-    ("fail", ("write", 0), {}, "error must be an errno value"),
-    ("fail", ("write", 100_000), {}, "error must be an errno value"),
-    ("fail", ("write", "EIO"), {}, "error must be an errno value such as errno.EIO, not 'EIO'"),
-    ("delay", ("write", -1), {}, "seconds must be a number of seconds above 0, not -1"),
-    ("delay", ("write", float("nan")), {}, "seconds must be a number of seconds"),
-    ("delay", ("write", float("inf")), {}, "seconds must be a number of seconds"),
-    ("delay", ("write", "1"), {}, "seconds must be a number of seconds above 0, not '1'"),
-]
-
-
-@pytest.mark.parametrize(("call", "arguments", "options", "words"), NEVER)
-def test_faults_that_could_never_happen_are_refused(
-    call: str, arguments: tuple[Any, ...], options: dict[str, Any], words: str
-) -> None:
-    target = Faulty(Memory())
-    with pytest.raises(ValueError, match=re.escape(words)):
-        getattr(target, call)(*arguments, **options)
-    with Disk(target) as disk:  # nothing of it was set
-        disk.pwrite(bytes(512), 0)
-        disk.pread(512, 0)
-
-
-def test_a_read_only_target_is_never_written_to() -> None:
-    target = Faulty(Memory(read_only=True))
-    with pytest.raises(ValueError, match="no request calls 'write' of a read-only Memory"):
-        target.fail("write")
-    target.fail("read")
 
 
 def test_returning_bytes_is_told(
@@ -356,14 +300,6 @@ def test_workers_run_beside_each_other(open_disk: Callable[..., Disk]) -> None:
     open_disk(Meeting(), workers=2, max_io_size=4096).pread(8192, 0)
 
 
-def test_a_hanging_request_is_released() -> None:
-    target = Faulty(Parallel())
-    target.hang("read")
-    with Disk(target, workers=1) as disk:
-        threading.Timer(0.05, target.release).start()
-        assert disk.pread(512, 0) == bytes(512)
-
-
 class Said(Handle):
     """Says more of itself than its methods tell."""
 
@@ -383,12 +319,12 @@ class ReadOnly(pyublk.Target):
         pass
 
 
-def test_faulty_says_what_its_target_says() -> None:
-    with Disk(Said()) as plain, Disk(Faulty(Said())) as faulty:
-        assert faulty.params == plain.params
-        assert faulty.params.basic.volatile_cache
-        assert faulty.target.status() == {"mood": "good"}
-    with Disk(Faulty(ReadOnly(size=SIZE, read_only=True))) as disk:
+def test_a_layer_says_what_its_target_says() -> None:
+    with Disk(Said()) as plain, Disk(pyublk.Layer(Said())) as layer:
+        assert layer.params == plain.params
+        assert layer.params.basic.volatile_cache
+        assert layer.target.status() == {"mood": "good"}
+    with Disk(pyublk.Layer(ReadOnly(size=SIZE, read_only=True))) as disk:
         assert disk.params.basic.read_only
 
 

@@ -16,7 +16,7 @@ import pytest
 
 import pyublk
 from pyublk.targets import File, Linear, Mirror, Null, Ram, Stripe, Zoned
-from pyublk.testing import Disk, Faulty, Shadow
+from pyublk.testing import Disk, Shadow
 
 SIZE = 1 << 20
 
@@ -309,35 +309,6 @@ def test_what_fails_below_fails_above(tmp_path: Path) -> None:
         with pytest.raises(OSError, match="READ at 0 failed") as failed:
             disk.pread(512, 0)
         assert failed.value.errno == errno.ENOSPC
-
-
-@pytest.mark.parametrize("kind", TARGETS)
-def test_faults_over_every_kind(kind: str, tmp_path: Path) -> None:
-    faulty = Faulty(TARGETS[kind](tmp_path))
-    with Disk(faulty) as disk:
-        disk.pwrite(b"x" * 4096, 0)
-        faulty.fail("write", errno.ENOSPC, nth=2)
-        disk.pwrite(b"y" * 4096, 0)
-        with pytest.raises(OSError, match="WRITE at 4096 failed") as failed:
-            disk.pwrite(b"y" * 4096, 4096)
-        assert failed.value.errno == errno.ENOSPC
-        assert disk.pread(4096, 0) == b"y" * 4096
-        with pytest.raises(ValueError, match="no request calls 'reed' of "):
-            faulty.fail("reed")
-
-
-def test_others_go_on_while_one_coroutine_hangs() -> None:
-    async def main() -> None:
-        faulty = Faulty(Slow())
-        async with Disk(faulty, max_io_size=4096, depth=2) as disk:
-            faulty.hang("write")
-            hanging = asyncio.create_task(disk.pwrite(b"w" * 4096, 0))
-            await asyncio.sleep(0.01)
-            assert not hanging.done()
-            faulty.release()
-            assert await hanging == 4096
-
-    asyncio.run(main())
 
 
 def test_params_is_no_longer_asked() -> None:

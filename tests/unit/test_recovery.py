@@ -14,7 +14,6 @@ import pyublk
 from pyublk import keeping
 from pyublk.defects import defects_of
 from pyublk.features import Features
-from pyublk.layers.faults import Faulty
 from pyublk.paths import DataPath, path_of
 from pyublk.recovery import (
     Recovery,
@@ -144,8 +143,6 @@ def test_who_can_be_brought_back(tmp_path: Path) -> None:
         (Mirror(one, two), True),
         (Slice(one), True),
         (Null(size=MIB), True),
-        (Faulty(Null(size=MIB)), True),
-        (Faulty(Ram(size=MIB)), False),
         (pyublk.Layer(Null(size=MIB)), False),
         (Ram(size=MIB), False),
         (Zoned(size=256 * MIB), False),

@@ -9,7 +9,6 @@ import pytest
 
 import pyublk
 from pyublk.features import Features
-from pyublk.layers.faults import Faulty
 from pyublk.options import DiskOptions
 from pyublk.recovery import Recovery
 from pyublk.service.plan import DiskSpec
@@ -126,7 +125,7 @@ def test_what_is_asked_for_decides(asked: dict[str, Any], why: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "target", [Unknown(size=4096, read_only=True), Faulty(Unknown(size=4096, read_only=True))]
+    "target", [Unknown(size=4096, read_only=True), pyublk.Layer(Unknown(size=4096, read_only=True))]
 )
 def test_targets_that_are_not(target: pyublk.Target) -> None:
     said = f"the class {type(target).__name__} does not say that it is recoverable"

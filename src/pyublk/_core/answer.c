@@ -30,7 +30,8 @@ static void send_message(struct pu_queue *q, uint16_t tag, int32_t result)
 static bool takes_posts(const struct pu_queue *q)
 {
 	/* A buffer that the kernel registered by itself must go back over the ring it came by. */
-	return q->batch && !q->auto_buffer && !__atomic_load_n(&q->severed, __ATOMIC_ACQUIRE);
+	return q->batch && !q->auto_buffer && !__atomic_load_n(&q->severed, __ATOMIC_ACQUIRE) &&
+	       !pu_taps_gated(q); /* which may have its own answer */
 }
 
 static int post_to_kernel(struct pu_queue *q, uint16_t tag, int64_t result)

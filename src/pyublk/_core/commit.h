@@ -55,7 +55,7 @@ PU_ALWAYS_INLINE int pu_commit(struct pu_queue *q, uint16_t tag, int32_t value)
 	if (value < 0)
 		pu_count(&q->counters.errors, 1);
 	q->owned--;
-	pu_taps_answer(q, tag, value);
+	value = pu_taps_answer(q, tag, value);
 	if (!q->batch)
 		return pu_commit_alone(q, tag, value);
 	pu_commit_in_batch(q, tag, value);

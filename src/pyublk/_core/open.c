@@ -196,6 +196,8 @@ int pu_queue_open(struct pu_queue *q, int cdev, const struct pu_queue_options *o
 		error = open_parts(q, options);
 	if (!error && cdev >= 0 && flags & PU_F_BATCH_IO)
 		error = pu_batch_open(q);
+	if (!error && options->rules)
+		error = pu_gate_open(q, options->rules);
 	if (error) {
 		pu_queue_close(q);
 		pu_queue_free(q);
@@ -227,7 +229,9 @@ static int leave_device(struct pu_queue *q)
 
 	if (!q->desc)
 		return 0;
-	return mmap(q->desc, q->desc_bytes, PROT_READ, flags, -1, 0) == MAP_FAILED ? -errno : 0;
+	if (mmap(q->desc, q->desc_bytes, PROT_READ, flags, -1, 0) == MAP_FAILED)
+		return -errno;
+	return q->gate ? pu_gate_leave_device(q) : 0;
 }
 
 /* No request is anybody's any more: what still ends meets a generation that it does not know, and
@@ -259,6 +263,7 @@ bool pu_queue_close(struct pu_queue *q)
 	over = pu_ring_end(&q->ring, &q->foreign_inflight, io_is_over, q);
 	pu_ring_close(&q->ring);
 	if (!parents) {
+		pu_gate_close(q);
 		leave_device(q);
 		pthread_mutex_lock(&q->inbox_lock); /* in a child whoever had it is not there */
 	}
@@ -288,6 +293,7 @@ void pu_queue_free(struct pu_queue *q)
 	put_inert(q);
 	pu_loopback_free(q);
 	pu_taps_close(q);
+	pu_gate_free(q);
 	free(q->tags);
 	free(q->ready);
 	free(q->inbox);

@@ -19,6 +19,7 @@ struct pu_queue_options {
 	int64_t trim_after_ns;	/* idle for so long, buffers are given back; 0: never */
 	uint32_t faults;	/* enum pu_fault */
 	const struct pu_shared *client_memory; /* with clients; NULL: no memory */
+	struct pu_rules *rules; /* of its disk, which outlive the queue; NULL: none, ever */
 };
 
 /* Memory that the calling thread allocates must not wait for dirty pages that only it can write:

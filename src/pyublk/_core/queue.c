@@ -114,12 +114,27 @@ PU_ALWAYS_INLINE void deliver(struct pu_queue *q, uint16_t tag, uint32_t op_flag
 	}
 }
 
-PU_ALWAYS_INLINE void take(struct pu_queue *q, uint16_t tag)
+/* What the gate lets go on, or answers itself. */
+PU_NEVER_INLINE void pass(struct pu_queue *q, uint16_t tag, int32_t verdict)
 {
 	const struct pu_desc *desc = &q->desc[tag];
+	int error;
+
+	if (verdict == PU_GATE_KEEP)
+		return;
+	if (verdict == PU_GATE_SERVE) {
+		pu_taps_issue(q, tag);
+		deliver(q, tag, desc->op_flags, (uint64_t)desc->nr_sectors << PU_SECTOR_SHIFT);
+		return;
+	}
+	error = pu_queue_answer(q, tag, verdict);
+	if (error && error != -EALREADY && !q->error)
+		q->error = error;
+}
+
+PU_ALWAYS_INLINE void own(struct pu_queue *q, uint16_t tag, uint32_t op, uint64_t length)
+{
 	struct pu_tag *t = &q->tags[tag];
-	uint32_t op_flags = desc->op_flags, op = op_flags % PU_OP_COUNT;
-	uint64_t length = (uint64_t)desc->nr_sectors << PU_SECTOR_SHIFT;
 
 	pu_count(&q->counters.requests[op], 1);
 	pu_count(&q->counters.bytes[op], length);
@@ -130,8 +145,32 @@ PU_ALWAYS_INLINE void take(struct pu_queue *q, uint16_t tag)
 	t->operation = pu_operations[op];
 	pu_tag_own(t);
 	q->owned++;
-	if (__builtin_expect(q->taps.countable < 0, 0) && !pu_taps_arrive(q, tag))
+}
+
+/* With a trace, or with rules. */
+PU_NEVER_INLINE void take_watched(struct pu_queue *q, uint16_t tag)
+{
+	const struct pu_desc *desc = &q->desc[tag];
+	bool gated = pu_taps_gated(q);
+
+	if (gated)
+		pu_gate_see(q, tag);
+	own(q, tag, desc->op_flags % PU_OP_COUNT, (uint64_t)desc->nr_sectors << PU_SECTOR_SHIFT);
+	pu_taps_arrive(q, tag);
+	pass(q, tag, gated ? pu_gate_arrive(q, tag) : PU_GATE_SERVE);
+}
+
+PU_ALWAYS_INLINE void take(struct pu_queue *q, uint16_t tag)
+{
+	const struct pu_desc *desc = &q->desc[tag];
+	uint32_t op_flags = desc->op_flags;
+	uint64_t length = (uint64_t)desc->nr_sectors << PU_SECTOR_SHIFT;
+
+	if (__builtin_expect(q->taps.countable < 0, 0)) {
+		take_watched(q, tag);
 		return;
+	}
+	own(q, tag, op_flags % PU_OP_COUNT, length);
 	deliver(q, tag, op_flags, length);
 }
 
@@ -181,7 +220,9 @@ static int reap(struct pu_queue *q)
 		} else if (cqe->user_data == IDLE) {
 			q->timing = false;
 			q->elapsed = true;
-		} else
+		} else if (kind == PU_KIND_GATE)
+			pu_gate_timer_ended(q);
+		else if (kind == PU_KIND_WAKE)
 			failed = pu_wake_arm(&q->wake, &q->ring, WAKE);
 		error = error ? error : failed;
 	}
@@ -379,6 +420,15 @@ void pu_queue_carry_over(struct pu_queue *q, uint32_t served)
 		q->tags[q->ready[i]].carried_over = false;
 }
 
+/* What the gate has kept until now. */
+PU_NEVER_INLINE void take_from_gate(struct pu_queue *q)
+{
+	int32_t tag, verdict;
+
+	while ((tag = pu_gate_next(q, &verdict)) >= 0)
+		pass(q, (uint16_t)tag, verdict);
+}
+
 int pu_queue_wait(struct pu_queue *q, int64_t timeout_ns)
 {
 	uint32_t left = q->nr_carried_over;
@@ -388,8 +438,12 @@ int pu_queue_wait(struct pu_queue *q, int64_t timeout_ns)
 	q->nr_carried_over = 0;
 	if (left || (q->ending && over(q)))
 		timeout_ns = 0;
+	if (__builtin_expect(pu_taps_gated(q), 0))
+		timeout_ns = pu_gate_before_wait(q, timeout_ns);
 	if (!error)
 		error = wait_somewhere(q, timeout_ns);
+	if (!error && __builtin_expect(pu_taps_gated(q), 0))
+		take_from_gate(q);
 	if (!error)
 		error = pu_queue_read_inbox(q);
 	if (error)

@@ -20,6 +20,7 @@
 #include <time.h>
 
 #include "buffers.h"
+#include "gate.h"
 #include "ring.h"
 #include "shared.h"
 #include "tag.h"
@@ -120,6 +121,7 @@ struct pu_queue {
 	pu_completer complete;
 	void *completer;
 
+	struct pu_gate *gate; /* NULL: none, ever */
 	struct pu_counters counters;
 	struct pu_taps taps;
 };
@@ -135,6 +137,8 @@ enum pu_kind {
 	PU_KIND_WAKE = 0x80,
 	PU_KIND_WATCH = 0x81,
 	PU_KIND_IDLE = 0x82,
+	PU_KIND_GATE = 0x83,
+	PU_KIND_NOTHING = 0x84, /* is to be done */
 };
 #define PU_USER_DATA(kind, number) ((uint64_t)(kind) << PU_KIND_SHIFT | (uint64_t)(number))
 

@@ -84,6 +84,8 @@ enum {
 #define PU_CQE_BUFFER_SHIFT 16
 #define PU_URING_CMD_MULTISHOT (1u << 1)
 #define PU_FSYNC_DATASYNC 1u
+#define PU_TIMEOUT_ABS (1u << 0)
+#define PU_TIMEOUT_UPDATE (1u << 1)
 
 struct pu_sqe { /* io_uring_sqe; a 128-byte entry continues behind it */
 	uint8_t opcode;

@@ -44,15 +44,13 @@ static void leave_trace(struct pu_queue *q)
 	__atomic_store_n(&q->taps.at_trace, false, __ATOMIC_RELEASE);
 }
 
-bool pu_taps_arrive(struct pu_queue *q, uint16_t tag)
+void pu_taps_arrive(struct pu_queue *q, uint16_t tag)
 {
 	struct pu_trace *trace = come_to_trace(q);
 
 	if (trace)
 		pu_trace_put(trace, PU_TRACE_QUEUED, &q->desc[tag], q->taps.now, 0);
 	leave_trace(q);
-	pu_taps_issue(q, tag);
-	return true;
 }
 
 void pu_taps_issue(struct pu_queue *q, uint16_t tag)

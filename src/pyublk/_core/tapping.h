@@ -10,6 +10,12 @@
 int pu_taps_open(struct pu_queue *q);
 void pu_taps_close(struct pu_queue *q);
 
+/* Whether the gate has something to do. */
+static inline bool pu_taps_gated(const struct pu_queue *q)
+{
+	return __atomic_load_n(&q->taps.gate, __ATOMIC_ACQUIRE);
+}
+
 /* Before the requests that a wait has brought are taken. */
 static inline void pu_taps_begin_batch(struct pu_queue *q)
 {
@@ -19,23 +25,27 @@ static inline void pu_taps_begin_batch(struct pu_queue *q)
 	taps->countable = __atomic_load_n(&taps->armed, __ATOMIC_RELAXED) ? -1 : taps->now;
 }
 
-/* A request is there, and somebody wants to see it. False: it is kept, and not to be delivered now. */
-bool pu_taps_arrive(struct pu_queue *q, uint16_t tag);
-/* It goes to its target: by who delivers what was kept. Owner thread only. */
+/* A request is there, and somebody wants to see it. Owner thread only. */
+void pu_taps_arrive(struct pu_queue *q, uint16_t tag);
+/* It goes to its target. Owner thread only. */
 void pu_taps_issue(struct pu_queue *q, uint16_t tag);
 
 /* Of a request that did not come with the last batch, or is watched. */
 void pu_taps_list(struct pu_queue *q, uint16_t tag, int32_t value);
 
-/* A request is answered, by the owner. */
-PU_ALWAYS_INLINE void pu_taps_answer(struct pu_queue *q, uint16_t tag, int32_t value)
+/* A request is answered, by the owner. Returns what the kernel is told. */
+PU_ALWAYS_INLINE int32_t pu_taps_answer(struct pu_queue *q, uint16_t tag, int32_t value)
 {
 	const struct pu_tag *t = &q->tags[tag];
 
-	if (__builtin_expect(t->arrived == q->taps.countable, 1))
+	if (__builtin_expect(t->arrived == q->taps.countable, 1)) {
 		q->taps.answered_at_once[t->operation]++;
-	else
-		pu_taps_list(q, tag, value);
+		return value;
+	}
+	if (pu_taps_gated(q))
+		value = pu_gate_settle(q, tag, value);
+	pu_taps_list(q, tag, value);
+	return value;
 }
 
 /* What was answered goes to the kernel now. */

@@ -2,7 +2,7 @@
  * What a queue does to its requests, or tells of them, whatever serves them: the state
  *
  * A request passes two places. Where it arrives, its time is kept, and if anybody asked for more
- * (`armed`), pu_taps_arrive has it: a trace records it, a gate may keep it. Where it is answered,
+ * (`armed`), it goes another way: a trace records it, a gate may keep it. Where it is answered,
  * it is counted, by its kind, if it came with the last batch, since all of these take as long; what
  * came before, or is recorded, is put on a list. Just before the answers go to the kernel the clock
  * is read, once for all, and they go into the histogram. The functions are in tapping.h.
@@ -33,10 +33,10 @@ struct pu_taps {
 	uint64_t first_ns[PU_OPERATIONS];
 	struct pu_histogram *histogram;	 /* what the owner answered later */
 	struct pu_histogram *others;	 /* what other threads did; guarded by inbox_lock */
-	bool armed;		/* there is a trace or a gate */
+	bool armed;		/* there is a trace, or the gate has something to do */
 	bool at_trace;		/* the owner looks at it */
 	struct pu_trace *trace; /* set by other threads */
-	struct pu_gate *gate;	/* likewise */
+	struct pu_gate *gate;	/* likewise; the queue's, or NULL: it has nothing to do */
 };
 
 #endif

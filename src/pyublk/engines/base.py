@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pyublk._native import CharDevice, Queue
+from pyublk._native import CharDevice, Gate, Queue
 from pyublk.arguments import whole
 from pyublk.engines.failures import FailureLog
 from pyublk.methods import call_plain
@@ -87,9 +87,9 @@ class Engine:
         """A queue of the kind that it serves; options as of `Queue`."""
         return Queue(char_device, number, **options)
 
-    def loopback(self, *, depth: int, buffer_size: int) -> Queue:
+    def loopback(self, *, depth: int, buffer_size: int, gate: Gate | None = None) -> Queue:
         """The same without a kernel."""
-        return Queue.loopback(depth=depth, buffer_size=buffer_size)
+        return Queue.loopback(depth=depth, buffer_size=buffer_size, gate=gate)
 
     def groups(self, tag_sets: list[TagSet]) -> list[list[TagSet]]:
         """What is served together, by one thread each."""

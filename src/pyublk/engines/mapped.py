@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 from weakref import WeakSet
 
-from pyublk._native import CharDevice, MappedQueue, Mapper, Queue
+from pyublk._native import CharDevice, Gate, MappedQueue, Mapper, Queue
 from pyublk.engines.base import Engine, Setup
 from pyublk.engines.failures import FailureLog
 from pyublk.engines.native import NO_FLAGS, announced
@@ -37,8 +37,9 @@ class MappedEngine(Engine):
     def make_queue(self, char_device: CharDevice, number: int, **options: Any) -> Queue:
         return MappedQueue(char_device, number, layout=self.target.layout, **options)
 
-    def loopback(self, *, depth: int, buffer_size: int) -> MappedQueue:
-        return MappedQueue.loopback(layout=self.target.layout, depth=depth, buffer_size=buffer_size)
+    def loopback(self, *, depth: int, buffer_size: int, gate: Gate | None = None) -> MappedQueue:
+        layout = self.target.layout
+        return MappedQueue.loopback(layout=layout, depth=depth, buffer_size=buffer_size, gate=gate)
 
     def begin(self, setup: Setup) -> None:
         self.target.wake_queues = setup.wake

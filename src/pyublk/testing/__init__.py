@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Targets tested anywhere: disks without a kernel, faults, power cuts, and a shadow to compare
-with."""
+"""Targets tested anywhere: disks without a kernel, power cuts, and a shadow to compare with."""
 
-from pyublk.layers.faults import Faulty
 from pyublk.testing.client import AsyncDisk
 from pyublk.testing.disk import Disk
 from pyublk.testing.power_cuts import CheckFailed, Crash, PowerCut, PowerCutFailed, Volatile
@@ -13,7 +11,6 @@ __all__ = [
     "CheckFailed",
     "Crash",
     "Disk",
-    "Faulty",
     "PowerCut",
     "PowerCutFailed",
     "Shadow",

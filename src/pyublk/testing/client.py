@@ -9,6 +9,7 @@ from dataclasses import replace
 from pyublk._native import Queue
 from pyublk.arguments import whole
 from pyublk.errors import DeviceBusy, DeviceClosed
+from pyublk.faults import Faults, WithFaults
 from pyublk.params import Params
 from pyublk.stats import DeviceStats, QueueStats, latency_of
 from pyublk.target import Target
@@ -42,15 +43,16 @@ _PASSED_ON = {
 }
 
 
-class AsyncDisk:
+class AsyncDisk(WithFaults):
     """A disk whose calls are awaited; from `async with pyublk.testing.Disk(target) as disk`.
 
     The calls and their rules are those of `Disk`. They suspend while the running event loop serves
     an async target. One call at a time.
     """
 
-    def __init__(self, target: Target, *, max_io_size: int, depth: int) -> None:
+    def __init__(self, target: Target, faults: Faults, *, max_io_size: int, depth: int) -> None:
         self.target = target
+        self._faults = faults
         self._max_io_size = max_io_size
         self._depth = depth
         self._queue: Queue | None = None
@@ -94,6 +96,7 @@ class AsyncDisk:
 
     def _update_size(self, size: int) -> None:
         self._params = replace(self.params, basic=replace(self.params.basic, size=size))
+        self._faults.resize(size)
 
     def stats(self) -> DeviceStats:
         """Counters and latencies since the disk was opened."""

@@ -11,6 +11,7 @@ from pyublk._native import Queue
 from pyublk.arguments import DEFAULT_MAX_IO_SIZE, whole
 from pyublk.engines import engine_for
 from pyublk.engines.base import Setup
+from pyublk.faults import Faults, WithFaults
 from pyublk.params import Params
 from pyublk.stats import DeviceStats
 from pyublk.target import Target
@@ -20,6 +21,9 @@ from pyublk.uapi import Op
 from pyublk.zones import Zone
 
 T = TypeVar("T")
+
+#: Seconds between two looks at requests that rules hold, on an event loop that has more to do.
+LOOK = 0.001
 
 
 def _now(call: Coroutine[Any, Any, T]) -> T:
@@ -41,7 +45,7 @@ def _check_no_loop_runs() -> None:
         )
 
 
-class Disk:
+class Disk(WithFaults):
     """Serves a target to `pread` and `pwrite` calls, without kernel or root.
 
     ::
@@ -85,8 +89,10 @@ class Disk:
         self._workers = workers
         self._queue: Queue | None = None
         self._depth = depth
-        self._client = AsyncDisk(target, max_io_size=max_io_size, depth=depth)
+        self._faults = Faults(target)
+        self._client = AsyncDisk(target, self._faults, max_io_size=max_io_size, depth=depth)
         self._opened = False
+        self._on_callers_loop = False
         self._runner: asyncio.Runner | None = None
 
     # ---- scope ----
@@ -110,7 +116,10 @@ class Disk:
             await engine.call(self.target.open)
             self._opened = True
             params = self.target.profile().params(self._max_io_size)
-            self._queue = engine.loopback(depth=self._depth, buffer_size=self._max_io_size)
+            self._faults.serve(params.basic.size)
+            self._queue = engine.loopback(
+                depth=self._depth, buffer_size=self._max_io_size, gate=self._faults.gate
+            )
             self._queue.fetch()
             engine.begin(
                 Setup(name="disk", queues=1, threads=1, workers=self._workers, wake=self._wake)
@@ -156,8 +165,18 @@ class Disk:
         """Answers the requests that the queue has, or some."""
         if self._runner is not None:
             self._runner.get_loop().run_until_complete(self._engine.answer(queue))
+        elif self._on_callers_loop and queue.kept:
+            await self._answer_kept(queue)
         else:
             await self._engine.answer(queue)
+
+    async def _answer_kept(self, queue: Queue) -> None:
+        """Of what rules hold, what is due: the loop is not to wait for the others."""
+        await asyncio.sleep(LOOK)
+        if not self._engine.needs_loop:
+            self._engine.turns(queue)()
+        elif queue.is_due:
+            queue.wake()
 
     def _now(self, call: Coroutine[Any, Any, T]) -> T:
         if self._runner is not None:
@@ -181,6 +200,7 @@ class Disk:
         self.close()
 
     async def __aenter__(self) -> AsyncDisk:
+        self._on_callers_loop = True
         await self._open()
         return self._client
 
