@@ -296,7 +296,7 @@ def this_thread() -> int:
 class GateRule:
     """One rule of a `Gate`; whoever makes it checks its arguments.
 
-    `ops` has a bit for each operation. The rule is for bytes from `begin` to `end` (0: for all), for
+    `ops` has a bit for each operation. The rule is for bytes from `begin` to `end` (0: all), for
     requests that jump, for which `when` is true. Of these, the `nth` (0: each), `times` at most.
     `delays` are in seconds, each as likely; costs are the seconds of a request, and of a byte.
     """

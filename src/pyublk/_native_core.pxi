@@ -182,6 +182,7 @@ cdef extern from "_core/rule.h" nogil:
         PU_ACT_TEAR
         PU_ACT_MISDIRECT
         PU_ACT_ROT
+        PU_ACT_STALE
 
     uint64_t PU_ALWAYS_FIRES
     ctypedef bint (*pu_when)(void *, uint32_t, uint64_t, uint64_t) noexcept

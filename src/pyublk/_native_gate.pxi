@@ -10,6 +10,7 @@ cdef dict ACTIONS = {
     "tear": PU_ACT_TEAR,
     "misdirect": PU_ACT_MISDIRECT,
     "rot": PU_ACT_ROT,
+    "stale": PU_ACT_STALE,
 }
 
 

@@ -449,6 +449,23 @@ class DiskOptions(TargetOptions, DeviceOptions, total=False):
             default_text="where target and kernel allow it",
         ),
     ]
+    fault: Annotated[
+        str | None,
+        Option(
+            help="Rules for its requests, such as fail:op=write,nth=3 or profile:NAME, with "
+            "semicolons between them (see `pyublk fault`).",
+            default_text="none",
+            metavar="RULES",
+        ),
+    ]
+    limit: Annotated[
+        str | None,
+        Option(
+            help="Requests and bytes a second, such as iops=100,burst=1 or bandwidth=10M.",
+            default_text="none",
+            metavar="LIMIT",
+        ),
+    ]
     hang_timeout: Annotated[
         float | None,
         Option(

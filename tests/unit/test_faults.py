@@ -16,7 +16,7 @@ import pytest
 
 import pyublk
 from pyublk._native import NULL_HANDLER, Queue
-from pyublk.faults import Faults
+from pyublk.faults import Faults, profiles
 from pyublk.targets import File, Ram, Zoned
 from pyublk.testing import Disk
 from pyublk.uapi import Op
@@ -235,6 +235,21 @@ def test_bit_rot(disk: Disk) -> None:
         assert sum(one.bit_count() for one in changed) == 1
     assert found[0] != found[1]
     assert disk.pread(4096, 0) == b"then" * 1024
+
+
+def test_stale_reads(disk: Disk) -> None:
+    stale = disk.faults.stale("read", nth=3, every=True)
+    assert disk.pread(8192, 0) == b"then" * 2048
+    disk.pwrite(b"now." * 1024, 0)
+    disk.pwrite(b"1st." * 1024, 65536)
+    disk.pwrite(b"2nd." * 1024, 65536)
+    assert disk.pread(8192, 0) == b"now." * 1024 + b"then" * 1024
+    assert disk.pread(8192, 0) == b"then" * 2048
+    assert [disk.pread(4096, 65536) for _ in range(2)] == [b"2nd." * 1024] * 2
+    assert disk.pread(8192, 65536) == b"1st." * 1024 + bytes(4096)
+    assert stale.fired == 2
+    stale.remove()
+    assert disk.pread(8192, 0) == b"now." * 1024 + b"then" * 1024
 
 
 def test_limits(disk: Disk) -> None:
@@ -478,6 +493,7 @@ def test_blocks_are_torn_whole() -> None:
         "tear:op=write,sectors=2",
         "misdirect:op=write,offset=64KiB",
         "rot:op=read,bits=3",
+        "stale:op=read,range=4KiB-8KiB",
     ],
 )
 def test_a_rule_is_told_as_it_is_written(text: str) -> None:
@@ -500,3 +516,70 @@ def test_a_rule_is_told_as_it_is_written(text: str) -> None:
 )
 def test_shorter_texts(text: str, means: str) -> None:
     assert Faults(Memory()).add(text).text == means
+
+
+# ---- disk profiles ----
+
+
+@pytest.mark.parametrize("name", profiles.names())
+def test_a_profile_says_where_it_comes_from_and_works(name: str) -> None:
+    profile = profiles.load(name)
+    assert profile.about
+    assert all(source and says for source, says in profile.sources)
+    page = (Path(__file__).parents[2] / "docs" / "faults.md").read_text()
+    for source, says in profile.sources:
+        assert source.partition(" (")[0] in page
+        assert says in page
+    with Disk(Memory()) as disk:
+        rules = disk.faults.profile(name)
+        assert len(rules) == len(profile.rules) == len(disk.faults)
+        disk.pwrite(b"slow" * 1024, 0)
+        assert disk.pread(4096, 0) == b"slow" * 1024
+        disk.faults.clear()
+        disk.faults.extend(f"full; profile:{name}")
+        assert len(disk.faults) == len(rules) + 1
+
+
+def test_a_disk_with_a_head_is_fast_in_order() -> None:
+    with Disk(Memory(), max_io_size=4096) as disk:
+        disk.faults.profile("hdd-7200")
+        for at in range(16):
+            disk.pread(4096, at * 4096)
+        disk.pread(4096, 0)
+        [limit, seek, _] = disk.faults
+        assert [limit.matched, seek.fired] == [2, 2]
+
+
+def test_credits_are_spent_and_then_it_is_slow() -> None:
+    faults = Faults(Ram(size=SIZE))
+    credit = faults.limit(iops=300, burst=1)
+    with Queue.loopback(depth=400, buffer_size=512, gate=faults.gate) as queue:
+        queue.fetch()
+        for tag in range(400):
+            queue.inject(tag, Op.READ, 0, 512)
+        queue.serve_native(NULL_HANDLER, blind=True)
+        assert 301 <= 400 - queue.kept <= 399
+        assert credit.fired == queue.kept
+
+
+def test_there_is_no_such_profile() -> None:
+    faults = Faults(Memory())
+    with pytest.raises(ValueError, match=r"no disk profile 'sd-cart' \(did you mean 'sd-card'\?\)"):
+        faults.extend("full; profile:sd-cart")
+    assert len(faults) == 0
+
+
+def test_all_rules_of_a_text_or_none() -> None:
+    faults = Faults(Memory())
+    with pytest.raises(ValueError, match="'discard'"):
+        faults.extend("full; fail:op=discard")
+    assert len(faults) == 0
+    assert [rule.number for rule in faults.extend("full; hang:op=flush;")] == [2, 3]
+    with pytest.raises(ValueError, match="there is no rule 7: there are 2, 3"):
+        faults.find(7)
+    assert faults.find(3).told() == {
+        "number": 3,
+        "rule": "hang:op=flush",
+        "matched": 0,
+        "fired": 0,
+    }

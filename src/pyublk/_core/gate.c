@@ -11,113 +11,6 @@
 
 #define UNTIL_RELEASED INT64_MAX
 
-/* ---- the rules of a disk ---- */
-
-void pu_rules_init(struct pu_rules *rules)
-{
-	memset(rules, 0, sizeof(*rules));
-	pthread_mutex_init(&rules->lock, NULL);
-}
-
-static void put_set(struct pu_rule_set *set)
-{
-	if (!set || __atomic_sub_fetch(&set->refs, 1, __ATOMIC_ACQ_REL))
-		return;
-	for (uint32_t i = 0; i < set->count; i++)
-		pu_rule_put(set->rules[i]);
-	free(set);
-}
-
-static struct pu_rule_set *get_set(struct pu_rules *rules)
-{
-	struct pu_rule_set *set;
-
-	pthread_mutex_lock(&rules->lock);
-	set = rules->set;
-	if (set)
-		__atomic_fetch_add(&set->refs, 1, __ATOMIC_RELAXED);
-	pthread_mutex_unlock(&rules->lock);
-	return set;
-}
-
-void pu_rules_destroy(struct pu_rules *rules)
-{
-	put_set(rules->set);
-	pthread_mutex_destroy(&rules->lock);
-}
-
-/* With inbox_lock. */
-static void arm(struct pu_queue *q, struct pu_gate *gate)
-{
-	__atomic_store_n(&q->taps.gate, gate, __ATOMIC_RELEASE);
-	pu_taps_arm(q);
-}
-
-/* Each queue looks again, at its next request or now. The rules are locked. */
-static void tell_queues(struct pu_rules *rules)
-{
-	__atomic_fetch_add(&rules->changes, 1, __ATOMIC_RELEASE);
-	for (struct pu_gate *gate = rules->gates; gate; gate = gate->next) {
-		struct pu_queue *q = gate->q;
-
-		pthread_mutex_lock(&q->inbox_lock);
-		arm(q, gate);
-		pu_wake_call(&q->wake);
-		pthread_mutex_unlock(&q->inbox_lock);
-	}
-}
-
-int pu_rules_exchange(struct pu_rules *rules, struct pu_rule *const *now, uint32_t count)
-{
-	struct pu_rule_set *before, *set = NULL;
-
-	if (count) {
-		set = calloc(1, sizeof(*set) + count * sizeof(set->rules[0]));
-		if (!set)
-			return -ENOMEM;
-		set->refs = 1;
-		set->count = count;
-	}
-	for (uint32_t i = 0; i < count; i++) {
-		enum pu_action action = now[i]->spec.action;
-
-		set->rules[i] = pu_rule_get(now[i]);
-		if (action == PU_ACT_TEAR || action == PU_ACT_MISDIRECT)
-			set->changes_requests = true;
-	}
-	pthread_mutex_lock(&rules->lock);
-	before = rules->set;
-	rules->set = set;
-	tell_queues(rules);
-	pthread_mutex_unlock(&rules->lock);
-	put_set(before);
-	return 0;
-}
-
-void pu_rules_release(struct pu_rules *rules, struct pu_rule *rule)
-{
-	pthread_mutex_lock(&rules->lock);
-	if (rule)
-		__atomic_fetch_add(&rule->releases, 1, __ATOMIC_RELAXED);
-	for (uint32_t i = 0; !rule && rules->set && i < rules->set->count; i++)
-		__atomic_fetch_add(&rules->set->rules[i]->releases, 1, __ATOMIC_RELAXED);
-	tell_queues(rules);
-	pthread_mutex_unlock(&rules->lock);
-}
-
-void pu_rules_open(struct pu_rules *rules, bool open)
-{
-	pthread_mutex_lock(&rules->lock);
-	__atomic_store_n(&rules->open, open, __ATOMIC_RELAXED);
-	tell_queues(rules);
-	pthread_mutex_unlock(&rules->lock);
-}
-
-void pu_rules_set_size(struct pu_rules *rules, uint64_t size)
-{
-	__atomic_store_n(&rules->size, size, __ATOMIC_RELAXED);
-}
-
 /* ---- a queue's gate ---- */
 
 int pu_gate_open(struct pu_queue *q, struct pu_rules *rules)
@@ -134,7 +27,7 @@ int pu_gate_open(struct pu_queue *q, struct pu_rules *rules)
 	rules->gates = gate;
 	if (rules->set) {
 		pthread_mutex_lock(&q->inbox_lock);
-		arm(q, gate);
+		pu_rules_arm(q, gate);
 		pthread_mutex_unlock(&q->inbox_lock);
 	}
 	pthread_mutex_unlock(&rules->lock);
@@ -158,7 +51,7 @@ void pu_gate_close(struct pu_queue *q)
 	pthread_mutex_unlock(&gate->rules->lock);
 	gate->rules = NULL;
 	pthread_mutex_lock(&q->inbox_lock);
-	arm(q, NULL);
+	pu_rules_arm(q, NULL);
 	pthread_mutex_unlock(&q->inbox_lock);
 	for (uint32_t tag = 0; gate->kept && tag < q->depth; tag++)
 		forget(gate, (uint16_t)tag);
@@ -254,10 +147,11 @@ static void forget(struct pu_gate *gate, uint16_t tag)
 
 	if (kept->place)
 		take_out(gate, tag);
-	if (kept->sectors || kept->at_end)
+	if (kept->sectors || kept->at_end || kept->past)
 		gate->nr_changed--;
 	pu_rule_put(kept->holder);
 	pu_rule_put(kept->at_end);
+	pu_rule_put(kept->past);
 	*kept = (struct pu_kept){ 0 };
 }
 
@@ -327,7 +221,12 @@ static void change(struct pu_gate *gate, uint16_t tag, struct pu_rule *rule)
 	uint64_t size = __atomic_load_n(&gate->rules->size, __ATOMIC_RELAXED);
 	uint64_t place = rule->spec.place;
 
-	gate->nr_changed++;
+	if (rule->spec.action == PU_ACT_STALE) {
+		kept->stale = kept->past == rule;
+		return;
+	}
+	if (!kept->past)
+		gate->nr_changed++;
 	if (rule->spec.action == PU_ACT_ROT) {
 		kept->at_end = pu_rule_get(rule);
 		return;
@@ -341,6 +240,27 @@ static void change(struct pu_gate *gate, uint16_t tag, struct pu_rule *rule)
 	if (size && place + length > size) /* what is beyond is nobody's */
 		place = size - length;
 	desc->start_sector = place >> PU_SECTOR_SHIFT;
+}
+
+/* What passes becomes a rule's past, whether or not the rule fires for it. */
+static void join_past(struct pu_gate *gate, uint16_t tag, struct pu_rule *rule)
+{
+	const struct pu_queue *q = gate->q;
+	const struct pu_desc *desc = &q->desc[tag];
+	struct pu_kept *kept = &gate->kept[tag];
+	uint32_t op = desc->op_flags & 0xff;
+
+	if (op > PU_OP_WRITE || desc->op_flags & PU_FLAG_SHMEM_ZC || !q->copies ||
+	    !pu_rule_covers(rule, pu_desc_offset(desc),
+			    (uint64_t)desc->nr_sectors << PU_SECTOR_SHIFT))
+		return;
+	if (op == PU_OP_WRITE) {
+		pu_past_see(rule->past, desc->start_sector, pu_queue_buffer(q, tag),
+			    desc->nr_sectors);
+	} else if (!kept->past) {
+		gate->nr_changed++;
+		kept->past = pu_rule_get(rule);
+	}
 }
 
 static void hold_by(struct pu_kept *kept, struct pu_rule *rule)
@@ -380,7 +300,7 @@ static void obey(struct pu_gate *gate, uint16_t tag, struct pu_rule *rule)
 int32_t pu_gate_arrive(struct pu_queue *q, uint16_t tag)
 {
 	struct pu_gate *gate = q->gate;
-	struct pu_rule_set *set = get_set(gate->rules);
+	struct pu_rule_set *set = pu_rules_get_set(gate->rules);
 	const struct pu_desc *desc = &q->desc[tag];
 	uint32_t op = desc->op_flags % PU_OP_COUNT;
 	uint64_t offset = pu_desc_offset(desc);
@@ -390,7 +310,7 @@ int32_t pu_gate_arrive(struct pu_queue *q, uint16_t tag)
 	int error = prepare(q, set);
 
 	if (error) {
-		put_set(set);
+		pu_rules_put_set(set);
 		return error;
 	}
 	forget(gate, tag); /* the one before may have been failed from outside */
@@ -398,19 +318,21 @@ int32_t pu_gate_arrive(struct pu_queue *q, uint16_t tag)
 	kept->generation = pu_tag_generation(&q->tags[tag]);
 	kept->verdict = PU_GATE_SERVE;
 	if (__atomic_load_n(&gate->rules->open, __ATOMIC_RELAXED)) {
-		put_set(set);
+		pu_rules_put_set(set);
 		return PU_GATE_SERVE;
 	}
 	for (uint32_t i = 0; set && i < set->count; i++) {
 		struct pu_rule *rule = set->rules[i];
 
+		if (rule->past)
+			join_past(gate, tag, rule);
 		if (!pu_rule_fires(rule, op, offset, length, now_ns, &kept->due_ns))
 			continue;
 		obey(gate, tag, rule);
 		if (rule->spec.action >= PU_ACT_FAIL)
 			break;
 	}
-	put_set(set);
+	pu_rules_put_set(set);
 	if (kept->due_ns <= now_ns)
 		return kept->verdict;
 	keep(gate, tag);
@@ -447,7 +369,7 @@ static void rest(struct pu_gate *gate)
 	pthread_mutex_lock(&rules->lock);
 	if (!rules->set && gate->seen == rules->changes) {
 		pthread_mutex_lock(&gate->q->inbox_lock);
-		arm(gate->q, NULL);
+		pu_rules_arm(gate->q, NULL);
 		pthread_mutex_unlock(&gate->q->inbox_lock);
 	}
 	pthread_mutex_unlock(&rules->lock);
@@ -564,6 +486,17 @@ static void rot(struct pu_rule *rule, uint8_t *data, uint64_t length)
 	}
 }
 
+static void meet_past(const struct pu_queue *q, uint16_t tag, struct pu_rule *rule, bool stale)
+{
+	const struct pu_desc *desc = &q->desc[tag];
+	uint8_t *data = pu_queue_next_buffer(q, tag);
+
+	if (stale)
+		pu_past_show(rule->past, desc->start_sector, data, desc->nr_sectors);
+	else
+		pu_past_see(rule->past, desc->start_sector, data, desc->nr_sectors);
+}
+
 int32_t pu_gate_settle(struct pu_queue *q, uint16_t tag, int32_t value)
 {
 	struct pu_gate *gate = q->gate;
@@ -576,6 +509,8 @@ int32_t pu_gate_settle(struct pu_queue *q, uint16_t tag, int32_t value)
 		return value;
 	if (value > 0 && kept->sectors)
 		value = (int32_t)(kept->sectors << PU_SECTOR_SHIFT);
+	if (value > 0 && kept->past)
+		meet_past(q, tag, kept->past, kept->stale);
 	if (value > 0 && kept->at_end)
 		rot(kept->at_end, pu_queue_next_buffer(q, tag), (uint64_t)value);
 	forget(gate, tag);

@@ -8,48 +8,14 @@
  *
  * Descriptors are the kernel's, and cannot be written: a queue whose rules change requests looks at
  * copies of them from then on.
- *
- * The rules of a disk are one set for all of its queues, never changed but exchanged for another one.
  */
 #ifndef PU_GATE_H
 #define PU_GATE_H
 
-#include <pthread.h>
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "rule.h"
-
-struct pu_gate;
-struct pu_queue;
-
-struct pu_rule_set {
-	uint32_t refs; /* atomic */
-	uint32_t count;
-	bool changes_requests;
-	struct pu_rule *rules[];
-};
-
-/* Those of a disk. */
-struct pu_rules {
-	pthread_mutex_t lock; /* guards set and gates; before a queue's inbox_lock */
-	struct pu_rule_set *set; /* NULL: there are no rules */
-	struct pu_gate *gates; /* of its queues */
-	uint64_t changes; /* atomic */
-	uint64_t size;	/* atomic: bytes of the disk; 0: not known yet */
-	bool open;	/* atomic: no rule applies for now, and nothing is kept */
-};
-
-void pu_rules_init(struct pu_rules *rules);
-void pu_rules_destroy(struct pu_rules *rules); /* with no queue */
-/* Has these rules from now on, in their order. 0 or -ENOMEM. [any thread] */
-int pu_rules_exchange(struct pu_rules *rules, struct pu_rule *const *now, uint32_t count);
-/* Lets go of what a rule keeps, or (NULL) all of them. [any thread] */
-void pu_rules_release(struct pu_rules *rules, struct pu_rule *rule);
-/* Bytes of the disk. [any thread] */
-void pu_rules_set_size(struct pu_rules *rules, uint64_t size);
-/* Whether the gate stands open: every rule is suspended, and what is kept goes on. [any thread] */
-void pu_rules_open(struct pu_rules *rules, bool open);
+#include "rules.h"
 
 /* What becomes of a request; else, 0 or -errno, its answer. */
 enum { PU_GATE_SERVE = 1, PU_GATE_KEEP = 2 };
@@ -62,7 +28,9 @@ struct pu_kept { /* what is known of a tag's request */
 	int64_t due_ns;	  /* PU_UNTIL_RELEASED: never by itself */
 	uint64_t releases; /* of the holder, when it was kept */
 	struct pu_rule *holder;
-	struct pu_rule *at_end; /* what is done to a read's data */
+	struct pu_rule *at_end; /* ROT: what is done to a read's data */
+	struct pu_rule *past;	/* STALE: whose past it is a part of, or (stale) is to have */
+	bool stale;
 };
 
 struct pu_gate {

@@ -12,7 +12,10 @@ struct pu_rule *pu_rule_new(const struct pu_rule_spec *spec)
 
 	if (rule && spec->nr_delays)
 		delays = calloc(spec->nr_delays, sizeof(*delays));
-	if (!rule || (spec->nr_delays && !delays)) {
+	if (rule && spec->action == PU_ACT_STALE)
+		rule->past = pu_past_new();
+	if (!rule || (spec->nr_delays && !delays) || (spec->action == PU_ACT_STALE && !rule->past)) {
+		free(delays);
 		free(rule);
 		return NULL;
 	}
@@ -38,6 +41,7 @@ void pu_rule_put(struct pu_rule *rule)
 	if (!rule || __atomic_sub_fetch(&rule->refs, 1, __ATOMIC_ACQ_REL))
 		return;
 	pthread_mutex_destroy(&rule->lock);
+	pu_past_free(rule->past);
 	free((void *)rule->spec.delays_ns);
 	free(rule);
 }
@@ -70,8 +74,10 @@ void pu_rule_counts(struct pu_rule *rule, uint64_t *matched, uint64_t *fired)
 	pthread_mutex_unlock(&rule->lock);
 }
 
-static bool in_range(const struct pu_rule_spec *spec, uint64_t offset, uint64_t length)
+bool pu_rule_covers(const struct pu_rule *rule, uint64_t offset, uint64_t length)
 {
+	const struct pu_rule_spec *spec = &rule->spec;
+
 	/* What has no bytes, a flush, is of no range. */
 	return !spec->end || (length && offset < spec->end && offset + length > spec->begin);
 }
@@ -131,7 +137,7 @@ bool pu_rule_fires(struct pu_rule *rule, uint32_t op, uint64_t offset, uint64_t 
 	const struct pu_rule_spec *spec = &rule->spec;
 	bool fires, follows;
 
-	if (!(spec->ops >> op & 1) || !in_range(spec, offset, length))
+	if (!(spec->ops >> op & 1) || !pu_rule_covers(rule, offset, length))
 		return false;
 	if (spec->when && !spec->when(spec->context, op, offset, length))
 		return false;

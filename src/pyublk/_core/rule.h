@@ -11,6 +11,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "past.h"
+
 enum pu_action {
 	PU_ACT_DELAY, /* these three hold a request, and the rules after them are asked too */
 	PU_ACT_HANG,
@@ -57,6 +59,7 @@ struct pu_rule {
 	double requests_at, bytes_at; /* LIMIT: when the next one would be due without a burst */
 	uint32_t refs;	   /* atomic */
 	uint64_t releases; /* atomic: what it has held before another one goes on */
+	struct pu_past *past; /* STALE */
 };
 
 /* With one reference, or NULL: no memory. */
@@ -64,6 +67,8 @@ struct pu_rule *pu_rule_new(const struct pu_rule_spec *spec);
 struct pu_rule *pu_rule_get(struct pu_rule *rule);
 void pu_rule_put(struct pu_rule *rule);
 
+/* Whether it is for any of these bytes. */
+bool pu_rule_covers(const struct pu_rule *rule, uint64_t offset, uint64_t length);
 /* Whether it fires for a request, which it then counts. LIMIT: *due_ns is raised to when the request
  * may go on, and it fires if that is later than now. DELAY: to when it is over. */
 bool pu_rule_fires(struct pu_rule *rule, uint32_t op, uint64_t offset, uint64_t length,

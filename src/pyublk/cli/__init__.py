@@ -34,6 +34,8 @@ _COMMANDS = {
     "trace": ("tracing", "Record the requests of a disk, and read what was recorded."),
     "resize": ("asking", "Change the size of a disk while it is used."),
     "replace": ("asking", "Replace a mirror's failed leg."),
+    "fault": ("faulting", "Make requests of a disk fail, wait, or go wrong."),
+    "limit": ("faulting", "Limit a disk's requests and bytes a second."),
     "logs": ("logs", "Print the log of a disk's server."),
     "features": ("features", "Show which features this kernel's ublk has."),
     "doctor": ("doctor", "Find out what keeps this machine from serving disks."),

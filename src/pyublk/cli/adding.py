@@ -16,7 +16,7 @@ from pyublk.cli.output import print_json
 from pyublk.cli.parameters import disk_options, disk_options_given, json_option
 from pyublk.interruptions import handled
 from pyublk.service import daemon
-from pyublk.service.plan import DiskSpec
+from pyublk.service.plan import DiskSpec, check_rules
 from pyublk.service.records import Record, memory_place
 from pyublk.service.server import ServeResult, serve
 
@@ -143,6 +143,11 @@ def _wanted(
 ) -> DiskSpec:
     """What the file describes, with what the command line says in its place."""
     disk = disk_options_given(ctx)
+    for name, value in disk.items():
+        try:
+            check_rules(name, value)
+        except ValueError as error:
+            raise click.BadParameter(str(error), ctx, param_hint=f"'--{name}'") from None
     if file is None:
         if target is None:
             raise click.MissingParameter(ctx=ctx, param_type="argument", param_hint="'TARGET'")

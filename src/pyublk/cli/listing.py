@@ -133,6 +133,8 @@ def _details(one: DiskEntry) -> dict[str, Any]:
         "record_trouble": one.record_trouble,
         "status": one.status,
         "threads": one.told.get("threads") if one.told else None,
+        "faults": one.told.get("faults", []) if one.told else None,
+        "limit": one.told.get("limit") if one.told else None,
         "server_silent": one.silence,
         "params": asdict(one.params) if one.params else None,
         "io_scheduler": one.io_scheduler,
@@ -151,6 +153,15 @@ def _status_lines(status: dict[str, Any] | None) -> list[tuple[str, str]]:
             if isinstance(one, dict):
                 words = ", ".join(f"{key} {what}" for key, what in one.items() if what is not None)
             lines.append((name, str(words)))
+    return lines
+
+
+def fault_lines(told: dict[str, Any]) -> list[tuple[str, str]]:
+    """The rules of a disk, and its limit, as its server tells of them."""
+    limit = told.get("limit")
+    lines = [("limit", f"{limit['rule']}, {limit['fired']} waited")] if limit else []
+    for rule in told.get("faults", []):
+        lines.append((f"fault {rule['number']}", f"{rule['rule']}, fired {rule['fired']} times"))
     return lines
 
 
@@ -184,6 +195,7 @@ def _lines(one: DiskEntry) -> list[tuple[str, str]]:
         lines.append(("target", " ".join(words)))
         lines.append(("data path", record.data_path or "unknown"))
         lines += _status_lines(one.status)
+        lines += fault_lines(one.told or {})
         if one.shared_memory:
             lines.append(("shared memory", one.shared_memory))
         if one.silence:

@@ -2,6 +2,6 @@
 """Faults and limits: what a disk's queues do to its requests, whatever target serves them."""
 
 from pyublk.faults.filters import FaultFilter
-from pyublk.faults.rules import Faults, Rule, WithFaults
+from pyublk.faults.rules import BURST, Faults, Rule, WithFaults
 
-__all__ = ["FaultFilter", "Faults", "Rule", "WithFaults"]
+__all__ = ["BURST", "FaultFilter", "Faults", "Rule", "WithFaults"]

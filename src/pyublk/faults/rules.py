@@ -23,7 +23,8 @@ from pyublk.faults.filters import (
     of_target,
     operations_named,
 )
-from pyublk.faults.texts import parse, rule_text
+from pyublk.faults.profiles import load
+from pyublk.faults.texts import parse, rule_text, split
 from pyublk.paths import DataPath
 from pyublk.target import Target
 from pyublk.uapi import SECTOR_SIZE
@@ -40,9 +41,10 @@ ONLY_FOR = {
     "tear": ("write",),
     "misdirect": ("read", "write"),
     "rot": ("read",),
+    "stale": ("read",),
 }
 #: Whose answers are changed, so that the data must pass through the server.
-CHANGES_DATA = ("rot",)
+CHANGES_DATA = ("rot", "stale")
 #: Data paths on which it does.
 COPYING = (DataPath.COPY, DataPath.GET_DATA)
 
@@ -80,6 +82,11 @@ class Rule:
     def remove(self) -> None:
         """No request meets it any more, and what it holds goes on. Twice is allowed."""
         self._faults._remove([self])
+
+    def told(self) -> dict[str, Any]:
+        """Number, text and counts, for JSON."""
+        matched, fired = self._rule.counts()
+        return {"number": self.number, "rule": self.text, "matched": matched, "fired": fired}
 
     def __enter__(self) -> Self:
         return self
@@ -140,6 +147,11 @@ class Faults:
 
     # ---- rules as texts ----
 
+    def profile(self, name: str) -> list[Rule]:
+        """Adds the rules of a disk profile (`pyublk.faults.profiles`): "hdd-7200", "sd-card",
+        "cloud-gp2", "dying-hdd"."""
+        return self.extend(";".join(load(name).rules))
+
     def add(self, text: str) -> Rule:
         """Adds the rule that a text describes, such as "fail:op=write,range=4K-8K,errno=EIO".
 
@@ -149,6 +161,31 @@ class Faults:
         action, arguments = parse(text)
         rule: Rule = getattr(self, action)(**arguments)
         return rule
+
+    def extend(self, texts: str) -> list[Rule]:
+        """Adds the rules that texts describe, with semicolons between them, or none if one of them
+        is wrong. `profile:NAME` stands for the rules of that disk profile.
+        """
+        found: list[Rule] = []
+        try:
+            for text in split(texts):
+                found.append(self.add(text))
+        except BaseException:
+            self._remove(found)
+            raise
+        return found
+
+    def find(self, number: int) -> Rule:
+        """The rule of that number. Raises ValueError when there is none, or none any more."""
+        for rule in self:
+            if rule.number == number:
+                return rule
+        there = ", ".join(str(rule.number) for rule in self)
+        raise ValueError(f"there is no rule {number}{f': there are {there}' if there else ''}")
+
+    def told(self) -> list[dict[str, Any]]:
+        """Every rule with its counts, for JSON."""
+        return [rule.told() for rule in self]
 
     # ---- rules that hold requests ----
 
@@ -255,6 +292,14 @@ class Faults:
         whole("bits", bits, least=1)
         said: dict[str, object] = {"bits": bits}
         return self._add("rot", operations, said, only, amount=bits)
+
+    def stale(self, operations: Operations = "read", **only: Unpack[FaultFilter]) -> Rule:
+        """Reads return what their sectors held when they were first read or written since the rule
+        was added, whatever was written later. What had not passed before is returned as it is.
+
+        65,536 sectors (of 512 bytes) are remembered. For the data path, see `rot`.
+        """
+        return self._add("stale", operations, {}, only)
 
     # ---- how they are kept ----
 

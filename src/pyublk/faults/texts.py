@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pyublk.faults.filters import FaultFilter, near
+from pyublk.faults.filters import FaultFilter, near, operations_named
+from pyublk.faults.profiles import load
 from pyublk.sizes import format_size, parse_size
 
 #: Seconds of a unit of time.
@@ -65,8 +66,13 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def split(texts: str) -> list[str]:
-    """Several rules, with semicolons between them."""
-    return [text.strip() for text in texts.split(";") if text.strip()]
+    """Several rules, with semicolons between them; `profile:NAME` stands for those of a profile.
+    Raises ValueError when there is no such profile."""
+    found: list[str] = []
+    for text in filter(None, (one.strip() for one in texts.split(";"))):
+        action, colon, name = text.partition(":")
+        found += load(name.strip()).rules if colon and action.strip() == "profile" else [text]
+    return found
 
 
 def parse_limit(text: str) -> dict[str, Any]:
@@ -91,7 +97,9 @@ def _arguments(action: str, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _operations(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split("+"))
+    names = tuple(name.strip() for name in text.split("+"))
+    operations_named(names)
+    return names
 
 
 def _range(text: str) -> tuple[int, int]:
@@ -156,6 +164,7 @@ _TAKEN: dict[str, dict[str, _Reader]] = {
     "tear": {"sectors": _whole},
     "misdirect": {"offset": parse_size},
     "rot": {"bits": _whole},
+    "stale": {},
     "full": {},
     "read_only": {},
 }

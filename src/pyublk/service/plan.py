@@ -10,6 +10,7 @@ from typing import Any, Self, cast
 from pyublk import targets
 from pyublk.device import Device
 from pyublk.errors import InvalidTarget
+from pyublk.faults import texts
 from pyublk.options import DEVICE, DISK, DeviceOptions, DiskOptions, near
 from pyublk.recovery import Recovery
 from pyublk.service.restarts import keeps_data
@@ -57,8 +58,9 @@ class DiskSpec:
     `target` is a name that `pyublk.targets.resolve` knows; `arguments` and `options` are the texts
     for its class's parameters. `disk` is what else is asked for (`pyublk.options.DiskOptions`):
     `size`, `block_size` and `read_only` go to the class as well, `shared_memory_size`, `restart`
-    and `hang_timeout` are for the server, the rest goes to `Device`. What it does not have is left
-    to them. `name` and `file` are those of its definition, if it has one (`pyublk up`).
+    and `hang_timeout` are for the server, `fault` and `limit` are rules for the Device, to which
+    the rest goes. What it does not have is left to them. `name` and `file` are those of its
+    definition, if it has one (`pyublk up`).
     """
 
     target: str
@@ -109,6 +111,7 @@ class DiskSpec:
                     disk[name] = DISK[name].load(value)
                 except ValueError as error:
                     raise WrongKey(str(error), name) from None
+                check_rules(name, disk[name])
             elif name not in named and name not in others:
                 hint = near(name, [*named, *others, *DISK])
                 raise WrongKey(
@@ -153,7 +156,7 @@ class DiskSpec:
         if take_over is None:
             if recovery is not None:
                 asked.setdefault("recovery", recovery)
-            return Device(target, **cast(DeviceOptions, asked))
+            return self._with_rules(Device(target, **cast(DeviceOptions, asked)))
         if not take_over.empty and not keeps_data(target):
             remedy = (
                 "another process would serve an empty disk"
@@ -166,9 +169,18 @@ class DiskSpec:
             )
         own = {name: value for name, value in asked.items() if not DEVICE[name].lasting}
         foreign = take_over.empty or take_over.served
-        return Device.take_over(
-            take_over.device, target, foreign=foreign, ask=ask, **cast(DeviceOptions, own)
+        return self._with_rules(
+            Device.take_over(
+                take_over.device, target, foreign=foreign, ask=ask, **cast(DeviceOptions, own)
+            )
         )
+
+    def _with_rules(self, device: Device) -> Device:
+        if (rules := self.disk.get("fault")) is not None:
+            device.faults.extend(rules)
+        if (limit := self.disk.get("limit")) is not None:
+            device.limit(**texts.parse_limit(limit))
+        return device
 
     def make_target(self) -> Target:
         """Loads the target's class, and makes one. Raises what `pyublk.targets` and it raise."""
@@ -188,6 +200,18 @@ class DiskSpec:
             if name not in given and wish is not None:
                 setattr(target, name, wish)
         return target
+
+
+def check_rules(name: str, value: object) -> None:
+    """Raises WrongKey for rules, or a limit, that are written wrongly."""
+    try:
+        if name == "fault" and value is not None:
+            for text in texts.split(str(value)):
+                texts.parse(text)
+        if name == "limit" and value is not None:
+            texts.parse_limit(str(value))
+    except ValueError as error:
+        raise WrongKey(str(error), name) from None
 
 
 def check_shareable(spec: DiskSpec) -> None:

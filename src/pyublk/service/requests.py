@@ -18,6 +18,7 @@ from typing import Any, Protocol, Union, get_args, get_origin, get_type_hints
 
 from pyublk import errors
 from pyublk.device import Device
+from pyublk.faults import BURST, Faults
 from pyublk.service.listener import Conversation, version
 from pyublk.service.records import Record
 from pyublk.targets import Mirror
@@ -50,7 +51,13 @@ HELD_WITHIN = 60.0
 TRACED_WITHIN = 7 * 24 * 3600.0
 
 #: How JSON calls its types.
-_WORDS = {int: "a whole number", bool: "true or false", str: "a text", type(None): "null"}
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    type(None): "null",
+}
 
 
 def request(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -115,6 +122,7 @@ def status(disk: ServedDisk) -> dict[str, Any]:
         "failed_requests": device.stats().total.errors,
         "data_path": str(device.data_path),
         "restart": disk.record.restarts and disk.record.restarts.told(),
+        **_rules_of(disk),
         "pyublk": version(),
         "pid": os.getpid(),
         "threads": {
@@ -164,6 +172,45 @@ def trace(
     finally:
         summary = recorded.stop()
     return {"events": summary.events, "lost": summary.lost, "files": files}
+
+
+@request
+def faults(
+    disk: ServedDisk,
+    add: str | None = None,
+    clear: bool = False,
+    release: bool = False,
+    number: int | None = None,
+) -> dict[str, Any]:
+    """Adds rules (`Faults.extend`), or clears all or that of a number, or releases what they hold.
+    Returns the rules that there are, and the disk's limit."""
+    rules = disk.device.faults
+    if add is not None:
+        rules.extend(add)
+    one = rules if number is None else rules.find(number)
+    if release:
+        one.release()
+    if clear:
+        one.clear() if isinstance(one, Faults) else one.remove()
+    return _rules_of(disk)
+
+
+@request
+def limit(
+    disk: ServedDisk,
+    iops: float | int | None = None,
+    bandwidth: float | int | None = None,
+    burst: float | int = BURST,
+) -> dict[str, Any]:
+    """`Device.limit`; without arguments, none any more. Returns what `faults` returns."""
+    disk.device.limit(iops=iops, bandwidth=bandwidth, burst=burst)
+    return _rules_of(disk)
+
+
+def _rules_of(disk: ServedDisk) -> dict[str, Any]:
+    rules = disk.device.faults
+    limited = rules.disk_limit
+    return {"faults": rules.told(), "limit": None if limited is None else limited.told()}
 
 
 @request
