@@ -273,7 +273,7 @@ def test_workers_share_one_machine(guest: pytest.Pytester) -> None:
 
 
 def test_what_is_printed_with_capture_off_is_no_event(guest: pytest.Pytester) -> None:
-    found = guest.runpytest_subprocess("-s")
+    found = guest.runpytest_subprocess("-s", timeout=60)
     found.assert_outcomes(passed=1, skipped=8)
     guest.makepyfile(
         """
@@ -429,13 +429,13 @@ def test_the_machine_ends_with_an_interrupted_session(guest: pytest.Pytester) ->
     ],
 )
 def test_options_that_are_wrong(pytester: pytest.Pytester, option: str, said: str) -> None:
-    found = pytester.runpytest_subprocess(option)
+    found = pytester.runpytest_subprocess(option, timeout=60)
     assert found.ret == pytest.ExitCode.USAGE_ERROR
     assert said in found.stderr.str()
 
 
-def test_a_kernel_that_cannot_be(guest: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    found = guest.runpytest_subprocess("--ublk=vm", "--ublk-kernel=mine")
+def test_a_kernel_that_cannot_be(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(SUITE)
+    found = pytester.runpytest_subprocess("--ublk=vm", "--ublk-kernel=mine", timeout=60)
     assert found.ret == pytest.ExitCode.USAGE_ERROR
     assert "no kernel is called 'mine'" in found.stderr.str()
