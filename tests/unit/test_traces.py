@@ -1,6 +1,7 @@
 """Traces: what is read from blktrace's files, its numbers, and what other programs read of it."""
 
 import csv
+import errno
 import io
 import json
 import re
@@ -14,9 +15,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from pyublk import errors, traces
+from pyublk import Target, errors, traces
 from pyublk.cli import main
 from pyublk.cli.failures import ExitCode
+from pyublk.testing import Disk
 from pyublk.traces import Category, Record, Request, Trace, TraceError
 from pyublk.traces.exports import FORMATS
 from pyublk.traces.plots import PLOTS
@@ -183,6 +185,45 @@ def test_zeros_at_the_end_are_not_read(name: Path) -> None:
 def test_what_does_not_fit_is_refused(request_: Request, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"multiples of 512|does not fit blktrace's format"):
         traces.write(tmp_path / "t", [request_])
+
+
+class Half(Target):
+    """Its second half cannot be written."""
+
+    def read(self, offset: int, buffer: memoryview) -> None:
+        buffer[:] = bytes(len(buffer))
+
+    def write(self, offset: int, data: memoryview) -> None:
+        if offset >= self.size // 2:
+            raise OSError(errno.ENOSPC, "full")
+
+    def flush(self) -> None:
+        pass
+
+    def discard(self, offset: int, length: int) -> None:
+        pass
+
+
+def test_what_a_disk_records_is_read(tmp_path: Path) -> None:
+    """Every operation, by the engine that serves the kernel."""
+    with Disk(Half(size=1 << 20)) as disk, disk.trace(tmp_path / "t", megabytes=1):
+        disk.pread(8192, 4096)
+        disk.pwrite(bytes(512), 1024, fua=True)
+        disk.discard(65536, 4096)
+        with pytest.raises(OSError, match="failed"):
+            disk.pwrite(bytes(512), 1 << 19)
+    found = traces.read(tmp_path / "t")
+    what = [(one.operation, one.offset, one.length, one.error) for one in found.requests]
+    assert [one for one in what if one[0] != "flush"] == [
+        ("read", 4096, 8192, 0),
+        ("write", 1024, 512, 0),
+        ("discard", 65536, 4096, 0),
+        ("write", 1 << 19, 512, errno.ENOSPC),
+    ]
+    assert all(one.latency is not None and one.waited >= 0 for one in found.requests)
+    assert (found.lost, found.orphans) == (0, 0)
+    told = output_of("blkparse", "-i", tmp_path / "t", where=tmp_path)
+    assert re.search(r" Q +D 128 \+ 8 ", told)
 
 
 # ---- files that are no trace ----

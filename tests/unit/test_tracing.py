@@ -18,7 +18,7 @@ from pyublk.uapi import Op
 #: struct blk_io_trace: magic, sequence, time, sector, bytes, action, pid, device, cpu, error, pdu.
 RECORD = struct.Struct("<IIQQIIIIIHH")
 Q, D, C = 1, 7, 8
-READ, WRITE, FLUSH, SYNC, DISCARD, FUA = (1 << bit for bit in (0, 1, 2, 3, 12, 15))
+READ, WRITE, FLUSH, SYNC, DISCARD, FUA = (1 << bit for bit in (0, 1, 2, 3, 13, 15))
 
 
 class Record:

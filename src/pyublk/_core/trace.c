@@ -17,7 +17,7 @@ enum { /* the upper half of an action: BLK_TC_* */
 	ISSUE = 1u << 22,
 	COMPLETE = 1u << 23,
 	FS = 1u << 24, /* as the kernel says of all but ioctls */
-	DISCARD = 1u << 28,
+	DISCARD = 1u << 29,
 	FUA = 1u << 31,
 };
 
