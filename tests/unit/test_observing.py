@@ -335,7 +335,7 @@ def test_keys_act_at_once(terminal: Terminal) -> None:
     terminal.press(b" ")
     terminal.read_until(lambda text: "PAUSED" in text)
     terminal.press(b"w")  # the second disk comes first
-    terminal.read_until(lambda text: re.search(r"   1 examples/ro.*   0 ram ", text, re.S))
+    terminal.read_until(lambda text: re.search(r"   1 Rot13.*   0 ram ", text, re.S))
     terminal.press(b"\x1b[B")
     terminal.press(b"q")
     assert terminal.end() == 0

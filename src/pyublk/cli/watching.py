@@ -113,7 +113,7 @@ ORDERS: dict[str, tuple[str, Callable[[Row], float]]] = {
     "e": ("errors", lambda row: row.sample.counters.errors),
     "n": ("number", lambda row: -row.sample.id),
 }
-_HELP = "q quit  space pause  sort: i iops r read w write l latency d depth e errors n number"
+_HELP = "q quit, space pause; sort by i iops, r read, w write, l p99, d depth, e errors, n id"
 #: How many silent servers are explained below the disks.
 _EXPLAINED = 3
 
@@ -217,7 +217,7 @@ class View:
 
         def line(cells: dict[str, str], style: str) -> Text:
             padded = [
-                cells[name][:room].ljust(room) if name == _TARGET else cells[name].rjust(room)
+                _target(cells[name], room) if name == _TARGET else cells[name].rjust(room)
                 for name, room in widths.items()
             ]
             return Text(" ".join(padded), style=style)
@@ -229,3 +229,10 @@ class View:
             cells = {one.title: one.text(row) for one in columns}
             lines.append(line(cells, "red" if bad else ""))
         return lines
+
+
+def _target(name: str, room: int) -> str:
+    """As much of it as there is room for; of a class, its own name first."""
+    if len(name) > room:
+        name = name.rpartition(":")[2]
+    return name[:room].ljust(room)
