@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 import pyublk
 from pyublk.targets import File, Mirror, Null, Ram, Stripe, Zoned
 from pyublk.testing import CheckFailed, Crash, Disk, PowerCut, PowerCutFailed, Shadow
+from pyublk.testing.power_cuts.filesystems import file_system_of
 
 BLOCK = 512
 SIZE = 16 * BLOCK
@@ -713,7 +714,7 @@ def test_commands_as_checks(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"must have \{path\}"):
         cut.check("fsck.ext4 -n disk.img")
     with pytest.raises(
-        PowerCutFailed, match="'nothing-like-it' is not installed\nit fails also when"
+        PowerCutFailed, match="'nothing-like-it' is not installed\nit fails also when the disk"
     ):
         cut.check("nothing-like-it {image}")
     with pytest.raises(CheckFailed, match="there is no file system on the disk"):
@@ -839,3 +840,14 @@ def test_files_without_a_kernel(tmp_path: Path) -> None:
         disk.pwrite(b"broken".ljust(1024, b"!") * 64, 1024)
         with pytest.raises(CheckFailed, match="e2fsck"), cut.cut(keep=[1]).extracted():
             pass
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs", "vfat"])
+def test_file_systems_are_recognized(kind: str, tmp_path: Path) -> None:
+    if (make := shutil.which(f"mkfs.{kind}")) is None:
+        pytest.skip(f"needs mkfs.{kind}")
+    image_file = tmp_path / "disk.img"
+    with image_file.open("wb") as file:
+        file.truncate(300 << 20)
+    subprocess.run([make, image_file], check=True, capture_output=True)
+    assert file_system_of(File(image_file)) == kind

@@ -25,7 +25,9 @@ class PowerCutFailed(CheckFailed):
 
     def __init__(self, crash: Crash, first: Crash, number: int, reason: Exception) -> None:
         point, choices = crash.state
-        also = "" if choices != point.all_kept else "it fails also when nothing is lost\n"
+        also = ""
+        if choices == point.all_kept:
+            also = "it fails also when the disk loses nothing: was it written at all?\n"
         told = ": ".join(filter(None, [type(reason).__name__, str(reason)]))
         super().__init__(
             f"the check fails after a power cut (state {number}: {first.id}): {told}\n"
