@@ -31,7 +31,7 @@ SETTINGS = {
     ("wal", "OFF"): False,
     ("wal", "FULL"): True,
 }
-COMMITS = 4
+COMMITS = 6
 MIB = 1 << 20
 
 
