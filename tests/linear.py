@@ -110,6 +110,13 @@ class History:
         self._lock = threading.Lock()
         self._now = 0
         self._values = 0
+        self._events: list[str] = []
+
+    def note(self, event: str) -> None:
+        """What happens to the disk now: told beside what cannot be explained."""
+        with self._lock:
+            self._now += 1
+            self._events.append(f"{self._now}: {event}")
 
     def fresh(self) -> int:
         """A value that nobody has written yet."""
@@ -169,7 +176,9 @@ class History:
                 try:
                     self.held[block] = explain(ops, self.held.get(block, {frozenset([0])}))
                 except Inexplicable as wrong:
-                    raise Inexplicable(f"block {block}: {wrong}") from None
+                    near = "\n".join(map(str, ops[-200:]))
+                    told = f"block {block}: {wrong}\n{self._events}\n{near}"
+                    raise Inexplicable(told) from None
             self._ops.clear()
             self._open.clear()
 

@@ -128,6 +128,7 @@ class Disk:
         self.clients.longest = 0.0
         server = self.server
         helpers = helpers_of(server)
+        self.history.note(f"kill of {who}")
         if who != "server":
             for helper in helpers:
                 os.kill(helper, 9)
@@ -150,7 +151,9 @@ class Disk:
         """Each request is answered once: nothing is sent again."""
         self.clients.longest = 0.0
         before = self.server
+        self.history.note("an upgrade begins")
         done = run_here("upgrade", str(self.number))
+        self.history.note("it is over")
         assert done.exit_code == 0, done.stderr
         assert self.server != before
         until(lambda: not running(before), what="the server before ends")
