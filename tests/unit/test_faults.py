@@ -511,6 +511,7 @@ def test_a_rule_is_told_as_it_is_written(text: str) -> None:
         ("read_only:", "fail:op=write,errno=EROFS"),
         ("delay:op=write,seconds=10ms", "delay:op=write,seconds=0.01"),
         ("fail:op=write", "fail:op=write,errno=EIO"),
+        ("limit:iops=1000000", "limit:op=all,iops=1000000,burst=0.1"),
         (" hang : op = flush , every = no", "hang:op=flush"),
     ],
 )

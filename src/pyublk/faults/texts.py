@@ -33,7 +33,7 @@ def _shown(name: str, value: Any) -> str:
         return getattr(value, "__qualname__", repr(value))
     if isinstance(value, bool):
         return "yes"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:.12g}" if isinstance(value, float) else str(value)
 
 
 def parse(text: str) -> tuple[str, dict[str, Any]]:
