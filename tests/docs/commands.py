@@ -3,12 +3,42 @@
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 _FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.M | re.S)
+_FILE = re.compile(r"# (/\S+)\n")
 _SPAN = re.compile(r"`(pyublk [^`]+)`")
 _ASSIGNMENT = re.compile(r"\w+=")
 _SUBSTITUTION = re.compile(r"\$\(([^()]*)\)")
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A block that says in its first line, `# /etc/...`, which file it is."""
+
+    path: Path
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A line of shell, by root or by a user, and what the page says that it prints, if anything."""
+
+    by_root: bool
+    line: str
+    output: str
+
+
+def steps(page: Path) -> Iterator[File | Command]:
+    """What a reader does who follows a page from top to bottom: files to write, commands to run."""
+    for kind, body in _FENCE.findall(page.read_text()):
+        if kind == "console":
+            for typed in re.split(r"^(?=[#$] )", body, flags=re.M)[1:]:
+                line, _, output = typed[2:].partition("\n")
+                yield Command(typed[0] == "#", line, output.strip())
+        elif name := _FILE.match(body):
+            yield File(Path(name[1]), body)
 
 
 def shown(page: Path) -> Iterator[list[str]]:

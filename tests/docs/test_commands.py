@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 import pytest
-from commands import arguments, named, shown
+from commands import Command, File, arguments, named, shown, steps
 from pages import PAGES, ROOT
 
 from pyublk import targets
@@ -85,3 +85,16 @@ def test_commands_are_found_in_shell(line: str, found: list[list[str]]) -> None:
 def test_a_command_that_does_not_exist_is_refused(line: str) -> None:
     with pytest.raises(click.ClickException):
         parse(line.split())
+
+
+def test_the_steps_of_a_page(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "```ini\n# /etc/one.conf\n[Unit]\n```\n```toml\n[no.file]\n```\n"
+        "```console\n# one\nsaid\nmore\n$ two # three\n```\n"
+    )
+    assert [*steps(page)] == [
+        File(Path("/etc/one.conf"), "# /etc/one.conf\n[Unit]\n"),
+        Command(True, "one", "said\nmore"),
+        Command(False, "two # three", ""),
+    ]

@@ -5,43 +5,26 @@
 
 import json
 import os
-import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from needs import in_any_pid_namespace, only_where
-from servers import until
+from booted import PATIENCE, UNITS, Systemd
+from needs import in_any_pid_namespace, only_where, python_for_everybody
 
-SYSTEMD = Path("/lib/systemd/systemd")
+sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
+
+from commands import Command, File, steps
+
 ETC = Path("/etc/pyublk")
-UNITS = Path("/etc/systemd/system")
-#: What process 1 knows besides what is installed: not what this machine would start.
-SHIPPED = [
-    "basic.target",
-    "local-fs.target",
-    "modprobe@.service",
-    "multi-user.target",
-    "network.target",
-    "network-online.target",
-    "remote-fs.target",
-    "remote-fs-pre.target",
-    "shutdown.target",
-    "sysinit.target",
-    "systemd-udevd-control.socket",
-    "systemd-udevd-kernel.socket",
-    "systemd-udevd.service",
-    "umount.target",
-]
 MOUNT = "srv-images.mount"
-PATIENCE = 120.0
 
-#: Whose files, `# /etc/...`, are those of the tests.
-PAGE = Path(__file__).parents[2] / "docs/services.md"
+DOCS = Path(__file__).parents[2] / "docs"
+#: The first has the definitions and units that the tests use.
+PAGES = [DOCS / "services.md", DOCS / "run-for-months.md"]
 
 HANGING_DISK = """
 [disk.hanging]
@@ -67,75 +50,19 @@ class Hanging(pyublk.Target):
 """
 
 
-class Systemd:
-    """A systemd, and this machine as what runs below it sees it."""
-
-    def __init__(self, units: Path) -> None:
-        shipped = units / "shipped"
-        shipped.mkdir()
-        for name in SHIPPED:
-            shutil.copy(SYSTEMD.parent / "system" / name, shipped)
-        path = f"{UNITS}:/run/systemd/generator:{shipped}"
-        start = (
-            # Shared, as on a machine: a service's own namespace unmounts what others unmount.
-            "mount --make-rshared / && "
-            "mount -t tmpfs run /run && mount -t cgroup2 cgroup /sys/fs/cgroup && "
-            f"exec {SYSTEMD} --system --unit=basic.target --show-status=0 --log-target=console"
-        )
-        self.log = units / "log"
-        with self.log.open("w") as log:
-            self._above = subprocess.Popen(
-                ["unshare", "--pid", "--mount", "--fork", "--mount-proc", "sh", "-c", start],
-                env={
-                    "container": "test",  # it has no console
-                    "PATH": os.environ["PATH"],
-                    "SYSTEMD_UNIT_PATH": path,
-                },
-                stdout=log,
-                stderr=log,
-            )
-        self.pid = 0
-        until(self._runs, PATIENCE, "systemd runs")
-
-    def _runs(self) -> bool:
-        assert self._above.poll() is None, self.log.read_text()
-        place = Path(f"/proc/{self._above.pid}/task/{self._above.pid}/children")
-        self.pid = int(place.read_text().split()[0]) if place.read_text().split() else 0
-        if not self.pid:
-            return False
-        return self.run("systemctl", "is-active", "basic.target", fails=True) == "active"
-
-    def run(self, *command: str, fails: bool = False) -> str:
-        """What a command prints below it."""
-        done = subprocess.run(
-            ["nsenter", "-t", str(self.pid), "-m", "-p", *command],
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-            check=False,
-        )
-        if done.returncode and not fails:
-            pytest.fail(f"{command}: {done.stdout}{done.stderr}\n{self.log.read_text()[-4000:]}")
-        return done.stdout.strip()
-
-    def pyublk(self, *arguments: str) -> str:
-        return self.run(sys.executable, "-m", "pyublk", *arguments)
-
-    def show(self, unit: str, *properties: str) -> list[str]:
-        found = self.run("systemctl", "show", unit, *(f"-p{name}" for name in properties))
-        values = dict(line.split("=", 1) for line in found.splitlines())
-        return [values[name] for name in properties]
-
-    def end(self) -> None:
-        if self.pid:
-            os.kill(self.pid, signal.SIGKILL)  # the namespace ends with it
-        self._above.wait(PATIENCE)
+@pytest.fixture
+def booted(tmp_path: Path) -> Iterator[Systemd]:
+    only_where(Path("/run/pyublk-vm").is_dir(), "this would change the machine's units")
+    in_any_pid_namespace()
+    for left in (ETC, *UNITS.glob("pyublk*")):  # by the test before
+        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    with Systemd(tmp_path) as running:
+        yield running
 
 
 @pytest.fixture
-def systemd(tmp_path: Path) -> Iterator[Systemd]:
-    only_where(Path("/run/pyublk-vm").is_dir(), "this would change the machine's units")
-    in_any_pid_namespace()
+def systemd(booted: Systemd, tmp_path: Path) -> Systemd:
+    """With the disk of the page, and one that hangs."""
     place = tmp_path / "etc"
     place.mkdir()
     place.chmod(0o755)
@@ -146,16 +73,17 @@ def systemd(tmp_path: Path) -> Iterator[Systemd]:
     ETC.mkdir(exist_ok=True)
     (ETC / "hanging.py").write_text(HANGING)
     Path("/srv/images").mkdir(parents=True, exist_ok=True)
-    for block in re.findall(r"^```\w+\n(# /etc/.*?)^```", PAGE.read_text(), re.M | re.S):
-        file = Path(block.partition("\n")[0].removeprefix("# "))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(block.replace("/var/lib/images.img", str(images)))
+    for step in steps(PAGES[0]):
+        if isinstance(step, File):
+            write(step, step.text.replace("/var/lib/images.img", str(images)))
     with (ETC / "disks.toml").open("a") as file:
         file.write(HANGING_DISK)
-    running = Systemd(tmp_path)
-    running.run("systemctl", "start", "systemd-udevd.service")  # which tells it of disks
-    yield running
-    running.end()
+    return booted
+
+
+def write(step: File, text: str) -> None:
+    step.path.parent.mkdir(parents=True, exist_ok=True)
+    step.path.write_text(text)
 
 
 def test_disks_as_services(systemd: Systemd) -> None:
@@ -184,7 +112,7 @@ def test_disks_as_services(systemd: Systemd) -> None:
     systemd.run("kill", "-KILL", main)
     kept.write_text("after")
     os.sync()
-    until(lambda: systemd.show(unit, "NRestarts", "ActiveState") == ["1", "active"], PATIENCE)
+    systemd.is_back(unit)
     assert systemd.show(MOUNT, "ActiveState") == ["active"]
 
     # A restart of the service exchanges the server under the mount.
@@ -225,7 +153,7 @@ def test_the_watchdog_ends_a_server_that_hangs(systemd: Systemd) -> None:
     hangs = subprocess.run(read, check=False, timeout=PATIENCE, capture_output=True)
     assert hangs.returncode == 1  # its request failed with the server
     (root / "run/hang").unlink()
-    until(lambda: systemd.show(unit, "NRestarts", "ActiveState") == ["1", "active"], PATIENCE)
+    systemd.is_back(unit)
     assert "in read" in log.read_text()  # where it hung
     assert subprocess.run(read, check=False, timeout=PATIENCE).returncode == 0
     systemd.run("systemctl", "stop", unit, "pyublk@images.service")
@@ -238,4 +166,29 @@ def test_the_watchdog_ends_a_server_that_hangs(systemd: Systemd) -> None:
     assert not Path("/dev/ublkb21").exists()
     told = systemd.pyublk("service", "uninstall")
     assert "remove     /etc/systemd/system/pyublk@.service" in told
-    assert sorted(UNITS.glob("pyublk*")) == [drop_in.parent]
+    left = [path for path in UNITS.rglob("*pyublk*/*") if path.is_file()]
+    assert sorted(left) == [drop_in, UNITS / "pyublk@images.service.d/rights.conf"]
+
+
+def test_every_command_of_the_pages(booted: Systemd) -> None:
+    """One page after the other, from top to bottom, as somebody would who follows them."""
+    booted.run("useradd", "--user-group", "alice")
+    with python_for_everybody():
+        for page in PAGES:
+            for step in steps(page):
+                if isinstance(step, File):
+                    write(step, step.text)
+                else:
+                    follow(booted, step)
+    assert not list(Path("/dev").glob("ublkb*"))
+
+
+def follow(machine: Systemd, step: Command) -> None:
+    as_user = []
+    if not step.by_root:
+        machine.run("install", "-d", "-o", "alice", "-m", "700", "/run/alice")
+        as_user = ["setpriv", "--reuid=alice", "--regid=alice", "--init-groups"]
+        as_user += ["env", "XDG_RUNTIME_DIR=/run/alice"]
+    printed = machine.run(*as_user, "sh", "-c", step.line)
+    if step.output:
+        assert printed == step.output, step.line
