@@ -21,7 +21,7 @@ from servers import until
 import pyublk
 from pyublk.targets import File, Linear, Mirror, Stripe
 from pyublk.testing import Crash, Disk, PowerCut, PowerCutFailed
-from pyublk.testing.power_cuts.filesystems import run
+from pyublk.testing.file_systems import run
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 BLOCK = 512
