@@ -447,6 +447,7 @@ cdef class Queue:
         if not left and self.trace_buffer is not None:
             Py_INCREF(self.trace_buffer)  # the owner may still write to it
         self.trace_buffer = buffer
+
     @property
     def kept(self):
         return pu_gate_kept(&self.q)
