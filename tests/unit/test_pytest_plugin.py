@@ -9,7 +9,8 @@ import xml.etree.ElementTree as ET
 import pytest
 
 import pyublk
-from pyublk.pytest_plugin import boot, machine, needs
+from pyublk.pytest_plugin import guest as session
+from pyublk.pytest_plugin import machine, needs, remote
 from pyublk.uapi import Feature
 from pyublk.vm import KernelUnavailable
 
@@ -83,9 +84,9 @@ import os, runpy
 os.environ["UBLK_GUEST"] = "yes"
 with open({str(started)!r}, "a") as file:
     file.write("a machine\\n")
-runpy.run_path({boot.__file__.replace("boot.py", "guest.py")!r}, run_name="__main__")
+runpy.run_path({session.__file__!r}, run_name="__main__")
 """
-    monkeypatch.setattr(boot, "command", lambda *_: [sys.executable, "-c", script])
+    monkeypatch.setattr(remote, "boot", lambda *_: [sys.executable, "-c", script])
     monkeypatch.setattr(machine, "Machine", NoMachine)
     monkeypatch.delenv("UBLK_GUEST", raising=False)
     pytester.makeconftest(WITHOUT_NEEDS)
@@ -349,7 +350,7 @@ def test_a_guest_that_cannot_begin_fails_all(
     guest: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = "import sys; sys.exit('pyublk vm: the emulator did not start')"
-    monkeypatch.setattr(boot, "command", lambda *_: [sys.executable, "-c", script])
+    monkeypatch.setattr(remote, "boot", lambda *_: [sys.executable, "-c", script])
     found = run(guest, "--ublk=vm")
     found.assert_outcomes(passed=1, errors=8)
     found.stdout.fnmatch_lines(["the virtual machine was lost: the emulator did not start"])

@@ -10,11 +10,6 @@ from pyublk import launch
 from pyublk.vm import Machine, VMError, attached
 
 
-def command(kernel: str, memory: int) -> list[str]:
-    """The command line of such a process."""
-    return [sys.executable, "-m", __name__, kernel, str(memory)]
-
-
 def main() -> int:
     """Returns the exit code of the session in the machine, or one that says that it failed."""
     launch.ctrl_c_interrupts()

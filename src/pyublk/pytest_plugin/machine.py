@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import pytest
 
-from pyublk.pytest_plugin import boot, marking
+from pyublk.pytest_plugin import marking, remote
 from pyublk.pytest_plugin.guest import Job
 from pyublk.pytest_plugin.remote import Event, Lost, Run, plain_options
 from pyublk.vm import Machine, VMError, WrongUsage
@@ -74,6 +74,7 @@ class Host:
         self._of_workers = False
         self._run: Run | None = None
         self._none = ""  # why there is no machine
+        self._said = ""  # the last step of fetching its kernel
         self._directory = tempfile.TemporaryDirectory(prefix="pyublk-pytest-")
         config.add_cleanup(self._directory.cleanup)
 
@@ -128,7 +129,7 @@ class Host:
             Machine(kernel, memory=memory, progress=self._say)  # fetches the kernel
             self._run = Run(
                 self._job(tests),
-                boot.command(kernel, memory),
+                remote.boot(kernel, memory),
                 directory=self._config.invocation_params.dir,
                 echo=self._config.getoption("capture") == "no",
             )
@@ -148,10 +149,10 @@ class Host:
 
     def _say(self, what: str, _fraction: float | None) -> None:
         terminal = self._config.pluginmanager.get_plugin("terminalreporter")
-        if terminal is not None and what != self._none:
+        if terminal is not None and what != self._said:
             terminal.ensure_newline()
             terminal.write_line(f"pyublk vm: {what}")
-            self._none = what
+            self._said = what
 
     def _finish(self, session: pytest.Session) -> None:
         """Reports what the machine tells; where one is lost, another goes on after the test that

@@ -31,6 +31,11 @@ _LOG = 1 << 16
 Event = dict[str, Any]
 
 
+def boot(kernel: str, memory: int) -> list[str]:
+    """The command line of the process that holds a machine: `boot.py`, which runs by itself."""
+    return [sys.executable, "-m", "pyublk.pytest_plugin.boot", kernel, str(memory)]
+
+
 def plain_options(options: dict[str, Any]) -> dict[str, Any]:
     """The options that can be sent: values of the kinds that a command line makes."""
     return {name: value for name, value in options.items() if _is_plain(value)}
