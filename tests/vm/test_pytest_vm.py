@@ -53,6 +53,18 @@ def test_a_failure_with_the_kernels_log(ublk_disk):
     assert disks() == ["nothing"]
 
 
+def test_a_fault(faulty_disk):
+    disk = faulty_disk("16M")
+    disk.faults.fail("write", times=1)
+    with open(disk.path, "r+b", buffering=0) as file, pytest.raises(OSError):
+        file.write(bytes(4096))
+        os.fsync(file.fileno())
+
+
+def test_a_fault_that_never_happens(faulty_disk):
+    faulty_disk().faults.fail("write")
+
+
 def test_what_is_in_use_is_told(ublk_fs):
     fs = ublk_fs("ext4")
     test_what_is_in_use_is_told.held = (fs / "file").open("w")
@@ -135,6 +147,8 @@ EXPECTED = {
     **{f"test_a_file_system[{kind}]": [] for kind in ("ext4", "xfs", "btrfs", "vfat")},
     "test_nothing_is_left_by_it": [],
     "test_a_failure_with_the_kernels_log": ["failure"],
+    "test_a_fault": [],
+    "test_a_fault_that_never_happens": ["error"],
     "test_what_is_in_use_is_told": ["error"],
     "test_and_is_gone_even_so": [],
     "test_a_skip": ["skipped"],
@@ -156,6 +170,7 @@ def test_a_suite_in_the_machine(project: Path) -> None:
         "in test_a_hang",
         "printed by the test",
         "logged by the test",
+        "these faults never happened",
         "was still in use and is unmounted lazily",
         "needs the program no-such-tool",
         "a broken fixture",

@@ -14,6 +14,7 @@ from pyublk.pytest_plugin.fixtures import (
     MakeDisk,
     MakeFileSystem,
     MakePowerCut,
+    faulty_disk,
     power_cut,
     ublk_disk,
     ublk_fs,
@@ -28,6 +29,7 @@ __all__ = [
     "MakeDisk",
     "MakeFileSystem",
     "MakePowerCut",
+    "faulty_disk",
     "power_cut",
     "ublk_disk",
     "ublk_fs",
@@ -120,6 +122,15 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
+    if call.when == "call":
+        item.stash[marking.PASSED] = report.passed
+        rules = [
+            f"{disk.path}: {rule.text}: fired {rule.fired} times"
+            for disk in item.stash.get(marking.DISKS, [])
+            for rule in disk.faults
+        ]
+        if report.failed and rules:
+            report.sections.append(("faults", "\n".join(rules)))
     log = item.stash.get(_LOG, None)
     if log is not None and report.failed and (text := log.read()):
         report.sections.append(("kernel log", text))

@@ -85,7 +85,9 @@ def ublk_disk(request: pytest.FixtureRequest) -> Iterator[MakeDisk]:
         def make(
             content: Target | str | int = "64M", /, **options: Unpack[DeviceOptions]
         ) -> Device:
-            return _start(_target(content), options, disks)
+            disk = _start(_target(content), options, disks)
+            request.node.stash.setdefault(marking.DISKS, []).append(disk)
+            return disk
 
         yield make
 
@@ -115,6 +117,23 @@ def ublk_fs(
         return made
 
     return make
+
+
+@pytest.fixture
+def faulty_disk(request: pytest.FixtureRequest, ublk_disk: MakeDisk) -> Iterator[MakeDisk]:
+    """Makes disks as `ublk_disk` does, for tests of what goes wrong: `disk.faults.fail("write")`. A
+    test that passes gets an error if a rule that it has left in place never fired: then it has
+    shown nothing."""
+    disks: list[Device] = []
+
+    def make(content: Target | str | int = "64M", /, **options: Unpack[DeviceOptions]) -> Device:
+        disks.append(ublk_disk(content, **options))
+        return disks[-1]
+
+    yield make
+    idle = [f"{disk.path}: {rule.text}" for disk in disks for rule in disk.faults if not rule.fired]
+    if idle and request.node.stash.get(marking.PASSED, False):
+        pytest.fail("these faults never happened:\n" + "\n".join(idle), pytrace=False)
 
 
 @pytest.fixture
@@ -154,6 +173,7 @@ def _start(target: Target, options: DeviceOptions, disks: ExitStack) -> Device:
     watch = Watch(disk.path)
     disks.callback(watch.done)
     disks.callback(_unmount, disk)
+    disks.callback(disk.faults.clear)  # what hangs would keep an unmount
     return disk
 
 

@@ -3,10 +3,15 @@
 
 import pytest
 
+from pyublk.device import Device
 from pyublk.pytest_plugin import needs
 
 #: A test that uses one of these needs ublk, marked or not.
 FIXTURES = frozenset({"ublk_disk", "ublk_fs", "faulty_disk", "power_cut"})
+
+#: Of a test: the disks that its fixtures have made; whether it has passed.
+DISKS = pytest.StashKey[list[Device]]()
+PASSED = pytest.StashKey[bool]()
 
 #: Set by the guest: these tests are in the virtual machine already.
 IN_GUEST = pytest.StashKey[bool]()
