@@ -113,7 +113,7 @@ ORDERS: dict[str, tuple[str, Callable[[Row], float]]] = {
     "e": ("errors", lambda row: row.sample.counters.errors),
     "n": ("number", lambda row: -row.sample.id),
 }
-_HELP = "q quit, space pause; sort by i iops, r read, w write, l p99, d depth, e errors, n id"
+_HELP = "q quit  space pause  sort: i iops r read w write l p99 d depth e errors n id"
 #: How many silent servers are explained below the disks.
 _EXPLAINED = 3
 
