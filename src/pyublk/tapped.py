@@ -5,6 +5,7 @@ import os
 import threading
 
 from pyublk.errors import DeviceBusy, DeviceClosed
+from pyublk.files import about
 from pyublk.lifecycle import DeviceState, Lifecycle
 from pyublk.stats import DeviceStats
 from pyublk.tracing import DEFAULT_MEGABYTES, Trace
@@ -40,8 +41,10 @@ class Tapped:
         self._check_process()
         if self._state is not DeviceState.LIVE:
             raise DeviceClosed(f"the device is {self._state}, only a live one is traced")
-        life, devt = self._life, self._life.disk().params.devt
-        number = 0 if devt is None else devt.disk_major << 20 | devt.disk_minor
+        life = self._life
+        # Of the node: the parameters that a server has set do not have the numbers.
+        major, minor = about(life.disk().info.path).special.split(":")
+        number = int(major) << 20 | int(minor)
         with self._swap_lock:  # the queues stay
             if life.trace is not None and not life.trace.is_over:
                 disk, first = life.disk().info.path, life.trace.files[0]
