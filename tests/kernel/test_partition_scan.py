@@ -2,15 +2,14 @@
 """Whether the kernel looks for partitions when a disk starts."""
 
 import fcntl
-import json
 import os
 import struct
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from blocks import Blocks
+from command_line import added, run_here
 from conftest import Serve
 from memory import Memory
 from needs import needs, only_where
@@ -56,29 +55,16 @@ def test_a_kernel_without_it_is_named(controller: pyublk.Controller) -> None:
         pyublk.Device(partitioned(), partition_scan=False).start()
 
 
-def test_the_command_switches_it_off(tmp_path: Path) -> None:
+def test_the_command_switches_it_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needs(Feature.NO_AUTO_PART_SCAN)
     image = tmp_path / "image"
     image.write_bytes(partitioned().data)
-    command = [sys.executable, "-m", "pyublk"]
-    environment = {**os.environ, "PYUBLK_RUN_DIR": str(tmp_path / "run")}
-
-    def run(*words: str) -> str:
-        done = subprocess.run(
-            [*command, *words],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    added = json.loads(run("add", "file", str(image), "--no-partition-scan", "--json"))
+    monkeypatch.setenv("PYUBLK_RUN_DIR", str(tmp_path / "run"))
+    disk = added("file", str(image), "--no-partition-scan")
     try:
-        assert not os.path.exists(f"{added['path']}p1")
-        subprocess.run(["blockdev", "--rereadpt", added["path"]], check=True, timeout=60)
-        until(lambda: os.path.exists(f"{added['path']}p1"), what="the partition's node")
+        assert not os.path.exists(f"{disk['path']}p1")
+        subprocess.run(["blockdev", "--rereadpt", disk["path"]], check=True, timeout=60)
+        until(lambda: os.path.exists(f"{disk['path']}p1"), what="the partition's node")
     finally:
-        run("stop", str(added["id"]))
+        done = run_here("stop", str(disk["id"]))
+    assert done.exit_code == 0, done.stderr
