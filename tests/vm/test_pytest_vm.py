@@ -49,7 +49,7 @@ def test_nothing_is_left_by_it(ublk_disk):
 def test_a_failure_with_the_kernels_log(ublk_disk):
     ublk_disk()
     print("printed by the test")
-    Path("/dev/kmsg").write_text("logged by the test")
+    Path("/dev/kmsg").write_text("logged by the test\\n")
     assert disks() == ["nothing"]
 
 
@@ -71,7 +71,7 @@ def test_what_is_in_use_is_told(ublk_fs):
 
 
 def test_and_is_gone_even_so(ublk_disk):
-    test_what_is_in_use_is_told.held = None
+    test_what_is_in_use_is_told.held.close()
     assert disks() == []
 
 
