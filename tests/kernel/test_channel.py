@@ -127,6 +127,9 @@ def same_shape(shown: object, found: object, where: str = "answer") -> None:
             assert shown.keys() == found.keys(), where
         for name in shown.keys() & found.keys():
             same_shape(shown[name], found[name], f"{where}.{name}")
+    elif where.endswith(".buckets"):  # as many as there happen to be
+        assert isinstance(found, list), where
+        assert all(list(map(type, bucket)) == [int, int] for bucket in found), where
     elif isinstance(shown, list):
         assert isinstance(found, list), where
         for one, other in zip(shown, found, strict=True):

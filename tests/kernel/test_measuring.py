@@ -22,7 +22,7 @@ from pyublk import DataPath, Target
 from pyublk.cli.recording import record
 from pyublk.service.channel import Client
 from pyublk.service.records import socket_place
-from pyublk.targets import File, Null, Ram
+from pyublk.targets import File, Null
 from pyublk.uapi import Feature
 
 pytestmark = pytest.mark.timeout(180)
@@ -140,7 +140,7 @@ def test_a_swap_keeps_what_was_measured_and_goes_on_recording(serve: Serve, tmp_
     with Blocks(disk.path, os.O_RDONLY) as blocks:
         blocks.read(4096, 0)
         before = counted(disk)
-        disk.swap(Ram(size=MIB))
+        disk.swap(Null(size=MIB))
         blocks.read(4096, 81920)
         assert counted(disk) > before
     disk.stop()
