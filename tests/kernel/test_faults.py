@@ -134,9 +134,9 @@ def test_the_command(place: Path) -> None:
     assert shown("limit", disk)["fired"] == 0
     words = run_here("info", disk).output
     assert "limit:op=all,iops=5,burst=2" in words
-    wrong = run_here("fault", disk, "add", "fail:op=flush")
+    wrong = run_here("fault", disk, "add", "fail:op=zone_append")
     assert (wrong.exit_code, wrong.stdout) == (1, "")
-    assert "no request of Null is a 'flush'" in wrong.stderr
+    assert "no request of Null is a 'zone_append'" in wrong.stderr
     assert run_here("fault", disk, "add", "fail:op=reads").exit_code == 2
     assert run_here("fault", disk, "add", "fail:nothing").exit_code == 2
     assert run_here("stop", disk).exit_code == 0
