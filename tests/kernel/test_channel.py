@@ -108,14 +108,17 @@ def stopped(*disks: dict[str, Any]) -> None:
     assert done.exit_code == 0, done.output
 
 
-def examples() -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """The requests of the page, each with its answer; not those that take several steps, which
-    `test_upgrade` has."""
+Exchange = tuple[dict[str, Any], dict[str, Any]]
+
+
+def conversations() -> list[list[Exchange]]:
+    """The requests of the page with their answers, those of a block on one connection; without
+    `hand_over`, which `test_upgrade` has."""
     found = []
     for block in re.findall(r"^```text\n(-> .*?)^```", PAGE.read_text(), re.M | re.S):
-        request, *answers = block.removeprefix("-> ").split("\n<- ")
-        if len(answers) == 1:
-            found.append((json.loads(request), json.loads(answers[0])))
+        exchanges = [one.split("\n<- ") for one in block.removeprefix("-> ").split("\n-> ")]
+        if '"hand_over"' not in block:
+            found.append([(json.loads(sent), json.loads(got)) for sent, got in exchanges])
     return found
 
 
@@ -152,21 +155,25 @@ def test_every_request_of_the_page_is_answered_as_shown(
         assert blocks.read(4096, 0) == bytes(4096)
     until(lambda: asked(disk, "status")["target_status"]["legs"][0]["state"] == "failed")
     seen = set()
-    for request, shown in examples():
-        name = request["execute"]
+    for conversation in conversations():
+        name = conversation[0][0]["execute"]
         if name == "resize" and not controller.features().has(Feature.UPDATE_SIZE):
             continue
-        if name == "resize" and "error" not in shown:
+        if name == "resize" and "error" not in conversation[0][1]:
             until(lambda: asked(disk, "status")["target_status"]["legs"][0]["state"] == "synced")
         seen.add(name)
-        line = json.dumps(request).replace("/srv", str(place))
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(60)
             connection.connect(str(socket_place(0)))
-            connection.sendall(line.encode() + b"\n")
             with connection.makefile() as lines:
-                greeting, answer = json.loads(lines.readline()), lines.readline()
-        same_shape(shown, json.loads(answer.replace(str(place), "/srv")), name)
+                greeting = json.loads(lines.readline())
+                for request, shown in conversation:
+                    line = json.dumps(request)
+                    for directory in ("/srv", "/var/tmp"):
+                        line = line.replace(directory, str(place))
+                    connection.sendall(line.encode() + b"\n")
+                    answer = lines.readline().replace(str(place), "/srv")
+                    same_shape(shown, json.loads(answer), request["execute"])
     assert seen - {"fly"} >= set(greeting["capabilities"]) - {"resize", "hand_over"}
     until(lambda: left() == [])
 

@@ -135,7 +135,7 @@ def test_the_command(place: Path) -> None:
     words = run_here("info", disk).output
     assert "limit:op=all,iops=5,burst=2" in words
     wrong = run_here("fault", disk, "add", "fail:op=zone_append")
-    assert (wrong.exit_code, wrong.stdout) == (1, "")
+    assert (wrong.exit_code, wrong.stdout) == (2, "")
     assert "no request of Null is a 'zone_append'" in wrong.stderr
     assert run_here("fault", disk, "add", "fail:op=reads").exit_code == 2
     assert run_here("fault", disk, "add", "fail:nothing").exit_code == 2
