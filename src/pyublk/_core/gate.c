@@ -268,7 +268,6 @@ static void hold_by(struct pu_kept *kept, struct pu_rule *rule)
 	if (kept->holder)
 		pu_rule_put(kept->holder);
 	kept->holder = pu_rule_get(rule);
-	kept->releases = __atomic_load_n(&rule->releases, __ATOMIC_RELAXED);
 }
 
 static void obey(struct pu_gate *gate, uint16_t tag, struct pu_rule *rule)
@@ -300,7 +299,8 @@ static void obey(struct pu_gate *gate, uint16_t tag, struct pu_rule *rule)
 int32_t pu_gate_arrive(struct pu_queue *q, uint16_t tag)
 {
 	struct pu_gate *gate = q->gate;
-	struct pu_rule_set *set = pu_rules_get_set(gate->rules);
+	uint64_t change;
+	struct pu_rule_set *set = pu_rules_get_set(gate->rules, &change);
 	const struct pu_desc *desc = &q->desc[tag];
 	uint32_t op = desc->op_flags % PU_OP_COUNT;
 	uint64_t offset = pu_desc_offset(desc);
@@ -317,6 +317,7 @@ int32_t pu_gate_arrive(struct pu_queue *q, uint16_t tag)
 	kept = &gate->kept[tag];
 	kept->generation = pu_tag_generation(&q->tags[tag]);
 	kept->verdict = PU_GATE_SERVE;
+	kept->change = change;
 	if (__atomic_load_n(&gate->rules->open, __ATOMIC_RELAXED)) {
 		pu_rules_put_set(set);
 		return PU_GATE_SERVE;
@@ -351,8 +352,9 @@ static void look_at_changes(struct pu_gate *gate)
 	for (uint32_t place = 0; place < gate->nr_kept; place++) {
 		struct pu_kept *kept = &gate->kept[gate->heap[place]];
 
-		if (open || (kept->holder && __atomic_load_n(&kept->holder->releases,
-							     __ATOMIC_RELAXED) != kept->releases))
+		/* Also by who released it before it was held, but after it had met the rule. */
+		if (open || (kept->holder && __atomic_load_n(&kept->holder->released,
+							     __ATOMIC_RELAXED) > kept->change))
 			kept->due_ns = 0;
 	}
 	for (uint32_t place = gate->nr_kept / 2; place--;)

@@ -26,7 +26,7 @@ struct pu_kept { /* what is known of a tag's request */
 	int32_t verdict;  /* once it goes on */
 	uint32_t place;	  /* in the heap, counted from 1; 0: it is not kept */
 	int64_t due_ns;	  /* PU_UNTIL_RELEASED: never by itself */
-	uint64_t releases; /* of the holder, when it was kept */
+	uint64_t change;   /* the last one of the rules that it met */
 	struct pu_rule *holder;
 	struct pu_rule *at_end; /* ROT: what is done to a read's data */
 	struct pu_rule *past;	/* STALE: whose past it is a part of, or (stale) is to have */

@@ -52,13 +52,13 @@ struct pu_rule_spec {
 
 struct pu_rule {
 	struct pu_rule_spec spec;
-	pthread_mutex_t lock; /* guards what follows, but for refs and releases */
+	pthread_mutex_t lock; /* guards what follows, but for refs and released */
 	uint64_t matched, fired;
 	uint64_t random;
 	uint64_t last_end;
 	double requests_at, bytes_at; /* LIMIT: when the next one would be due without a burst */
 	uint32_t refs;	   /* atomic */
-	uint64_t releases; /* atomic: what it has held before another one goes on */
+	uint64_t released; /* atomic: the change of the rules that let go of what it had held until then */
 	struct pu_past *past; /* STALE */
 };
 

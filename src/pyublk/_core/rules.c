@@ -23,12 +23,13 @@ void pu_rules_put_set(struct pu_rule_set *set)
 	free(set);
 }
 
-struct pu_rule_set *pu_rules_get_set(struct pu_rules *rules)
+struct pu_rule_set *pu_rules_get_set(struct pu_rules *rules, uint64_t *change)
 {
 	struct pu_rule_set *set;
 
 	pthread_mutex_lock(&rules->lock);
 	set = rules->set;
+	*change = rules->changes;
 	if (set)
 		__atomic_fetch_add(&set->refs, 1, __ATOMIC_RELAXED);
 	pthread_mutex_unlock(&rules->lock);
@@ -90,11 +91,14 @@ int pu_rules_exchange(struct pu_rules *rules, struct pu_rule *const *now, uint32
 
 void pu_rules_release(struct pu_rules *rules, struct pu_rule *rule)
 {
+	uint64_t change;
+
 	pthread_mutex_lock(&rules->lock);
+	change = rules->changes + 1;
 	if (rule)
-		__atomic_fetch_add(&rule->releases, 1, __ATOMIC_RELAXED);
+		__atomic_store_n(&rule->released, change, __ATOMIC_RELAXED);
 	for (uint32_t i = 0; !rule && rules->set && i < rules->set->count; i++)
-		__atomic_fetch_add(&rules->set->rules[i]->releases, 1, __ATOMIC_RELAXED);
+		__atomic_store_n(&rules->set->rules[i]->released, change, __ATOMIC_RELAXED);
 	tell_queues(rules);
 	pthread_mutex_unlock(&rules->lock);
 }

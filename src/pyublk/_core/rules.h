@@ -41,8 +41,8 @@ void pu_rules_set_size(struct pu_rules *rules, uint64_t size);
 /* Whether the gate stands open: every rule is suspended, and what is kept goes on. [any thread] */
 void pu_rules_open(struct pu_rules *rules, bool open);
 
-/* What there is now, to be given back; NULL: there are no rules. [any thread] */
-struct pu_rule_set *pu_rules_get_set(struct pu_rules *rules);
+/* What there is now, to be given back, and after which change; NULL: there are no rules. [any thread] */
+struct pu_rule_set *pu_rules_get_set(struct pu_rules *rules, uint64_t *change);
 void pu_rules_put_set(struct pu_rule_set *set);
 /* Has a queue's requests meet its gate, or (NULL) not any more. With its inbox_lock. */
 void pu_rules_arm(struct pu_queue *q, struct pu_gate *gate);
