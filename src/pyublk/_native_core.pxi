@@ -267,8 +267,8 @@ cdef extern from "_core/queue.h" nogil:
     int pu_queue_wait(pu_queue *, int64_t)
     void pu_queue_carry_over(pu_queue *, uint32_t)
     int pu_queue_submit(pu_queue *)
-    int64_t pu_queue_now() noexcept
-    int64_t pu_queue_tick() noexcept
+    int64_t pu_now_ns() noexcept
+    int64_t pu_tick_ns() noexcept
     int pu_queue_event_fd(pu_queue *)
     int pu_queue_watch(pu_queue *, int)
     int pu_queue_serve(pu_queue *, pu_handler, void *, bint)

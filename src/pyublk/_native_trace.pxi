@@ -18,7 +18,7 @@ cdef class TraceBuffer:
             raise MemoryError(f"there are no {size} bytes for a trace")
         self.trace.device = device
         self.trace.cpu = number
-        self.trace.began = pu_queue_now()
+        self.trace.began = pu_now_ns()
 
     def __dealloc__(self):
         pu_trace_close(&self.trace)

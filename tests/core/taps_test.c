@@ -101,7 +101,7 @@ static void what_arrived_before_has_no_record(void)
 	CHECK_EQUAL(pu_trace_open(&trace, 3 * sizeof(*trace.records)), 0);
 	CHECK_EQUAL(pu_loopback_inject(&q, 0, PU_OP_READ, 0, 1), 0);
 	CHECK_EQUAL(pu_queue_wait(&q, 0), 1);
-	trace.began = pu_queue_now();
+	trace.began = pu_now_ns();
 	CHECK(pu_taps_trace(&q, &trace));
 	CHECK_EQUAL(pu_queue_answer(&q, 0, 0), 0);
 	CHECK_EQUAL(pu_trace_kept(&trace), 0);
@@ -157,7 +157,7 @@ static void traces_come_and_go(void)
 	pthread_barrier_wait(&owner.open);
 	for (int i = 0; i < 100; i++) {
 		CHECK_EQUAL(pu_trace_open(&trace, 64 * sizeof(*trace.records)), 0);
-		trace.began = pu_queue_now();
+		trace.began = pu_now_ns();
 		CHECK(pu_taps_trace(q, &trace));
 		while (!pu_trace_kept(&trace))
 			nanosleep(&(struct timespec){ 0, 10000 }, NULL);

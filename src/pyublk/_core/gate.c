@@ -305,7 +305,7 @@ int32_t pu_gate_arrive(struct pu_queue *q, uint16_t tag)
 	uint32_t op = desc->op_flags % PU_OP_COUNT;
 	uint64_t offset = pu_desc_offset(desc);
 	uint64_t length = (uint64_t)desc->nr_sectors << PU_SECTOR_SHIFT;
-	int64_t now_ns = pu_queue_now();
+	int64_t now_ns = pu_now_ns();
 	struct pu_kept *kept;
 	int error = prepare(q, set);
 
@@ -390,7 +390,7 @@ int32_t pu_gate_next(struct pu_queue *q, int32_t *verdict)
 		if (kept->due_ns == UNTIL_RELEASED)
 			return -1;
 		if (!now_ns)
-			now_ns = pu_queue_now();
+			now_ns = pu_now_ns();
 		if (kept->due_ns > now_ns)
 			return -1;
 		take_out(gate, tag);
@@ -413,7 +413,7 @@ int64_t pu_gate_due(const struct pu_queue *q)
 	due_ns = gate->kept[gate->heap[0]].due_ns;
 	if (due_ns == UNTIL_RELEASED)
 		return -1;
-	due_ns -= pu_queue_now();
+	due_ns -= pu_now_ns();
 	return due_ns > 0 ? due_ns : 0;
 }
 

@@ -9,6 +9,7 @@
 #include <sys/uio.h>
 
 #include "answer.h"
+#include "clock.h"
 #include "copy.h"
 #include "operation.h"
 #include "work.h"

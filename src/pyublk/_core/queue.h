@@ -17,9 +17,9 @@
 
 #include <errno.h>
 #include <pthread.h>
-#include <time.h>
 
 #include "buffers.h"
+#include "clock.h"
 #include "gate.h"
 #include "ring.h"
 #include "shared.h"
@@ -183,26 +183,6 @@ void pu_queue_counters(const struct pu_queue *q, struct pu_counters *snapshot);
 static inline void pu_count(uint64_t *counter, uint64_t add)
 {
 	__atomic_store_n(counter, *counter + add, __ATOMIC_RELAXED);
-}
-
-static inline int64_t pu_time(clockid_t clock)
-{
-	struct timespec now;
-
-	clock_gettime(clock, &now);
-	return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
-}
-
-/* Nanoseconds. */
-static inline int64_t pu_queue_now(void)
-{
-	return pu_time(CLOCK_MONOTONIC);
-}
-
-/* Likewise, as of the last tick of the kernel's clock: a cheap look at the time. */
-static inline int64_t pu_queue_tick(void)
-{
-	return pu_time(CLOCK_MONOTONIC_COARSE);
 }
 
 /* Of the tag's request. */

@@ -7,9 +7,9 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "clock.h"
 #include "forked.h"
 
 struct sq_offsets {
@@ -381,25 +381,17 @@ int pu_ring_submit(struct pu_ring *ring, uint32_t wait, int64_t timeout_ns, uint
 	}
 }
 
-static int64_t now_ns(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
-}
-
 int pu_ring_submit_and_wait(struct pu_ring *ring, uint32_t wait, int64_t timeout_ns,
 			    uint32_t min_wait_us)
 {
 	uint32_t wanted = wait < ring->cq_entries ? wait : ring->cq_entries;
-	int64_t end = timeout_ns < 0 ? 0 : now_ns() + timeout_ns;
+	int64_t end = timeout_ns < 0 ? 0 : pu_now_ns() + timeout_ns;
 	int done = pu_ring_submit(ring, wait, timeout_ns, min_wait_us);
 
 	if (min_wait_us && wanted)
 		wanted = 1;
 	while (done >= 0 && pu_ring_ready(ring) < wanted && !pu_ring_unsubmitted(ring)) {
-		int64_t left = timeout_ns < 0 ? PU_FOREVER : end - now_ns();
+		int64_t left = timeout_ns < 0 ? PU_FOREVER : end - pu_now_ns();
 		int again;
 
 		if (timeout_ns >= 0 && left <= 0)
@@ -463,7 +455,7 @@ static bool submitter_has_ended(const struct pu_ring *ring)
 bool pu_ring_end(struct pu_ring *ring, const uint32_t *in_flight, pu_over over, void *context)
 {
 	struct sync_cancel everything = { .flags = CANCEL_ALL | CANCEL_ANY };
-	int64_t until = now_ns() + PU_END_NS, left = PU_END_NS;
+	int64_t until = pu_now_ns() + PU_END_NS, left = PU_END_NS;
 
 	if (ring->fd < 0 || ring->process != pu_process())
 		return true; /* the kernel works on the parent's memory, not on the child's copy */
@@ -479,7 +471,7 @@ bool pu_ring_end(struct pu_ring *ring, const uint32_t *in_flight, pu_over over, 
 		if (done < 0 && done != -ETIME && done != -EINTR)
 			return submitter_has_ended(ring);
 		tell_of_completed(ring, over, context);
-		left = until - now_ns();
+		left = until - pu_now_ns();
 	}
 	return !*in_flight;
 }

@@ -67,7 +67,7 @@ void pu_taps_list(struct pu_queue *q, uint16_t tag, int32_t value)
 	struct pu_trace *trace = come_to_trace(q);
 
 	if (trace && q->tags[tag].arrived >= trace->began)
-		pu_trace_put(trace, PU_TRACE_COMPLETED, &q->desc[tag], pu_queue_now(), value);
+		pu_trace_put(trace, PU_TRACE_COMPLETED, &q->desc[tag], pu_now_ns(), value);
 	leave_trace(q);
 	q->taps.answered[q->taps.nr_answered++] = tag;
 }
@@ -113,7 +113,7 @@ static int64_t count_at_once(struct pu_taps *taps)
 		if (!requests)
 			continue;
 		if (!now) {
-			now = pu_queue_now();
+			now = pu_now_ns();
 			bucket = pu_histogram_bucket(now - taps->now);
 		}
 		taps->answered_at_once[operation] = 0;
@@ -146,14 +146,14 @@ void pu_taps_flush(struct pu_queue *q)
 	int64_t now = count_at_once(&q->taps);
 
 	if (q->taps.nr_answered)
-		count_listed(q, now ? now : pu_queue_now());
+		count_listed(q, now ? now : pu_now_ns());
 }
 
 struct pu_posted pu_taps_before_post(const struct pu_queue *q, uint16_t tag)
 {
 	const struct pu_tag *t = &q->tags[tag];
 
-	return (struct pu_posted){ q->desc[tag], t->arrived, pu_queue_now(), t->operation };
+	return (struct pu_posted){ q->desc[tag], t->arrived, pu_now_ns(), t->operation };
 }
 
 void pu_taps_post(struct pu_queue *q, const struct pu_posted *posted, int32_t value)

@@ -21,7 +21,7 @@ static inline void pu_taps_begin_batch(struct pu_queue *q)
 {
 	struct pu_taps *taps = &q->taps;
 
-	taps->now = pu_queue_now();
+	taps->now = pu_now_ns();
 	taps->countable = __atomic_load_n(&taps->armed, __ATOMIC_RELAXED) ? -1 : taps->now;
 }
 

@@ -4,8 +4,6 @@
 #ifndef PU_WORK_H
 #define PU_WORK_H
 
-#include <time.h>
-
 #include "mapped.h"
 
 /* Where a request's data is while it is served. */
@@ -54,14 +52,6 @@ struct pu_slot {
 	bool orphan; /* nobody waits for it any more */
 	bool punch;  /* the device did not take the discard as such */
 };
-
-static inline int64_t pu_now_ns(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
-}
 
 /* user_data of a part's operation: its slot. */
 #define PU_KIND_PART PU_KIND_OTHER
