@@ -7,15 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-MIB = 1 << 20
+from pyublk.testing.file_systems import KINDS
 
-#: How each is made and checked, and how large its disk must be for its tools.
-MAKE = {
-    "ext4": ["mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0"],
-    "xfs": ["mkfs.xfs", "-q", "-f"],
-}
-CHECK = {"ext4": ["fsck.ext4", "-f", "-n"], "xfs": ["xfs_repair", "-n"]}
-SIZES = {"ext4": 64 * MIB, "xfs": 320 * MIB}
+#: How large a disk must be for the tools of each.
+SIZES = {name: kind.size for name, kind in KINDS.items()}
 
 
 def run(*command: object, timeout: float = 50) -> str:
@@ -33,11 +28,11 @@ def run(*command: object, timeout: float = 50) -> str:
 
 
 def make_file_system(kind: str, path: str) -> None:
-    run(*MAKE[kind], path)
+    run(*KINDS[kind].make, path)
 
 
 def check_file_system(kind: str, path: str) -> None:
-    run(*CHECK[kind], path)
+    run(*KINDS[kind].check, path)
 
 
 @contextmanager
