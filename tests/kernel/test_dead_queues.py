@@ -49,7 +49,7 @@ def dying(base: Any, armed: threading.Event, how: str) -> Any:
             while (batch := self.wait(0.05)) is not None:
                 if armed.is_set() and any(io.offset in PLACES for io in batch):
                     armed.clear()
-                    self.kept = batch  # and so nobody answers
+                    self.held = batch  # and so nobody answers
                     if how == "cut off":
                         self.sever()
                     elif how == "returns":
