@@ -44,12 +44,14 @@ def dying(base: Any, armed: threading.Event, how: str) -> Any:
     """A queue whose thread ends once it is `armed` and holds a client's read; only the first that
     gets one, on whichever CPU its client is."""
 
+    kept: list[object] = []
+
     class Dying(base):  # type: ignore[misc]
         def live(self, *_: object, **__: object) -> None:
             while (batch := self.wait(0.05)) is not None:
                 if armed.is_set() and any(io.offset in PLACES for io in batch):
                     armed.clear()
-                    self.held = batch  # and so nobody answers
+                    kept.append(batch)  # and so nobody answers
                     if how == "cut off":
                         self.sever()
                     elif how == "returns":
