@@ -16,6 +16,7 @@ html_theme = "furo"
 html_title = "pyublk"
 exclude_patterns = ["_build", "__pycache__"]
 myst_heading_anchors = 3
+myst_enable_extensions = ["deflist"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 default_role = "code"

@@ -11,7 +11,7 @@ import pyublk
 from pyublk import demo
 from pyublk.testing import Disk
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "install.md"
 
 
 def test_a_missing_program_is_named_with_its_package(
@@ -68,7 +68,7 @@ def test_the_readme_quotes_it(
     demo._run_here()
     said = capsys.readouterr().out
 
-    quoted = re.search(r"\$ \./run demo\n\.\.\.\n(.*?)^```", README.read_text(), re.M | re.S)
+    quoted = re.search(r"\$ \./run demo\n\.\.\.\n(.*?)^```", PAGE.read_text(), re.M | re.S)
     assert quoted is not None
     assert without_numbers(quoted[1]) == without_numbers(said)
 
