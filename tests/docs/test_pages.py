@@ -2,6 +2,7 @@
 
 import builtins
 import errno
+import html
 import importlib
 import re
 import subprocess
@@ -78,6 +79,15 @@ def test_every_member_of_a_native_class_is_in_the_reference(site: Path, name: st
     assert not silent, f"_native.pyi says nothing of {name}'s {', '.join(silent)}"
     missing = [member for member in texts if f"pyublk.{name}.{member}" not in described(site)]
     assert not missing, f"the reference lacks {name}'s {', '.join(missing)}"
+
+
+def test_the_pictures_are_those_of_their_sources() -> None:
+    pictures = ROOT / "docs" / "pictures"
+    for source in pictures.glob("*.dot"):
+        drawn = html.unescape(source.with_suffix(".svg").read_text())
+        for label in re.findall(r'label="([^"]*)"', re.sub(r"//.*", "", source.read_text())):
+            for line in label.split(r"\n"):
+                assert line.strip() in drawn, f"run `./run diagrams`: {source.name} has {line!r}"
 
 
 def test_the_table_of_errors_has_the_exit_codes() -> None:
