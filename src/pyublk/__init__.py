@@ -39,6 +39,8 @@ in a directory also from its own line; `tests/unit/test_rooms.py` reads the map 
     lifecycle                the steps of a disk's life, in which the two halves meet
     tapped                   what is asked of a disk's queues, whatever serves them
     device                   Device: who takes these steps, and when
+    texts                    values of parameters, written as texts
+    named                    classes by name, and objects made of them from texts
     layers/                  targets over targets
     targets/                 the targets that ship
     testing/, vm/            disks without a kernel, power cuts; a kernel with ublk

@@ -19,7 +19,7 @@ def items(names: list[str], incomplete: str) -> list[CompletionItem]:
 def target_names(incomplete: str) -> list[CompletionItem]:
     """Short names, the classes of a file that is named, else files."""
     file, colon, _ = incomplete.rpartition(":")
-    if colon:
+    if colon and not targets.REGISTRY.has(incomplete.partition(":")[0]):
         return items([f"{file}:{one.name}" for one in _classes(Path(file))], incomplete)
     names = items(targets.names(), incomplete)
     return names or [CompletionItem(incomplete, type="file")]
@@ -31,11 +31,12 @@ def option_names(target: str, incomplete: str) -> list[CompletionItem]:
 
 
 def _parameters(target: str) -> list[str]:
+    target, _ = targets.REGISTRY.split(target)
     file, colon, name = target.rpartition(":")
     if not colon:
         try:
             return list(inspect.signature(targets.resolve(target)).parameters)
-        except ValueError:
+        except (ValueError, ImportError):
             return []
     for one in _classes(Path(file)):
         for method in one.body:

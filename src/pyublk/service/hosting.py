@@ -31,7 +31,7 @@ from pyublk.service.records import Record, log_place, memory_place, socket_place
 from pyublk.service.restarts import Restarts
 from pyublk.sharing import SharedMemory
 from pyublk.target import Target
-from pyublk.targets import Ram
+from pyublk.targets import REGISTRY, Ram
 
 log = logging.getLogger("pyublk.server")
 
@@ -208,7 +208,8 @@ class Host:
     @contextmanager
     def _imports_of(self, spec: DiskSpec, directory: str) -> Iterator[None]:
         """Modules of the caller's directory are found, and those of other callers are not."""
-        module = spec.target.partition(":")[0] if ":" in spec.target else ""
+        name = REGISTRY.split(spec.target)[0]
+        module = name.partition(":")[0] if ":" in name else ""
         with self._import_lock:
             if module and not module.endswith(".py"):
                 _refuse_other_module(module.partition(".")[0], directory, self._directories)

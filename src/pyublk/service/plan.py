@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: MIT
 """What to serve and how, in a form that can be written down and given to another process."""
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self, cast
 
-from pyublk import targets
 from pyublk.device import Device
 from pyublk.errors import InvalidTarget
 from pyublk.faults import texts
@@ -16,6 +14,7 @@ from pyublk.recovery import Recovery
 from pyublk.service.restarts import keeps_data
 from pyublk.service.toml import WrongKey, reading
 from pyublk.target import Target
+from pyublk.targets.sources import make
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +54,12 @@ def of_request(fields: Mapping[str, Any]) -> tuple["DiskSpec", TakeOver | None]:
 class DiskSpec:
     """A disk that is yet to be made.
 
-    `target` is a name that `pyublk.targets.resolve` knows; `arguments` and `options` are the texts
-    for its class's parameters. `disk` is what else is asked for (`pyublk.options.DiskOptions`):
-    `size`, `block_size` and `read_only` go to the class as well, `shared_memory_size`, `restart`
-    and `hang_timeout` are for the server, `fault` and `limit` are rules for the Device, to which
-    the rest goes. What it does not have is left to them. `name` and `file` are those of its
-    definition, if it has one (`pyublk up`).
+    `target` is what `pyublk.targets.sources.split_argument` knows; `arguments` and `options` are
+    the texts for its class's parameters. `disk` is what else is asked for
+    (`pyublk.options.DiskOptions`): `size`, `block_size` and `read_only` go to the class as well,
+    `shared_memory_size`, `restart` and `hang_timeout` are for the server, `fault` and `limit` are
+    rules for the Device, to which the rest goes. What it does not have is left to them. `name` and
+    `file` are those of its definition, if it has one (`pyublk up`).
     """
 
     target: str
@@ -184,22 +183,14 @@ class DiskSpec:
 
     def make_target(self) -> Target:
         """Loads the target's class, and makes one. Raises what `pyublk.targets` and it raise."""
-        made = targets.resolve(self.target)
-        parameters = inspect.signature(made).parameters
-        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        # A class need not know of these two to be served so.
-        wishes = {
-            "block_size": self.disk.get("block_size"),
-            "read_only": self.disk.get("read_only"),
-        }
-        given = {n: v for n, v in wishes.items() if n in parameters or open_ended}
-        target = targets.build(
-            made, self.options, self.arguments, size=self.disk.get("size"), **given
+        return make(
+            self.target,
+            self.arguments,
+            self.options,
+            size=self.disk.get("size"),
+            block_size=self.disk.get("block_size"),
+            read_only=self.disk.get("read_only"),
         )
-        for name, wish in wishes.items():
-            if name not in given and wish is not None:
-                setattr(target, name, wish)
-        return target
 
 
 def check_rules(name: str, value: object) -> None:
