@@ -489,7 +489,7 @@ def test_bash_takes_the_script() -> None:
     ("line", "expected"),
     [
         ("pyublk st", {"stats", "stop"}),
-        ("pyublk add n", {"null"}),
+        ("pyublk add nu", {"null"}),
         ("pyublk add null --que", {"--queues"}),
         ("pyublk completion ", {"bash", "zsh", "fish"}),
         ("pyublk stop a", {"all"}),

@@ -10,6 +10,7 @@ from pyublk.targets.file import File
 from pyublk.targets.integrity import IntegrityFile
 from pyublk.targets.linear import Linear
 from pyublk.targets.mirror import Mirror
+from pyublk.targets.nbdkit import NBDKit
 from pyublk.targets.null import Null
 from pyublk.targets.ram import Ram
 from pyublk.targets.slice import Slice
@@ -21,6 +22,7 @@ __all__ = [
     "IntegrityFile",
     "Linear",
     "Mirror",
+    "NBDKit",
     "Null",
     "Ram",
     "Slice",
@@ -40,6 +42,7 @@ BUILT_IN: dict[str, type[Target] | str] = {
     "integrity": IntegrityFile,
     "linear": Linear,
     "mirror": Mirror,
+    "nbdkit": NBDKit,
     "null": Null,
     "ram": Ram,
     "slice": Slice,
