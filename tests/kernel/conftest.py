@@ -28,6 +28,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
     parser.addoption(
+        "--quick",
+        action="store_true",
+        help="leave out the variations that are marked as thorough, which are the same thing again",
+    )
+
+    parser.addoption(
         "--every-feature",
         action="store_true",
         help="fail where a test is skipped, unless it is for other machines only: nothing lacks on "
@@ -54,6 +60,10 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--quick"):
+        left_out = [item for item in items if item.get_closest_marker("thorough")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     if os.path.exists(CONTROL) and os.access(CONTROL, os.R_OK | os.W_OK):
         return
     missing = f"{CONTROL} cannot be opened: run this in a VM (`./run test`), or modprobe ublk_drv"

@@ -15,6 +15,7 @@ from conftest import Serve
 from memory import Memory, ParallelMemory
 from needs import needs
 from servers import until
+from variations import variations
 
 import pyublk
 from pyublk.uapi import Feature
@@ -26,7 +27,9 @@ BLOCK = 4096
 #: Each data path, with a command for each tag and, where it goes, with many in one.
 WAYS = [(path, batch) for path in ("copy", "user-copy", "get-data") for batch in (False, True)][:-1]
 each_way = pytest.mark.parametrize(
-    ("path", "batch"), WAYS, ids=[f"{path}{'-batch' * batch}" for path, batch in WAYS]
+    ("path", "batch"),
+    variations(WAYS, [("copy", True), ("user-copy", False)]),
+    ids=[f"{path}{'-batch' * batch}" for path, batch in WAYS],
 )
 
 

@@ -17,6 +17,7 @@ from conftest import Serve
 from filesystems import SIZES, check_file_system, checksums, make_file_system, mounted, run
 from fio import verified
 from memory import device_options, held, make
+from variations import variations
 
 import pyublk
 
@@ -152,8 +153,23 @@ JOBS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
 }
 
+QUICK = [
+    "random 4k, depth 32",
+    "random 512",
+    "random 4k, coroutines",
+    "random 4k, workers",
+    "random 16k, direct file",
+    "mixed sizes, sequential",
+    "reads between writes, mixed sizes",
+    "buffered, random",
+    "synced every 16",
+    "four clients beside each other",
+    "with holes",
+    "requests above the device's",
+]
 
-@pytest.mark.parametrize("name", JOBS)
+
+@pytest.mark.parametrize("name", variations(JOBS, QUICK))
 def test_fio_verifies(serve: Serve, tmp_path: Path, name: str) -> None:
     kind, device, job = JOBS[name]
     size = 16 * MIB

@@ -84,7 +84,14 @@ def memory_folder(tmp_path: Path, kind: str) -> Path:
 #: Every way for a file, half of them for a stripe; for the others, whose parts take the same ways,
 #: every path once.
 WAYS = [
-    pytest.param(name, path, batch, kind, id=f"{name}-{path}-{'batch' if batch else 'each'}-{kind}")
+    pytest.param(
+        name,
+        path,
+        batch,
+        kind,
+        id=f"{name}-{path}-{'batch' if batch else 'each'}-{kind}",
+        marks=[] if name in ("file", "stripe") else pytest.mark.thorough,
+    )
     for name in TARGETS
     for path in PATHS
     for batch in (False, True)

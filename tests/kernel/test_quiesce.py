@@ -15,6 +15,7 @@ import pytest
 from blocks import Blocks
 from needs import needs
 from servers import start_recovery, until
+from variations import variations
 
 import pyublk
 from pyublk.engines.coroutines import AsyncServer
@@ -304,7 +305,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("batch", [False, True], ids=["single", "batch"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", variations(WAYS, ["copy", "user copy", "auto buffers"]))
 def test_one_server_after_the_other(
     controller: pyublk.Controller, tmp_path: Path, way: str, batch: bool
 ) -> None:
@@ -371,7 +372,7 @@ KINDS: dict[str, tuple[Callable[[Path], pyublk.Target], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["own threads", "servers"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", variations(KINDS, ["methods", "workers", "coroutines", "mapped"]))
 def test_every_engine_ends(
     monkeypatch: pytest.MonkeyPatch,
     controller: pyublk.Controller,

@@ -14,6 +14,7 @@ from blocks import Blocks
 from conftest import Serve
 from needs import needs
 from servers import Server, until
+from variations import variations
 
 import pyublk
 from pyublk._native import address
@@ -92,7 +93,7 @@ def there_and_back(disk: pyublk.Device) -> bytes:
 
 @pytest.mark.parametrize("folder", ["disk", "memory"])  # by the ring, and on the spot
 @pytest.mark.parametrize("path", ["copy", "user-copy", "zero-copy", "auto-buffer"])
-@pytest.mark.parametrize("kind", ["file", "stripe", "mirror"])
+@pytest.mark.parametrize("kind", variations(["file", "stripe", "mirror"], ["stripe"]))
 def test_mapped_targets_too(
     serve: Serve, tmp_path: Path, kind: str, path: str, folder: str
 ) -> None:
