@@ -22,6 +22,7 @@ from conftest import Serve, existing
 from memory import HANDLER, AsyncMemory, DeferredMemory, HandleMemory, Memory
 from needs import needs
 from servers import Server, device_is_gone, sleeping_beyond_signals, until
+from variations import variations
 
 import pyublk
 from pyublk import Device
@@ -743,7 +744,10 @@ def nothing_left(controller: pyublk.Controller, number: int, guard: int) -> None
 
 @pytest.mark.parametrize(
     ("number", "loaded"),
-    [(signal.SIGINT, False), (signal.SIGTERM, True), (signal.SIGKILL, True)],
+    variations(
+        [(signal.SIGINT, False), (signal.SIGTERM, True), (signal.SIGKILL, True)],
+        [(signal.SIGINT, False), (signal.SIGKILL, True)],
+    ),
 )
 def test_a_server_that_gets_a_signal(
     controller: pyublk.Controller, number: signal.Signals, loaded: bool
@@ -796,7 +800,7 @@ tell(disk.id, disk._life.kernel.controller.helper.pid)
 """
 
 
-@pytest.mark.parametrize("direct", [True, False], ids=["direct", "cached"])
+@pytest.mark.parametrize("direct", variations([True, False], [False]), ids=["direct", "cached"])
 def test_a_killed_server_whose_handler_hangs(controller: pyublk.Controller, direct: bool) -> None:
     with Server(HANGS + "sys.stdin.read()", 16) as server:
         device, guard = map(int, server.line().split())
@@ -862,7 +866,7 @@ sys.stdin.readline()
         nothing_left(controller, device, guard)
 
 
-@pytest.mark.parametrize("when", ["at once", "later"])
+@pytest.mark.parametrize("when", variations(["at once", "later"], ["later"]))
 def test_ctrl_c_again_gives_up_what_hangs(controller: pyublk.Controller, when: str) -> None:
     """However early in the stop it comes, and how many more come after it."""
     program = (
@@ -905,7 +909,12 @@ def stacks_of(pid: int) -> str:
     return found
 
 
-@pytest.mark.parametrize("stop", ["disk.stop(3600)", "disk._life.kernel.controller.stop(disk.id)"])
+@pytest.mark.parametrize(
+    "stop",
+    variations(
+        ["disk.stop(3600)", "disk._life.kernel.controller.stop(disk.id)"], ["disk.stop(3600)"]
+    ),
+)
 def test_who_stops_a_hanging_disk_of_its_own_can_be_killed(
     controller: pyublk.Controller, stop: str
 ) -> None:

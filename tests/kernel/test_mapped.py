@@ -81,6 +81,13 @@ def memory_folder(tmp_path: Path, kind: str) -> Path:
     return folder
 
 
+def quick(name: str, path: DataPath, batch: bool, kind: str) -> bool:
+    """Whether `./run test` has this way: each path, file system, and kind of commands twice."""
+    if name == "file":
+        return batch == (kind == "disk")
+    return name == "stripe" and path in (DataPath.USER_COPY, DataPath.AUTO_BUFFER)
+
+
 #: Every way for a file, half of them for a stripe; for the others, whose parts take the same ways,
 #: every path once.
 WAYS = [
@@ -90,7 +97,7 @@ WAYS = [
         batch,
         kind,
         id=f"{name}-{path}-{'batch' if batch else 'each'}-{kind}",
-        marks=[] if name in ("file", "stripe") else pytest.mark.thorough,
+        marks=[] if quick(name, path, batch, kind) else pytest.mark.thorough,
     )
     for name in TARGETS
     for path in PATHS
