@@ -2,6 +2,7 @@
 """Targets as one text, as layers and other targets are given what they read from."""
 
 import inspect
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from pyublk.options import near
 from pyublk.target import Target
 from pyublk.targets import REGISTRY, build, names, resolve
+from pyublk.texts import hints_of
 
 
 def from_text(
@@ -103,3 +105,19 @@ def make(
         if name not in given and wish is not None:
             setattr(target, name, wish)
     return target
+
+
+def absolute(text: str) -> str:
+    """The same source from wherever it is looked at: a relative path made absolute, also one that
+    is the argument of a target (`image:disk.qcow2`). For texts that are kept in files.
+
+    Raises what `from_text` raises for a text that means nothing.
+    """
+    if not _names_target(text):
+        return os.path.abspath(text)
+    made, arguments = split_argument(text)
+    first = next(iter(inspect.signature(made).parameters), "")
+    if not arguments or hints_of(made).get(first) is not Path:
+        return text
+    name = text.removesuffix(arguments[0])
+    return f"{name}{os.path.abspath(arguments[0])}"
