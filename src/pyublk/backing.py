@@ -87,12 +87,13 @@ class Backing:
         return about(self.fd).identity
 
     def keep(self, ranges: Ranges, *, read_only: bool, succeeds: bool = False) -> None:
-        """Keeps these ranges (first byte and end) of a regular file from everybody else, and gives
-        it its size. `succeeds`: but not from the target that this one is to replace. Raises OSError
-        EBUSY when somebody has one of them."""
+        """Keeps these ranges (first byte and end) from everybody else, and gives a regular file its
+        size. `succeeds`: but not from the target that this one is to replace. Raises OSError EBUSY
+        when somebody has one of them."""
+        # Also of a device: that it is opened exclusively is not seen by those who only read it.
+        keep(self.fd, self.path, ranges, read_only=read_only, succeeds=succeeds)
         if self.is_device:
             return
-        keep(self.fd, self.path, ranges, read_only=read_only, succeeds=succeeds)
         if os.fstat(self.fd).st_size < self.size:
             os.ftruncate(self.fd, self.size)
 
@@ -102,8 +103,7 @@ class Backing:
 
     def let_go(self, *, written_late: bool = False) -> None:
         """Others may have it; where a request is still under way, once that has ended."""
-        if not self.is_device:
-            let_go(self.fd, written_late=written_late)
+        let_go(self.fd, written_late=written_late)
 
     def close(self, *, written_late: bool = False) -> None:
         self.let_go(written_late=written_late)

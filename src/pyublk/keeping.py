@@ -134,7 +134,7 @@ def keep_also(fd: int, first: int, end: int) -> None:
     """Keeps more of a file that is kept: raises OSError EBUSY when another has some of it."""
     with _lock:
         kept = _kept.get(fd)
-        if kept is None or end <= first:  # a block device is opened exclusively instead
+        if kept is None or end <= first:
             return
         wanted = replace(kept, ranges=[(first, end)])
         for one, other in _kept.items():
