@@ -45,6 +45,7 @@ in a directory also from its own line; `tests/unit/test_rooms.py` reads the map 
     targets/                 the targets that ship
     testing/, vm/            disks without a kernel, power cuts; a kernel with ublk
     service/                 daemons that serve a disk: started, recorded, found, restarted, stopped
+    nbdkit/                  targets served by nbdkit
     traces/                  what was recorded of a disk: read, summed up, exported, drawn
     pytest_plugin/           disks for other people's tests
     demo                     what `./run demo` shows

@@ -40,6 +40,7 @@ _COMMANDS = {
     "features": ("features", "Show which features this kernel's ublk has."),
     "doctor": ("doctor", "Find out what keeps this machine from serving disks."),
     "vm": ("vm", "Run a command in a virtual machine with a ublk kernel."),
+    "nbdkit-plugin": ("nbdkit_plugin", "Print the path of the plugin for nbdkit."),
     "completion": ("completion", "Print the script that completes this command in a shell."),
 }
 
