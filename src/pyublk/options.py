@@ -252,11 +252,12 @@ class DeviceOptions(TypedDict, total=False):
         ),
     ]
     workers: Annotated[
-        int,
+        int | None,
         Option(
             help="Threads for a parallel target whose methods block.",
-            more="They run the handlers of a target with plain methods; 0: the queues' threads do.",
-            default=0,
+            more="They run the handlers of a target with plain methods; 0: the queues' threads do. "
+            "None: as many as the target's attribute `workers` says, which mostly is 0.",
+            default_text="as many as the target says",
             least=0,
         ),
     ]

@@ -55,7 +55,7 @@ class Session:
         target: Target,
         *,
         threads: int,
-        workers: int,
+        workers: int | None,
         shared_memory: bool,
         trim_after: float | None,
         provider: ThreadProvider,

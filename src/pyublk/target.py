@@ -79,6 +79,10 @@ class Target:
     #: (recovery, data paths, who owns the device) are refused (InvalidTarget).
     needs: Feature = Feature(0)
 
+    #: Threads that serve it when nobody says how many (`workers`), for a "parallel" target with
+    #: plain methods that wait, such as for a network.
+    workers: int = 0
+
     #: Seconds that a request may take while nothing fails but a part that the target can do
     #: without, such as a mirror's leg: a stop waits at least so long for it.
     max_stall: float = 0.0
@@ -148,6 +152,11 @@ class Target:
 
         Called at any time, on a thread of the server's own. It must not wait for requests to end.
         """
+        return None
+
+    def identity(self) -> str | None:
+        """A text that changes when the bytes do, of a target that is open and knows one, such as
+        an ETag: what lies over it refuses another one. None if there is no such text."""
         return None
 
     def announces(self, method: str) -> bool:

@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ import pyublk
 from pyublk import Device, DeviceState
 from pyublk.engines import dispatch_of
 from pyublk.targets import Null, Ram
+from pyublk.testing import Disk
 
 MIB = 1 << 20
 
@@ -82,7 +84,7 @@ class Coroutines(pyublk.Target):
         ({"depth": 4097}, "depth must be 1 to 4096, not 4097"),
         ({"id": -1}, "id must be 0 to 1048575 or None, not -1"),
         ({"id": 1 << 20}, "id must be 0 to 1048575 or None, not 1048576"),
-        ({"workers": -1}, "workers must be at least 0, not -1"),
+        ({"workers": -1}, "workers must be at least 0 or None, not -1"),
         (
             {"workers": 2},
             "workers=2 needs a target with plain methods and concurrency 'parallel'; "
@@ -120,6 +122,20 @@ def test_workers_are_for_plain_methods(target: pyublk.Target, said: str) -> None
     with pytest.raises(ValueError, match=f"workers=1 needs a target with plain methods.*; {said}$"):
         Device(target, workers=1)
     Device(Parallel(), workers=1)
+
+
+def test_a_target_says_how_many_workers_it_wants() -> None:
+    class Waiting(Parallel):
+        workers = 2
+
+        def read(self, offset: int, buffer: memoryview) -> None:
+            ran_on.add(threading.current_thread().name)
+
+    for asked, name in ((None, "disk-w"), (0, threading.current_thread().name)):
+        ran_on: set[str] = set()
+        with Disk(Waiting(), workers=asked) as disk:
+            disk.pread(512, 0)
+        assert [one.rstrip("01") for one in ran_on] == [name]
 
 
 # ---- targets that cannot be served ----

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
     """What an engine is to serve: how many `queues`, each by how many `threads`, with how many
-    `workers` beside them, which are called after `name`.
+    `workers` beside them (None: as many as the target says), which are called after `name`.
 
     `wake` makes the wait of each of these queues return, from any thread.
     """
@@ -28,7 +28,7 @@ class Setup:
     name: str
     queues: int
     threads: int
-    workers: int
+    workers: int | None
     wake: Callable[[], None]
 
 
@@ -43,10 +43,11 @@ class Engine:
         self.target = target
         self.report = FailureLog(target)
 
-    def check(self, *, threads: int = 1, workers: int = 0, shared_memory: bool = False) -> None:
+    def check(
+        self, *, threads: int = 1, workers: int | None = None, shared_memory: bool = False
+    ) -> None:
         """Raises ValueError for what a target of this kind cannot be served with."""
-        whole("workers", workers)
-        if workers < 0:
+        if workers is not None and whole("workers", workers) < 0:
             raise ValueError(f"workers must be 0 or more, not {workers}")
         if workers and not self._can_have_workers():
             raise ValueError(

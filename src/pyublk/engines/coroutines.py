@@ -368,7 +368,9 @@ class CoroutinesEngine(Engine):
         self._first: TargetLoop | None = None
         self._selector: RingSelector | None = None
 
-    def check(self, *, threads: int = 1, workers: int = 0, shared_memory: bool = False) -> None:
+    def check(
+        self, *, threads: int = 1, workers: int | None = None, shared_memory: bool = False
+    ) -> None:
         super().check(threads=threads, workers=workers, shared_memory=shared_memory)
         if threads > 1:
             raise ValueError(

@@ -28,7 +28,9 @@ class MappedEngine(Engine):
     target: MappedTarget
     _files: "FileMethods | None" = None
 
-    def check(self, *, threads: int = 1, workers: int = 0, shared_memory: bool = False) -> None:
+    def check(
+        self, *, threads: int = 1, workers: int | None = None, shared_memory: bool = False
+    ) -> None:
         super().check(threads=threads, workers=workers, shared_memory=shared_memory)
         self.target.check_threads(threads)
         if shared_memory:

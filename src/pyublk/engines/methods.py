@@ -28,8 +28,9 @@ class MethodsEngine(Engine):
     def begin(self, setup: Setup) -> None:
         self._handlers = Handlers(self.target, self.report)
         self._locks = self._make_locks(setup)
-        if setup.workers:
-            self._pool = WorkerPool(self._handlers, setup.workers, setup.name)
+        count = self.target.workers if setup.workers is None else setup.workers
+        if count and self._can_have_workers():
+            self._pool = WorkerPool(self._handlers, count, setup.name)
 
     def _make_locks(self, setup: Setup) -> "list[threading.Lock | None]":
         """What a handler holds, for each queue, so that the target's promise is kept."""

@@ -47,6 +47,9 @@ BUILT_IN: dict[str, type[Target] | str] = {
     "ram": Ram,
     "slice": Slice,
     "stripe": Stripe,
+    "http": "pyublk.targets.url:Url",
+    "https": "pyublk.targets.url:Url",
+    "url": "pyublk.targets.url:Url",
     "zoned": Zoned,
 }
 

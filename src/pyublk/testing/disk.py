@@ -78,7 +78,7 @@ class Disk(WithFaults):
         *,
         max_io_size: int = DEFAULT_MAX_IO_SIZE,
         depth: int = 16,
-        workers: int = 0,
+        workers: int | None = None,
     ) -> None:
         whole("depth", depth, least=1)
         whole("max_io_size", max_io_size, least=512)
