@@ -45,6 +45,7 @@ BUILT_IN: dict[str, type[Target] | str] = {
     "nbdkit": NBDKit,
     "null": Null,
     "ram": Ram,
+    "s3": "pyublk.targets.s3:S3",
     "slice": Slice,
     "stripe": Stripe,
     "http": "pyublk.targets.url:Url",

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from pyublk.targets.objects.failures import Failure, explain
+from pyublk.targets.objects.failures import Changed, Exists, Failure, Missing, explain
 
 T = TypeVar("T")
 
@@ -42,9 +42,9 @@ class Retrying:
         self.retries = 0
         self.failures = 0
 
-    def call(self, step: Callable[[], T], *, budget: float | None = None) -> T:
-        """What `step` returns. Raises the Failure that lasts, with the place in its sentence: one
-        that passes becomes ETIMEDOUT when the budget is spent."""
+    def call(self, step: Callable[[], T], what: str = "", *, budget: float | None = None) -> T:
+        """What `step` returns. Raises the Failure that lasts, with the place and `what` of it in
+        its sentence: one that passes becomes ETIMEDOUT when the budget is spent."""
         budget = self.budget if budget is None else budget
         deadline = time.monotonic() + budget
         longest = FIRST_PAUSE
@@ -61,7 +61,7 @@ class Retrying:
                 return outcome
             left = deadline - time.monotonic()
             if not failure.passing or left <= 0 or self._ended.is_set():
-                raise self._given_up(failure, budget) from None
+                raise self._given_up(failure, what, budget) from None
             self._failed(failure, budget)
             self._ended.wait(min(left, random.uniform(longest / 2, longest)))
             longest = min(LONGEST_PAUSE, longest * 2)
@@ -85,15 +85,17 @@ class Retrying:
         if was is not None:
             self._log.warning("%s answers again", self.place)
 
-    def _given_up(self, failure: Failure, budget: float) -> Failure:
+    def _given_up(self, failure: Failure, what: str, budget: float) -> Failure:
         """The failure, with the place; what is new in it is logged."""
-        sentence = f"{self.place}: {failure.why}"
+        place = f"{self.place}: {what}" if what else self.place
+        sentence = f"{place}: {failure.why}"
         number = failure.errno or errno.EIO
         if failure.passing:
             number = errno.ETIMEDOUT
             sentence += f", for {budget:g} seconds: given up"
         with self._lock:
-            self.failures += 1
+            # Of the others, whoever asks knows whether that is a failure.
+            self.failures += not isinstance(failure, Missing | Changed | Exists)
             said, self._gave_up = self._gave_up and failure.passing, True
             self._trouble = failure.why if failure.passing else self._trouble
         if failure.passing and not said and not self._ended.is_set():
