@@ -671,6 +671,9 @@ class Layout:
     @property
     def in_memory(self) -> bool:
         """Whether no file's I/O ever waits."""
+    def protect(self, index: int) -> None:
+        """Has requests fail for which a `Mapper` would have this file changed, and flushes leave it
+        alone. Before queues use the layout."""
     def map_memory(self) -> None:
         """Maps the files in memory, for user copy straight between them and requests."""
     @property

@@ -21,7 +21,7 @@ from cpython.exc cimport PyErr_CheckSignals, PyErr_SetObject, PyErr_WriteUnraisa
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.errno cimport (
     errno, EAGAIN, EALREADY, EBUSY, ECHILD, EINTR, EINVAL, EIO, ENODEV, ENOMEM, ENOSPC,
-    EOPNOTSUPP, ESHUTDOWN, ESTALE, ETIME,
+    EOPNOTSUPP, EROFS, ESHUTDOWN, ESTALE, ETIME,
 )
 from libc.limits cimport INT_MAX
 from libc.stdint cimport (

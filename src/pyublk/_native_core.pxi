@@ -482,6 +482,7 @@ cdef extern from "_core/layout.h" nogil:
         int fd
         bint memory
         bint device
+        bint read_only
 
     struct pu_extent:
         uint64_t start

@@ -39,6 +39,11 @@ cdef class Layout:
         """Tells the target what the policy of a queue has to tell."""
         return 0
 
+    def protect(self, uint32_t index):
+        if index >= self.layout.nr_files:
+            raise ValueError(f"there is no file {index}; there are {self.layout.nr_files}")
+        self.layout.files[index].read_only = True
+
     def map_memory(self):
         pu_layout_map_memory(&self.layout)
 

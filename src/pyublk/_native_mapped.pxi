@@ -67,6 +67,11 @@ cdef class Mapper:
                     f"{answer!r}: its parts must be {length} bytes together, each in a file that "
                     "the target named"
                 )
+            if error == -EROFS:
+                raise ValueError(
+                    f"map({OPS[desc.op_flags & 31]!r}, {pu_desc_offset(desc)}, {length}) gave "
+                    f"{answer!r}: one of these files was opened for reading"
+                )
         except BaseException as raised:
             error = <int>self.reporter.result_of(raised, queue.take(tag))
         if error < 0:

@@ -2,7 +2,7 @@
 """Targets that say where their bytes live: the queue's own ring moves them."""
 
 import errno
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -51,6 +51,9 @@ class MappedTarget(Target):
         direct: bypass the page cache (O_DIRECT); the block size is then at least what the files'
             devices require.
         read_only: open the files for reading, and make the disk read-only.
+        read_only_files: the indices of files that are opened for reading while the disk is not
+            read-only: other disks may read them too. `map` may name them for reads only; another
+            request fails as a whole, which is logged.
     """
 
     dispatch: ClassVar[Dispatch | None] = "mapped"
@@ -78,11 +81,16 @@ class MappedTarget(Target):
         block_size: int = 512,
         direct: bool = False,
         read_only: bool = False,
+        read_only_files: Collection[int] = (),
     ) -> None:
         if not files:
             raise ValueError("a mapped target needs at least one file")
+        for file in read_only_files:
+            if not 0 <= file < len(files):
+                raise ValueError(f"read_only_files names file {file}; there are {len(files)}")
         super().__init__(size=size or 0, block_size=block_size, read_only=read_only)
         self.files = [Path(file) for file in files]
+        self.read_only_files = frozenset(read_only_files)
         #: The open files, while the disk is served.
         self.backing: list[Backing] = []
         #: Makes the queues look at the layout again; set by the device.
@@ -197,6 +205,7 @@ class MappedTarget(Target):
             self._layout = self.make_layout(
                 [(backing.fd, backing.in_memory, backing.is_device) for backing in self.backing]
             )
+            self._protect_files(self._layout)
             self.size = self._layout.size
             if self.size == 0 or self.size % self.block_size:
                 raise ValueError(
@@ -254,14 +263,29 @@ class MappedTarget(Target):
 
     def _open_files(self) -> None:
         alone = len(self.files) == 1
-        for path in self.files:
+        for file, path in enumerate(self.files):
             with self._told_when_named_twice(path, self.backing):
-                self.backing.append(self.open_file(path, self._wanted_size if alone else None))
+                size = self._wanted_size if alone else None
+                read_only = file in self.read_only_files
+                self.backing.append(self.open_file(path, size, read_only=read_only))
+
+    def _protect_files(self, layout: Layout) -> None:
+        if self.read_only:
+            return
+        for file, _, _ in self._table or ():
+            if file in self.read_only_files:
+                raise ValueError(
+                    f"part of the disk is in {self.files[file]}, which is opened for reading: make "
+                    "the disk read-only, or say with a map method where writes go"
+                )
+        for file in self.read_only_files:
+            layout.protect(file)
 
     def _keep_files(self) -> None:
         for file, backing in enumerate(self.backing):
             with self._told_when_named_twice(backing.path, self.backing[:file]):
-                backing.keep(self.ranges(file), read_only=self.read_only, succeeds=self.succeeds)
+                read_only = self.read_only or file in self.read_only_files
+                backing.keep(self.ranges(file), read_only=read_only, succeeds=self.succeeds)
 
     @contextmanager
     def _told_when_named_twice(self, path: Path, before: list[Backing]) -> Iterator[None]:
@@ -280,8 +304,9 @@ class MappedTarget(Target):
                         ) from None
             raise
 
-    def open_file(self, path: Path, size: int | None = None) -> Backing:
-        return Backing.open(path, size=size, direct=self._direct, read_only=self.read_only)
+    def open_file(self, path: Path, size: int | None = None, *, read_only: bool = False) -> Backing:
+        read_only = read_only or self.read_only
+        return Backing.open(path, size=size, direct=self._direct, read_only=read_only)
 
     def close(self) -> None:
         layout = self._layout

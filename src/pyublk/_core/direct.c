@@ -27,6 +27,8 @@ static enum pu_cut next_part(struct pu_mapped *m, uint16_t tag, struct pu_part *
 	struct pu_work *w = &m->works[tag];
 
 	if (w->op == PU_OP_FLUSH) {
+		while (w->cut < layout->nr_files && layout->files[w->cut].read_only)
+			w->cut++;
 		*part = (struct pu_part){ .file = (uint32_t)w->cut };
 		return w->cut++ < layout->nr_files ? PU_PART : PU_NO_PART;
 	}

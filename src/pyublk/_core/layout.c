@@ -164,6 +164,22 @@ enum pu_cut pu_layout_part(const struct pu_layout *layout, uint64_t offset, uint
 	return table_part(layout, offset, length, cut, part);
 }
 
+int pu_layout_check(const struct pu_layout *layout, const struct pu_extent *parts, uint32_t count,
+		    uint64_t length, bool changed)
+{
+	bool refused = false;
+
+	for (uint32_t i = 0; i < count; i++) {
+		if (parts[i].file >= layout->nr_files || !parts[i].length || parts[i].length > length)
+			return -EINVAL;
+		length -= parts[i].length;
+		refused |= changed && layout->files[parts[i].file].read_only;
+	}
+	if (length)
+		return -EINVAL;
+	return refused ? -EROFS : 0;
+}
+
 uint64_t pu_part_data(const struct pu_part *part, uint64_t done, uint64_t *contiguous)
 {
 	uint64_t beyond, nth, left = part->length - done;

@@ -19,6 +19,7 @@ struct pu_file {
 	int fd;
 	bool memory; /* its bytes are in memory: calls on it do not wait */
 	bool device; /* a block device */
+	bool read_only; /* no request may change it, and none has to be made durable */
 	uint8_t *map; /* of one in memory: its bytes; NULL: not mapped */
 	uint64_t mapped;
 };
@@ -81,6 +82,11 @@ enum pu_cut {
 /* The next part of a range of the disk, for a table or a stripe; *cut, 0 at first, is moved on. */
 enum pu_cut pu_layout_part(const struct pu_layout *layout, uint64_t offset, uint64_t length,
 			   uint64_t *cut, struct pu_part *part);
+
+/* Whether parts that somebody said are a range of `length` bytes: 0, or -EINVAL, or -EROFS when they
+ * are to be changed, and one is in a file that can only be read. */
+int pu_layout_check(const struct pu_layout *layout, const struct pu_extent *parts, uint32_t count,
+		    uint64_t length, bool changed);
 
 /* Of a part: the place in the request's data of its byte `done`, and how many bytes lie there in
  * one piece. */

@@ -523,16 +523,13 @@ static void complete(void *context, uint64_t user_data, int32_t result)
 int pu_mapped_plan(struct pu_mapped *m, uint16_t tag, const struct pu_extent *parts, uint32_t count)
 {
 	struct pu_work *w = &m->works[tag];
-	uint64_t left = (uint64_t)m->q->desc[tag].nr_sectors << PU_SECTOR_SHIFT, sum = 0;
+	const struct pu_desc *desc = &m->q->desc[tag];
+	uint64_t length = (uint64_t)desc->nr_sectors << PU_SECTOR_SHIFT, sum = 0;
+	bool changed = (desc->op_flags & 0xff) != PU_OP_READ;
+	int error = pu_layout_check(m->layout, parts, count, length, changed);
 
-	for (uint32_t i = 0; i < count; i++) {
-		if (parts[i].file >= m->layout->nr_files || !parts[i].length ||
-		    parts[i].length > left)
-			return -EINVAL;
-		left -= parts[i].length;
-	}
-	if (left)
-		return -EINVAL;
+	if (error)
+		return error;
 	if (count > w->mapped_room) {
 		struct pu_extent *more = realloc(w->mapped_parts, count * sizeof(*more));
 

@@ -63,7 +63,8 @@ void pu_mapped_close(struct pu_mapped *m);
 int pu_mapped_turn(struct pu_mapped *m, int64_t timeout_ns);
 
 /* A layout by request: the parts of a request (start is not looked at), from the first byte on, then
- * begin. 0 or -errno: -EINVAL when they are not as long as the request, or name no file. */
+ * begin. 0 or -errno: -EINVAL when they are not as long as the request, or name no file, -EROFS when
+ * the request would change a file that can only be read. */
 int pu_mapped_plan(struct pu_mapped *m, uint16_t tag, const struct pu_extent *parts, uint32_t count);
 
 #endif
