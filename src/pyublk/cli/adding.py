@@ -49,6 +49,19 @@ class _Option(click.ParamType[str]):
         return option_names(target, incomplete)
 
 
+class _LayerText(click.ParamType[str]):
+    """NAME[:KEY=VALUE,...]."""
+
+    name = "layer"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        from pyublk.cli.completing import layer_texts
+
+        return layer_texts(incomplete)
+
+
 def _split_options(
     ctx: click.Context, param: click.Parameter, texts: tuple[str, ...]
 ) -> dict[str, str]:
@@ -77,10 +90,21 @@ target_options = click.option(
 )
 
 
+layer_options = click.option(
+    "--layer",
+    "layers",
+    multiple=True,
+    type=_LayerText(),
+    metavar="NAME[:KEY=VALUE,...]",
+    help="A layer over the target, and over the layers before it; may be repeated.",
+)
+
+
 @click.command()
 @click.argument("target", type=TargetName(), required=False)
 @click.argument("arguments", metavar="[ARGUMENT]...", nargs=-1, type=click.Path())
 @target_options
+@layer_options
 @click.option(
     "--spec",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -97,6 +121,7 @@ def add(
     target: str | None,
     arguments: tuple[str, ...],
     options: dict[str, str],
+    layers: tuple[str, ...],
     spec: Path | None,
     foreground: bool,
     server: str | None,
@@ -107,7 +132,8 @@ def add(
 
     TARGET is `null`, `ram`, `file`, `linear`, `stripe`, `mirror`, `slice`, `integrity`, `zoned`,
     another installed target, `package.module:Class`, or `file.py:Class`. ARGUMENTs are the class's
-    first parameters; --option sets any of them by name.
+    first parameters; --option sets any of them by name. TARGET:ARGUMENT is the same as TARGET
+    ARGUMENT. Each --layer lies over what was named before it.
 
     \b
     pyublk add ram --size 4G
@@ -119,7 +145,8 @@ def add(
     """
     if server is not None and foreground:
         raise click.UsageError("--server and --foreground exclude each other")
-    wanted = _wanted(click.get_current_context(), target, arguments, options, spec)
+    context = click.get_current_context()
+    wanted = _wanted(context, target, arguments, options, layers, spec)
     open_controller().close()  # no driver, no rights: said before anything is started
     show = partial(_show, as_json=as_json)
     if not foreground:
@@ -128,7 +155,7 @@ def add(
         return
     served = serve(wanted, log_file=None, ready=show)
     if served is None:
-        click.get_current_context().exit(ExitCode.INTERRUPTED)
+        context.exit(ExitCode.INTERRUPTED)
     if as_json:
         print_json({"requests": served.total.requests, "seconds": round(served.seconds, 3)})
     message(_summary(served))
@@ -139,6 +166,7 @@ def _wanted(
     target: str | None,
     arguments: tuple[str, ...],
     options: dict[str, str],
+    layers: tuple[str, ...],
     file: Path | None,
 ) -> DiskSpec:
     """What the file describes, with what the command line says in its place."""
@@ -151,11 +179,18 @@ def _wanted(
     if file is None:
         if target is None:
             raise click.MissingParameter(ctx=ctx, param_type="argument", param_hint="'TARGET'")
-        return DiskSpec(target=target, arguments=arguments, options=options, disk=disk)
+        return DiskSpec(
+            target=target, arguments=arguments, options=options, layers=layers, disk=disk
+        )
     if target is not None:
         raise click.UsageError("TARGET and --spec exclude each other: the file names the target")
     described = DiskSpec.from_toml(file)
-    return replace(described, options=described.options | options, disk={**described.disk, **disk})
+    return replace(
+        described,
+        options=described.options | options,
+        layers=layers or described.layers,
+        disk={**described.disk, **disk},
+    )
 
 
 def ended_as_by_ctrl_c() -> AbstractContextManager[None]:

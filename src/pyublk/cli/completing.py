@@ -8,7 +8,9 @@ from pathlib import Path
 
 from click.shell_completion import CompletionItem
 
-from pyublk import targets
+from pyublk import layers, targets
+from pyublk.named import Registry
+from pyublk.target import Target
 
 
 def items(names: list[str], incomplete: str) -> list[CompletionItem]:
@@ -30,12 +32,28 @@ def option_names(target: str, incomplete: str) -> list[CompletionItem]:
     return items([f"{name}=" for name in _parameters(target)], incomplete)
 
 
-def _parameters(target: str) -> list[str]:
-    target, _ = targets.REGISTRY.split(target)
+def layer_texts(incomplete: str) -> list[CompletionItem]:
+    """As `target_names`; after a layer's colon, or a comma, its parameters."""
+    name, options = layers.REGISTRY.split(incomplete)
+    if options is not None:
+        before = incomplete[: len(incomplete) - len(options.rpartition(",")[2])]
+        # The first parameter is the layer below.
+        return items(
+            [f"{before}{one}=" for one in _parameters(name, layers.REGISTRY)[1:]], incomplete
+        )
+    file, colon, _ = name.rpartition(":")
+    if colon:
+        return items([f"{file}:{one.name}" for one in _classes(Path(file))], incomplete)
+    names = items(layers.names(), incomplete)
+    return names or [CompletionItem(incomplete, type="file")]
+
+
+def _parameters(target: str, registry: Registry[Target] = targets.REGISTRY) -> list[str]:
+    target, _ = registry.split(target)
     file, colon, name = target.rpartition(":")
     if not colon:
         try:
-            return list(inspect.signature(targets.resolve(target)).parameters)
+            return list(inspect.signature(registry.resolve(target)).parameters)
         except (ValueError, ImportError):
             return []
     for one in _classes(Path(file)):

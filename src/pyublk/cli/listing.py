@@ -132,6 +132,7 @@ def _details(one: DiskEntry) -> dict[str, Any]:
         "restart": record.restarts.told() if record and record.restarts else None,
         "record_trouble": one.record_trouble,
         "status": one.status,
+        "stack": one.told.get("stack") if one.told else None,
         "threads": one.told.get("threads") if one.told else None,
         "faults": one.told.get("faults", []) if one.told else None,
         "limit": one.told.get("limit") if one.told else None,
@@ -153,6 +154,17 @@ def _status_lines(status: dict[str, Any] | None) -> list[tuple[str, str]]:
             if isinstance(one, dict):
                 words = ", ".join(f"{key} {what}" for key, what in one.items() if what is not None)
             lines.append((name, str(words)))
+    return lines
+
+
+def _stack_lines(stack: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """A disk's layers and the target below them as a tree, each with what it says of itself."""
+    lines = []
+    for depth, one in enumerate(stack):
+        branch = "   " * (depth - 1) + "└─ " if depth else ""
+        lines.append(("" if depth else "stack", branch + one["class"]))
+        for name, words in _status_lines(one["status"]):
+            lines.append(("", f"{'   ' * depth}   {name}: {words}"))
     return lines
 
 
@@ -193,8 +205,12 @@ def _lines(one: DiskEntry) -> list[tuple[str, str]]:
         words = [record.plan.target, *record.plan.arguments]
         words += [f"{key}={value}" for key, value in record.plan.options.items()]
         lines.append(("target", " ".join(words)))
+        lines += [("layer", text) for text in record.plan.layers]
         lines.append(("data path", record.data_path or "unknown"))
-        lines += _status_lines(one.status)
+        if (stack := (one.told or {}).get("stack")) is None:
+            lines += _status_lines(one.status)
+        else:
+            lines += _stack_lines(stack)
         lines += fault_lines(one.told or {})
         if one.shared_memory:
             lines.append(("shared memory", one.shared_memory))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import click
 
-from pyublk.cli.adding import TargetName, target_options
+from pyublk.cli.adding import TargetName, layer_options, target_options
 from pyublk.cli.failures import Failure, open_controller, raise_all
 from pyublk.cli.listing import find
 from pyublk.cli.output import print_json
@@ -21,6 +21,7 @@ from pyublk.service.recovering import recover
 @click.argument("target", type=TargetName(), required=False)
 @click.argument("arguments", metavar="[ARGUMENT]...", nargs=-1, type=click.Path())
 @target_options
+@layer_options
 @click.option("--server", metavar="NAME",
               help="Serve it in the server process NAME, which disks can share.")  # fmt: skip
 @json_option
@@ -29,6 +30,7 @@ def recover_(
     target: str | None,
     arguments: tuple[str, ...],
     options: dict[str, str],
+    layers: tuple[str, ...],
     server: str | None,
     as_json: bool,
 ) -> None:
@@ -39,11 +41,14 @@ def recover_(
     have the disk's size and all else that clients know of it. Disks of other software (ublksrv,
     kublk) are served by a TARGET only.
     """
-    if target is None and options:
-        raise click.UsageError("--option is for another TARGET, which is not named")
+    if target is None and (options or layers):
+        given = "--option" if options else "--layer"
+        raise click.UsageError(f"{given} is for another TARGET, which is not named")
     if device == "all" and target is not None:
         raise click.UsageError("several disks cannot have the same TARGET: recover one at a time")
-    spec = None if target is None else DiskSpec(target=target, arguments=arguments, options=options)
+    spec = None
+    if target is not None:
+        spec = DiskSpec(target=target, arguments=arguments, options=options, layers=layers)
     give_servers(
         device,
         lambda one: one.ours and one.status.awaits_server,

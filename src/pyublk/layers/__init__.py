@@ -4,12 +4,22 @@
 import inspect
 import re
 
-from pyublk.layers.base import Below, Layer
+from pyublk.layers.base import Below, Layer, first_that_forgets, keeps_data, own_status, stack
 from pyublk.named import Registry
 from pyublk.named import build as build_class
 from pyublk.target import Target
 
-__all__ = ["Below", "Layer", "build", "names", "resolve"]
+__all__ = [
+    "Below",
+    "Layer",
+    "build",
+    "first_that_forgets",
+    "keeps_data",
+    "names",
+    "own_status",
+    "resolve",
+    "stack",
+]
 
 #: Classes by short name, or their places, "module:Class", which are imported when they are asked
 #: for. The first parameter of each is the target below.

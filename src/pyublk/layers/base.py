@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The base class of layers: targets that pass on to the target below what they do not define."""
 
+import inspect
 from collections.abc import Awaitable
 from dataclasses import replace
 from typing import Any
@@ -98,6 +99,42 @@ class Layer(Target):
             dma_alignment=None,
             recoverable=self.recoverable and below.recoverable,
         )
+
+
+def stack(target: Target) -> list[Target]:
+    """The target and those that it lies over, the uppermost first: each has the one below it as its
+    attribute `below`, or a `Below` of it."""
+    found = [target]
+    while True:
+        below: Any = getattr(found[-1], "below", None)
+        if isinstance(below, Below):
+            below = below.target
+        if not callable(getattr(below, "profile", None)):  # none, or something else of this name
+            return found
+        found.append(below)
+
+
+def own_status(target: Target) -> dict[str, Any] | None:
+    """What a target says of itself; None for a layer that passes on what is said below."""
+    if isinstance(inspect.getattr_static(type(target), "status"), _Passed):
+        return None
+    return target.status()
+
+
+def keeps_data(target: Target) -> bool:
+    """Whether another server has what was written to such a target, and to those below it."""
+    return first_that_forgets(target) is None
+
+
+def first_that_forgets(target: Target) -> Target | None:
+    """The uppermost of a stack that is not recoverable. One that `outlives_below` is on its own: it
+    has itself whatever those below may lose."""
+    for one in stack(target):
+        if not one.recoverable:
+            return one
+        if getattr(one, "outlives_below", False):
+            return None
+    return None
 
 
 class _Passed:

@@ -234,6 +234,7 @@ def _flat(spec: DiskSpec) -> dict[str, Any]:
     return {
         "target": fields["target"],
         "arguments": fields["arguments"] or None,
+        "layers": fields["layers"] or None,
         **options,
         **fields["disk"],
     }

@@ -16,7 +16,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-from pyublk import errors
+from pyublk import errors, layers
 from pyublk.control import Controller
 from pyublk.device import Device
 from pyublk.lifecycle import DeviceState
@@ -208,10 +208,13 @@ class Host:
     @contextmanager
     def _imports_of(self, spec: DiskSpec, directory: str) -> Iterator[None]:
         """Modules of the caller's directory are found, and those of other callers are not."""
-        name = REGISTRY.split(spec.target)[0]
-        module = name.partition(":")[0] if ":" in name else ""
+        names = [REGISTRY.split(spec.target)[0]]
+        names += [layers.REGISTRY.split(text)[0] for text in spec.layers]
+        modules = [name.partition(":")[0] for name in names if ":" in name]
         with self._import_lock:
-            if module and not module.endswith(".py"):
+            for module in modules:
+                if module.endswith(".py"):
+                    continue
                 _refuse_other_module(module.partition(".")[0], directory, self._directories)
             sys.path[:] = [directory, *self._path]
             try:

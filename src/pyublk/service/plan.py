@@ -9,9 +9,10 @@ from typing import Any, Self, cast
 from pyublk.device import Device
 from pyublk.errors import InvalidTarget
 from pyublk.faults import texts
+from pyublk.layers import build as build_layer
+from pyublk.layers import first_that_forgets
 from pyublk.options import DEVICE, DISK, DeviceOptions, DiskOptions, near
 from pyublk.recovery import Recovery
-from pyublk.service.restarts import keeps_data
 from pyublk.service.toml import WrongKey, reading
 from pyublk.target import Target
 from pyublk.targets.sources import make
@@ -38,10 +39,14 @@ class TakeOver:
 def to_request(spec: "DiskSpec", take_over: TakeOver | None) -> dict[str, Any]:
     """What a server is to serve, and as which disk, unless it is a new one; for JSON."""
     told = None if take_over is None else asdict(take_over)
-    for name in ("memory", "served"):  # which servers of older versions do not know
+    fields = asdict(spec)
+    # What servers of older versions do not know; they refuse what they do not know.
+    for name in ("memory", "served"):
         if told is not None and not told[name]:
             del told[name]
-    return {"spec": asdict(spec), "take_over": told}
+    if not spec.layers:
+        del fields["layers"]
+    return {"spec": fields, "take_over": told}
 
 
 def of_request(fields: Mapping[str, Any]) -> tuple["DiskSpec", TakeOver | None]:
@@ -55,7 +60,8 @@ class DiskSpec:
     """A disk that is yet to be made.
 
     `target` is what `pyublk.targets.sources.split_argument` knows; `arguments` and `options` are
-    the texts for its class's parameters. `disk` is what else is asked for
+    the texts for its class's parameters. `layers` lie over it, from the target up, each as
+    `pyublk.layers.build` takes it. `disk` is what else is asked for
     (`pyublk.options.DiskOptions`): `size`, `block_size` and `read_only` go to the class as well,
     `shared_memory_size`, `restart` and `hang_timeout` are for the server, `fault` and `limit` are
     rules for the Device, to which the rest goes. What it does not have is left to them. `name` and
@@ -66,6 +72,7 @@ class DiskSpec:
     arguments: tuple[str, ...] = ()
     options: dict[str, str] = field(default_factory=dict)
     disk: DiskOptions = field(default_factory=DiskOptions)
+    layers: tuple[str, ...] = ()
     name: str | None = None
     file: str | None = None
 
@@ -77,7 +84,11 @@ class DiskSpec:
         if not isinstance(disk, dict):
             raise TypeError(f"the options of a disk are an object, not {disk!r}")
         kept = {name: value for name, value in disk.items() if name in DISK}
-        return cls(**{**fields, "arguments": tuple(fields["arguments"]), "disk": kept})
+        several = {
+            "arguments": tuple(fields["arguments"]),
+            "layers": tuple(fields.get("layers", ())),
+        }
+        return cls(**{**fields, **several, "disk": kept})
 
     @classmethod
     def from_toml(cls, source: str | Path) -> Self:
@@ -87,6 +98,7 @@ class DiskSpec:
 
             target = "file"
             arguments = ["disk.img"]
+            layers = ["checks.py:Checked:log=/var/log/checks"]
             size = "1G"
             queues = 2
 
@@ -102,7 +114,7 @@ class DiskSpec:
     @classmethod
     def of_table(cls, table: Mapping[str, object], *others: str) -> Self:
         """What a table describes, whose keys `others` are for the caller. Raises WrongKey."""
-        named = ("target", "arguments", "options")
+        named = ("target", "arguments", "options", "layers")
         disk: dict[str, Any] = {}
         for name, value in table.items():
             if name in DISK:
@@ -118,7 +130,7 @@ class DiskSpec:
                     "the table [options]",
                     name,
                 )
-        target, arguments, options = (table.get(name) for name in named)
+        target, arguments, options, layers = (table.get(name) for name in named)
         if not isinstance(target, str):
             found = "is missing" if target is None else f"is {target!r}"
             raise WrongKey(
@@ -126,12 +138,18 @@ class DiskSpec:
             )
         if not isinstance(arguments, list | None):
             raise WrongKey(f"arguments must be a list, not {arguments!r}", "arguments")
+        if not isinstance(layers, list | None) or not all(isinstance(o, str) for o in layers or ()):
+            raise WrongKey(
+                f"layers must be a list of texts such as 'cache:file=disk.cache', not {layers!r}",
+                "layers",
+            )
         if not isinstance(options, dict | None):
             raise WrongKey(f"options must be a table, not {options!r}", "options")
         return cls(
             target=target,
             arguments=tuple(_text(one, "arguments") for one in arguments or ()),
             options={name: _text(one, "options", name) for name, one in (options or {}).items()},
+            layers=tuple(layers or ()),
             disk=cast(DiskOptions, disk),
         )
 
@@ -156,14 +174,16 @@ class DiskSpec:
             if recovery is not None:
                 asked.setdefault("recovery", recovery)
             return self._with_rules(Device(target, **cast(DeviceOptions, asked)))
-        if not take_over.empty and not keeps_data(target):
+        forgets = first_that_forgets(target)
+        if not take_over.empty and forgets is not None:
             remedy = (
                 "another process would serve an empty disk"
                 if take_over.served
                 else "name it as the target to serve the disk by it all the same"
             )
+            name = type(forgets).__name__ if self.layers else self.target
             raise InvalidTarget(
-                f"{self.target} does not say that it keeps what was written when its server ends "
+                f"{name} does not say that it keeps what was written when its server ends "
                 f"(Target.recoverable): {remedy}"
             )
         own = {name: value for name, value in asked.items() if not DEVICE[name].lasting}
@@ -182,8 +202,9 @@ class DiskSpec:
         return device
 
     def make_target(self) -> Target:
-        """Loads the target's class, and makes one. Raises what `pyublk.targets` and it raise."""
-        return make(
+        """Loads the classes of the target and of its layers, and makes them. Raises what
+        `pyublk.targets`, `pyublk.layers` and they raise."""
+        target = make(
             self.target,
             self.arguments,
             self.options,
@@ -191,6 +212,9 @@ class DiskSpec:
             block_size=self.disk.get("block_size"),
             read_only=self.disk.get("read_only"),
         )
+        for text in self.layers:
+            target = build_layer(text, target)
+        return target
 
 
 def check_rules(name: str, value: object) -> None:

@@ -145,7 +145,13 @@ def _understood(kind: type[Any], found: dict[str, Any], device: int) -> dict[str
     server = ProcessId(**_known(ProcessId, found["server"]))
     plan = DiskSpec.from_fields(_known(DiskSpec, found["plan"]))
     numbers = (known["id"], known["cookie"], server.pid, server.started)
-    texts = (plan.target, *plan.arguments, known["log"] or "", known.get("data_path") or "")
+    texts = (
+        plan.target,
+        *plan.arguments,
+        *plan.layers,
+        known["log"] or "",
+        known.get("data_path") or "",
+    )
     texts += (known.get("server_name") or "", known.get("directory") or "")
     texts += (plan.name or "", plan.file or "", known.get("recovery") or "")
     restarts = known.get("restarts")

@@ -19,6 +19,7 @@ from typing import Any, Protocol, Union, get_args, get_origin, get_type_hints
 from pyublk import errors
 from pyublk.device import Device
 from pyublk.faults import BURST, Faults
+from pyublk.layers import own_status, stack
 from pyublk.service.listener import Conversation, version
 from pyublk.service.records import Record
 from pyublk.targets import Mirror
@@ -118,7 +119,7 @@ def status(disk: ServedDisk) -> dict[str, Any]:
         "state": str(device.state),
         "size": device.params.basic.size,
         "target": disk.record.plan.target,
-        "target_status": device.target.status(),
+        **_statuses(disk),
         "failed_requests": device.stats().total.errors,
         "data_path": str(device.data_path),
         "restart": disk.record.restarts and disk.record.restarts.told(),
@@ -133,6 +134,14 @@ def status(disk: ServedDisk) -> dict[str, Any]:
     }
 
 
+def _statuses(disk: ServedDisk) -> dict[str, Any]:
+    """What the target says of itself, and what each says of the stack that it is in."""
+    found = stack(disk.device.target)
+    target = found[-1] if disk.record.plan.layers else found[0]
+    told = [{"class": type(one).__name__, "status": own_status(one)} for one in found]
+    return {"target_status": target.status(), "stack": told if len(told) > 1 else None}
+
+
 @request
 def resize(disk: ServedDisk, size: int, shrink: bool = False) -> dict[str, Any]:
     """`Device.resize`; the record keeps the new size."""
@@ -143,7 +152,7 @@ def resize(disk: ServedDisk, size: int, shrink: bool = False) -> dict[str, Any]:
 @request
 def replace(disk: ServedDisk, leg: int, path: str | None = None) -> dict[str, Any]:
     """`Mirror.replace`: another file for a failed leg, or the same again."""
-    target = disk.device.target
+    target = stack(disk.device.target)[-1]
     if not isinstance(target, Mirror):
         raise ValueError(f"{disk.record.path} is not a mirror: only a mirror has legs")
     if path is not None:

@@ -14,7 +14,7 @@ from typing import Any, Self
 from pyublk.control import Controller
 from pyublk.defects import defects_of
 from pyublk.features import Features
-from pyublk.layers import Layer
+from pyublk.layers import first_that_forgets
 from pyublk.options import DiskOptions
 from pyublk.recovery import RESEND_FLAGS, Recovery
 from pyublk.target import Target
@@ -136,8 +136,9 @@ def _why_not(
         return "it was added with recovery=none"
     if asked.get("shared_memory"):
         return "it shares memory with clients, which another server has not"
-    if not keeps_data(target) and not isinstance(target, Ram):  # which can: `Ram.keep`
-        return f"the class {type(target).__name__} does not say that it is recoverable"
+    forgets = first_that_forgets(target)
+    if forgets is not None and not isinstance(target, Ram):  # which can be: `Ram.keep`
+        return f"the class {type(forgets).__name__} does not say that it is recoverable"
     if mode is not None or asked.get("restart"):
         return None
     if (reason := features.reason(RESEND_FLAGS)) is not None:
@@ -146,12 +147,6 @@ def _why_not(
         if defect.of_recovery:
             return f"Linux {features.kernel_release}: {defect.what}"
     return None
-
-
-def keeps_data(target: Target) -> bool:
-    """Whether another server has what was written to such a target, and to those below it."""
-    below = keeps_data(target.below.target) if isinstance(target, Layer) else True
-    return target.recoverable and below
 
 
 def watch_over(device: int, cookie: int, *, memory: int | None, hang_timeout: float | None) -> None:
