@@ -29,6 +29,7 @@ in a directory also from its own line; `tests/unit/test_rooms.py` reads the map 
     control                  Controller: one method per control command
     profile                  what a target says of itself, as one value
     target                   what a target implements
+    deferring                requests that other threads finish for a queue
     mapped, zoned, sharing   the bases of mapped and zoned targets; memory shared with clients
     faults/                  rules for a disk's requests: faults, limits, the profiles of disks
     queue_servers            who serves some queues: a thread, or a loop

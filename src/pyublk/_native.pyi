@@ -25,6 +25,7 @@ __all__ = [
     "MappedQueue",
     "Mapper",
     "MirrorLayout",
+    "PresenceLayout",
     "Queue",
     "QueueSet",
     "Ram",
@@ -683,6 +684,14 @@ class Layout:
         """Lets go of a file, and keeps its number from others as long as queues may use it."""
     def unmap_memory(self) -> None:
         """Lets go of them: a mapped file keeps its file system from being unmounted."""
+    def defer(
+        self, told: Callable[[MappedQueue, int, int, str, int, int], object], *, flushes: bool
+    ) -> None:
+        """`told` hears of each request that others finish: its queue, tag and generation, for
+        `MappedQueue.resolve`, and its operation, offset and length. It is called by the queue's
+        thread, and must not raise. `flushes`: of each flush, when the files are synced."""
+    @property
+    def defers_flushes(self) -> bool: ...
 
 @disjoint_base
 class MirrorLayout(Layout):
@@ -732,6 +741,92 @@ class Mapper:
     def __init__(self, target: object, report: Callable[[object, IO], int]) -> None: ...
 
 @disjoint_base
+class PresenceLayout(Layout):
+    """Blocks of `block_bytes` are in the first file where their bit is set, else below: where
+    `below`, a layout of all files but the first, has them; without it, they are asked for.
+
+    `bits` is memory of `map_bytes` bytes, the lowest bit of each byte first, which is changed as
+    blocks come and go. `gated`: a block is written only when it is writable, or somebody allows it.
+    `evicts`: requests are counted by region. `writes_through`: writes are deferred once the file
+    has them. `always_deferred`: every flush is. What the map guarantees is said in
+    _core/presence.h.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[_File],
+        size: int,
+        bits: Buffer,
+        *,
+        block_bytes: int,
+        below: Layout | None = None,
+        gated: bool = False,
+        evicts: bool = False,
+        writes_through: bool = False,
+        always_deferred: bool = False,
+    ) -> None: ...
+    @staticmethod
+    def can_lie_over(below: Layout) -> bool:
+        """Whether its files have its bytes, in a way that can be told without asking."""
+    @staticmethod
+    def map_bytes(size: int, block_bytes: int) -> int:
+        """Bytes of the bits for a disk: whole pages."""
+    def ask(
+        self,
+        *,
+        fetch: Callable[[PresenceLayout, int, int], object],
+        write: Callable[[MappedQueue, int, int, int, int], object],
+        wake: Callable[[], object],
+    ) -> None:
+        """Whom the queues' threads tell, which must not raise: `fetch(layout, offset, length)` of
+        absent blocks that are wanted, held for him until `let_go`; `write(queue, tag, generation,
+        offset, length)` of a write that waits for `MappedQueue.resolve`; `wake()` is to wake all
+        queues."""
+    @property
+    def block_bytes(self) -> int: ...
+    def is_present(self, offset: int, length: int) -> bool:
+        """Whether all blocks that the range touches are."""
+    def run(self, offset: int, end: int) -> tuple[int, bool]:
+        """The length (bytes) of the run of blocks that are alike from `offset` on, a block's start,
+        at most up to `end`; and whether they are present."""
+    def count_present(self) -> int:
+        """How many blocks are."""
+    def counters(self) -> tuple[int, int, int]:
+        """Requests that found all blocks present, those that did not, and parts copied up."""
+    def claim(self, offset: int, length: int, most: int) -> list[tuple[int, int]]:
+        """Holds absent blocks of the range that nobody holds, in runs of at most `most` bytes; the
+        runs (offset, length), each to be ended by `let_go`."""
+    def let_go(self, offset: int, length: int, present: bool) -> None:
+        """Of blocks that were held: they are in the upper file whole now, or are absent still."""
+    def fail(self, offset: int, length: int, error: int) -> None:
+        """Requests that wait for one of the blocks fail with this errno. Before `let_go`."""
+    @property
+    def synced(self) -> bool:
+        """Whether the map's file says what the bits say."""
+    def begin_sync(self) -> None: ...
+    def end_sync(self) -> None: ...
+    def take_dirty(self) -> list[tuple[int, bytes]]:
+        """The pages that changed: (their place among the bits in bytes, a copy), which count as
+        written from now on, or are to be marked dirty again."""
+    def mark_dirty(self, place: int) -> None:
+        """The page of the bits at this byte is out of date in the file."""
+    @property
+    def region_bytes(self) -> int: ...
+    def block_region(self, region: int | None = None) -> None:
+        """No request begins in this region (None: any may); `wake` the queues then."""
+    def is_drained(self, region: int) -> bool:
+        """Whether no request to the region is under way."""
+    def uses(self, region: int) -> int:
+        """How many requests have begun in a region; wraps around at 2**32."""
+    def evict(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """Makes the present blocks of the range absent, but for writable ones, and holds them; runs
+        as of `claim`. Its region is blocked and drained."""
+    def take_touched(self, offset: int, length: int) -> bool:
+        """Whether a request touched one of the blocks since this was asked last."""
+    def set_writable(self, offset: int, length: int, writable: bool) -> None: ...
+    def is_writable(self, offset: int, length: int) -> bool: ...
+
+@disjoint_base
 class MappedQueue(Queue):
     """A queue that serves its requests from a layout's files, by its own ring.
 
@@ -764,6 +859,9 @@ class MappedQueue(Queue):
         buffer_size: int = 524288,
         gate: Gate | None = None,
     ) -> Self: ...
+    def resolve(self, tag: int, generation: int, error: int) -> None:
+        """How a request ends that was deferred, or whether one that waits may begin: 0, or an
+        errno. [any thread]"""
     def serve_mapped(
         self,
         mapper: Mapper | None = None,

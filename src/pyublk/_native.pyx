@@ -59,6 +59,7 @@ __all__ = [
     "MappedQueue",
     "Mapper",
     "MirrorLayout",
+    "PresenceLayout",
     "Queue",
     "QueueSet",
     "Ram",
@@ -89,6 +90,7 @@ include "_native_queue.pxi"
 include "_native_async.pxi"
 include "_native_layout.pxi"
 include "_native_mirror.pxi"
+include "_native_presence.pxi"
 include "_native_mapped.pxi"
 include "_native_set.pxi"
 include "_native_control.pxi"

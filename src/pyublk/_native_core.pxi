@@ -496,6 +496,8 @@ cdef extern from "_core/layout.h" nogil:
         uint32_t nr_files
         pu_extent *extents
         uint64_t chunk
+        bint defers_flushes
+        pu_layout_kind kind
 
     int pu_layout_init(pu_layout *, pu_layout_kind, uint64_t, uint32_t, uint32_t)
     void pu_layout_destroy(pu_layout *)
@@ -523,9 +525,22 @@ cdef extern from "_core/mapped.h" nogil:
     int pu_mapped_turn(pu_mapped *, int64_t)
     int pu_mapped_plan(pu_mapped *, uint16_t, const pu_extent *, uint32_t)
 
+cdef extern from "_core/deferred.h" nogil:
+    bint pu_deferred_next(pu_mapped *, uint16_t *)
+    void pu_deferred_resolve(pu_mapped *, uint16_t, uint32_t, int)
+
+cdef extern from "_core/regions.h" nogil:
+    uint64_t PU_NO_REGION
+
+    struct pu_regions:
+        uint64_t bytes
+
+    void pu_regions_block(pu_regions *, uint64_t)
+    bint pu_regions_are_drained(const pu_regions *, uint64_t)
+    uint32_t pu_regions_begun(const pu_regions *, uint64_t)
+
 cdef extern from "_core/mirror.h" nogil:
     unsigned int PU_MAX_LEGS
-    uint64_t PU_NO_REGION
 
     enum pu_leg_state:
         PU_LEG_SYNCED
@@ -540,7 +555,7 @@ cdef extern from "_core/mirror.h" nogil:
 
     struct pu_mirror:
         pu_leg *legs
-        uint64_t region_bytes
+        pu_regions writes
 
     int pu_mirror_init(pu_mirror *, pu_layout *, int64_t)
     void pu_mirror_destroy(pu_mirror *)
@@ -552,8 +567,6 @@ cdef extern from "_core/mirror.h" nogil:
     uint32_t pu_mirror_file_generation(const pu_mirror *, uint32_t)
     uint32_t pu_mirror_orphans(const pu_mirror *, uint32_t, bint)
     void pu_mirror_replace_file(pu_mirror *, uint32_t, int, bint, bint, uint32_t)
-    void pu_mirror_block_writes(pu_mirror *, uint64_t)
-    bint pu_mirror_is_drained(const pu_mirror *, uint64_t)
 
 cdef extern from "_core/mirrored.h" nogil:
     struct pu_leg_failure:
@@ -564,3 +577,64 @@ cdef extern from "_core/mirrored.h" nogil:
     const pu_policy *pu_mirrored(pu_mirror *)
     bint pu_mirrored_next_failure(pu_mapped *, pu_leg_failure *)
     void pu_mirrored_recorded(pu_mapped *)
+
+cdef extern from "_core/presence.h" nogil:
+    uint64_t PU_PRESENCE_PAGE
+
+    struct pu_presence_counters:
+        uint64_t hits
+        uint64_t misses
+        uint64_t copy_ups
+
+    struct pu_presence:
+        const pu_presence *next
+        const pu_layout *bottom
+        uint32_t shift
+        uint64_t nr_blocks
+        bint evicts
+        uint64_t *writable
+        pu_regions regions
+
+    struct pu_presence_options:
+        uint32_t block_bytes
+        uint64_t *present
+        bint gated
+        bint evicts
+        bint writes_through
+        bint always_deferred
+
+    uint64_t pu_presence_words(uint64_t, uint32_t)
+    int pu_presence_init(pu_presence *, pu_layout *, const pu_presence_options *)
+    void pu_presence_destroy(pu_presence *)
+    bint pu_presence_has_all(const pu_presence *, uint64_t, uint64_t)
+    uint64_t pu_presence_run(const pu_presence *, uint64_t, uint64_t, bint *)
+    uint64_t pu_presence_count(const pu_presence *, uint64_t, uint64_t)
+    uint64_t pu_presence_claim(pu_presence *, uint64_t *, uint64_t, uint64_t)
+    bint pu_presence_let_go(pu_presence *, uint64_t, uint64_t, bint)
+    uint64_t pu_presence_evict(pu_presence *, uint64_t *, uint64_t)
+    void pu_presence_set_writable(pu_presence *, uint64_t, uint64_t, bint)
+    bint pu_presence_is_writable(const pu_presence *, uint64_t, uint64_t)
+    bint pu_presence_take_touched(pu_presence *, uint64_t, uint64_t)
+    void pu_presence_fail(pu_presence *, uint64_t, uint64_t, int)
+    void pu_presence_begin_sync(pu_presence *)
+    void pu_presence_end_sync(pu_presence *)
+    bint pu_presence_is_synced(const pu_presence *)
+    bint pu_presence_take_dirty(pu_presence *, uint64_t *)
+    void pu_presence_mark_dirty(pu_presence *, uint64_t)
+    void pu_presence_read_counters(const pu_presence *, pu_presence_counters *)
+
+cdef extern from "_core/present.h" nogil:
+    enum pu_wish_kind:
+        PU_WISH_FETCH
+        PU_WISH_WRITE
+
+    struct pu_wish:
+        pu_wish_kind kind
+        uint16_t tag
+        uint32_t generation
+        uint64_t first
+        uint64_t end
+
+    const pu_policy *pu_present(pu_presence *)
+    bint pu_present_next_wish(pu_mapped *, pu_wish *)
+    bint pu_present_take_wake(pu_mapped *)

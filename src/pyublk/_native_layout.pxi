@@ -10,6 +10,7 @@ cdef class Layout:
     cdef int queues     # that may come to use its files
     cdef int *numbers   # of files that were given up, to be closed when no queue is left
     cdef int nr_numbers
+    cdef object deferred  # who is told of requests that others finish
 
     def __init__(self):
         raise TypeError("use Layout.table, stripe or per_request")
@@ -35,14 +36,35 @@ cdef class Layout:
             pu_layout_set_file(&self.layout, <uint32_t>index, fd, memory, device)
         return 0
 
-    cdef int tell(self, pu_mapped *mapped, object leg_failed) except -1:
+    cdef int tell(self, Queue queue, pu_mapped *mapped, object leg_failed) except -1:
         """Tells the target what the policy of a queue has to tell."""
+        mapped.to_tell = False
+        self.tell_deferred(queue, mapped)
         return 0
 
     def protect(self, uint32_t index):
         if index >= self.layout.nr_files:
             raise ValueError(f"there is no file {index}; there are {self.layout.nr_files}")
         self.layout.files[index].read_only = True
+
+    cdef int tell_deferred(self, Queue queue, pu_mapped *mapped) except -1:
+        cdef uint16_t tag
+        cdef pu_desc *desc
+        while pu_deferred_next(mapped, &tag):
+            desc = &queue.q.desc[tag]
+            self.deferred(
+                queue, tag, pu_tag_generation(&queue.q.tags[tag]), OPS[desc.op_flags & 31],
+                pu_desc_offset(desc), <uint64_t>desc.nr_sectors << PU_SECTOR_SHIFT,
+            )
+        return 0
+
+    @property
+    def defers_flushes(self):
+        return self.layout.defers_flushes
+
+    def defer(self, told, *, bint flushes):
+        self.deferred = told
+        self.layout.defers_flushes = flushes
 
     def map_memory(self):
         pu_layout_map_memory(&self.layout)

@@ -160,8 +160,16 @@ cdef class MappedQueue(Queue):
         for i in range(there):
             mapper.map_request(self, &self.mapped, self.q.ready[i])
         if self.mapped.to_tell:
-            self.layout.tell(&self.mapped, leg_failed)
+            self.layout.tell(self, &self.mapped, leg_failed)
         return True
+
+    def resolve(self, uint16_t tag, uint32_t generation, int error):
+        """How a request ends that was deferred (0, or an errno); from any thread."""
+        if tag >= self.q.depth:
+            raise ValueError(f"there is no tag {tag}")
+        if self.is_open:
+            pu_deferred_resolve(&self.mapped, tag, generation, -error)
+            pu_queue_wake(&self.q)
 
     cdef str obstacle(self):
         return "its files' I/O did not end"

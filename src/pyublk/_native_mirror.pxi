@@ -20,7 +20,7 @@ cdef class MirrorLayout(Layout):
     def __dealloc__(self):
         pu_mirror_destroy(&self.mirror)
 
-    cdef int tell(self, pu_mapped *mapped, object leg_failed) except -1:
+    cdef int tell(self, Queue queue, pu_mapped *mapped, object leg_failed) except -1:
         cdef pu_leg_failure failure
         while pu_mirrored_next_failure(mapped, &failure):
             leg_failed(failure.leg, failure.error, failure.file_generation)
@@ -77,20 +77,20 @@ cdef class MirrorLayout(Layout):
 
     @property
     def region_bytes(self):
-        return self.mirror.region_bytes
+        return self.mirror.writes.bytes
 
     def block_writes(self, region=None):
         """No write of a mirror begins in this region (None: any may); `wake` the queues then."""
         cdef uint64_t number = PU_NO_REGION if region is None else self.checked_region(region)
-        pu_mirror_block_writes(&self.mirror, number)
+        pu_regions_block(&self.mirror.writes, number)
 
     def is_drained(self, region):
         """Whether no write to the region is under way."""
-        return pu_mirror_is_drained(&self.mirror, self.checked_region(region))
+        return pu_regions_are_drained(&self.mirror.writes, self.checked_region(region))
 
     cdef uint64_t checked_region(self, object region) except? 0:
-        if not 0 <= region < (self.layout.size + self.mirror.region_bytes - 1) // (
-            self.mirror.region_bytes
+        if not 0 <= region < (self.layout.size + self.mirror.writes.bytes - 1) // (
+            self.mirror.writes.bytes
         ):
             raise ValueError(f"there is no region {region}")
         return region

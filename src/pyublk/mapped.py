@@ -9,8 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
 
-from pyublk._native import Layout
+from pyublk._native import Layout, MappedQueue
 from pyublk.backing import Backing
+from pyublk.deferring import Deferred, Flushes
 from pyublk.files import about
 from pyublk.keeping import Ranges
 from pyublk.paths import DataPath
@@ -36,6 +37,12 @@ class MappedTarget(Target):
         only file, one ``(file, offset, length)``, or a sequence of these that add up to `length`.
         Every queue's thread calls it, so data that it changes needs a lock. An exception fails the
         request, as in other targets.
+
+    ``sync_metadata()``
+        called for each flush, on a thread of its own, when the files are synced, and before the
+        flush is answered: what it writes and syncs itself is durable after the data that it speaks
+        of. One call stands for all flushes that came before it began. If it raises an OSError, they
+        fail with that errno. Such a disk takes no FUA: the kernel sends write and flush instead.
 
     Reads and writes become reads and writes of the files, discard a hole punch, write-zeroes
     ``fallocate`` (or writing, where the file system cannot), flush ``fdatasync`` of every file,
@@ -72,6 +79,8 @@ class MappedTarget(Target):
 
     #: The `map` method of a subclass, if it has one.
     map: ClassVar[Callable[..., object] | None] = None
+    #: The `sync_metadata` method of a subclass, if it has one.
+    sync_metadata: Callable[[], None] | None = None
 
     def __init__(
         self,
@@ -101,6 +110,7 @@ class MappedTarget(Target):
         self._layout: Layout | None = None
         self._table: list[Extent] | None = None
         self._cut: set[int] = set()  # files that were, when the disk shrank
+        self._flushes: Flushes | None = None  # of sync_metadata, while the disk is served
 
     # ---- what a subclass may say ----
 
@@ -213,6 +223,9 @@ class MappedTarget(Target):
                     f"size, {self.block_size}"
                 )
             self._keep_files()
+            if self.sync_metadata is not None:
+                self._flushes = Flushes(self.sync_metadata)
+                self._layout.defer(self._defer, flushes=True)
             if self._layout.in_memory:
                 self._layout.map_memory()
         except BaseException:
@@ -308,7 +321,22 @@ class MappedTarget(Target):
         read_only = read_only or self.read_only
         return Backing.open(path, size=size, direct=self._direct, read_only=read_only)
 
+    def _defer(
+        self, queue: MappedQueue, tag: int, generation: int, op: str, offset: int, length: int
+    ) -> None:
+        """By a queue's thread: a flush whose files are synced. It raises nothing."""
+        assert self._flushes is not None
+        self._flushes.defer(Deferred(queue, tag, generation, op, offset, length))
+
+    def announces(self, method: str) -> bool:
+        if method == "write_fua" and self.sync_metadata is not None:
+            return False
+        return super().announces(method)
+
     def close(self) -> None:
+        if self._flushes is not None:
+            self._flushes.close()
+            self._flushes = None
         layout = self._layout
         late = [layout is not None and self.written_late(n) for n in range(len(self.backing))]
         if layout is not None and not layout.in_use:

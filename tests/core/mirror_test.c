@@ -349,14 +349,14 @@ static void a_gated_write_waits(void)
 	make_files();
 	make_mirror(&b.mirror, &b.layout, 0);
 	open_bench(&b, false);
-	pu_mirror_block_writes(&b.mirror, 0);
-	CHECK(pu_mirror_is_drained(&b.mirror, 0));
+	pu_regions_block(&b.mirror.writes, 0);
+	CHECK(pu_regions_are_drained(&b.mirror.writes, 0));
 	CHECK_EQUAL(pu_loopback_inject(&b.queue, 0, PU_OP_WRITE, 0, 8), 0);
 	for (int i = 0; i < 3; i++)
 		CHECK_EQUAL(pu_mapped_turn(&b.mapped, 1000000), 0);
 	CHECK_EQUAL(pu_queue_held(&b.queue), 1);
-	CHECK(pu_mirror_is_drained(&b.mirror, 0));
-	pu_mirror_block_writes(&b.mirror, PU_NO_REGION);
+	CHECK(pu_regions_are_drained(&b.mirror.writes, 0));
+	pu_regions_block(&b.mirror.writes, PU_NO_REGION);
 	while (pu_queue_held(&b.queue))
 		CHECK_EQUAL(pu_mapped_turn(&b.mapped, 1000000000), 0);
 	CHECK_EQUAL(pu_loopback_result(&b.queue, 0), 4096);
@@ -463,7 +463,7 @@ static void a_file_that_comes_back_is_charged_with_what_it_holds(void)
 	b.mapped.look_at_ns = 0;
 	turn(&b);
 	CHECK_EQUAL(pu_queue_held(&b.queue), 1);
-	CHECK(!pu_mirror_is_drained(&b.mirror, 0));
+	CHECK(!pu_regions_are_drained(&b.mirror.writes, 0));
 	give_up(&b, 1);
 	while (pu_queue_held(&b.queue))
 		turn(&b);
@@ -531,7 +531,7 @@ static void *replace_file_and_open_gate(void *context)
 
 	usleep(50000);
 	pu_mirror_replace_file(&b->mirror, 1, fds[1], false, false, 1);
-	pu_mirror_block_writes(&b->mirror, PU_NO_REGION);
+	pu_regions_block(&b->mirror.writes, PU_NO_REGION);
 	pu_queue_wake(&b->queue);
 	return NULL;
 }
@@ -544,7 +544,7 @@ static void a_write_finds_the_file_that_is_there_when_it_begins(void)
 
 	make_files();
 	open_mirror(&b);
-	pu_mirror_block_writes(&b.mirror, 0);
+	pu_regions_block(&b.mirror.writes, 0);
 	memset(pu_queue_next_buffer(&b.queue, 0), 3, PAGE);
 	CHECK_EQUAL(pu_loopback_inject(&b.queue, 0, PU_OP_WRITE, 0, PAGE >> 9), 0);
 	turn(&b);
@@ -585,15 +585,15 @@ static void a_gated_write_that_was_failed_is_not_done(void)
 	make_files();
 	open_mirror(&b);
 	fill(fds[0], 1);
-	pu_mirror_block_writes(&b.mirror, 0);
+	pu_regions_block(&b.mirror.writes, 0);
 	for (int i = 0; i < 3 * DEPTH; i++)
 		write_and_fail_it(&b, 2);
 	CHECK_EQUAL(b.mapped.nr_blocked, 1);
-	pu_mirror_block_writes(&b.mirror, PU_NO_REGION);
+	pu_regions_block(&b.mirror.writes, PU_NO_REGION);
 	turn(&b);
 	turn(&b);
 	CHECK_EQUAL(first_byte(fds[0]), 1);
-	CHECK(pu_mirror_is_drained(&b.mirror, 0));
+	CHECK(pu_regions_are_drained(&b.mirror.writes, 0));
 	memset(pu_queue_next_buffer(&b.queue, 0), 3, PAGE);
 	CHECK_EQUAL(request(&b, 0, PU_OP_WRITE, 0, PAGE), PAGE);
 	CHECK_EQUAL(first_byte(fds[0]), 3);
@@ -617,7 +617,7 @@ static void a_write_that_was_failed_while_it_waited_for_slots_is_not_done(void)
 	turn(&b);
 	turn(&b);
 	CHECK_EQUAL(first_byte(fds[0]), 1);
-	CHECK(!pu_mirror_is_drained(&b.mirror, 0)); /* some legs may have it, others not */
+	CHECK(!pu_regions_are_drained(&b.mirror.writes, 0)); /* some legs may have it, others not */
 	memset(pu_queue_next_buffer(&b.queue, 0), 3, PAGE);
 	CHECK_EQUAL(request(&b, 0, PU_OP_WRITE, 0, PAGE), PAGE);
 	CHECK_EQUAL(first_byte(fds[0]), 3);
@@ -710,10 +710,10 @@ static void two_queues_agree_on_legs(bool hangs)
 		CHECK_EQUAL(pthread_create(&threads[i], NULL, serve, &servers[i]), 0);
 	/* A copier, which blocks regions meanwhile. */
 	for (int i = 0; i < 100; i++) {
-		pu_mirror_block_writes(&mirror, 0);
-		for (int patience = 0; patience < 100 && !pu_mirror_is_drained(&mirror, 0); patience++)
+		pu_regions_block(&mirror.writes, 0);
+		for (int patience = 0; patience < 100 && !pu_regions_are_drained(&mirror.writes, 0); patience++)
 			sched_yield();
-		pu_mirror_block_writes(&mirror, PU_NO_REGION);
+		pu_regions_block(&mirror.writes, PU_NO_REGION);
 		usleep(100);
 	}
 	for (int i = 0; i < 2; i++)
@@ -721,7 +721,7 @@ static void two_queues_agree_on_legs(bool hangs)
 	CHECK_EQUAL(servers[0].failed + servers[1].failed, 0);
 	CHECK_EQUAL(pu_mirror_leg_state(&mirror, 1), PU_LEG_FAILED);
 	CHECK_EQUAL(pu_mirror_leg_bits(&mirror).in_step, 1 | 4);
-	CHECK(pu_mirror_is_drained(&mirror, 0));
+	CHECK(pu_regions_are_drained(&mirror.writes, 0));
 	pu_mirror_destroy(&mirror);
 	pu_layout_destroy(&layout);
 	if (hangs)

@@ -152,6 +152,7 @@ static enum pu_cut stripe_part(const struct pu_layout *layout, uint64_t offset, 
 		part->first = part->length;
 	part->chunk = chunk;
 	part->stride = chunk * files;
+	part->own = NULL;
 	*cut = nth + 1;
 	return *cut == files || from == last ? PU_LAST_PART : PU_PART;
 }

@@ -36,6 +36,7 @@ struct pu_layout {
 	uint64_t size;
 	struct pu_file *files;
 	uint32_t nr_files;
+	bool defers_flushes; /* somebody finishes a flush once the files are synced (deferred.h) */
 	uint32_t version; /* counts replaced files: queues that see a new one register them anew */
 	struct pu_extent *extents;
 	uint32_t nr_extents;
@@ -51,6 +52,9 @@ struct pu_part {
 	uint64_t data;	 /* where it begins in the request's data */
 	uint64_t first;	 /* bytes of the first chunk */
 	uint64_t chunk, stride;
+	uint8_t *own; /* a policy's memory, which this part reads, or (own_write) writes; NULL: it is
+		       * of the request, and does what that asks for */
+	bool own_write;
 };
 
 int pu_layout_init(struct pu_layout *layout, enum pu_layout_kind kind, uint64_t size,

@@ -11,13 +11,13 @@
 #include "answer.h"
 #include "clock.h"
 #include "copy.h"
+#include "deferred.h"
 #include "operation.h"
+#include "registering.h"
 #include "work.h"
 
 #define SLOTS_BESIDE_DEPTH 64u
 #define ZEROES_BYTES (UINT64_C(1) << 20)
-
-enum { KIND_REGISTER = PU_KIND_PART + 1, KIND_UNREGISTER };
 
 static uint32_t slots_for(const struct pu_policy *policy, uint16_t depth)
 {
@@ -69,9 +69,10 @@ int pu_mapped_open(struct pu_mapped *m, struct pu_queue *q, struct pu_layout *la
 	m->nr_slots = slots_for(policy, q->depth);
 	m->waiting = calloc(q->depth, sizeof(*m->waiting));
 	m->blocked = calloc(q->depth, sizeof(*m->blocked));
+	m->outcomes = calloc(q->depth, sizeof(*m->outcomes));
 	m->zeroes_bytes = ZEROES_BYTES;
 	m->zeroes = map_anonymous(m->zeroes_bytes, PROT_READ);
-	if (!map_works(m) || !m->waiting || !m->blocked || !m->zeroes)
+	if (!map_works(m) || !m->waiting || !m->blocked || !m->outcomes || !m->zeroes)
 		error = -ENOMEM;
 	else if (m->policy->open)
 		error = m->policy->open(m);
@@ -97,11 +98,13 @@ void pu_mapped_close(struct pu_mapped *m)
 		munmap(m->works, m->works_bytes);
 	free(m->waiting);
 	free(m->blocked);
+	free(m->outcomes);
 	m->works = NULL;
 	m->slots = NULL;
 	m->vectors = NULL;
 	m->waiting = NULL;
 	m->blocked = NULL;
+	m->outcomes = NULL;
 	m->zeroes = NULL;
 }
 
@@ -113,6 +116,7 @@ static void release(struct pu_mapped *m, uint16_t tag);
 static struct pu_slot *take_slot(struct pu_mapped *m, uint16_t tag)
 {
 	struct pu_slot *slot = &m->slots[m->free_slot];
+	struct pu_work *w = &m->works[tag];
 
 	m->free_slot = slot->next_free ? slot->next_free - 1 : m->free_slot + 1;
 	slot->busy = true;
@@ -120,10 +124,20 @@ static struct pu_slot *take_slot(struct pu_mapped *m, uint16_t tag)
 	slot->punch = false;
 	slot->done = 0;
 	slot->tag = tag;
-	slot->memory = m->works[tag].place == IN_SHARED ? pu_queue_shared(m->q, tag) :
-							 pu_queue_buffer(m->q, tag);
-	slot->generation = m->works[tag].generation;
-	m->works[tag].open++;
+	slot->generation = w->generation;
+	w->open++;
+	if (slot->part.own) {
+		slot->op = slot->part.own_write ? PU_OP_WRITE : PU_OP_READ;
+		slot->place = IN_BUFFER;
+		slot->zeroes = false;
+		slot->memory = slot->part.own;
+		return slot;
+	}
+	slot->op = (uint8_t)w->op;
+	slot->place = w->place;
+	slot->zeroes = w->by_writing;
+	slot->memory = w->place == IN_SHARED ? pu_queue_shared(m->q, tag) :
+					       pu_queue_buffer(m->q, tag);
 	return slot;
 }
 
@@ -228,41 +242,6 @@ void pu_work_proceed(struct pu_mapped *m, uint16_t tag)
 	release(m, tag);
 }
 
-static int register_buffer(struct pu_mapped *m, uint16_t tag)
-{
-	struct pu_queue *q = m->q;
-	struct pu_sqe *sqe = pu_ring_next_sqe(&q->ring);
-
-	if (!sqe)
-		return -EAGAIN;
-	sqe->opcode = PU_OPCODE_URING_CMD;
-	sqe->flags = PU_SQE_FIXED_FILE;
-	sqe->off = PU_IO_REGISTER_IO_BUF;
-	sqe->cmd[0] = q->id | (uint64_t)tag << 16;
-	sqe->cmd[1] = q->faults & PU_FAULT_REGISTER ? UINT16_MAX : tag;
-	sqe->user_data = PU_USER_DATA(KIND_REGISTER, tag);
-	q->foreign_inflight++;
-	m->works[tag].open++;
-	m->works[tag].by_hand = true;
-	return 0;
-}
-
-static void unregister_buffer(struct pu_mapped *m, uint16_t tag)
-{
-	struct pu_queue *q = m->q;
-	struct pu_sqe *sqe = pu_ring_next_sqe(&q->ring);
-
-	if (!sqe) /* the ring's end gives it back */
-		return;
-	sqe->opcode = PU_OPCODE_URING_CMD;
-	sqe->flags = PU_SQE_FIXED_FILE;
-	sqe->off = PU_IO_UNREGISTER_IO_BUF;
-	sqe->cmd[0] = q->id | (uint64_t)tag << 16;
-	sqe->cmd[1] = tag;
-	sqe->user_data = PU_USER_DATA(KIND_UNREGISTER, tag);
-	q->foreign_inflight++;
-}
-
 static enum place choose_place(const struct pu_mapped *m, const struct pu_work *w)
 {
 	const struct pu_queue *q = m->q;
@@ -296,7 +275,7 @@ static void begin(struct pu_mapped *m, uint16_t tag)
 		 (!q->auto_buffer || q->desc[tag].op_flags & PU_FLAG_NEED_REG_BUF)) {
 		if (q->auto_buffer)
 			q->counters.fallbacks++;
-		error = register_buffer(m, tag);
+		error = pu_register_buffer(m, tag);
 	}
 	if (error)
 		w->error = error;
@@ -388,7 +367,6 @@ static void start(struct pu_mapped *m, uint16_t tag)
 		.nr_mapped_parts = nr_mapped_parts,
 		.mapped_room = mapped_room,
 	};
-	w->by_writing = op == PU_OP_WRITE_ZEROES && *must_write_zeroes(m, w->flags);
 	if (op > PU_OP_DISCARD && op != PU_OP_WRITE_ZEROES) {
 		pu_queue_answer(m->q, tag, -EOPNOTSUPP);
 		return;
@@ -399,10 +377,13 @@ static void start(struct pu_mapped *m, uint16_t tag)
 		return;
 	}
 	if (m->policy->admit && !m->policy->admit(m, tag)) {
+		if (failed_from_outside(m, tag)) /* or by the policy */
+			return;
 		w->blocked = true;
 		m->blocked[m->nr_blocked++] = tag;
 		return;
 	}
+	w->by_writing = w->op == PU_OP_WRITE_ZEROES && *must_write_zeroes(m, w->flags);
 	/* After it was admitted: a file may have come meanwhile. */
 	error = take_up_files(m);
 	if (error)
@@ -430,7 +411,7 @@ void pu_work_finish(struct pu_mapped *m, uint16_t tag, int64_t result)
 	struct pu_work *w = &m->works[tag];
 
 	if (w->by_hand && !w->unregistered)
-		unregister_buffer(m, tag);
+		pu_unregister_buffer(m, tag);
 	if (m->policy->finished)
 		m->policy->finished(m, tag);
 	if (result >= 0 && w->place == IN_USER_COPY && w->op == PU_OP_READ)
@@ -459,8 +440,25 @@ static void answer(struct pu_mapped *m, uint16_t tag)
 	}
 	if (m->policy->answer)
 		m->policy->answer(m, tag);
+	else if (m->layout->defers_flushes && w->op == PU_OP_FLUSH && !w->error)
+		pu_defer(m, tag);
 	else
 		pu_work_finish(m, tag, w->error);
+}
+
+static void finish_resolved(struct pu_mapped *m)
+{
+	int result;
+
+	if (!__atomic_exchange_n(&m->resolved, false, __ATOMIC_SEQ_CST))
+		return;
+	for (uint16_t tag = 0; tag < m->q->depth; tag++) {
+		if (!m->works[tag].told || !pu_deferred_outcome(m, tag, &result))
+			continue;
+		m->works[tag].told = m->works[tag].held = false;
+		if (!failed_from_outside(m, tag))
+			pu_work_finish(m, tag, result);
+	}
 }
 
 static void release(struct pu_mapped *m, uint16_t tag)
@@ -510,7 +508,7 @@ static void complete(void *context, uint64_t user_data, int32_t result)
 		return;
 	}
 	m->q->foreign_inflight--;
-	if (user_data >> PU_KIND_SHIFT == KIND_UNREGISTER ||
+	if (user_data >> PU_KIND_SHIFT == PU_KIND_UNREGISTER ||
 	    pu_tag_state(&m->q->tags[number]) == PU_TAG_GONE)
 		return;
 	if (result < 0)
@@ -586,6 +584,7 @@ int pu_mapped_turn(struct pu_mapped *m, int64_t timeout_ns)
 		else
 			start(m, tag);
 	}
+	finish_resolved(m);
 	try_blocked(m);
 	resume_waiting(m);
 	if (m->look_every_ns)

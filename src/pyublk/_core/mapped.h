@@ -37,6 +37,9 @@ struct pu_mapped {
 	uint32_t nr_waiting;
 	uint16_t *blocked; /* tags whose request the policy does not admit yet */
 	uint32_t nr_blocked;
+	uint32_t nr_deferred; /* that nobody has been told of */
+	uint64_t *outcomes; /* for each tag, by other threads: see deferred.c */
+	bool resolved; /* there are some */
 	uint32_t version;	  /* of the layout's files, as registered */
 	bool every_file_mapped;
 	bool to_tell; /* by the policy: the turns are to be interrupted for it */

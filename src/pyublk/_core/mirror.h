@@ -10,6 +10,7 @@
 
 #include "layout.h"
 #include "policy.h"
+#include "regions.h"
 
 enum pu_leg_state {
 	PU_LEG_SYNCED, /* read and written */
@@ -39,21 +40,12 @@ struct pu_leg_bits {
 	uint16_t unused;
 };
 
-#define PU_NO_REGION UINT64_MAX
-
-/* Writes begun and ended in a region of a mirror. */
-struct pu_region {
-	uint32_t begun, ended;
-};
-
 struct pu_mirror {
 	struct pu_policy policy; /* first: who has the policy has the mirror */
 	struct pu_layout *layout;
 	struct pu_leg legs[PU_MAX_LEGS];
 	struct pu_leg_bits bits;
-	struct pu_region *regions;
-	uint64_t region_bytes;
-	uint64_t blocked_region; /* the one that is copied to another leg now: no write begins in it */
+	struct pu_regions writes; /* and discards; the blocked region is copied to another leg */
 	int64_t leg_timeout_ns; /* 0: a leg may take as long as it likes */
 };
 
@@ -105,12 +97,5 @@ void pu_mirror_replace_file(struct pu_mirror *mirror, uint32_t leg, int fd, bool
 
 /* A leg to read `offset` from, not one of `without` (bits), or -1. */
 int pu_mirror_readable(const struct pu_mirror *mirror, uint64_t offset, uint32_t without);
-
-/* A write (or discard) begins, unless it touches the blocked region (false). */
-bool pu_mirror_write_begins(struct pu_mirror *mirror, uint64_t offset, uint64_t length);
-void pu_mirror_write_ends(struct pu_mirror *mirror, uint64_t offset, uint64_t length);
-/* Keeps new writes out of a region, or of none; it may be copied once it is drained. */
-void pu_mirror_block_writes(struct pu_mirror *mirror, uint64_t region);
-bool pu_mirror_is_drained(const struct pu_mirror *mirror, uint64_t region);
 
 #endif

@@ -63,7 +63,7 @@ static bool admit(struct pu_mapped *m, uint16_t tag)
 	*l = (struct leg_work){ 0 };
 	if (w->op == PU_OP_READ || w->op == PU_OP_FLUSH)
 		return true;
-	l->counted = pu_mirror_write_begins(mirror_of(m), w->offset, w->length);
+	l->counted = pu_regions_begin(&mirror_of(m)->writes, w->offset, w->length);
 	return l->counted;
 }
 
@@ -204,7 +204,7 @@ static void finished(struct pu_mapped *m, uint16_t tag)
 	const struct pu_work *w = &m->works[tag];
 
 	if (queue_of(m)->works[tag].counted)
-		pu_mirror_write_ends(mirror_of(m), w->offset, w->length);
+		pu_regions_end(&mirror_of(m)->writes, w->offset, w->length);
 }
 
 /* ---- legs that fail or hang ---- */

@@ -15,11 +15,9 @@
 
 static void *data_address(const struct pu_mapped *m, const struct pu_slot *slot, uint64_t data)
 {
-	const struct pu_work *w = &m->works[slot->tag];
-
-	if (w->by_writing)
+	if (slot->zeroes)
 		return m->zeroes;
-	if (w->place == IN_REGISTERED)
+	if (slot->place == IN_REGISTERED)
 		return (void *)(uintptr_t)data; /* counted from the start of the request's memory */
 	return slot->memory + data;
 }
@@ -27,11 +25,10 @@ static void *data_address(const struct pu_mapped *m, const struct pu_slot *slot,
 /* The pieces of memory of what is left of a part, as many as go into one operation. */
 static uint32_t gather(struct pu_mapped *m, struct pu_slot *slot, struct iovec *vector)
 {
-	const struct pu_work *w = &m->works[slot->tag];
 	uint64_t at = slot->done, contiguous;
 	uint32_t count = 0;
 
-	if (w->by_writing) {
+	if (slot->zeroes) {
 		contiguous = slot->part.length - at;
 		if (contiguous > m->zeroes_bytes)
 			contiguous = m->zeroes_bytes;
@@ -49,9 +46,9 @@ static uint32_t gather(struct pu_mapped *m, struct pu_slot *slot, struct iovec *
 	return count;
 }
 
-static int fallocate_mode(const struct pu_work *w)
+static int fallocate_mode(const struct pu_work *w, const struct pu_slot *slot)
 {
-	if (w->op == PU_OP_DISCARD || !(w->flags & PU_FLAG_NOUNMAP))
+	if (slot->op == PU_OP_DISCARD || !(w->flags & PU_FLAG_NOUNMAP))
 		return FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
 	return FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE;
 }
@@ -69,7 +66,7 @@ static int64_t move_directly(struct pu_mapped *m, struct pu_slot *slot)
 	struct pu_queue *q = m->q;
 	uint64_t offset = slot->part.offset + slot->done, length;
 	uint64_t data = pu_part_data(&slot->part, slot->done, &length);
-	bool read = m->works[slot->tag].op == PU_OP_READ;
+	bool read = slot->op == PU_OP_READ;
 	uint8_t *buffer = slot->memory + data;
 	int64_t done;
 	int error;
@@ -98,19 +95,19 @@ static int64_t do_now(struct pu_mapped *m, struct pu_slot *slot)
 	int fd = m->layout->files[slot->part.file].fd;
 	off_t offset = (off_t)(slot->part.offset + slot->done);
 
-	if (w->op == PU_OP_FLUSH)
+	if (slot->op == PU_OP_FLUSH)
 		return or_errno(fdatasync(fd));
-	if (!pu_has_data(w->op) && !w->by_writing)
-		return or_errno(fallocate(fd, fallocate_mode(w), offset,
+	if (!pu_has_data(slot->op) && !slot->zeroes)
+		return or_errno(fallocate(fd, fallocate_mode(w, slot), offset,
 					  (off_t)slot->part.length));
 
-	if (w->place == IN_FILES)
+	if (slot->place == IN_FILES)
 		return move_directly(m, slot);
 
 	int count = (int)gather(m, slot, vector);
 	int flags = w->flags & PU_FLAG_FUA ? RWF_DSYNC : 0;
 
-	if (w->op == PU_OP_READ)
+	if (slot->op == PU_OP_READ)
 		return or_errno(count == 1 ? pread(fd, vector[0].iov_base, vector[0].iov_len, offset) :
 					     preadv(fd, vector, count, offset));
 	return or_errno(pwritev2(fd, vector, count, offset, flags));
@@ -121,8 +118,8 @@ static void fill_transfer(struct pu_mapped *m, struct pu_slot *slot, struct pu_s
 	const struct pu_work *w = &m->works[slot->tag];
 	struct iovec *vector = &m->vectors[(size_t)(slot - m->slots) * PU_VECTOR];
 	uint32_t count = gather(m, slot, vector);
-	bool read = w->op == PU_OP_READ;
-	bool fixed = w->place == IN_REGISTERED && !w->by_writing;
+	bool read = slot->op == PU_OP_READ;
+	bool fixed = slot->place == IN_REGISTERED && !slot->zeroes;
 
 	sqe->off = slot->part.offset + slot->done;
 	if (fixed)
@@ -153,12 +150,12 @@ static int submit(struct pu_mapped *m, struct pu_slot *slot)
 	sqe->flags = PU_SQE_FIXED_FILE;
 	sqe->fd = (int32_t)slot->part.file + 1;
 	sqe->user_data = PU_USER_DATA(PU_KIND_PART, slot - m->slots);
-	if (pu_has_data(w->op) || w->by_writing) {
+	if (pu_has_data(slot->op) || slot->zeroes) {
 		fill_transfer(m, slot, sqe);
-	} else if (w->op == PU_OP_FLUSH) {
+	} else if (slot->op == PU_OP_FLUSH) {
 		sqe->opcode = PU_OPCODE_FSYNC;
 		sqe->op_flags = PU_FSYNC_DATASYNC;
-	} else if (w->op == PU_OP_DISCARD && file->device && !slot->punch) {
+	} else if (slot->op == PU_OP_DISCARD && file->device && !slot->punch) {
 		sqe->opcode = PU_OPCODE_URING_CMD;
 		sqe->off = BLOCK_DISCARD;
 		sqe->addr = slot->part.offset;
@@ -167,7 +164,7 @@ static int submit(struct pu_mapped *m, struct pu_slot *slot)
 		sqe->opcode = PU_OPCODE_FALLOCATE;
 		sqe->off = slot->part.offset;
 		sqe->addr = slot->part.length;
-		sqe->len = (uint32_t)fallocate_mode(w);
+		sqe->len = (uint32_t)fallocate_mode(w, slot);
 	}
 	if (m->look_every_ns)
 		slot->begun_ns = pu_now_ns();
@@ -177,10 +174,8 @@ static int submit(struct pu_mapped *m, struct pu_slot *slot)
 
 static bool on_the_spot(const struct pu_mapped *m, const struct pu_slot *slot)
 {
-	const struct pu_work *w = &m->works[slot->tag];
-
-	return m->layout->files[slot->part.file].memory && w->place != IN_REGISTERED &&
-	       !w->by_writing;
+	return m->layout->files[slot->part.file].memory && slot->place != IN_REGISTERED &&
+	       !slot->zeroes;
 }
 
 int64_t pu_operation_begin(struct pu_mapped *m, struct pu_slot *slot)
@@ -194,20 +189,18 @@ int64_t pu_operation_begin(struct pu_mapped *m, struct pu_slot *slot)
 
 bool pu_operation_goes_on(struct pu_mapped *m, struct pu_slot *slot, int64_t *result)
 {
-	const struct pu_work *w = &m->works[slot->tag];
-
 	if (*result == -EINTR)
 		return true;
 	/* A kernel before 6.12 has no such command for devices: a hole is what they all can punch. */
-	if (w->op == PU_OP_DISCARD && !slot->punch &&
+	if (slot->op == PU_OP_DISCARD && !slot->punch &&
 	    (*result == -EOPNOTSUPP || *result == -EINVAL) &&
 	    m->layout->files[slot->part.file].device) {
 		slot->punch = true;
 		return true;
 	}
-	if (*result == -EOPNOTSUPP && w->op == PU_OP_DISCARD)
+	if (*result == -EOPNOTSUPP && slot->op == PU_OP_DISCARD)
 		*result = 0; /* a hint: the bytes stay */
-	if (*result >= 0 && (pu_has_data(w->op) || w->by_writing)) {
+	if (*result >= 0 && (pu_has_data(slot->op) || slot->zeroes)) {
 		slot->done += (uint64_t)*result;
 		if (slot->done < slot->part.length) {
 			if (*result > 0)

@@ -28,6 +28,7 @@ struct pu_work {
 	bool queued;	  /* it is in `waiting`, or was failed from outside while it was */
 	bool blocked;	  /* it is in `blocked` */
 	bool held;	  /* by the policy, which answers it later */
+	bool told;	  /* it was deferred, and somebody knows */
 	int error;
 	struct pu_extent *mapped_parts;
 	uint32_t nr_mapped_parts, mapped_room;
@@ -42,12 +43,16 @@ struct pu_slot {
 	struct pu_part part;
 	uint64_t done;
 	uint64_t asked; /* bytes of the operation under way */
-	uint8_t *memory; /* the tag's buffer when the part began: a later one may be another */
+	uint8_t *memory; /* the tag's buffer when the part began (a later one may be another), or the
+			  * policy's own */
 	int64_t begun_ns; /* when the operation was given to the ring, if the policy looks for that */
 	struct pu_slot_file file;
 	uint32_t next_free; /* 1 + its index; 0: the slot after this one. So those never used take no memory */
 	uint32_t generation;
 	uint16_t tag;
+	uint8_t op;    /* what it does: the request's, unless the part is the policy's own */
+	uint8_t place; /* where its data is, likewise */
+	bool zeroes;   /* it writes zeroes */
 	bool busy;
 	bool orphan; /* nobody waits for it any more */
 	bool punch;  /* the device did not take the discard as such */

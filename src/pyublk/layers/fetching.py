@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: MIT
+"""What lies below a presence map, of any kind, and how its blocks are fetched."""
+
+import asyncio
+import errno
+import inspect
+import logging
+import mmap
+import os
+import threading
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
+from functools import partial
+from typing import Any, Protocol
+
+from pyublk._native import PresenceLayout, become_io_flusher
+from pyublk.deferring import HANGS, Threads, errno_of
+from pyublk.layers.base import Below
+from pyublk.layers.mapfile import write_all
+from pyublk.methods import call_plain
+from pyublk.scheduling import NamedThread
+from pyublk.target import Target, kind_of
+
+log = logging.getLogger("pyublk.layers.presence")
+
+#: Bytes that are fetched at once, at most.
+PIECE = 1 << 20
+
+
+class LoopThread:
+    """An event loop on a thread of its own, which others hand coroutines to."""
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = NamedThread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        become_io_flusher()
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.close()
+
+    def start(self, coroutine: Coroutine[Any, Any, object]) -> None:
+        """Has it run, and forgets it: it deals with its own failures. [any thread]"""
+        asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def call(self, step: Callable[[], object]) -> None:
+        """Calls it there, awaits what it returns, and waits for that. [any other thread]"""
+
+        async def run() -> None:
+            outcome = step()
+            if inspect.isawaitable(outcome):
+                await outcome
+
+        asyncio.run_coroutine_threadsafe(run(), self._loop).result()
+
+    def close(self) -> None:
+        """Ends it, and cancels what still runs."""
+
+        async def end() -> None:
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._loop.stop()
+
+        self.start(end())
+        self._thread.join(HANGS)
+
+
+class OpenBelow:
+    """A target that lies below, from its opening to its closing."""
+
+    def __init__(self, target: Target) -> None:
+        """Opens it."""
+        self.target = target
+        self.loop = LoopThread("below") if kind_of(target) == "async" else None
+        try:
+            self._below = Below(target)
+            self._call(target.open)
+        except BaseException:
+            self._end_loop()
+            raise
+
+    def _call(self, step: Callable[[], object]) -> None:
+        if self.loop is None:
+            call_plain(step)
+        else:
+            self.loop.call(step)
+
+    def read(self, offset: int, buffer: memoryview) -> Awaitable[None] | None:
+        """As of `Target`; on its loop, if it has one."""
+        outcome: Awaitable[None] | None = self._below.read(offset, buffer)
+        return outcome
+
+    def read_now(self, offset: int, buffer: memoryview) -> None:
+        """The same from any thread but the loop's, which waits. Raises OSError."""
+        self._call(partial(self.read, offset, buffer))
+
+    def close(self) -> None:
+        try:
+            self._below.end_calls()
+            self._call(self.target.close)
+        finally:
+            self._end_loop()
+
+    def _end_loop(self) -> None:
+        if self.loop is not None:
+            self.loop.close()
+
+
+class Fetching(Protocol):
+    """Who says how blocks are fetched; see `PresenceLayer`."""
+
+    def fetch(self, offset: int, buffer: memoryview) -> Awaitable[None] | None: ...
+    def widen(self, offset: int, length: int) -> tuple[int, int]: ...
+    def fetched(self, offset: int, length: int) -> None: ...
+
+
+class _Wanted:
+    """Runs of blocks that somebody waits for."""
+
+    def __init__(self, count: int) -> None:
+        self.error = 0
+        self._left = count
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+
+    def ended(self, error: int) -> None:
+        with self._lock:
+            self.error = self.error or error
+            self._left -= 1
+            if not self._left:
+                self._done.set()
+
+    def wait(self) -> None:
+        self._done.wait()
+
+
+class Fetcher:
+    """Fills absent blocks of a served disk: what is fetched, and what others bring.
+
+    Each run of blocks that it is given is held (presence.h), and let go of once, whatever happens:
+    requests that wait for it find it present, or fail.
+    """
+
+    def __init__(
+        self,
+        policy: Fetching,
+        layout: PresenceLayout,
+        upper_fd: int,
+        below: OpenBelow,
+        workers: int,
+        wake: Callable[[], None],
+    ) -> None:
+        self._policy = policy
+        self._layout = layout
+        self._upper_fd = upper_fd
+        self._loop = below.loop
+        self._wake = wake
+        self._threads = Threads(workers, "fetch")
+        self._lock = threading.Lock()  # the file is open; what is counted
+        self._closed = False
+        self.fetches = self.fetch_errors = self.fetched_bytes = 0
+
+    def close(self) -> bool:
+        """Nothing is written to the file any more. Whether nothing is under way."""
+        done = self._threads.close()
+        with self._lock:
+            self._closed = True
+        return done
+
+    def want(self, layout: PresenceLayout, offset: int, length: int) -> None:
+        """By a queue's thread, which holds the blocks for this; it raises nothing."""
+        self._start(offset, length, None)
+
+    def prefetch(self, offset: int, length: int) -> None:
+        layout = self._layout
+        while not layout.is_present(offset, length):
+            runs = layout.claim(offset, length, PIECE)
+            wanted = _Wanted(len(runs))
+            for run in runs:
+                self._start(*run, wanted)
+            if runs:
+                wanted.wait()
+            else:  # somebody else is at it
+                threading.Event().wait(0.001)
+            if wanted.error:
+                raise OSError(wanted.error, os.strerror(wanted.error))
+            if self._closed:
+                raise OSError(errno.EIO, "the target is closed")
+
+    def fill(self, offset: int, data: memoryview) -> int:
+        taken = 0
+        for at, length in self._layout.claim(offset, len(data), PIECE):
+            self._put(at, data[at - offset : at - offset + length])
+            taken += length
+        return taken
+
+    # ---- one run ----
+
+    def _start(self, offset: int, length: int, wanted: _Wanted | None) -> None:
+        """It raises nothing."""
+        error = errno_of(partial(self._hand_over, offset, length, wanted), "a thread for a fetch")
+        if error:
+            self._fail(offset, length, error)
+            if wanted is not None:
+                wanted.ended(error)
+
+    def _hand_over(self, offset: int, length: int, wanted: _Wanted | None) -> None:
+        if self._loop is not None:
+            self._loop.start(self._fetch_on_loop(offset, length, wanted))
+        elif not self._threads.submit(partial(self._fetch_here, offset, length, wanted)):
+            raise OSError(errno.EIO, "the target is closed")
+
+    def _fetch_here(self, offset: int, length: int, wanted: _Wanted | None) -> None:
+        error = 0
+        for at, size in self._widened(offset, length):
+            buffer = memoryview(mmap.mmap(-1, size))
+            failure = errno_of(partial(self._policy.fetch, at, buffer), "a fetch from below")
+            error = self._ended(at, buffer, failure) or error
+        if wanted is not None:
+            wanted.ended(error)
+
+    async def _fetch_on_loop(self, offset: int, length: int, wanted: _Wanted | None) -> None:
+        error = 0
+        for at, size in self._widened(offset, length):
+            buffer = memoryview(mmap.mmap(-1, size))
+            failure = errno.EIO
+            try:
+                outcome = self._policy.fetch(at, buffer)
+                if inspect.isawaitable(outcome):
+                    await outcome
+                failure = 0
+            except OSError as raised:
+                failure = raised.errno or errno.EIO
+            except Exception:
+                log.exception("a fetch from below failed; the client gets EIO")
+            finally:  # also when it is cancelled
+                error = self._ended(at, buffer, failure) or error
+        if wanted is not None:
+            wanted.ended(error)
+
+    def _widened(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """The held blocks of the range, and those around it that are read with them, held as well;
+        in runs, the lowest first."""
+        layout = self._layout
+        runs = [(offset, length)]
+        with suppress(Exception):  # what was wanted comes anyway
+            first, wide = self._policy.widen(offset, length)
+            if (first, wide) == (offset, length):
+                return runs
+            block = layout.block_bytes
+            start = min(max(first, 0) // block * block, offset)
+            end = max(min(first + wide, layout.size), offset + length)
+            runs += layout.claim(start, offset - start, PIECE)
+            runs += layout.claim(offset + length, end - offset - length, PIECE)
+        runs.sort()
+        merged = runs[:1]
+        for at, size in runs[1:]:
+            before, had = merged[-1]
+            if before + had == at and had + size <= PIECE:
+                merged[-1] = (before, had + size)
+            else:
+                merged.append((at, size))
+        return merged
+
+    def _ended(self, offset: int, buffer: memoryview, error: int) -> int:
+        if error:
+            self._fail(offset, len(buffer), error)
+        else:
+            error = errno_of(partial(self._put, offset, buffer), "writing what was fetched")
+        with self._lock:
+            self.fetches += 1
+            self.fetch_errors += error != 0
+            self.fetched_bytes += 0 if error else len(buffer)
+        if not error:
+            errno_of(partial(self._policy.fetched, offset, len(buffer)), "fetched()")
+        return error
+
+    def _put(self, offset: int, data: memoryview) -> None:
+        """Raises OSError; then the blocks are absent still."""
+        try:
+            with self._lock:
+                if self._closed:
+                    raise OSError(errno.EIO, "the target is closed")
+                fd = os.dup(self._upper_fd)  # which may be closed meanwhile
+            try:
+                write_all(fd, data, offset)
+            finally:
+                os.close(fd)
+        except BaseException as raised:
+            number = raised.errno if isinstance(raised, OSError) else None
+            self._fail(offset, len(data), number or errno.EIO)
+            raise
+        self._layout.let_go(offset, len(data), True)
+        self._wake()
+
+    def _fail(self, offset: int, length: int, error: int) -> None:
+        self._layout.fail(offset, length, error)
+        self._layout.let_go(offset, length, False)
+        self._wake()
