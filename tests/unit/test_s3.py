@@ -3,6 +3,7 @@
 
 import errno
 import itertools
+import json
 import logging
 import random
 import threading
@@ -12,6 +13,7 @@ from typing import Any
 
 import obstore
 import pytest
+from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from object_stores import (
@@ -28,6 +30,7 @@ from object_stores import (
 )
 from obstore.store import MemoryStore
 
+from pyublk.cli import main
 from pyublk.targets import sources
 from pyublk.targets.objects import disks
 from pyublk.targets.objects.failures import Changed, Exists, Failure, Missing
@@ -119,10 +122,24 @@ def test_many_readers_of_a_chunk_fetch_it_once(store: MemoryStore) -> None:
     data = fill(1, SIZE)
     with Disk(Served(WatchedObjects(store), size=SIZE, compression="zstd")) as disk:
         disk.pwrite(data, 0)
-    target = Served(WatchedObjects(store), read_only=True)
+    target = Served(WatchedObjects(store), read_only=True, ahead=0)
     with Disk(target, max_io_size=4096, depth=32) as disk:
         assert disk.pread(2 * CHUNK, 0) == data[: 2 * CHUNK]
         assert target.status()["fetches"] == 2
+
+
+def test_sequential_reads_find_their_chunks_fetched(store: MemoryStore) -> None:
+    with Disk(Served(WatchedObjects(store), size=SIZE)) as disk:
+        disk.pwrite(fill(1, SIZE), 0)
+    target = Served(WatchedObjects(store), read_only=True, ahead=2)
+    target.open()
+    for at in range(0, CHUNK + 4096, 4096):
+        target.read(at, memoryview(bytearray(4096)))
+    while target.status()["fetches"] < 4:  # two that were read, and two ahead
+        pass
+    target.read(3 * CHUNK, memoryview(bytearray(4096)))
+    assert target.status()["bytes_fetched"] == 4 * CHUNK
+    target.close()
 
 
 def test_it_is_resized(store: MemoryStore) -> None:
@@ -739,3 +756,61 @@ def test_another_size_is_refused(store: MemoryStore) -> None:
         Disk(Served(WatchedObjects(store), size=1 << 20)),
     ):
         pass
+
+
+# ---- the command ----
+
+
+def test_the_command(moto: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*words: str, code: int = 0) -> str:
+        done = CliRunner().invoke(main, ["s3", *words])
+        assert done.exit_code == code, done.output
+        return done.output
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", moto)
+    put_bucket(moto, "shelf")
+    run("create", "shelf/a/base", "--size", "1G", "--compression", "zstd")
+    with Disk(S3("shelf/a/base")) as disk:
+        disk.pwrite(fill(1, 8192), 0)
+    run("snapshot", "shelf/a/base@one")
+    run("clone", "shelf/a/base@one", "shelf/copy")
+    (base,) = json.loads(run("list", "shelf/a", "--json"))
+    assert base == json.loads(run("info", "shelf/a/base", "--json"))
+    assert (base["size"], base["chunks"], base["snapshots"]) == (1 << 30, 1, ["one"])
+    assert [line.split() for line in run("list", "shelf").splitlines()] == [
+        ["NAME", "SIZE", "DATA", "SNAPSHOTS", "OPEN", "BY"],
+        ["a/base", "1.00GiB", "4.00MiB", "1", "-"],
+        ["copy", "1.00GiB", "4.00MiB", "0", "-"],
+    ]
+    assert "clone of:    a/base" in run("info", "shelf/copy")
+    assert json.loads(run("gc", "shelf/a/base", "--json")) == {"deleted": 0}
+    assert "has 1 clone(s): remove these first" in run("rm", "shelf/a/base", code=6)
+    run("rm", "shelf/copy")
+    run("rm", "shelf/a/base@one")
+    run("rm", "shelf/a/base")
+    assert json.loads(run("list", "shelf", "--json")) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["info", "bucket/none"], 1, "bucket/none: there is no disk 'none'"),
+        (["info", "bucket"], 2, "'bucket' is not a disk in a store: write bucket/name"),
+        (["create", "bucket/x@y", "--size", "1G"], 2, "is a snapshot, and a disk is asked for"),
+        (["create", "bucket/x", "--size", "1000"], 2, "size must be a multiple of 512 bytes"),
+        (["create", "bucket/x", "--size", "1G", "--chunk-size", "3M"], 2, "a power of two from"),
+        (["snapshot", "bucket/x"], 2, "write DISK@NAME"),
+        (["clone", "bucket/x", "other/y"], 2, "other/y is in another bucket than bucket/x"),
+        (["list", "/"], 2, "'/' is not a bucket"),
+        (["info", "gs://b/x", "--region", "r"], 2, "region and anonymous are of S3, and not of gs"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_told_in_a_sentence(
+    moto: str, monkeypatch: pytest.MonkeyPatch, words: list[str], code: int, said: str
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", moto)
+    done = CliRunner().invoke(main, ["s3", *words])
+    assert said in " ".join(done.output.split())
+    assert done.exit_code == code
+    assert "Traceback" not in done.output

@@ -33,6 +33,7 @@ _COMMANDS = {
     "metrics": ("metrics", "Tell Prometheus of all disks."),
     "trace": ("tracing", "Record the requests of a disk, and read what was recorded."),
     "resize": ("asking", "Change the size of a disk while it is used."),
+    "s3": ("objects", "Make, list, copy and remove disks in object stores."),
     "replace": ("asking", "Replace a mirror's failed leg."),
     "fault": ("faulting", "Make requests of a disk fail, wait, or go wrong."),
     "limit": ("faulting", "Limit a disk's requests and bytes a second."),

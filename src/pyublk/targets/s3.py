@@ -39,6 +39,7 @@ class S3(Target):
         buffer: bytes of new data that are kept in memory; what is more is uploaded early.
         cache: bytes of chunks to keep in memory that were read, or written.
         uploads: chunks that a flush uploads at once.
+        ahead: chunks to fetch before sequential reads come to them; at most half of the cache.
         retry_for: seconds for which a request that fails is tried again, with growing pauses.
         timeout: seconds that the store may be silent before a request counts as failed.
         block_size: the disk's logical block size in bytes.
@@ -62,6 +63,7 @@ class S3(Target):
         buffer: int = 128 << 20,
         cache: int = 64 << 20,
         uploads: int = 16,
+        ahead: int = 4,
         retry_for: float = 60.0,
         timeout: float = 30.0,
         block_size: int = 4096,
@@ -94,6 +96,7 @@ class S3(Target):
             "buffer": whole("buffer", buffer, least=0),
             "cache": whole("cache", cache, least=0),
             "uploads": whole("uploads", uploads, least=1),
+            "ahead": whole("ahead", ahead, least=0),
         }
         self._store = store
         self._volume: Volume | None = None

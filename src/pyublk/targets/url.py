@@ -28,6 +28,8 @@ log = logging.getLogger("pyublk.url")
 START = 5.0
 #: Seconds that making a connection may take.
 CONNECT = 5.0
+#: Bytes of an answer that are waited for at a time.
+PIECE = 64 << 10
 #: obstore's word for a Last-Modified that there is not.
 _NEVER = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -193,13 +195,18 @@ class Url(Target):
         try:
             answer = obstore.get(self._store, "", options=options)  # type: ignore[arg-type]
             self._check_answer(answer)
-            data = memoryview(answer.bytes())
+            came = 0
+            # Piece by piece: all in one would be put together first, which is one more copy.
+            for piece in answer.stream(min_chunk_size=PIECE):
+                end = came + len(piece)
+                if end <= length:
+                    buffer[came:end] = piece
+                came = end
         except Exception as error:
             raise self._judged(explain(error), offset, length) from None
-        if len(data) != length:
-            why = f"it answered with {len(data)} bytes of {length}"
+        if came != length:
+            why = f"it answered with {came} bytes of {length}"
             raise Failure(errno.EIO, why, passing=True)
-        buffer[:] = data
         with self._lock:
             self._bytes += length
 

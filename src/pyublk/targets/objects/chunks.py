@@ -3,6 +3,7 @@
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future
 
 from pyublk.targets.objects.codec import Codec
@@ -23,9 +24,13 @@ class Chunks:
         objects: where they are.
         manifest: whose they are.
         cache: bytes of chunks to keep; at least one chunk is.
+        ahead: called with the number of a chunk that sequential reads have come to.
     """
 
-    def __init__(self, objects: Objects, manifest: Manifest, *, cache: int) -> None:
+    def __init__(
+        self, objects: Objects, manifest: Manifest, *, cache: int, ahead: Callable[[int], None]
+    ) -> None:
+        self._ahead = ahead
         self._objects = objects
         self._manifest = manifest
         self._size = manifest.chunk_size
@@ -45,11 +50,15 @@ class Chunks:
         """The bytes of a chunk from `start` to `end`. Raises Failure."""
         path = self._manifest.chunk_path(index, entry)
         with self._lock:
-            goes_on = start == self._ends.pop(index, 0)
+            # Requests of one reader may come here out of order: nearly to the end is enough.
+            comes = start == 0 and self._ends.get(index - 1, 0) >= self._size * 3 // 4
+            goes_on = start in (0, self._ends.pop(index, None))
             self._ends[index] = end
             if len(self._ends) > _READERS:
                 self._ends.popitem(last=False)
             known = path in self._kept or path in self._coming
+        if comes:
+            self._ahead(index)
         much = end - start >= self._size // 4
         if known or goes_on or much or self._codec.compression != "none":
             return self._whole(path)[start:end]

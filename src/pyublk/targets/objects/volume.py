@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -52,6 +53,7 @@ class Volume:
         buffer: bytes of new data to keep in memory before chunks are uploaded early.
         cache: bytes of chunks that were read to keep.
         uploads: chunks that a flush uploads at once.
+        ahead: chunks to fetch before sequential reads come to them.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Volume:
         buffer: int,
         cache: int,
         uploads: int,
+        ahead: int,
     ) -> None:
         self.name = name
         self.size = manifest.size
@@ -73,11 +76,15 @@ class Volume:
         self._version = version
         self._chunk = manifest.chunk_size
         self._bound = max(buffer, 2 * manifest.chunk_size)
-        self._chunks = Chunks(objects, manifest, cache=cache)
+        self._ahead = min(ahead, cache // manifest.chunk_size // 2)
+        self._chunks = Chunks(objects, manifest, cache=cache, ahead=self._fetch_ahead)
         self._table = ChunkTable(objects, manifest)
         self._zeroes = bytes(manifest.chunk_size)
         self._pool = ThreadPoolExecutor(
             uploads, thread_name_prefix="pyublk-upload", initializer=become_io_flusher
+        )
+        self._fetchers = ThreadPoolExecutor(
+            max(1, self._ahead), thread_name_prefix="pyublk-fetch", initializer=become_io_flusher
         )
         self._flush_lock = threading.Lock()
         self._lock = threading.Condition()
@@ -120,15 +127,31 @@ class Volume:
                     newest[0].overlay(start, buffer)
                     return
                 base = self._base(index)
-            data = self._zeroes[: end - start]
             if base is not None:
-                data = self._chunks.read(base, index, start, end)  # type: ignore[assignment]
+                data = self._chunks.read(base, index, start, end)
+            else:
+                data = memoryview(self._zeroes)[: end - start]
             with self._lock:
                 if self._base(index) == base:  # else layers may have gone into another base
                     buffer[:] = data
                     for layer in self._layers(index):
                         layer.overlay(start, buffer)
                     return
+
+    def _fetch_ahead(self, index: int) -> None:
+        """Begins to fetch the chunks after this one."""
+        last = min(index + self._ahead, (self.size - 1) // self._chunk)
+        for following in range(index + 1, last + 1):
+            with suppress(RuntimeError):  # the disk is being closed
+                self._fetchers.submit(self._fetch, following)
+
+    def _fetch(self, index: int) -> None:
+        with suppress(OSError):  # whoever reads it is told
+            self._table.ensure(index)
+            with self._lock:
+                base = self._base(index)
+            if base is not None:
+                self._chunks.whole(base, index)
 
     def _layers(self, index: int) -> list[DirtyChunk]:
         """A chunk's new bytes, the oldest first. [locked]"""
@@ -407,6 +430,7 @@ class Volume:
                 with self._flush_lock:
                     self._flush(closing=True)
         finally:
+            self._fetchers.shutdown(cancel_futures=True)
             self._pool.shutdown()
 
     @property
