@@ -4,9 +4,19 @@ Everything else is in pyproject.toml."""
 import os
 from pathlib import Path
 
-from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+try:
+    from Cython.Build import cythonize
+except ImportError:
+    # A source distribution has what Cython made. In a checkout that may be older than its source.
+    if not Path("PKG-INFO").exists():
+        raise SystemExit("a checkout is built with Cython: pip install 'Cython>=3.1,<4'") from None
+    cythonize = None
+
+#: Where Cython's C goes; MANIFEST.in puts it into the source distribution.
+GENERATED = Path("generated")
 
 CORE = sorted(str(path) for path in Path("src/pyublk/_core").glob("*.c"))
 HEADERS = sorted(str(path) for path in Path("src/pyublk/_core").glob("*.h"))
@@ -14,11 +24,14 @@ INCLUDES = sorted(str(path) for path in Path("src/pyublk").glob("_native_*.pxi")
 
 compile_args = ["-std=gnu11", "-O2", "-fno-semantic-interposition", "-fvisibility=hidden"]
 link_args = ["-pthread", "-Wl,-z,now"]
-sanitize_args: list[str] = []
+helper_args: list[str] = []
 if sanitize := os.environ.get("PYUBLK_SANITIZE"):  # for example: address,undefined
-    sanitize_args = [f"-fsanitize={sanitize}"]
-    compile_args += [*sanitize_args, "-g", "-O1", "-fno-omit-frame-pointer"]
-    link_args += sanitize_args
+    compile_args += [f"-fsanitize={sanitize}", "-g", "-O1", "-fno-omit-frame-pointer"]
+    link_args += [f"-fsanitize={sanitize}"]
+if os.environ.get("PYUBLK_COVERAGE"):  # see tools/coverage
+    helper_args = ["--coverage", "-fprofile-update=atomic", "-O0"]
+    compile_args += helper_args
+    link_args += ["--coverage"]
 
 native = Extension(
     "pyublk._native",
@@ -36,8 +49,8 @@ helper = Extension(
         "src/pyublk/_core/forked.c",
     ],
     depends=[*HEADERS, *sorted(str(path) for path in Path("src/pyublk/_helper").glob("*.h"))],
-    extra_compile_args=["-std=gnu11", "-O2"],
-    extra_link_args=["-Wl,-z,now"],
+    extra_compile_args=["-std=gnu11", "-O2", *helper_args],
+    extra_link_args=["-Wl,-z,now", *helper_args],
 )
 
 
@@ -70,7 +83,13 @@ class BuildWithHelper(build_ext):
         )
 
 
+if cythonize is None:
+    native.sources[0] = str(GENERATED / Path(native.sources[0]).with_suffix(".c"))
+    extensions = [native]
+else:
+    extensions = cythonize([native], build_dir=str(GENERATED))
+
 setup(
-    ext_modules=[*cythonize([native], build_dir="build/cython"), helper],
+    ext_modules=[*extensions, helper],
     cmdclass={"build_ext": BuildWithHelper},
 )

@@ -185,7 +185,8 @@ cdef extern from "_core/rule.h" nogil:
         PU_ACT_STALE
 
     uint64_t PU_ALWAYS_FIRES
-    ctypedef bint (*pu_when)(void *, uint32_t, uint64_t, uint64_t) noexcept
+    ctypedef bint pu_bool "bool"  # C's own, where the core calls a function of ours
+    ctypedef pu_bool (*pu_when)(void *, uint32_t, uint64_t, uint64_t) noexcept
 
     struct pu_rule_spec:
         pu_action action

@@ -14,7 +14,8 @@ cdef dict ACTIONS = {
 }
 
 
-cdef bint ask_when(void *context, uint32_t op, uint64_t offset, uint64_t length) noexcept with gil:
+cdef pu_bool ask_when(void *context, uint32_t op, uint64_t offset,
+                      uint64_t length) noexcept with gil:
     when = <object>context
     try:
         return bool(when(OPS[op & 31], offset, length))

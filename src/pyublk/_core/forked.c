@@ -2,11 +2,10 @@
 #define _GNU_SOURCE
 #include "forked.h"
 
-#include <fcntl.h>
 #include <pthread.h>
 #include <stdlib.h>
-#include <sys/mman.h>
-#include <unistd.h>
+
+#include "libc.h"
 
 static int process;
 

@@ -3,13 +3,11 @@
 #include "operation.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <linux/falloc.h>
-#include <sys/uio.h>
-#include <unistd.h>
 
 #include "clock.h"
 #include "copy.h"
+#include "libc.h"
 
 #define BLOCK_DISCARD 0x1200u /* BLOCK_URING_CMD_DISCARD (Linux 6.12) */
 

@@ -3,14 +3,11 @@
 #include "ring.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include "clock.h"
 #include "forked.h"
+#include "libc.h"
 
 struct sq_offsets {
 	uint32_t head, tail, ring_mask, ring_entries, flags, dropped, array, resv1;

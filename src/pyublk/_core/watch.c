@@ -10,8 +10,8 @@
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
 #include <time.h>
-#include <unistd.h>
 
+#include "libc.h"
 #include "queue.h"
 
 unsigned int pu_watch_seconds = 2; /* so a wait of 4 s is told of within 8 */
