@@ -133,10 +133,17 @@ def choose_image(images: list[Image], kernel: str) -> Image:
 
 
 class Apt:
-    """apt with lists and caches under one directory of our own."""
+    """apt with lists and caches under one directory of our own.
 
-    def __init__(self, directory: Path, mirror: Mirror) -> None:
+    Args:
+        directory: what apt keeps is put there.
+        mirror: whose packages they are.
+        architectures: Debian's names of those to be listed; this machine's, unless said.
+    """
+
+    def __init__(self, directory: Path, mirror: Mirror, architectures: Iterable[str] = ()) -> None:
         self._directory = directory
+        self._architectures = tuple(architectures)
         for name in ("lists/partial", "cache/archives/partial"):
             (directory / name).mkdir(parents=True, exist_ok=True)
         self._mirror = mirror
@@ -173,7 +180,9 @@ class Apt:
             # As root apt would drop to a user who cannot write below a home directory.
             "APT::Sandbox::User": "root",
         }
-        return "".join(f'{name} "{value}";\n' for name, value in settings.items())
+        lines = [f'{name} "{value}";\n' for name, value in settings.items()]
+        lines += [f'APT::Architectures:: "{name}";\n' for name in self._architectures]
+        return "".join(lines)
 
     def _run(self, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -226,6 +235,24 @@ class Apt:
             )
         return images
 
+    def has(self, package: str) -> bool:
+        """Tell whether a suite has a package, such as `zstd` or `zstd:arm64`."""
+        return self._run("apt-cache", "show", "--no-all-versions", package).returncode == 0
+
+    def closure(self, packages: Iterable[str]) -> list[str]:
+        """Return packages with all that they depend on.
+
+        Raises:
+            KernelUnavailable: they cannot be had together; the message ends with apt's own words.
+        """
+        plan = self._run(
+            "apt-get", "-qq", "--simulate", "--no-install-recommends", "install", *packages
+        )
+        if plan.returncode != 0:
+            said = plan.stderr.strip().splitlines() or ["nothing"]
+            raise KernelUnavailable(f"apt cannot put {' '.join(packages)} together: {said[-1]}")
+        return re.findall(r"^Inst (\S+)", plan.stdout, re.MULTILINE)
+
     def packages(self, image: Image) -> list[str]:
         """Return the packages that together hold the kernel and its modules.
 
@@ -268,7 +295,7 @@ class Apt:
                 complaints.seek(0)
                 said = complaints.read().split("\n")
                 last = next((line for line in reversed(said) if line.strip()), "nothing")
-                raise KernelUnavailable(f"apt could not download the kernel: {last}")
+                raise KernelUnavailable(f"apt could not download {packages[0]}: {last}")
         return sorted(directory.glob("*.deb"))
 
 
