@@ -1,6 +1,7 @@
 """Builds the C core's tests plain and under each sanitizer, and runs them."""
 
 import functools
+import os
 import re
 import subprocess
 from collections.abc import Callable
@@ -27,8 +28,9 @@ LINKED = {"batch_test": WRAP, "quiesce_test": WRAP, "sweep_test": WRAP}
 
 def compiled(build: str, *arguments: str | Path, where: Path | None = None) -> None:
     command = ["cc", "-std=gnu11", "-Wall", "-Wextra", "-g", *BUILDS[build], "-I", CORE]
+    given = os.environ.get("CFLAGS", "").split()  # of `./run coverage`
     done = subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, check=False, cwd=where
+        [*command, *arguments, *given], capture_output=True, text=True, check=False, cwd=where
     )
     assert done.returncode == 0, done.stderr
 

@@ -1,0 +1,61 @@
+"""Debian's packages of any suite and machine, unpacked into directories and not installed."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from pyublk.vm import apt, kernels
+from tools.wheels.targets import MACHINES
+
+
+def _quiet(_what: str, _fraction: float | None) -> None:
+    """Report no progress."""
+
+
+class Archive:
+    """apt with the lists of all suites and machines, which are fetched when first needed.
+
+    Attributes:
+        directory: of what is kept between runs.
+    """
+
+    def __init__(self) -> None:
+        self.directory = kernels.cache_directory() / "wheels"
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._apt: apt.Apt | None = None
+
+    def _lists(self) -> apt.Apt:
+        if self._apt is None:
+            print("reading package lists", flush=True)
+            self._apt = apt.Apt(
+                self.directory / "apt",
+                apt.machine_mirror(),
+                architectures=tuple(MACHINES.values()),
+            )
+            self._apt.update()
+        return self._apt
+
+    def has(self, package: str, machine: str) -> bool:
+        return self._lists().has(f"{package}:{MACHINES[machine]}")
+
+    def unpack(
+        self, packages: Sequence[str], machine: str, root: Path, *, complete: bool = False
+    ) -> None:
+        """Unpack packages into `root`, which is there afterwards as a whole or not at all.
+
+        Args:
+            packages: their names.
+            machine: a key of `MACHINES`.
+            root: the directory to be made.
+            complete: also what they depend on, so that their programs run there.
+        """
+        names = [f"{package}:{MACHINES[machine]}" for package in packages]
+        if complete:
+            names = self._lists().closure(names)
+        with tempfile.TemporaryDirectory(dir=self.directory) as scratch:
+            fresh = Path(scratch) / "root"
+            fresh.mkdir(mode=0o755)
+            for package in self._lists().download(names, Path(scratch), _quiet):
+                apt.unpack(package, fresh)
+            root.parent.mkdir(parents=True, exist_ok=True)
+            fresh.rename(root)

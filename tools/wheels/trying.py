@@ -1,0 +1,162 @@
+"""The unit tests, on an installed wheel: without the checkout's package, and without a compiler."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tools.wheels import interpreters
+from tools.wheels.building import ROOT
+from tools.wheels.debian import Archive
+from tools.wheels.targets import Target
+
+#: Of the group `test`, what has wheels for all interpreters; other tests are skipped, and say so.
+PACKAGES = ["pytest>=9", "pytest-timeout", "pytest-rerunfailures", "hypothesis>=6", "numpy"]
+PACKAGES += ["prometheus-client"]
+#: An interpreter that this machine does not have, out of Debian's packages, with what tests call.
+DEBIAN = ["python{0}-minimal", "libpython{0}-stdlib", "util-linux", "coreutils", "dash", "procps"]
+_COMPILER = ("cc", "c89", "c99", "gcc", "g++", "c++", "clang", "ld", "as", "tcc", "zig")
+
+
+class TrialFailed(Exception):
+    """A wheel cannot be installed, or its tests fail."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How commands run with an interpreter.
+
+    Attributes:
+        command: what comes before the interpreter's arguments.
+        environment: what is set for it.
+    """
+
+    command: list[str]
+    environment: Mapping[str, str]
+
+    def run(self, *arguments: str) -> None:
+        done = subprocess.run(
+            [*self.command, *arguments],
+            cwd=ROOT,
+            env={**os.environ, **self.environment},
+            check=False,
+        )
+        if done.returncode != 0:
+            raise TrialFailed(f"{' '.join(self.command[-1:])} {' '.join(arguments[:3])} failed")
+
+
+def without_compiler(path: str, directory: Path) -> Path:
+    """Fill a directory with links to all programs of a PATH that compile nothing."""
+    directory.mkdir(parents=True)
+    for place in map(Path, path.split(os.pathsep)):
+        for program in sorted(place.iterdir()) if place.is_dir() else []:
+            words = re.split(r"[-.]", program.name)
+            link = directory / program.name
+            if not any(word in _COMPILER for word in words) and not link.is_symlink():
+                link.symlink_to(program)
+    return directory
+
+
+def _pip(*arguments: str) -> None:
+    command = [sys.executable, "-m", "pip", "install", "-q", "--only-binary", ":all:"]
+    if subprocess.run([*command, *arguments], check=False).returncode != 0:
+        raise TrialFailed(f"pip cannot install {arguments[-1]}")
+
+
+def _here(python: str, wheel: Path, work: Path) -> Trial:
+    """A new virtual environment of an interpreter of this machine."""
+    place = work / "environment"
+    subprocess.run([python, "-m", "venv", "--without-pip", place], check=True)
+    program = str(place / "bin" / "python")
+    # pip 22.3 and newer install for another interpreter.
+    command = [sys.executable, "-m", "pip", "--python", program, "install", "-q"]
+    if subprocess.run([*command, *PACKAGES, str(wheel)], check=False).returncode != 0:
+        raise TrialFailed(f"pip cannot install {wheel.name}")
+    programs = without_compiler("/usr/sbin:/usr/bin:/sbin:/bin", work / "programs")
+    return Trial([program], {"PATH": f"{place / 'bin'}:{programs}", "PYTHONPATH": ""})
+
+
+def _unpacked(target: Target, wheel: Path, work: Path, archive: Archive) -> Trial:
+    """An interpreter of Debian's, in a root directory of its own that has nothing else.
+
+    This machine's files are in it too, but only where the tests and the packages are.
+    """
+    root = archive.directory / "roots" / str(target)
+    if not root.exists():
+        packages = [name.format(target.version) for name in DEBIAN]
+        archive.unpack(packages, target.machine, root, complete=True)
+    site = work / "site"
+    platforms = [f"manylinux_2_{minor}_{target.machine}" for minor in (34, 28, 27, 17)]
+    _pip(
+        *("--target", str(site), "--python-version", target.version, "--abi", target.abi_tag),
+        *(word for platform in platforms for word in ("--platform", platform)),
+        *("--platform", target.platform_tag, *PACKAGES, str(wheel)),
+    )
+    mounts = " && ".join(
+        f"mkdir -p '{root}{place}' && mount --rbind '{place}' '{root}{place}'"
+        for place in ("/proc", "/dev", "/sys", "/tmp", str(ROOT), str(work))
+    )
+    inside = f"{mounts} && cd / && exec chroot '{root}' /usr/bin/env -C '{ROOT}' \"$@\""
+    unshare = ["unshare", "--mount"] + (["--map-root-user"] if os.geteuid() else [])
+    return Trial(
+        [*unshare, "sh", "-c", inside, "sh", f"/usr/bin/python{target.version}"],
+        {"PYTHONPATH": str(site), "PATH": "/usr/sbin:/usr/bin", "LC_ALL": "C.UTF-8"},
+    )
+
+
+def runs_here(target: Target) -> bool:
+    return target.machine == os.uname().machine and target.gil
+
+
+def try_wheel(
+    target: Target, wheel: Path, work: Path, archive: Archive, options: Sequence[str]
+) -> None:
+    """Install a wheel where nothing else is, and run the unit tests on it.
+
+    Args:
+        target: what the wheel is for.
+        wheel: the wheel.
+        work: an empty directory.
+        archive: where an interpreter is taken from that this machine does not have.
+        options: for pytest.
+
+    Raises:
+        TrialFailed: it cannot be installed, or a test failed.
+    """
+    python = interpreters.find(target.version, gil=target.gil)
+    trial = _here(python, wheel, work) if python else _unpacked(target, wheel, work, archive)
+    from_wheel = f"import pyublk; assert pyublk.__file__.startswith({str(work)!r}), pyublk"
+    trial.run("-c", from_wheel)
+    trial.run("-m", "pytest", "-p", "no:cacheprovider", "-q", "tests/unit", *options)
+
+
+def try_sdist(sdist: Path, work: Path) -> None:
+    """Install the source distribution with this machine's compiler, and without Cython.
+
+    Raises:
+        TrialFailed: it does not build, or what was built does not work.
+    """
+    place = work / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", place], check=True)
+    program = str(place / "bin" / "python")
+    pip = [sys.executable, "-m", "pip", "--python", program, "install", "-q"]
+    for words in (["setuptools>=77"], ["--no-build-isolation", str(sdist)]):
+        if subprocess.run([*pip, *words], check=False).returncode != 0:
+            raise TrialFailed(f"pip cannot install {words[-1]} without Cython")
+    trial = Trial([program], {"PYTHONPATH": "", "PATH": f"{place / 'bin'}:{os.environ['PATH']}"})
+    trial.run("-c", "import importlib.util; assert importlib.util.find_spec('Cython') is None")
+    trial.run("-c", _DISK)
+
+
+#: A disk without a kernel, written and read.
+_DISK = """
+from pyublk.targets import Ram
+from pyublk.testing import Disk
+
+with Disk(Ram(1 << 20)) as disk:
+    disk.pwrite(b"pyublk" * 4096, 4096)
+    assert disk.pread(6 * 4096, 4096) == b"pyublk" * 4096
+"""
