@@ -178,6 +178,14 @@ class Systemd:
         values = dict(line.split("=", 1) for line in found.splitlines())
         return [values[name] for name in properties]
 
+    def kill(self, *units: str) -> None:
+        """All processes of units, by SIGKILL. That systemctl meets one that is just ending is no
+        failure: its main process is gone then."""
+        before = {unit: self.show(unit, "MainPID")[0] for unit in units}
+        self.run("systemctl", "kill", "--signal=SIGKILL", *units, fails=True)
+        for unit, pid in before.items():
+            until(lambda unit=unit, pid=pid: self.show(unit, "MainPID") != [pid], PATIENCE, unit)
+
     def is_back(self, unit: str) -> None:
         """Waits until its server has been started again, once, by itself."""
 

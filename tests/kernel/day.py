@@ -273,7 +273,7 @@ def test_morning(booted: Callable[[str], Systemd]) -> None:
 def everything_is_killed(machine: Systemd) -> None:
     """All servers and helpers at once, while the disks are written."""
     since = {name: machine.show(mount(name), "ActiveEnterTimestampMonotonic") for name in NAMES}
-    machine.run("systemctl", "kill", "--signal=SIGKILL", *map(unit, NAMES))
+    machine.kill(*map(unit, NAMES))
     for name in NAMES:
         fill(machine, name, "while it was killed")
     for name in NAMES:
@@ -293,7 +293,7 @@ def memory_is_kept(machine: Systemd) -> None:
     before = hashlib.sha256(device.read_bytes()).hexdigest()
     machine.run("systemctl", "restart", unit("scratch"))
     assert hashlib.sha256(device.read_bytes()).hexdigest() == before
-    machine.run("systemctl", "kill", "--signal=SIGKILL", unit("scratch"))
+    machine.kill(unit("scratch"))
     assert hashlib.sha256(device.read_bytes()).hexdigest() == before
     machine.run("systemctl", "start", mount("scratch"))
     whole(machine, "scratch")
