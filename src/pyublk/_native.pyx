@@ -50,6 +50,7 @@ __all__ = [
     "NULL_HANDLER",
     "Buffers",
     "CharDevice",
+    "ConnectedQueue",
     "Dispatcher",
     "Gate",
     "GateRule",
@@ -92,6 +93,7 @@ include "_native_layout.pxi"
 include "_native_mirror.pxi"
 include "_native_presence.pxi"
 include "_native_mapped.pxi"
+include "_native_nbd.pxi"
 include "_native_set.pxi"
 include "_native_control.pxi"
 include "_native_targets.pxi"

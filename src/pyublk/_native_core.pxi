@@ -639,3 +639,26 @@ cdef extern from "_core/present.h" nogil:
     const pu_policy *pu_present(pu_presence *)
     bint pu_present_next_wish(pu_mapped *, pu_wish *)
     bint pu_present_take_wake(pu_mapped *)
+
+cdef extern from "_core/nbd.h" nogil:
+    uint32_t PU_NBD_MAX_LINKS
+
+    struct pu_nbd_link:
+        uint32_t pending
+        uint64_t replies
+
+    struct pu_nbd:
+        pu_nbd_link *links
+        uint64_t resent
+        bint to_tell
+
+    uint32_t pu_nbd_entries(uint32_t)
+    int pu_nbd_open(pu_nbd *, pu_queue *, uint32_t)
+    void pu_nbd_stop(pu_nbd *)
+    void pu_nbd_close(pu_nbd *)
+    int pu_nbd_turn(pu_nbd *, int64_t)
+    int pu_nbd_tell(pu_nbd *, int *)
+    void pu_nbd_attach(pu_nbd *, uint32_t, int)
+    void pu_nbd_drop(pu_nbd *, uint32_t, int)
+    void pu_nbd_release(pu_nbd *, uint32_t)
+    void pu_nbd_set_fail(pu_nbd *, bint)

@@ -9,11 +9,13 @@
 #include <poll.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #include "driver.h"
 #include "direct.h"
 #include "mirrored.h"
+#include "nbd.h"
 #include "set.h"
 #include "null.h"
 #include "ram.h"
@@ -599,6 +601,104 @@ FILES_SCENARIO(mirrors, PU_LAYOUT_MIRROR, false)
 FILES_SCENARIO(mirrors_in_memory, PU_LAYOUT_MIRROR, true)
 FILES_SCENARIO(plans, PU_LAYOUT_PER_REQUEST, false)
 
+/* ---- a server ---- */
+
+struct remote {
+	struct pu_queue q;
+	struct pu_nbd n;
+	int ends[2];
+};
+
+static void connect_remote(struct remote *r)
+{
+	CHECK_EQUAL(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, r->ends), 0);
+	pu_nbd_attach(&r->n, 0, r->ends[0]);
+}
+
+static void disconnect_remote(struct remote *r)
+{
+	close(r->ends[0]);
+	close(r->ends[1]);
+}
+
+/* Whatever is asked of the server is a read or a write of 4096 bytes, and done. */
+static void answer_remote(struct remote *r)
+{
+	static uint8_t data[4096];
+	uint8_t request[28], reply[16] = { 0x67, 0x44, 0x66, 0x98 };
+
+	while (recv(r->ends[1], request, sizeof(request), MSG_DONTWAIT) == sizeof(request)) {
+		bool writes = request[7];
+
+		if (writes && recv(r->ends[1], data, sizeof(data), MSG_DONTWAIT) != sizeof(data))
+			return;
+		memcpy(reply + 8, request + 8, 8);
+		CHECK_EQUAL(send(r->ends[1], reply, sizeof(reply), MSG_NOSIGNAL), sizeof(reply));
+		if (!writes)
+			CHECK_EQUAL(send(r->ends[1], data, sizeof(data), MSG_NOSIGNAL), sizeof(data));
+	}
+}
+
+static int serve_remote(struct remote *r)
+{
+	int error = 0, reason;
+
+	for (int i = 0; i < TURNS && pu_queue_held(&r->q) && !error; i++) {
+		error = pu_nbd_turn(&r->n, 1000000);
+		answer_remote(r);
+		while (!error && pu_nbd_tell(&r->n, &reason) >= 0) {
+			disconnect_remote(r);
+			pu_nbd_release(&r->n, 0);
+			connect_remote(r);
+		}
+	}
+	CHECK(error || !pu_queue_held(&r->q));
+	return error;
+}
+
+static int use_remote(struct remote *r)
+{
+	int error = pu_queue_fetch(&r->q);
+
+	for (int round = 0; round < 3 && !error; round++) {
+		for (uint16_t tag = 0; tag < DEPTH; tag++)
+			CHECK_EQUAL(pu_loopback_inject(&r->q, tag, tag & 1 ? PU_OP_WRITE : PU_OP_READ, 0,
+						       8), 0);
+		if (round == 1)
+			shutdown(r->ends[1], SHUT_RDWR);
+		error = serve_remote(r);
+		for (uint16_t tag = 0; tag < DEPTH && !error; tag++)
+			CHECK_EQUAL(pu_loopback_result(&r->q, tag), 4096);
+	}
+	return error;
+}
+
+static int remotes(void)
+{
+	const int none = -1;
+	struct pu_queue_options options = { .depth = DEPTH,
+					    .buffer_bytes = BUFFER,
+					    .extra_entries = pu_nbd_entries(1),
+					    .files = &none,
+					    .nr_files = 1 };
+	static struct remote r; /* outlives what cannot be ended */
+	int error = pu_queue_open(&r.q, -1, &options);
+
+	if (error)
+		return error;
+	error = pu_nbd_open(&r.n, &r.q, 1);
+	if (!error) {
+		connect_remote(&r);
+		error = use_remote(&r);
+		pu_nbd_stop(&r.n);
+		disconnect_remote(&r);
+	}
+	end_queue(&r.q, NULL);
+	if (r.n.links)
+		pu_nbd_close(&r.n);
+	return error;
+}
+
 /* ---- memory ---- */
 
 static int memory_disk(int file)
@@ -743,6 +843,7 @@ int main(void)
 	SWEEP(mirrors_in_memory);
 	SWEEP(plans);
 	SWEEP(queues_of_a_file_that_hangs);
+	SWEEP(remotes);
 	SWEEP(memory_disks);
 	SWEEP(memory_disks_in_a_file);
 	SWEEP(shared_buffers);

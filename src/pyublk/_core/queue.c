@@ -397,7 +397,7 @@ static void trim(struct pu_queue *q)
 	bool sent = !pu_ring_unsubmitted(&q->ring) && (!q->batch || pu_batch_sent(q->batch));
 
 	q->elapsed = false;
-	if (q->used || pu_queue_held(q) || q->foreign_inflight || !sent)
+	if (q->used || pu_queue_held(q) || q->foreign_inflight != q->standing || !sent)
 		set_idle_timer(q);
 	else
 		pu_buffers_trim(q->buffers);

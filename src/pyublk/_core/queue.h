@@ -82,6 +82,7 @@ struct pu_queue {
 	uint32_t posted;    /* of these, answered by other threads straight to the kernel */
 	uint32_t foreign_inflight; /* other I/O under way on the ring */
 	uint32_t orphans;   /* of that, what nobody waits for */
+	uint32_t standing;  /* and what uses no request's memory */
 	struct pu_buffers *buffers;
 	bool own_buffers;
 	size_t desc_bytes;
