@@ -31,6 +31,7 @@ in a directory also from its own line; `tests/unit/test_rooms.py` reads the map 
     target                   what a target implements
     deferring                requests that other threads finish for a queue
     mapped, zoned, sharing   the bases of mapped and zoned targets; memory shared with clients
+    connected                the base of targets whose server the queues talk to
     faults/                  rules for a disk's requests: faults, limits, the profiles of disks
     queue_servers            who serves some queues: a thread, or a loop
     engines/                 how requests reach a target: one engine for each kind

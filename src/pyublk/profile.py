@@ -9,8 +9,8 @@ from pyublk.paths import DataPath
 from pyublk.uapi import Feature
 
 Concurrency = Literal["serial", "per_queue", "parallel"]
-#: How requests reach a target: a C function, its files, plain methods, or coroutines.
-Dispatch = Literal["native", "mapped", "sync", "async"]
+#: How requests reach a target: a C function, its files, its server, plain methods, or coroutines.
+Dispatch = Literal["native", "mapped", "connected", "sync", "async"]
 
 #: The most one DISCARD or WRITE_ZEROES request covers unless the target says otherwise (bytes).
 MAX_DISCARD = 1 << 30

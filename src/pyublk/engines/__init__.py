@@ -24,6 +24,10 @@ def engine_for(target: Target) -> Engine:
         from pyublk.engines.coroutines import CoroutinesEngine
 
         return CoroutinesEngine(target)
+    if kind == "connected":
+        from pyublk.engines.connected import ConnectedEngine
+
+        return ConnectedEngine(target)
     engines: dict[str, type[Engine]] = {
         "native": NativeEngine,
         "mapped": MappedEngine,

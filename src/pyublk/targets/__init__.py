@@ -43,6 +43,8 @@ BUILT_IN: dict[str, type[Target] | str] = {
     "linear": Linear,
     "mirror": Mirror,
     "nbdkit": NBDKit,
+    "nbd": "pyublk.targets.nbd:Nbd",
+    "nbds": "pyublk.targets.nbd:Nbd",
     "null": Null,
     "ram": Ram,
     "s3": "pyublk.targets.s3:S3",
