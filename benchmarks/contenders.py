@@ -146,10 +146,11 @@ def _free_nbd() -> str:
     raise Unavailable("every nbd device is in use")
 
 
-def _nbdkit(setting: Setting, stack: ExitStack, *, plugin: list[str], name: str) -> Disk:
+def _start_nbdkit(
+    setting: Setting, stack: ExitStack, plugin: list[str], name: str
+) -> tuple[str, int]:
+    """A server: its socket and its process."""
     nbdkit = programs.find("nbdkit", "nbdkit")
-    client = programs.find("nbd-client", "nbd-client")
-    programs.load_module("nbd")
     socket = str(setting.directory / f"{name}.socket")
     server = stack.enter_context(
         subprocess.Popen(
@@ -163,10 +164,28 @@ def _nbdkit(setting: Setting, stack: ExitStack, *, plugin: list[str], name: str)
     _wait_for(socket, lambda: os.path.exists(socket) or server.poll() is not None)
     if server.poll() is not None and server.stderr is not None:
         raise Unavailable(f"nbdkit ended: {server.stderr.read().strip() or server.returncode}")
+    return socket, server.pid
+
+
+def _nbdkit(
+    setting: Setting, stack: ExitStack, *, name: str, plugin: list[str] | None = None
+) -> Disk:
+    """By the kernel's client. Without a plugin, a file in memory."""
+    client = programs.find("nbd-client", "nbd-client")
+    programs.load_module("nbd")
+    plugin = plugin or ["file", str(setting.file(f"nbdkit-{name}"))]
+    socket, server = _start_nbdkit(setting, stack, plugin, name)
     path = _free_nbd()
     programs.run(client, "-unix", socket, path, "-connections", str(setting.queues))
     _run_at_the_end(stack, client, "-d", path)
-    return Disk(path, server.pid)
+    return Disk(path, server)
+
+
+def _pyublk_nbd(setting: Setting, stack: ExitStack, *, path: str, batch: bool | None) -> Disk:
+    """By our client, the same server."""
+    name = f"pyublk-nbd-{path}-{batch}"
+    socket, _ = _start_nbdkit(setting, stack, ["file", str(setting.file(name))], name)
+    return _pyublk(setting, stack, target="nbd", path=path, batch=batch, on=socket)
 
 
 def _files(setting: Setting, name: str, count: int) -> list[str]:
@@ -334,6 +353,9 @@ def _all() -> list[Contender]:
         **_pyublks("stripe", 4),
         "pyublk-linear": partial(_pyublk, target="linear", files=4),
         "pyublk-map": partial(_pyublk, target="map", files=4),
+        "nbdkit-file": partial(_nbdkit, name="file"),
+        "pyublk-nbd": partial(_pyublk_nbd, path="auto", batch=None),
+        "pyublk-nbd-user-copy": partial(_pyublk_nbd, path="user-copy", batch=None),
         **{
             f"pyublk-disk-{path}": partial(_pyublk_on_disk, path=path)
             for path in ("copy", "zero-copy", "auto-buffer")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pyublk
-from pyublk.targets import File, Linear, Null, Ram, Stripe
+from pyublk.targets import File, Linear, Null, Ram, Stripe, resolve
 
 from . import handlers
 
@@ -25,6 +25,7 @@ TARGETS: dict[str, Callable[[int, list[Path]], pyublk.Target]] = {
     "stripe": lambda _size, files: Stripe(*files, direct=True),
     "linear": lambda _size, files: Linear(*files, direct=True),
     "map": lambda _size, files: handlers.Concatenates(files, direct=True),
+    "nbd": lambda _size, files: resolve("nbd")(f"unix:{files[0]}"),  # type: ignore[call-arg]
 }
 
 
