@@ -135,7 +135,7 @@ class _LoopThread:
     """An event loop for disks with coroutines, on a thread of its own. It holds no `Servers`."""
 
     def __init__(self, name: str, preempt: bool) -> None:
-        from pyublk.engines.coroutines import serving_loop
+        from pyublk.engines.loops import serving_loop
 
         self.loop = serving_loop()
         self._preempt = preempt

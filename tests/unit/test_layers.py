@@ -137,7 +137,7 @@ def test_a_layer_says_what_is_said_below(target: pyublk.Target) -> None:
 
 def test_whatever_a_target_may_say_passes_through(target: pyublk.Target) -> None:
     layer = pyublk.Layer(target)
-    own = {"announces", "close", "dispatch", "profile", "recoverable"}
+    own = {"announces", "close", "dispatch", "open", "profile", "recoverable"}
     with Disk(layer):
         for name in {*vars(pyublk.Target), *vars(target)} - own:
             if not name.startswith("_") and name != "status_changed":
@@ -168,15 +168,6 @@ def test_a_layer_does_what_it_defines(kind: str, tmp_path: Path) -> None:
         assert disk.pread(4096, 0) == b"kept" * 1024
         assert layer.calls == ["discard", "read"]
         assert "discard" in layer.profile().operations
-
-
-def test_a_layer_over_coroutines_has_coroutines() -> None:
-    class Plain(pyublk.Layer):
-        def read(self, offset: int, buffer: memoryview) -> None:
-            pass
-
-    with pytest.raises(pyublk.InvalidTarget, match=r"Plain mixes async methods \(write\) with"):
-        Disk(Plain(Slow()))
 
 
 def test_a_layer_changes_the_profile() -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What every engine does: check, make queues, serve them, tell what hangs, cancel."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -169,5 +169,20 @@ class Engine:
             if (method := getattr(self.target, name, None)) is not None
         }
 
+    def blocking_methods(self) -> Mapping[str, Callable[..., Any]]:
+        """The same for a layer that does not await: plain methods."""
+        return self.methods()
+
+    def open_below(self) -> Awaitable[None] | None:
+        """Opens the target for a layer above it; to be awaited, unless these methods are plain."""
+        call_plain(self.target.open)
+        return None
+
+    def close_below(self) -> Awaitable[None] | None:
+        """None of these methods is called any more: closes the target. As `open_below`."""
+        self.end_calls()
+        call_plain(self.target.close)
+        return None
+
     def end_calls(self) -> None:
-        """None of these is called any more."""
+        """Gives back what calling the methods took."""

@@ -11,13 +11,13 @@ import logging
 import selectors
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pyublk._native import Dispatcher, Handlers, Queue, become_io_flusher, name_thread
+from pyublk._native import Dispatcher, Handlers, Queue
 from pyublk.engines.base import Engine, Setup
+from pyublk.engines.loops import LoopThread, end_other_tasks, serving_loop
 from pyublk.interruptions import run_shielded
 from pyublk.queue_servers import ROUND, QueueServer, ServingTask, TagSet, refuse
 from pyublk.target import Target
@@ -228,20 +228,6 @@ class ServingLoop(QueueServer):
             self._close()
 
 
-def _begin_executor_thread() -> None:
-    become_io_flusher()
-    name_thread("ublk-executor")  # or it would have the name of the queue's thread
-
-
-def serving_loop(selector: selectors.BaseSelector | None = None) -> asyncio.AbstractEventLoop:
-    """A new event loop for handlers: what one gives to threads serves requests too."""
-    loop = asyncio.SelectorEventLoop(selector)
-    loop.set_default_executor(
-        ThreadPoolExecutor(thread_name_prefix="asyncio", initializer=_begin_executor_thread)
-    )
-    return loop
-
-
 class TargetLoop:
     """The event loop that serves an async target, or the first of several, from before the target's
     `open` until after its `close`. Both are awaited on it.
@@ -324,7 +310,7 @@ class TargetLoop:
         done[0].result()
 
     def _close_own(self) -> None:
-        self._run_on_own(_end_other_tasks())
+        self._run_on_own(end_other_tasks())
         with _logged_exits():
             self._runner.close()
 
@@ -344,18 +330,6 @@ def _logged_exits() -> Iterator[None]:
         log.error("a callback on a target's event loop raised", exc_info=error)
 
 
-async def _end_other_tasks() -> None:
-    """Cancels every other task of the running loop, and waits for their ends."""
-    tasks = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in tasks:
-        task.cancel()
-    for outcome in await asyncio.gather(*tasks, return_exceptions=True):
-        if isinstance(outcome, BaseException) and not isinstance(outcome, asyncio.CancelledError):
-            log.error(
-                "a task on a target's event loop failed as it was cancelled", exc_info=outcome
-            )
-
-
 class CoroutinesEngine(Engine):
     """Serves by methods that are coroutines, on the running event loop or on loops of its own."""
 
@@ -367,6 +341,7 @@ class CoroutinesEngine(Engine):
         self._servers: list[AsyncServer] = []
         self._first: TargetLoop | None = None
         self._selector: RingSelector | None = None
+        self._below: LoopThread | None = None
 
     def check(
         self, *, threads: int = 1, workers: int | None = None, shared_memory: bool = False
@@ -402,6 +377,32 @@ class CoroutinesEngine(Engine):
         outcome = step()
         if inspect.isawaitable(outcome):
             await outcome
+
+    # ---- below a layer ----
+
+    def blocking_methods(self) -> Mapping[str, Callable[..., Any]]:
+        below = self._below = LoopThread(f"below-{type(self.target).__name__}")
+        return {name: below.blocking(method) for name, method in self.methods().items()}
+
+    def open_below(self) -> Awaitable[None] | None:
+        if self._below is None:
+            return self.target.open()
+        self._below.begin()
+        try:
+            self._below.call(self.target.open)
+        except BaseException:
+            self._below.end()
+            raise
+        return None
+
+    def close_below(self) -> Awaitable[None] | None:
+        if self._below is None:
+            return self.target.close()
+        try:
+            self._below.call(self.target.close)
+        finally:
+            self._below.end()
+        return None
 
     # ---- serving ----
 

@@ -16,15 +16,17 @@ class Below:
 
     ``below.read(offset, buffer)``, and so on, are the methods of `Target` that it supports. They
     call its own methods, a `NativeTarget`'s function, or read and write a `MappedTarget`'s files.
-    Those of a target with coroutines must be awaited. Zoned disks, and other targets that are
-    served by `handle`, have ``below.handle(io)`` only.
+    Those of a target with coroutines must be awaited; if `blocking` is set they are plain too, and
+    wait for the coroutine, which runs on an event loop of a thread of its own. Zoned disks, and
+    other targets that are served by `handle`, have ``below.handle(io)`` only.
     """
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, *, blocking: bool = False) -> None:
         self.target = target
         self._engine = engine_for(target)
+        engine = self._engine
         #: The methods by name.
-        self.methods = self._engine.methods()
+        self.methods = engine.blocking_methods() if blocking else engine.methods()
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -35,9 +37,13 @@ class Below:
                 f"{', '.join(self.methods)}"
             ) from None
 
-    def end_calls(self) -> None:
-        """The target is about to be closed: gives back what calling it took."""
-        self._engine.end_calls()
+    def open(self) -> Awaitable[None] | None:
+        """Opens the target; to be awaited, if it gives something to await."""
+        return self._engine.open_below()
+
+    def close(self) -> Awaitable[None] | None:
+        """Closes the target, and gives back what calling it took. As `open`."""
+        return self._engine.close_below()
 
 
 class Layer(Target):
@@ -52,8 +58,11 @@ class Layer(Target):
                 self.reads += 1
                 self.below.read(offset, buffer)
 
-    Over a target with coroutines the methods must be coroutines too, which await those below. The
-    layer supports the operations of the target below, and those that it defines itself. Its
+    Over a target with coroutines the methods may be coroutines, which await those below, and run on
+    the same event loop. If they are plain, those below wait, and their coroutines run on a loop of
+    a thread of its own. `open` and `close` are those of the target below; a layer that has its own
+    calls `super().open()` first and `super().close()` last, and awaits them if it has coroutines.
+    The layer supports the operations of the target below, and those that it defines itself. Its
     `profile` and its attributes are those of the target below, unless the layer changes them. It is
     `recoverable` when it says so itself and the target below is: a layer may hold back what was
     written.
@@ -67,7 +76,9 @@ class Layer(Target):
 
     def __init__(self, below: Target) -> None:
         # Not that of Target: whatever attribute is missing here is the one below.
-        self.below = Below(below)
+        own = [found for name in METHODS if (found := getattr(type(self), name, None)) is not None]
+        plain = any(not inspect.iscoroutinefunction(method) for method in own)
+        self.below = Below(below, blocking=plain)
 
     def __getattr__(self, name: str) -> Any:
         if name == "below" or name.startswith("_"):
@@ -78,9 +89,15 @@ class Layer(Target):
             return self.below.methods[name]
         raise AttributeError(name)
 
+    def open(self) -> Awaitable[None] | None:
+        return self._finished(self.below.open())
+
     def close(self) -> Awaitable[None] | None:
-        self.below.end_calls()
-        return self.below.target.close()
+        return self._finished(self.below.close())
+
+    def _finished(self, outcome: Awaitable[None] | None) -> Awaitable[None] | None:
+        """A layer with coroutines can await what a target with plain methods has done already."""
+        return _await(outcome) if kind_of(self) == "async" else outcome
 
     def announces(self, method: str) -> bool:
         if callable(getattr(self, "handle", None)):
@@ -99,6 +116,11 @@ class Layer(Target):
             dma_alignment=None,
             recoverable=self.recoverable and below.recoverable,
         )
+
+
+async def _await(outcome: Awaitable[None] | None) -> None:
+    if outcome is not None:
+        await outcome
 
 
 def stack(target: Target) -> list[Target]:
