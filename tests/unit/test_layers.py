@@ -170,6 +170,27 @@ def test_a_layer_does_what_it_defines(kind: str, tmp_path: Path) -> None:
         assert "discard" in layer.profile().operations
 
 
+def test_what_is_written_does_not_go_past_a_layer(tmp_path: Path) -> None:
+    class Changed(pyublk.Layer):
+        def write(self, offset: int, data: memoryview) -> None:
+            self.below.write(offset, memoryview(bytes(one ^ 1 for one in data)))
+
+    class Durable(Changed):
+        def write_fua(self, offset: int, data: memoryview) -> None:
+            self.below.write_fua(offset, memoryview(bytes(one ^ 2 for one in data)))
+
+    target = File(tmp_path / "file", size=SIZE)
+    assert "write_fua" in pyublk.Layer(target).below.methods
+    with Disk(Changed(target)) as disk:
+        disk.pwrite(b"\0" * 512, 0, fua=True)
+        disk.write_zeroes(512, 512)
+        assert disk.pread(1024, 0) == b"\1" * 1024
+        assert disk.target.profile().operations == {"read", "write", "flush", "discard"}
+    with Disk(Durable(target)) as disk:
+        disk.pwrite(b"\0" * 512, 0, fua=True)
+        assert disk.pread(512, 0) == b"\2" * 512
+
+
 def test_a_layer_changes_the_profile() -> None:
     class Half(pyublk.Layer):
         def profile(self) -> pyublk.Profile:

@@ -62,7 +62,10 @@ class Layer(Target):
     the same event loop. If they are plain, those below wait, and their coroutines run on a loop of
     a thread of its own. `open` and `close` are those of the target below; a layer that has its own
     calls `super().open()` first and `super().close()` last, and awaits them if it has coroutines.
-    The layer supports the operations of the target below, and those that it defines itself. Its
+
+    A layer that defines `write`, but not `write_fua` or `write_zeroes`, has neither, whatever lies
+    below: they would go past it. Clients' requests then come as writes and flushes. Otherwise the
+    layer supports the operations of the target below, and those that it defines itself. Its
     `profile` and its attributes are those of the target below, unless the layer changes them. It is
     `recoverable` when it says so itself and the target below is: a layer may hold back what was
     written.
@@ -73,6 +76,9 @@ class Layer(Target):
 
     dispatch = None
     recoverable = False
+
+    #: Whether it has itself what those below may lose, so that it is `recoverable` without them.
+    outlives_below: bool = False
 
     def __init__(self, below: Target) -> None:
         # Not that of Target: whatever attribute is missing here is the one below.
@@ -85,6 +91,8 @@ class Layer(Target):
             raise AttributeError(name)
         if name not in METHODS:
             return getattr(self.below.target, name)
+        if name in ("write_fua", "write_zeroes") and callable(getattr(type(self), "write", None)):
+            raise AttributeError(name)  # what it does to writes must not be gone around
         if name in self.below.methods and not callable(getattr(type(self), "handle", None)):
             return self.below.methods[name]
         raise AttributeError(name)
@@ -114,7 +122,7 @@ class Layer(Target):
             # Methods are given bytes: nothing can stay where it is.
             paths=tuple(path for path in below.paths if path in Target.paths) or Target.paths,
             dma_alignment=None,
-            recoverable=self.recoverable and below.recoverable,
+            recoverable=self.recoverable and (self.outlives_below or below.recoverable),
         )
 
 
