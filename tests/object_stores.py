@@ -2,7 +2,9 @@
 """Stores for tests of disks in object stores: in memory, watched or failing; and servers."""
 
 import errno
+import hashlib
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +139,81 @@ def localbucket(folder: Path) -> Iterator[str]:
     finally:
         process.kill()
         process.wait()
+
+
+class SmallS3:
+    """A server of what a served disk asks of S3: GET with ranges, PUT with conditions. It starts at
+    once, where a whole one takes a minute to do so."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, bytes] = {}
+        self._lock = threading.Lock()
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                with owner._lock:
+                    data = owner.objects.get(self.path)
+                if data is None:
+                    owner._answer(self, 404)
+                    return
+                asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+                if asked is None:
+                    owner._answer(self, 200, data, tag=data)
+                    return
+                first, last = int(asked[1]), int(asked[2])
+                there = f"bytes {first}-{last}/{len(data)}"
+                owner._answer(self, 206, data[first : last + 1], tag=data, range=there)
+
+            def do_PUT(self) -> None:
+                data = self.rfile.read(int(self.headers["Content-Length"]))
+                with owner._lock:
+                    there = owner.objects.get(self.path)
+                    wanted = self.headers.get("If-Match")
+                    refused = (
+                        wanted is not None and (there is None or tag_of(there) != wanted)
+                    ) or (self.headers.get("If-None-Match") == "*" and there is not None)
+                    if not refused:
+                        owner.objects[self.path] = data
+                owner._answer(self, 412 if refused else 200, tag=data)
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+
+    def _answer(
+        self,
+        request: BaseHTTPRequestHandler,
+        status: int,
+        body: bytes = b"",
+        *,
+        tag: bytes | None = None,
+        range: str | None = None,
+    ) -> None:
+        request.send_response(status)
+        request.send_header("Content-Length", str(len(body)))
+        request.send_header("Last-Modified", "Sat, 28 Nov 2026 20:00:00 GMT")
+        if tag is not None:
+            request.send_header("ETag", tag_of(tag))
+        if range is not None:
+            request.send_header("Content-Range", range)
+        request.end_headers()
+        request.wfile.write(body)
+
+    def __enter__(self) -> "SmallS3":
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+def tag_of(data: bytes) -> str:
+    return f'"{hashlib.md5(data).hexdigest()}"'

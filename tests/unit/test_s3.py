@@ -391,6 +391,23 @@ def test_a_put_whose_answer_is_lost_has_landed(store: MemoryStore) -> None:
         assert content_of(store)[:12288] == b"2" * 4096 + bytes(4096) + b"3" * 4096
 
 
+def test_a_conflict_that_changed_nothing_is_no_fence(
+    objects: WatchedObjects, store: MemoryStore
+) -> None:
+    """S3 answers 409 to one of two conditional PUTs that meet, though neither may have won."""
+    with Disk(Served(objects, size=SIZE)) as disk:
+        conflicts = iter([True, True, False])
+
+        def before(put: Put) -> None:
+            if put.path == "disk/manifest" and next(conflicts, False):
+                raise Changed(errno.ESTALE, "it has changed")
+
+        objects.before = before
+        disk.pwrite(b"1" * 4096, 0)
+        disk.flush()
+        assert content_of(store)[:4096] == b"1" * 4096
+
+
 def test_a_lost_answer_at_the_start(store: MemoryStore) -> None:
     objects = WatchedObjects(store, retry_for=5)
     answers = itertools.cycle([lost, lambda put: None])
@@ -795,6 +812,8 @@ def test_the_command(moto: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ("words", "code", "said"),
     [
         (["info", "bucket/none"], 1, "bucket/none: there is no disk 'none'"),
+        (["create", "nowhere/x", "--size", "1G"], 1, "nowhere/x: there is no such bucket"),
+        (["list", "nowhere"], 1, "there is no such bucket"),
         (["info", "bucket"], 2, "'bucket' is not a disk in a store: write bucket/name"),
         (["create", "bucket/x@y", "--size", "1G"], 2, "is a snapshot, and a disk is asked for"),
         (["create", "bucket/x", "--size", "1000"], 2, "size must be a multiple of 512 bytes"),

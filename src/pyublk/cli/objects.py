@@ -107,7 +107,7 @@ def list_(place: str, as_json: bool, **server: Any) -> None:
         there = Location.parse(place.rstrip("/") + "/any")
     except ValueError:
         raise click.BadParameter(f"{place!r} is not a bucket", param_hint="'BUCKET'") from None
-    objects = _objects(there, server)
+    objects = Objects(connect(there.store, **server), place, retry_for=PATIENCE)
     prefix = there.name.removesuffix("any").rstrip("/") or None
     found = [disks.info(objects, name) for name in disks.names_below(objects, prefix)]
     if as_json:

@@ -77,6 +77,8 @@ def explain(error: Exception) -> Failure:
             return Failure(errno.EOPNOTSUPP, "the store cannot do this: " + _first_line(text))
     if status is not None:
         number, phrase = int(status[1]), status[2].strip()
+        if number == 404:  # of a list, which obstore takes for no object
+            return Missing(errno.ENOENT, "there is no such place (404)")
         why = f"the server answers {number}{f' ({phrase})' if phrase else ''}"
         return Failure(errno.EIO, why, passing=number in _PASSING)
     for pattern, why, passing in _UNANSWERED:

@@ -147,7 +147,14 @@ class Objects:
 
     def put(self, path: str, data: bytes) -> None:
         """Writes an object whose path nobody else uses."""
-        self.retrying.call(lambda: self._put(path, data, "overwrite"), path)
+        try:
+            self.retrying.call(lambda: self._put(path, data, "overwrite"), path)
+        except Missing:
+            raise self._no_bucket() from None
+
+    def _no_bucket(self) -> Missing:
+        """What it means that nothing can be written, or listed, there."""
+        return Missing(errno.ENOENT, f"{self.retrying.place}: there is no such bucket")
 
     def put_new(self, path: str, data: bytes) -> Version:
         """Writes an object that is not there. Raises Exists; perhaps only because the answer of an
@@ -182,7 +189,10 @@ class Objects:
         def step() -> list[str]:
             return list(obstore.list_with_delimiter(self._store, prefix)["common_prefixes"])
 
-        return self.retrying.call(step, prefix or "")
+        try:
+            return self.retrying.call(step, prefix or "")
+        except Missing:
+            raise self._no_bucket() from None
 
     def delete(self, paths: Iterable[str]) -> None:
         """Deletes objects; those that are gone already are fine."""
