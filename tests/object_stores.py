@@ -15,12 +15,13 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import obstore
 from obstore.store import MemoryStore, ObjectStore
+from web_server import Server
 
 from pyublk.targets.objects.failures import Failure
 from pyublk.targets.objects.store import Objects, Version
@@ -182,7 +183,7 @@ class SmallS3:
             def log_message(self, format: str, *args: object) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = Server(("127.0.0.1", 0), Handler)
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
 
     def _answer(
@@ -205,14 +206,10 @@ class SmallS3:
         request.wfile.write(body)
 
     def __enter__(self) -> "SmallS3":
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
-        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+        self._server.end()
 
 
 def tag_of(data: bytes) -> str:

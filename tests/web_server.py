@@ -7,10 +7,36 @@ import threading
 import time
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import ClassVar, Self
+from typing import Self
 
 #: What a request can be answered with instead: an HTTP status, or one of these.
 FAULTS = {"short", "cut", "reset", "late", "silent", "slow", "elsewhere"}
+
+
+class Server(ThreadingHTTPServer):
+    """Serves on a thread of its own from the start."""
+
+    daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        super().__init__(address, handler)
+        self._connections: set[socket.socket] = set()
+        self._thread = threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True)
+        self._thread.start()
+
+    def get_request(self) -> tuple[socket.socket, object]:
+        connection, address = super().get_request()
+        self._connections.add(connection)
+        return connection, address
+
+    def end(self) -> None:
+        """Ends it and all its connections, as a kill does."""
+        self.shutdown()
+        self._thread.join()
+        self.server_close()
+        for connection in self._connections:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 class WebServer:
@@ -33,7 +59,7 @@ class WebServer:
         self.headers: list[dict[str, str]] = []
         self._lock = threading.Lock()
         self._port = 0
-        self._server: ThreadingHTTPServer | None = None
+        self._server: Server | None = None
         self.released = threading.Event()
 
     @property
@@ -63,21 +89,8 @@ class WebServer:
                 except ConnectionError:
                     self.close_connection = True
 
-        class Server(ThreadingHTTPServer):
-            daemon_threads = True
-            connections: ClassVar[set[socket.socket]] = set()
-
-            def get_request(self) -> tuple[socket.socket, object]:
-                connection, address = super().get_request()
-                self.connections.add(connection)
-                return connection, address
-
-        Server.connections = set()
         self._server = Server(("127.0.0.1", self._port), Handler)
         self._port = self._server.server_port
-        threading.Thread(
-            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
-        ).start()
         return self
 
     def stop(self) -> None:
@@ -85,11 +98,7 @@ class WebServer:
         if self._server is None:
             return
         self.released.set()
-        self._server.shutdown()
-        self._server.server_close()
-        for connection in self._server.connections:  # type: ignore[attr-defined]
-            with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+        self._server.end()
         self._server = None
 
     def __enter__(self) -> Self:

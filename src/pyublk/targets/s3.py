@@ -83,14 +83,15 @@ class S3(Target):
         #: A snapshot is there again as it was. Of a disk that is written, what was not flushed is
         #: lost with its server, as by a power cut: nothing may go on as if it were there.
         self.recoverable = kept
-        self.max_stall = seconds("retry_for", retry_for, zero=True)
+        self.retry_for = seconds("retry_for", retry_for, zero=True)
+        self.max_stall = self.retry_for + seconds("timeout", timeout)
         self._create = {"chunk_size": chunk_size, "compression": compression}
         self._wanted = size
         self._connect = {
             "endpoint": endpoint,
             "region": region,
             "anonymous": anonymous,
-            "timeout": seconds("timeout", timeout),
+            "timeout": timeout,
         }
         self._room = {
             "buffer": whole("buffer", buffer, least=0),
@@ -107,7 +108,7 @@ class S3(Target):
         store = self._store
         if store is None:
             store = connect(self.location.store, **self._connect)  # type: ignore[arg-type]
-        self.serve_from(Objects(store, str(self.location), retry_for=self.max_stall))
+        self.serve_from(Objects(store, str(self.location), retry_for=self.retry_for))
 
     def serve_from(self, objects: Objects) -> None:
         """Opens the disk there."""
@@ -153,6 +154,7 @@ class S3(Target):
         finally:
             self._objects.retrying.end()
             self._volume = None
+            del self._objects  # and with it its connections
 
     @property
     def volume(self) -> Volume:

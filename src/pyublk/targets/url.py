@@ -85,15 +85,17 @@ class Url(Target):
         self.url = url
         self.pin = pin
         self.recoverable = etag is not None
-        self.max_stall = seconds("retry_for", retry_for, zero=True)
+        self.retry_for = seconds("retry_for", retry_for, zero=True)
         self._timeout = seconds("timeout", timeout)
+        self.max_stall = self.retry_for + self._timeout
         self._wanted = etag
         self._header = header
         self._ca = ca
+        self._store: HTTPStore | None = None
         self._etag: str | None = None
         self._modified: datetime | None = None
         self._length = 0
-        self._retrying = Retrying(shown(url), self.max_stall, log)
+        self._retrying = Retrying(shown(url), self.retry_for, log)
         self._lock = threading.Lock()
         self._bytes = 0
         self._told_of_change = False
@@ -103,8 +105,8 @@ class Url(Target):
     def open(self) -> None:
         self._store = self._make_store()
         self._options: dict[str, Any] = {}
-        self._retrying = Retrying(shown(self.url), self.max_stall, log)
-        found = self._retrying.call(self._look, budget=min(self.max_stall, START))
+        self._retrying = Retrying(shown(self.url), self.retry_for, log)
+        found = self._retrying.call(self._look, budget=min(self.retry_for, START))
         self._length = found["size"]
         self._etag = found["e_tag"]
         self._modified = found["last_modified"] if found["last_modified"] > _NEVER else None
@@ -124,7 +126,7 @@ class Url(Target):
             "allow_http": True,
             "connect_timeout": timedelta(seconds=min(CONNECT, self._timeout)),
             "read_timeout": timedelta(seconds=self._timeout),
-            "timeout": timedelta(seconds=max(self.max_stall, self._timeout)),
+            "timeout": timedelta(seconds=max(self.retry_for, self._timeout)),
         }
         url, headers = _without_user(self.url)
         if self._header is not None:
@@ -142,13 +144,18 @@ class Url(Target):
         except Exception as error:  # obstore's own, of many kinds
             raise ValueError(f"{shown(self.url)}: {explain(error).why}") from None
 
+    def _get(self, options: dict[str, Any]) -> "GetResult":
+        import obstore
+
+        if self._store is None:
+            raise Failure(errno.ESHUTDOWN, "the disk is closed")
+        return obstore.get(self._store, "", options=options)  # type: ignore[arg-type]
+
     def _look(self) -> Any:
         """Asks for a byte: the answer tells size and version, and whether ranges work at all. HEAD
         would tell less, and signed URLs of object stores refuse it."""
-        import obstore
-
         try:
-            answer = obstore.get(self._store, "", options={"range": (0, 1)})
+            answer = self._get({"range": (0, 1)})
             answer.bytes()
         except Exception as error:
             failure = explain(error)
@@ -177,6 +184,7 @@ class Url(Target):
 
     def close(self) -> None:
         self._retrying.end()
+        self._store = None  # and with it its connections
 
     # ---- requests ----
 
@@ -188,12 +196,9 @@ class Url(Target):
             buffer[max(length, 0) :] = bytes(len(buffer) - max(length, 0))
 
     def _fetch(self, offset: int, buffer: memoryview) -> None:
-        import obstore
-
         length = len(buffer)
-        options = {**self._options, "range": (offset, offset + length)}
         try:
-            answer = obstore.get(self._store, "", options=options)  # type: ignore[arg-type]
+            answer = self._get({**self._options, "range": (offset, offset + length)})
             self._check_answer(answer)
             came = 0
             # Piece by piece: all in one would be put together first, which is one more copy.

@@ -63,7 +63,8 @@ class Retrying:
             if not failure.passing or left <= 0 or self._ended.is_set():
                 raise self._given_up(failure, what, budget) from None
             self._failed(failure, budget)
-            self._ended.wait(min(left, random.uniform(longest / 2, longest)))
+            if self._ended.wait(min(left, random.uniform(longest / 2, longest))):
+                raise self._given_up(failure, what, budget)
             longest = min(LONGEST_PAUSE, longest * 2)
 
     def end(self) -> None:
