@@ -10,7 +10,6 @@ from pyublk.targets.file import File
 from pyublk.targets.integrity import IntegrityFile
 from pyublk.targets.linear import Linear
 from pyublk.targets.mirror import Mirror
-from pyublk.targets.nbdkit import NBDKit
 from pyublk.targets.null import Null
 from pyublk.targets.ram import Ram
 from pyublk.targets.slice import Slice
@@ -42,11 +41,12 @@ BUILT_IN: dict[str, type[Target] | str] = {
     "integrity": IntegrityFile,
     "linear": Linear,
     "mirror": Mirror,
-    "nbdkit": NBDKit,
     "nbd": "pyublk.targets.nbd:Nbd",
+    "nbdkit": "pyublk.targets.nbdkit:NBDKit",
     "nbds": "pyublk.targets.nbd:Nbd",
     "null": Null,
     "ram": Ram,
+    "rbd": "pyublk.targets.rbd:Rbd",
     "s3": "pyublk.targets.s3:S3",
     "slice": Slice,
     "stripe": Stripe,
