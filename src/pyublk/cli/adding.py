@@ -116,6 +116,8 @@ layer_options = click.option(
               help="Serve in this process until Ctrl-C, instead of in the background.")  # fmt: skip
 @click.option("--server", metavar="NAME",
               help="Serve it in the server process NAME, which disks can share.")  # fmt: skip
+@click.option("--via", type=click.Choice(["ublk", "nbd"]), default="ublk", show_default=True,
+              help="The driver: nbd is for kernels without ublk, and needs nbdkit.")  # fmt: skip
 @json_option
 def add(
     target: str | None,
@@ -125,6 +127,7 @@ def add(
     spec: Path | None,
     foreground: bool,
     server: str | None,
+    via: str,
     as_json: bool,
     **_: object,
 ) -> None:
@@ -147,6 +150,11 @@ def add(
         raise click.UsageError("--server and --foreground exclude each other")
     context = click.get_current_context()
     wanted = _wanted(context, target, arguments, options, layers, spec)
+    if via == "nbd":
+        if server is not None or foreground:
+            raise click.UsageError("--via nbd excludes --server and --foreground")
+        _add_by_nbd(wanted, as_json=as_json)
+        return
     open_controller().close()  # no driver, no rights: said before anything is started
     show = partial(_show, as_json=as_json)
     if not foreground:
@@ -159,6 +167,18 @@ def add(
     if as_json:
         print_json({"requests": served.total.requests, "seconds": round(served.seconds, 3)})
     message(_summary(served))
+
+
+def _add_by_nbd(wanted: DiskSpec, *, as_json: bool) -> None:
+    from pyublk.nbdkit import disks as nbd
+
+    with ended_as_by_ctrl_c():
+        disk = nbd.start(wanted)
+    message(f"{disk.path} is {nbd.LOST}")
+    if as_json:
+        print_json(disk.summary())
+    else:
+        click.echo(disk.path)
 
 
 def _wanted(

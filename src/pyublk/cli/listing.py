@@ -8,13 +8,15 @@ from typing import Any
 import click
 
 from pyublk import errors
-from pyublk.cli.failures import message, open_controller
+from pyublk.cli.failures import NoDriver, message, open_controller
 from pyublk.cli.output import print_json, print_table
 from pyublk.cli.parameters import DeviceId, json_option
 from pyublk.control import Controller, DeviceInfo
+from pyublk.nbdkit import disks as nbd
 from pyublk.service.inventory import DiskEntry, QueueEntry, disk
 from pyublk.service.stopping import unless_gone
 from pyublk.service.sysfs import Sysfs, whom_to_ask
+from pyublk.service.usage import uses
 from pyublk.sizes import format_size
 from pyublk.uapi import Feature
 
@@ -46,21 +48,26 @@ def list_(as_json: bool) -> None:
     Disks of other servers are listed too; the target is shown only for disks that `pyublk add`
     made.
     """
-    with open_controller() as controller:
-        source = _source(controller)
-        disks = []
-        for device in source.devices():
-            with unless_gone():
-                disks.append(disk(source, device, ask_server=as_json))
+    by_nbd = nbd.disks()
+    disks = []
+    try:
+        with open_controller() as controller:
+            source = _source(controller)
+            for device in source.devices():
+                with unless_gone():
+                    disks.append(disk(source, device, ask_server=as_json))
+    except NoDriver:
+        if not by_nbd:
+            raise
     for one in disks:
         if one.record_trouble:
             message(f"the server of {one.device.path} is not known: {one.record_trouble}")
     if as_json:
-        print_json([_summary(one) for one in disks])
-    elif disks:
+        print_json([*(_summary(one) for one in disks), *(one.summary() for one in by_nbd)])
+    elif disks or by_nbd:
         print_table(
             ["ID", "PATH", "TARGET", "SIZE", "STATE", "QUEUES", "SERVER", "USED BY"],
-            [_row(one) for one in disks],
+            [*(_row(one) for one in disks), *(_nbd_row(one) for one in by_nbd)],
         )
     else:
         message("there are no disks")
@@ -77,6 +84,32 @@ def _row(one: DiskEntry) -> list[str]:
         f"{device.queues} x {device.depth}",
         f"{one.server_name or '?'} ({device.server_pid})" if device.server_pid else "-",
         ", ".join(str(use).partition(" is ")[2] for use in one.uses) or "-",
+    ]
+
+
+def _nbd_row(one: nbd.NBDDisk) -> list[str]:
+    return [
+        one.name,
+        one.path,
+        one.plan.target,
+        format_size(one.size) if one.size else "-",
+        one.state,
+        "-",
+        f"nbdkit ({one.server.pid})",
+        ", ".join(str(use).partition(" is ")[2] for use in uses(one.name)) or "-",
+    ]
+
+
+def _nbd_lines(one: nbd.NBDDisk) -> list[tuple[str, str]]:
+    words = [one.plan.target, *one.plan.arguments]
+    words += [f"{key}={value}" for key, value in one.plan.options.items()]
+    return [
+        ("state", one.state),
+        ("size", f"{format_size(one.size)} ({one.size} bytes)" if one.size else "-"),
+        ("server", f"nbdkit, process {one.server.pid}, for the nbd driver"),
+        ("target", " ".join(words)),
+        ("log", str(one.log)),
+        *([("used by", str(use)) for use in uses(one.name)] or [("used by", "nobody")]),
     ]
 
 
@@ -99,23 +132,29 @@ def _summary(one: DiskEntry) -> dict[str, Any]:
 
 
 @click.command()
-@click.argument("ids", metavar="ID...", nargs=-1, required=True, type=DeviceId())
+@click.argument("ids", metavar="ID...", nargs=-1, required=True, type=DeviceId(nbd_allowed=True))
 @json_option
-def info(ids: tuple[int, ...], as_json: bool) -> None:
+def info(ids: tuple[int | str, ...], as_json: bool) -> None:
     """Show all details of disks: queues, flags, parameters, server, log, users, I/O so far.
 
-    ID is a number or a node such as /dev/ublkb0. With --json, prints a list.
+    ID is a number or a node such as /dev/ublkb0 or /dev/nbd0. With --json, prints a list.
     """
-    with open_controller() as controller:
-        source = _source(controller)
-        disks = [disk(source, find(source, number)) for number in ids]
+    disks: list[DiskEntry | nbd.NBDDisk] = [nbd.find(one) for one in ids if isinstance(one, str)]
+    if len(disks) < len(ids):
+        with open_controller() as controller:
+            source = _source(controller)
+            disks += [disk(source, find(source, one)) for one in ids if isinstance(one, int)]
     if as_json:
-        print_json([_details(one) for one in disks])
+        told = (one.summary() if isinstance(one, nbd.NBDDisk) else _details(one) for one in disks)
+        print_json([*told])
         return
     for place, one in enumerate(disks):
         if place:
             click.echo()
-        print_table(["DISK", one.device.path], _lines(one))
+        if isinstance(one, nbd.NBDDisk):
+            print_table(["DISK", one.path], _nbd_lines(one))
+        else:
+            print_table(["DISK", one.device.path], _lines(one))
 
 
 def _details(one: DiskEntry) -> dict[str, Any]:

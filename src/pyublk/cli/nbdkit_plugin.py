@@ -11,6 +11,7 @@ def nbdkit_plugin() -> None:
     """Print the path of the plugin by which nbdkit serves any target.
 
     \b
-    nbdkit python "$(pyublk nbdkit-plugin)" target=file arguments=disk.img
+    nbdkit python "$(pyublk nbdkit-plugin)" \\
+        target=file arguments=disk.img
     """
     click.echo(PLUGIN)

@@ -123,12 +123,14 @@ def disk_options_given(ctx: click.Context) -> DiskOptions:
 
 
 class DeviceId(click.ParamType[int | str]):
-    """A device by its id, `0`, or by a node, `/dev/ublkb0` or `ublkc0`, or a link to one."""
+    """A device by its id, `0`, or by a node, `/dev/ublkb0` or `ublkc0`, or a link to one. If
+    `nbd_allowed`, also one of the nbd driver, `nbd0` or `/dev/nbd0`, which stays a text."""
 
     name = "device"
 
-    def __init__(self, *, all_allowed: bool = False) -> None:
+    def __init__(self, *, all_allowed: bool = False, nbd_allowed: bool = False) -> None:
         self._all_allowed = all_allowed
+        self._nbd_allowed = nbd_allowed
 
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
@@ -136,6 +138,9 @@ class DeviceId(click.ParamType[int | str]):
         text = str(value)
         if self._all_allowed and text == "all":
             return text
+        nbd = re.fullmatch(r"(?:/dev/)?(nbd[0-9]{1,5})", text)
+        if self._nbd_allowed and nbd is not None:
+            return nbd[1]
         form = r"(?:(?:/dev/)?ublk[bc])?([0-9]{1,7})"
         match = re.fullmatch(form, text) or re.fullmatch(form, _node_name(text))
         if match is None:

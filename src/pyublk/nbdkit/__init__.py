@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Targets served by nbdkit: `plugin.py`, which it runs, and what that calls."""
+"""Targets served by nbdkit: `plugin.py`, which it runs, what that calls, and disks made of both."""
 
 from pathlib import Path
 

@@ -6,6 +6,7 @@ Parameters: ``target``, ``arguments`` (once for each), ``size``, ``block_size``,
 the options of the target's class; or ``spec=FILE``, a disk's description as JSON.
 """
 
+import ctypes
 import json
 import os
 import sys
@@ -94,15 +95,27 @@ def thread_model() -> int:
 def after_fork() -> None:
     """Opens the target, of which every connection has the same."""
     try:
-        serving.in_directory(_directory, _serving.open)
+        os.chdir(_directory)  # where relative paths begin, and which is not to be kept busy
+        _serving.open()
+        os.chdir("/")
+        if _parameters[0][0] == "spec":
+            _outlive_parent()
     except Exception as error:
         give_up(error)
+    block = _serving.block_sizes[0]
+    print(f"pyublk: serves {_serving.size} bytes in blocks of {block}", file=sys.stderr, flush=True)
 
 
 def cleanup() -> None:
     """Closes it."""
     if hasattr(_serving, "params"):
         _serving.close()
+
+
+def _outlive_parent() -> None:
+    """nbdkit 1.32 ends with its parent, which it looked whether it could. [main thread]"""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, 0, 0, 0, 0)
 
 
 def open(readonly: bool) -> bool:  # noqa: A001 - nbdkit's name

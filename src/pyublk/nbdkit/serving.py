@@ -4,7 +4,6 @@
 import asyncio
 import errno
 import inspect
-import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -243,13 +242,3 @@ def errno_of(error: BaseException) -> int:
     """What a client is told of an exception."""
     number = error.errno if isinstance(error, OSError) else None
     return number if number is not None and number in errno.errorcode else errno.EIO
-
-
-def in_directory(directory: str, step: Callable[[], None]) -> None:
-    """Does it where relative paths begin, and leaves no directory busy: nbdkit is at / by then."""
-    now = os.getcwd()
-    os.chdir(directory)
-    try:
-        step()
-    finally:
-        os.chdir(now)
