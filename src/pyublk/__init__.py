@@ -46,6 +46,7 @@ in a directory also from its own line; `tests/unit/test_rooms.py` reads the map 
     layers/                  targets over targets
     targets/                 the targets that ship
     testing/, vm/            disks without a kernel, power cuts; a kernel with ublk
+    overlays/                what is done to overlays that no disk uses
     service/                 daemons that serve a disk: started, recorded, found, restarted, stopped
     nbdkit/                  targets served by nbdkit, and disks by it and the nbd driver
     traces/                  what was recorded of a disk: read, summed up, exported, drawn

@@ -37,6 +37,7 @@ _COMMANDS = {
     "replace": ("asking", "Replace a mirror's failed leg."),
     "fault": ("faulting", "Make requests of a disk fail, wait, or go wrong."),
     "limit": ("faulting", "Limit a disk's requests and bytes a second."),
+    "overlay": ("overlaying", "Make overlays, and bring them together with their bases."),
     "logs": ("logs", "Print the log of a disk's server."),
     "features": ("features", "Show which features this kernel's ublk has."),
     "doctor": ("doctor", "Find out what keeps this machine from serving disks."),

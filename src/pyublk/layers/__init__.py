@@ -23,7 +23,9 @@ __all__ = [
 
 #: Classes by short name, or their places, "module:Class", which are imported when they are asked
 #: for. The first parameter of each is the target below.
-BUILT_IN: dict[str, type[Target] | str] = {}
+BUILT_IN: dict[str, type[Target] | str] = {
+    "overlay": "pyublk.layers.overlay:Overlay",
+}
 
 REGISTRY = Registry("layer", Target, "pyublk.layers", BUILT_IN)
 names = REGISTRY.names

@@ -45,6 +45,7 @@ BUILT_IN: dict[str, type[Target] | str] = {
     "nbdkit": "pyublk.targets.nbdkit:NBDKit",
     "nbds": "pyublk.targets.nbd:Nbd",
     "null": Null,
+    "overlay": "pyublk.targets.overlay:OverlayFile",
     "ram": Ram,
     "rbd": "pyublk.targets.rbd:Rbd",
     "s3": "pyublk.targets.s3:S3",
