@@ -7,6 +7,7 @@ waits for a line after each: the seconds of every start, stop and control comman
 
 import argparse
 import json
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pyublk
+from pyublk import overlays
 from pyublk.targets import File, Ram
+from pyublk.targets.overlay import OverlayFile
 
 from . import handlers
 
@@ -30,9 +33,20 @@ def _file(directory: Path, number: int) -> pyublk.Target:
     return File(place)
 
 
+def _overlay(directory: Path, number: int) -> pyublk.Target:
+    """All over one base."""
+    base = directory / "base"
+    if not base.exists():
+        base.write_bytes(random.Random(1).randbytes(SIZE))
+    place = directory / f"overlay-{number}"
+    overlays.create(place, str(base))
+    return OverlayFile(place)
+
+
 TARGETS: dict[str, Callable[[Path, int], pyublk.Target]] = {
     "ram": lambda _directory, _number: Ram(size=SIZE),
     "file": _file,
+    "overlay": _overlay,
     "methods": lambda _directory, _number: handlers.Methods(size=SIZE),
     "coroutines": lambda _directory, _number: handlers.Coroutines(size=SIZE),
 }
