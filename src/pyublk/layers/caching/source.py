@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: MIT
+"""What is below a cache: opened when it is first needed, and called from any thread."""
+
+import errno
+import inspect
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
+from typing import Any
+
+from pyublk.layers.base import Below
+from pyublk.layers.caching.identity import PROPERTIES
+from pyublk.scheduling import NamedThread
+from pyublk.target import Target, kind_of
+
+log = logging.getLogger("pyublk.cache")
+
+#: Seconds between two attempts to open it: the first, and the longest.
+FIRST_DELAY = 0.1
+LONGEST_DELAY = 5.0
+
+
+class Changed(ValueError):
+    """The source is not the one whose bytes the cache has."""
+
+
+class Source(Target):
+    """A target of any kind, as one with plain methods that any thread may call at any time.
+
+    It is opened by `reach`, or by the first call that needs it. While that fails, calls wait for
+    another attempt, for at most `patience` seconds, and then fail with its errno. `check` looks at
+    it when it is open; when that raises `Changed`, every call fails with EIO from then on.
+
+    Args:
+        target: the one below.
+        check: called with the target open, before the first byte is taken from it.
+        patience: seconds.
+    """
+
+    concurrency = "parallel"
+
+    def __init__(
+        self, target: Target, *, check: Callable[[Target], None], patience: float = 10.0
+    ) -> None:
+        super().__init__(size=0)
+        self.target = target
+        self._check = check
+        self._patience = patience
+        self._lock = threading.Lock()  # for who opens it, or closes it
+        self._below: Below | None = None
+        self._loop: _Loop | None = None
+        self._one_at_a_time: Any = nullcontext()
+        self._refused: Changed | None = None
+        self._delay = 0.0
+        self._next_attempt = 0.0
+        self._failure: OSError | None = None
+        self._closing = threading.Event()
+
+    # ---- opening ----
+
+    def open(self) -> None:
+        """It may be used again. What is below is not opened yet."""
+        self._closing.clear()
+        self._refused = self._failure = None
+        self._delay = self._next_attempt = 0.0
+
+    def be(self, properties: Mapping[str, Any]) -> None:
+        """Has these properties (`described`), whether it is open or not."""
+        for name in PROPERTIES:
+            setattr(self, name, properties[name])
+
+    @property
+    def is_reached(self) -> bool:
+        """Whether it is open."""
+        return self._below is not None
+
+    def trouble(self) -> str | None:
+        """Why it cannot be reached, as of the last attempt."""
+        found = self._refused or self._failure
+        return None if found is None else str(found)
+
+    def reach(self, *, patience: float | None = None) -> Below:
+        """Opens it unless it is open. Raises OSError when that fails for so long, and Changed."""
+        until = time.monotonic() + (self._patience if patience is None else patience)
+        while True:
+            if (below := self._below) is not None:
+                return below
+            with self._lock:
+                if (below := self._below) is not None:
+                    return below
+                if self._refused is not None:
+                    raise self._refused
+                due = time.monotonic() >= self._next_attempt
+                if due and (below := self._attempt()) is not None:
+                    return below
+                failure, wait = self._failure, self._next_attempt - time.monotonic()
+            assert failure is not None
+            if time.monotonic() + wait > until or self._closing.wait(max(0.0, wait)):
+                raise failure
+
+    def _attempt(self) -> Below | None:
+        try:
+            self._below = self._opened()
+        except Changed as error:
+            self._refused = error
+            log.error("%s", error)
+            raise
+        except OSError as error:
+            self._failed(error)
+            return None
+        except Exception as error:
+            log.exception("the source of a cache cannot be opened")
+            self._failed(OSError(errno.EIO, f"it cannot be opened: {error}"))
+            return None
+        if self._failure is not None:
+            log.info("the source of the cache is reached again")
+        self._failure, self._delay = None, 0.0
+        return self._below
+
+    def _failed(self, error: OSError) -> None:
+        if self._failure is None or str(self._failure) != str(error):
+            log.warning("the source of a cache cannot be reached: %s", error)
+        self._failure = error
+        self._delay = min(LONGEST_DELAY, max(FIRST_DELAY, 2 * self._delay))
+        self._next_attempt = time.monotonic() + self._delay
+
+    def _opened(self) -> Below:
+        if kind_of(self.target) == "async" and self._loop is None:
+            self._loop = _Loop()
+        self._call(self.target.open)
+        try:
+            self._check(self.target)
+            concurrency = self.target.profile().concurrency
+            parallel = concurrency == "parallel" or self._loop is not None
+            self._one_at_a_time = nullcontext() if parallel else threading.Lock()
+            return Below(self.target)
+        except BaseException:
+            with suppress(Exception):
+                self._call(self.target.close)
+            raise
+
+    def close(self) -> None:
+        """Calls that wait fail; what is below is closed."""
+        self._closing.set()
+        with self._lock:
+            below, self._below = self._below, None
+            try:
+                if below is not None:
+                    below.end_calls()
+                    self._call(self.target.close)
+            finally:
+                if self._loop is not None:
+                    self._loop.close()
+                    self._loop = None
+
+    # ---- calling ----
+
+    def read(self, offset: int, buffer: memoryview) -> None:
+        self._request("read", offset, buffer)
+
+    def write(self, offset: int, data: memoryview) -> None:
+        self._request("write", offset, data)
+
+    def write_zeroes(self, offset: int, length: int) -> None:
+        """Makes these bytes zero, by whatever the target has for that."""
+        if "write_zeroes" in self.reach().methods:
+            self._request("write_zeroes", offset, length, True)
+        else:
+            self._request("write", offset, memoryview(bytes(length)))
+
+    def flush(self) -> None:
+        """What was written is durable; a target that has no `flush` says that it is anyway."""
+        if "flush" in self.reach().methods:
+            self._request("flush")
+
+    def _request(self, name: str, *arguments: Any) -> None:
+        try:
+            method = self.reach().methods[name]
+        except Changed as error:
+            raise OSError(errno.EIO, str(error)) from None
+        except KeyError:
+            raise OSError(errno.EOPNOTSUPP, f"{type(self.target).__name__} has no {name}") from None
+        try:
+            with self._one_at_a_time:
+                outcome = self._call(method, *arguments)
+        except OSError:
+            raise
+        except Exception as error:
+            log.exception("%s.%s failed", type(self.target).__name__, name)
+            raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
+        if outcome is not None:
+            raise OSError(
+                errno.EIO,
+                f"{type(self.target).__name__}.{name} returned {outcome!r}: it must do the whole "
+                "request and return None",
+            )
+
+    def _call(self, method: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls it; on the loop of this source if it is a coroutine."""
+        if inspect.iscoroutinefunction(method):
+            return self._on_loop(method(*arguments))
+        outcome = method(*arguments)
+        return self._on_loop(outcome) if inspect.isawaitable(outcome) else outcome
+
+    def _on_loop(self, awaitable: Any) -> Any:
+        if self._loop is None:  # of a plain target whose `open` is a coroutine
+            self._loop = _Loop()
+        return self._loop.run(awaitable)
+
+
+class _Loop:
+    """An event loop on a thread of its own."""
+
+    def __init__(self) -> None:
+        import asyncio  # half of what importing pyublk would cost
+
+        self._loop = asyncio.new_event_loop()
+        self._thread = NamedThread(target=self._loop.run_forever, name="cache-loop", daemon=True)
+        self._thread.start()
+
+    def run(self, awaitable: Any) -> Any:
+        import asyncio
+
+        async def whole() -> Any:
+            return await awaitable
+
+        return asyncio.run_coroutine_threadsafe(whole(), self._loop).result()
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+        if not self._thread.is_alive():
+            self._loop.close()
