@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pyublk
@@ -172,6 +172,7 @@ class TestDirtyBlocks:
         dirty.end(below=True)
         assert dirty.runs(REGION) == [(BLOCK, BLOCK)]
 
+    @settings(max_examples=50, deadline=None)
     @given(st.lists(st.tuples(st.sampled_from("abe"), st.integers(0, 60), st.integers(1, 30))))
     def test_as_sets_of_blocks(self, steps: list[tuple[str, int, int]]) -> None:
         dirty = DirtyBlocks(BLOCK, REGION)

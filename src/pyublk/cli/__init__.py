@@ -38,6 +38,7 @@ _COMMANDS = {
     "fault": ("faulting", "Make requests of a disk fail, wait, or go wrong."),
     "limit": ("faulting", "Limit a disk's requests and bytes a second."),
     "overlay": ("overlaying", "Make overlays, and bring them together with their bases."),
+    "cache": ("caching", "Drain a disk's cache, or make it forget what it has."),
     "logs": ("logs", "Print the log of a disk's server."),
     "features": ("features", "Show which features this kernel's ublk has."),
     "doctor": ("doctor", "Find out what keeps this machine from serving disks."),

@@ -25,6 +25,7 @@ __all__ = [
 #: for. The first parameter of each is the target below.
 BUILT_IN: dict[str, type[Target] | str] = {
     "overlay": "pyublk.layers.overlay:Overlay",
+    "cache": "pyublk.layers.cache:Cache",
 }
 
 REGISTRY = Registry("layer", Target, "pyublk.layers", BUILT_IN)

@@ -216,6 +216,24 @@ def limit(
     return _rules_of(disk)
 
 
+@request
+def cache(disk: ServedDisk, action: str = "info") -> dict[str, Any]:
+    """`Cache.drain` or `Cache.invalidate` of the disk's cache, or nothing (`info`). Returns the
+    status of the cache."""
+    from pyublk.layers.cache import Cache  # few disks have one
+
+    found: Any = disk.device.target
+    while not isinstance(found, Cache):
+        if (found := getattr(found, "below", None)) is None:
+            raise ValueError(f"{disk.record.path} has no cache")
+        found = getattr(found, "target", found)  # of a Below
+    actions = {"info": found.status, "drain": found.drain, "invalidate": found.invalidate}
+    if action not in actions:
+        raise ValueError(f"cache takes {', '.join(actions)}, not {action!r}")
+    done: dict[str, Any] = actions[action]()
+    return done
+
+
 def _rules_of(disk: ServedDisk) -> dict[str, Any]:
     rules = disk.device.faults
     limited = rules.disk_limit

@@ -37,6 +37,7 @@ __all__ = [
 #: Classes by short name, or their places, "module:Class", which are imported when they are asked
 #: for: those of targets that few disks need, or that need other packages.
 BUILT_IN: dict[str, type[Target] | str] = {
+    "cache": "pyublk.targets.cache:CachedSource",
     "file": File,
     "integrity": IntegrityFile,
     "linear": Linear,

@@ -21,7 +21,7 @@ class Fetching(Protocol):
 
     def is_present(self, offset: int, length: int) -> bool: ...
 
-    def prefetch(self, offset: int, length: int) -> None: ...
+    def fetch_now(self, offset: int, length: int) -> None: ...
 
     def read_below(self, offset: int, buffer: memoryview) -> None: ...
 
@@ -123,7 +123,7 @@ class Ahead:
     def _warm(self, offset: int, length: int) -> None:
         self.warmed += 1
         if self._room.has(length):
-            self._disk.prefetch(offset, length)
+            self._disk.fetch_now(offset, length)
 
     # ---- both ----
 
@@ -131,7 +131,7 @@ class Ahead:
         for run in runs:
             for offset, length in self._parts(*run):
                 self.ahead_bytes += length
-                self._submit(urgency, partial(self._disk.prefetch, offset, length))
+                self._submit(urgency, partial(self._disk.fetch_now, offset, length))
 
     @staticmethod
     def _parts(offset: int, length: int) -> list[Run]:

@@ -34,6 +34,7 @@ class Crew:
         self._jobs: dict[Urgency, deque[Job]] = {urgency: deque() for urgency in Urgency}
         self._changed = threading.Condition()
         self._ended = False
+        self._busy = 0  # threads with a job
         self._patient = 0  # jobs under way that nobody waits for
         self._most_patient = max(1, threads - max(1, threads // 4))
         self._threads = [
@@ -48,11 +49,14 @@ class Crew:
         with self._changed:
             if not self._ended:
                 self._jobs[urgency].append(job)
-                self._changed.notify()
+                self._changed.notify_all()
 
-    def waiting(self, urgency: Urgency) -> int:
-        """How many such jobs have not begun."""
-        return len(self._jobs[urgency])
+    def drained(self, timeout: float) -> bool:
+        """Waits until there is no job, waiting or under way, for so many seconds: whether so."""
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: not self._busy and not any(self._jobs.values()), timeout
+            )
 
     def close(self, timeout: float) -> bool:
         """Forgets what has not begun; whether all that had begun ended within so many seconds."""
@@ -82,6 +86,7 @@ class Crew:
                     return
                 assert found is not None
                 urgency, job = found
+                self._busy += 1
                 self._patient += urgency is not Urgency.DEMAND
             try:
                 job()
@@ -89,6 +94,7 @@ class Crew:
                 log.exception("a job of a cache failed")
             finally:
                 with self._changed:
+                    self._busy -= 1
                     self._patient -= urgency is not Urgency.DEMAND
-                    self._changed.notify()
+                    self._changed.notify_all()
             del found, job  # they may hold a request

@@ -75,12 +75,12 @@ class Clock:
         return [] if fresh or used else kept.clean(offset, length)
 
 
-def pieces(runs: Iterable[Run]) -> Iterator[Run]:
+def pieces(runs: Iterable[Run], size: int = PIECE) -> Iterator[Run]:
     """The runs, cut where one piece of the disk ends and the next one begins."""
     for offset, length in runs:
         end = offset + length
         while offset < end:
-            cut = min(end, (offset // PIECE + 1) * PIECE)
+            cut = min(end, (offset // size + 1) * size)
             yield offset, cut - offset
             offset = cut
 

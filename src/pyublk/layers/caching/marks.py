@@ -93,6 +93,7 @@ class Marks:
         with open(draft, "wb") as file:
             file.write(self._header().ljust(_ROOM, b"\0"))
             file.truncate(_ROOM + len(self._wanted))
+            file.flush()
             os.fsync(file.fileno())
         os.rename(draft, self.path)
         sync_directory(self.path)

@@ -163,10 +163,10 @@ class Source(Target):
     def write(self, offset: int, data: memoryview) -> None:
         self._request("write", offset, data)
 
-    def write_zeroes(self, offset: int, length: int) -> None:
+    def write_zeroes(self, offset: int, length: int, unmap: bool = True) -> None:
         """Makes these bytes zero, by whatever the target has for that."""
         if "write_zeroes" in self.reach().methods:
-            self._request("write_zeroes", offset, length, True)
+            self._request("write_zeroes", offset, length, unmap)
         else:
             self._request("write", offset, memoryview(bytes(length)))
 
