@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import shutil
 import struct
 import types
 from collections.abc import Callable
@@ -46,6 +47,7 @@ def test_async_disk(open_disk: Callable[..., Disk]) -> None:
     round_trip(open_disk(load("async_disk").Slow(1 << 20, delay=0.001)))
 
 
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler (cc)")
 def test_pointer_ctypes(open_disk: Callable[..., Disk]) -> None:
     target = load("pointer_ctypes").Pattern()
     disk = open_disk(target)

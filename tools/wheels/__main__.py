@@ -3,6 +3,7 @@
 import argparse
 import filecmp
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -114,6 +115,8 @@ def release(arguments: argparse.Namespace) -> None:
 def main() -> int:
     parser = _parser()
     arguments = parser.parse_args()
+    # A shell has its background jobs ignore Ctrl-C, and so would the tests that are about it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         release(arguments)
     except ValueError as error:

@@ -1,11 +1,15 @@
 """Debian's packages of any suite and machine, unpacked into directories and not installed."""
 
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from pyublk.vm import apt, kernels
 from tools.wheels.targets import MACHINES
+
+#: How long package lists are used, in seconds: sid's packages are replaced within days.
+FRESH = 6 * 3600
 
 
 def _quiet(_what: str, _fraction: float | None) -> None:
@@ -26,14 +30,22 @@ class Archive:
 
     def _lists(self) -> apt.Apt:
         if self._apt is None:
-            print("reading package lists", flush=True)
             self._apt = apt.Apt(
                 self.directory / "apt",
                 apt.machine_mirror(),
                 architectures=tuple(MACHINES.values()),
             )
-            self._apt.update()
+            self._update()
         return self._apt
+
+    def _update(self) -> None:
+        """Fetch the lists, which are large, unless they are of the last hours."""
+        mark = self.directory / "apt" / "updated"
+        if not mark.exists() or time.time() - mark.stat().st_mtime > FRESH:
+            print("fetching package lists", flush=True)
+            assert self._apt is not None
+            self._apt.update()
+            mark.touch()
 
     def has(self, package: str, machine: str) -> bool:
         return self._lists().has(f"{package}:{MACHINES[machine]}")
@@ -57,5 +69,9 @@ class Archive:
             fresh.mkdir(mode=0o755)
             for package in self._lists().download(names, Path(scratch), _quiet):
                 apt.unpack(package, fresh)
+            for name in ("bin", "sbin", "lib", "lib64"):
+                # As Debian's base-files has them; programs name their interpreter by these.
+                if complete and (fresh / "usr" / name).is_dir() and not (fresh / name).exists():
+                    (fresh / name).symlink_to(f"usr/{name}")
             root.parent.mkdir(parents=True, exist_ok=True)
             fresh.rename(root)

@@ -14,7 +14,7 @@ class NoHeaders(Exception):
 
 def _unpacked(target: Target, archive: Archive) -> Path | None:
     """The root of Debian's package of headers for a target, if Debian has that version."""
-    root = archive.directory / "headers" / str(target)
+    root = archive.directory / "headers" / f"{target.version}-{target.machine}"
     if not root.exists():
         package = f"libpython{target.version}-dev"
         if not archive.has(package, target.machine):
