@@ -687,7 +687,7 @@ class Layout:
     def unmap_memory(self) -> None:
         """Lets go of them: a mapped file keeps its file system from being unmounted."""
     def defer(
-        self, told: Callable[[MappedQueue, int, int, str, int, int], object], *, flushes: bool
+        self, told: Callable[[MappedQueue, int, int, Op, int, int], object], *, flushes: bool
     ) -> None:
         """`told` hears of each request that others finish: its queue, tag and generation, for
         `MappedQueue.resolve`, and its operation, offset and length. It is called by the queue's

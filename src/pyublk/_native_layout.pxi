@@ -63,6 +63,8 @@ cdef class Layout:
         return self.layout.defers_flushes
 
     def defer(self, told, *, bint flushes):
+        if flushes and self.policy != &pu_direct:
+            raise ValueError("flushes of this layout are answered when its files are synced")
         self.deferred = told
         self.layout.defers_flushes = flushes
 

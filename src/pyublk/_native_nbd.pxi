@@ -1,5 +1,28 @@
 # Queues that are served by an NBD server.
 
+cdef extern from "_core/nbd.h" nogil:
+    uint32_t PU_NBD_MAX_LINKS
+
+    struct pu_nbd_link:
+        uint32_t pending
+        uint64_t replies
+
+    struct pu_nbd:
+        pu_nbd_link *links
+        uint64_t resent
+        bint to_tell
+
+    uint32_t pu_nbd_entries(uint32_t)
+    int pu_nbd_open(pu_nbd *, pu_queue *, uint32_t)
+    void pu_nbd_stop(pu_nbd *)
+    void pu_nbd_close(pu_nbd *)
+    int pu_nbd_turn(pu_nbd *, int64_t)
+    int pu_nbd_tell(pu_nbd *, int *)
+    void pu_nbd_attach(pu_nbd *, uint32_t, int)
+    void pu_nbd_drop(pu_nbd *, uint32_t, int)
+    void pu_nbd_release(pu_nbd *, uint32_t)
+    void pu_nbd_set_fail(pu_nbd *, bint)
+
 
 cdef class ConnectedQueue(Queue):
     """A queue served by an NBD server, over sockets that its own ring sends to and receives from."""

@@ -1,5 +1,69 @@
 # Presence maps: which blocks the upper file has, and who is asked for the others.
 
+cdef extern from "_core/presence.h" nogil:
+    ctypedef unsigned char truth "bool"  # to point to: a bint is larger
+
+    uint64_t PU_PRESENCE_PAGE
+
+    struct pu_presence_counters:
+        uint64_t hits
+        uint64_t misses
+        uint64_t copy_ups
+
+    struct pu_presence:
+        const pu_presence *next
+        const pu_layout *bottom
+        uint32_t shift
+        uint64_t nr_blocks
+        bint evicts
+        uint64_t *writable
+        pu_regions regions
+
+    struct pu_presence_options:
+        uint32_t block_bytes
+        uint64_t *present
+        bint gated
+        bint evicts
+        bint writes_through
+        bint always_deferred
+
+    uint64_t pu_presence_words(uint64_t, uint32_t)
+    int pu_presence_init(pu_presence *, pu_layout *, const pu_presence_options *)
+    void pu_presence_destroy(pu_presence *)
+    bint pu_presence_has_all(const pu_presence *, uint64_t, uint64_t)
+    uint64_t pu_presence_run(const pu_presence *, uint64_t, uint64_t, truth *)
+    uint64_t pu_presence_count(const pu_presence *, uint64_t, uint64_t)
+    uint64_t pu_presence_claim(pu_presence *, uint64_t *, uint64_t, uint64_t)
+    bint pu_presence_let_go(pu_presence *, uint64_t, uint64_t, bint)
+    uint64_t pu_presence_evict(pu_presence *, uint64_t *, uint64_t)
+    void pu_presence_set_writable(pu_presence *, uint64_t, uint64_t, bint)
+    bint pu_presence_is_writable(const pu_presence *, uint64_t, uint64_t)
+    bint pu_presence_take_touched(pu_presence *, uint64_t, uint64_t)
+    void pu_presence_fail(pu_presence *, uint64_t, uint64_t, int)
+    void pu_presence_begin_sync(pu_presence *)
+    void pu_presence_end_sync(pu_presence *)
+    bint pu_presence_is_synced(const pu_presence *)
+    bint pu_presence_take_dirty(pu_presence *, uint64_t *)
+    void pu_presence_mark_dirty(pu_presence *, uint64_t)
+    void pu_presence_read_counters(const pu_presence *, pu_presence_counters *)
+
+cdef extern from "_core/present.h" nogil:
+    enum pu_wish_kind:
+        PU_WISH_FETCH
+        PU_WISH_WRITE
+
+    struct pu_wish:
+        pu_wish_kind kind
+        uint16_t tag
+        uint32_t generation
+        uint64_t first
+        uint64_t end
+
+    const pu_policy *pu_present(pu_presence *)
+    bint pu_present_next_wish(pu_mapped *, pu_wish *)
+    bint pu_present_take_wake(pu_mapped *)
+
+
 
 cdef class PresenceLayout(Layout):
     """Blocks are in the first file where their bit is set, else below: in the other files, as
@@ -126,10 +190,10 @@ cdef class PresenceLayout(Layout):
         """The length (bytes) of the run of blocks that are alike from `offset` on, a block's start,
         at most up to `end`; and whether they are present."""
         cdef uint64_t first, last
-        cdef bint present
+        cdef truth present
         self.range_of(offset, end - offset, &first, &last)
         count = pu_presence_run(&self.presence, first, last, &present)
-        return min((first + count) << self.presence.shift, end) - offset, present
+        return min((first + count) << self.presence.shift, end) - offset, bool(present)
 
     def count_present(self):
         """How many blocks are."""

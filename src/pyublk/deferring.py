@@ -11,6 +11,7 @@ from contextlib import suppress
 
 from pyublk._native import MappedQueue, become_io_flusher
 from pyublk.scheduling import NamedThread
+from pyublk.uapi import Op
 
 log = logging.getLogger("pyublk.target")
 
@@ -26,7 +27,7 @@ class Deferred:
     __slots__ = ("_generation", "_queue", "_tag", "length", "offset", "op")
 
     def __init__(
-        self, queue: MappedQueue, tag: int, generation: int, op: str, offset: int, length: int
+        self, queue: MappedQueue, tag: int, generation: int, op: Op, offset: int, length: int
     ) -> None:
         self._queue, self._tag, self._generation = queue, tag, generation
         self.op, self.offset, self.length = op, offset, length

@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
 
-from pyublk._native import Layout, MappedQueue
+from pyublk._native import Layout, MappedQueue, PresenceLayout
 from pyublk.backing import Backing
 from pyublk.deferring import Deferred, Flushes
 from pyublk.files import about
@@ -18,6 +18,7 @@ from pyublk.paths import DataPath
 from pyublk.profile import Dispatch, Profile
 from pyublk.resizing import Ends, cut, cut_again, extend
 from pyublk.target import Target
+from pyublk.uapi import Op
 
 #: A part of a file: its index among the target's files, offset, and length (bytes).
 Extent = tuple[int, int, int]
@@ -190,6 +191,14 @@ class MappedTarget(Target):
     def check_shared_memory(self) -> None:
         """Raises ValueError when it must not work in memory that clients share."""
 
+    def as_files(self) -> tuple[Layout, list[tuple[int, bool, bool]]] | None:
+        """Its layout, and the open files that this is about (descriptor, in memory, block device),
+        for a presence map to lie over. None: the files alone do not say where a byte is."""
+        if not PresenceLayout.can_lie_over(self.layout):
+            return None
+        files = [(one.fd, one.in_memory, one.is_device) for one in self.backing]
+        return self.layout, files
+
     # ---- how it is served ----
 
     @property
@@ -322,7 +331,7 @@ class MappedTarget(Target):
         return Backing.open(path, size=size, direct=self._direct, read_only=read_only)
 
     def _defer(
-        self, queue: MappedQueue, tag: int, generation: int, op: str, offset: int, length: int
+        self, queue: MappedQueue, tag: int, generation: int, op: Op, offset: int, length: int
     ) -> None:
         """By a queue's thread: a flush whose files are synced. It raises nothing."""
         assert self._flushes is not None

@@ -14,8 +14,10 @@
 
 #include "driver.h"
 #include "direct.h"
+#include "deferred.h"
 #include "mirrored.h"
 #include "nbd.h"
+#include "present.h"
 #include "set.h"
 #include "null.h"
 #include "ram.h"
@@ -392,6 +394,10 @@ struct files {
 	int fds[FILES];
 	struct pu_layout layout;
 	struct pu_mirror mirror; /* of a layout of that kind */
+	struct pu_presence map; /* over the second file, if `maps` */
+	struct pu_layout bottom;
+	uint64_t bits[PU_PRESENCE_PAGE / 8];
+	bool maps;
 	const struct pu_policy *policy;
 	struct pu_queue q;
 	struct pu_mapped m;
@@ -401,7 +407,10 @@ struct files {
 static void record(struct files *f)
 {
 	struct pu_leg_failure failure;
+	uint16_t tag;
 
+	while (f->maps && pu_deferred_next(&f->m, &tag)) /* a flush */
+		pu_deferred_resolve(&f->m, tag, pu_tag_generation(&f->q.tags[tag]), 0);
 	if (f->kind != PU_LAYOUT_MIRROR)
 		return;
 	while (pu_mirrored_next_failure(&f->m, &failure)) {
@@ -585,6 +594,56 @@ static int queues_of_a_file_that_hangs(void)
 	close(ends[1]);
 	pu_layout_destroy(&f.layout);
 	return error;
+}
+
+static int make_map(struct files *f)
+{
+	struct pu_presence_options options = { .block_bytes = 16384, .present = f->bits, .evicts = true };
+	int error = pu_layout_init(&f->layout, PU_LAYOUT_TABLE, FILE_BYTES, FILES, 1);
+
+	if (!error)
+		error = pu_layout_init(&f->bottom, PU_LAYOUT_TABLE, FILE_BYTES, 1, 1);
+	if (!error)
+		error = pu_presence_init(&f->map, &f->layout, &options);
+	if (error)
+		return error;
+	f->layout.extents[0].length = FILE_BYTES;
+	f->bottom.extents[0].length = FILE_BYTES;
+	f->map.bottom = &f->bottom;
+	f->policy = pu_present(&f->map);
+	return 0;
+}
+
+/* What is written is in the first file, and the rest in the second. */
+static int map(bool memory)
+{
+	struct files f = { .memory = memory, .maps = true };
+	int error = make_map(&f);
+
+	for (int i = 0; i < FILES; i++) {
+		f.fds[i] = memfd_create("file", MFD_CLOEXEC);
+		CHECK(f.fds[i] >= 0);
+		CHECK_EQUAL(ftruncate(f.fds[i], FILE_BYTES), 0);
+	}
+	if (!error)
+		error = open_files(&f);
+	before_enter = NULL;
+	for (int i = 0; i < FILES; i++)
+		close(f.fds[i]);
+	pu_presence_destroy(&f.map);
+	pu_layout_destroy(&f.layout);
+	pu_layout_destroy(&f.bottom);
+	return error;
+}
+
+static int maps(void)
+{
+	return map(false);
+}
+
+static int maps_in_memory(void)
+{
+	return map(true);
 }
 
 #define FILES_SCENARIO(name, kind, memory) \
@@ -842,6 +901,8 @@ int main(void)
 	SWEEP(mirrors);
 	SWEEP(mirrors_in_memory);
 	SWEEP(plans);
+	SWEEP(maps);
+	SWEEP(maps_in_memory);
 	SWEEP(queues_of_a_file_that_hangs);
 	SWEEP(remotes);
 	SWEEP(memory_disks);

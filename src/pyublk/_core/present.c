@@ -3,7 +3,9 @@
 #include "present.h"
 
 #include <errno.h>
+#include <stddef.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
 
 #include "deferred.h"
@@ -23,11 +25,11 @@ struct edge {
 enum { HEAD, TAIL, EDGES };
 
 struct present_work {
-	struct edge edges[EDGES];
 	uint64_t first, end; /* the blocks that it touches */
 	uint64_t since; /* failures from this number on are its own; 0: it wants nothing yet */
 	uint32_t generation;
 	bool known;   /* all of this is about the request of that generation */
+	bool edged;   /* it has edges */
 	bool waiting; /* counted among those who wait for blocks */
 	bool counted; /* in its regions */
 	bool held;    /* the absent blocks among those that it touches */
@@ -35,6 +37,7 @@ struct present_work {
 	bool asked;   /* whether it may write */
 	bool allowed; /* it may, whatever is said of its blocks */
 	bool deferred; /* a flush that somebody else is to finish */
+	struct edge edges[EDGES]; /* if it has some */
 };
 
 struct present_queue {
@@ -178,6 +181,13 @@ static enum verdict fetched(struct pu_mapped *m, struct present_work *l, uint64_
 
 /* ---- requests that begin ---- */
 
+/* Mostly it is one block. */
+static bool all_present(const struct pu_presence *p, const struct present_work *l)
+{
+	return l->end == l->first + 1 ? pu_presence_has(p, l->first) :
+					pu_presence_has_all(p, l->first, l->end);
+}
+
 static enum verdict may_read(struct pu_mapped *m, struct present_work *l, int *error)
 {
 	const struct pu_presence *p = map_of(m);
@@ -230,6 +240,7 @@ static void find_edges(const struct pu_mapped *m, uint16_t tag, struct present_w
 
 	l->edges[HEAD] = edge_of(p, l->first << p->shift, w->offset);
 	l->edges[TAIL] = edge_of(p, w->offset + w->length, block_end < size ? block_end : size);
+	l->edged = l->edges[HEAD].length || l->edges[TAIL].length;
 }
 
 static enum verdict may_write(struct pu_mapped *m, uint16_t tag, struct present_work *l, int *error)
@@ -237,8 +248,8 @@ static enum verdict may_write(struct pu_mapped *m, uint16_t tag, struct present_
 	struct pu_presence *p = map_of(m);
 	enum verdict verdict = may_write_at_all(m, tag, l, error);
 
-	l->edges[HEAD] = l->edges[TAIL] = (struct edge){ 0 }; /* those of the last look */
-	if (verdict != GO || pu_presence_has_all(p, l->first, l->end))
+	l->edged = false; /* whatever the last look found */
+	if (verdict != GO || all_present(p, l))
 		return verdict;
 	if (!p->bottom) {
 		find_edges(m, tag, l);
@@ -268,19 +279,18 @@ static void begin_anew(const struct pu_mapped *m, uint16_t tag, struct present_w
 	const struct pu_work *w = &m->works[tag];
 	uint64_t block = UINT64_C(1) << p->shift;
 
-	*l = (struct present_work){
-		.known = true,
-		.generation = w->generation,
-		.first = w->offset >> p->shift,
-		.end = (w->offset + w->length + block - 1) >> p->shift,
-	};
+	memset(l, 0, offsetof(struct present_work, edges));
+	l->known = true;
+	l->generation = w->generation;
+	l->first = w->offset >> p->shift;
+	l->end = (w->offset + w->length + block - 1) >> p->shift;
 }
 
 /* It begins: what is known of its blocks is counted. */
 static void note_use(struct pu_mapped *m, const struct present_work *l)
 {
 	struct pu_presence *p = map_of(m);
-	bool hit = !l->since && (!p->bottom || pu_presence_has_all(p, l->first, l->end));
+	bool hit = !l->since && (!p->bottom || all_present(p, l));
 
 	count(hit ? &counters_of(m)->hits : &counters_of(m)->misses);
 	if (p->touched)
@@ -329,7 +339,7 @@ static void begin_again(struct pu_mapped *m, uint16_t tag)
 	struct present_work *l = &queue_of(m)->works[tag];
 
 	l->begun = false;
-	for (int i = 0; i < EDGES; i++)
+	for (int i = 0; l->edged && i < EDGES; i++)
 		l->edges[i] = (struct edge){ .offset = l->edges[i].offset,
 					     .length = l->edges[i].length };
 }
@@ -340,9 +350,13 @@ static uint64_t bytes_alike(const struct pu_presence *p, uint64_t offset, uint64
 			    bool *present)
 {
 	uint64_t first = offset >> p->shift, block = UINT64_C(1) << p->shift;
-	uint64_t end = (offset + length + block - 1) >> p->shift;
-	uint64_t run_end = (first + pu_presence_run(p, first, end, present)) << p->shift;
+	uint64_t end = (offset + length + block - 1) >> p->shift, run_end;
 
+	if (end == first + 1) {
+		*present = pu_presence_has(p, first);
+		return length;
+	}
+	run_end = (first + pu_presence_run(p, first, end, present)) << p->shift;
 	return run_end - offset < length ? run_end - offset : length;
 }
 
@@ -440,9 +454,9 @@ static enum pu_cut write_part(struct pu_mapped *m, uint16_t tag, struct pu_part 
 	if (!l->begun) {
 		l->begun = true;
 		*part = (struct pu_part){ .offset = w->offset, .length = w->length, .first = w->length };
-		return l->edges[HEAD].length || l->edges[TAIL].length ? PU_PART : PU_LAST_PART;
+		return l->edged ? PU_PART : PU_LAST_PART;
 	}
-	for (int i = 0; i < EDGES; i++)
+	for (int i = 0; l->edged && i < EDGES; i++)
 		if (read_edge(m, tag, i, part) || write_edge(m, tag, i, part))
 			return PU_PART;
 	return PU_NO_PART;

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pyublk._native import CharDevice, Gate, Queue
+from pyublk._native import CharDevice, Gate, Layout, Queue
 from pyublk.arguments import whole
 from pyublk.engines.failures import FailureLog
 from pyublk.methods import call_plain
@@ -186,3 +186,7 @@ class Engine:
 
     def end_calls(self) -> None:
         """Gives back what calling the methods took."""
+
+    def as_files(self) -> tuple[Layout, list[tuple[int, bool, bool]]] | None:
+        """As of `MappedTarget`; None for other kinds. With the target open."""
+        return None

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 from weakref import WeakSet
 
-from pyublk._native import CharDevice, Gate, MappedQueue, Mapper, Queue
+from pyublk._native import CharDevice, Gate, Layout, MappedQueue, Mapper, Queue
 from pyublk.engines.base import Engine, Setup
 from pyublk.engines.failures import FailureLog
 from pyublk.engines.native import NO_FLAGS, announced
@@ -62,6 +62,9 @@ class MappedEngine(Engine):
     def end_calls(self) -> None:
         if self._files is not None:
             self._files.close()
+
+    def as_files(self) -> tuple[Layout, list[tuple[int, bool, bool]]] | None:
+        return self.target.as_files()
 
 
 #: What a queue asks Python: where bytes are, if at all, and who is told of a leg's failure.

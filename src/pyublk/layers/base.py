@@ -6,6 +6,7 @@ from collections.abc import Awaitable
 from dataclasses import replace
 from typing import Any
 
+from pyublk._native import Layout
 from pyublk.engines import engine_for
 from pyublk.profile import Profile
 from pyublk.target import METHODS, Target, kind_of
@@ -44,6 +45,14 @@ class Below:
     def close(self) -> Awaitable[None] | None:
         """Closes the target, and gives back what calling it took. As `open`."""
         return self._engine.close_below()
+
+    def end_calls(self) -> None:
+        """Gives back what calling the methods took, and leaves the target open."""
+        self._engine.end_calls()
+
+    def as_files(self) -> tuple[Layout, list[tuple[int, bool, bool]]] | None:
+        """As of `MappedTarget`, while it is open; None for other kinds."""
+        return self._engine.as_files()
 
 
 class Layer(Target):

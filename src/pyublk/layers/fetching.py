@@ -13,7 +13,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
 
-from pyublk._native import PresenceLayout, become_io_flusher
+from pyublk._native import Layout, PresenceLayout, become_io_flusher
 from pyublk.deferring import HANGS, Threads, errno_of
 from pyublk.layers.base import Below
 from pyublk.layers.mapfile import write_all
@@ -99,6 +99,10 @@ class OpenBelow:
     def read_now(self, offset: int, buffer: memoryview) -> None:
         """The same from any thread but the loop's, which waits. Raises OSError."""
         self._call(partial(self.read, offset, buffer))
+
+    def as_files(self) -> tuple[Layout, list[tuple[int, bool, bool]]] | None:
+        """As of `MappedTarget`."""
+        return self._below.as_files()
 
     def close(self) -> None:
         try:

@@ -17,7 +17,7 @@ from pyublk.deferring import Deferred, Flushes, Threads, errno_of
 from pyublk.keeping import may_make
 from pyublk.layers.durable import DurableMap
 from pyublk.layers.eviction import Eviction
-from pyublk.layers.fetching import Fetcher, OpenBelow
+from pyublk.layers.fetching import Fetcher, Fetching, OpenBelow
 from pyublk.layers.mapfile import (
     PAGE,
     SMALLEST_GRANULARITY,
@@ -30,9 +30,11 @@ from pyublk.layers.mapfile import (
     read_live,
     write_all,
 )
+from pyublk.layers.scratch import Scratch
 from pyublk.mapped import MappedTarget
 from pyublk.resizing import Ends
 from pyublk.target import Target
+from pyublk.uapi import Op
 
 log = logging.getLogger("pyublk.layers.presence")
 
@@ -111,6 +113,7 @@ class PresenceLayer(MappedTarget):
         self._fetcher: Fetcher | None = None
         self._eviction: Eviction | None = None
         self._hooks: Threads | None = None
+        self._scratch: Scratch | None = None
         self._evicted_bytes = 0
 
     # ---- what a policy may say ----
@@ -140,7 +143,7 @@ class PresenceLayer(MappedTarget):
         OSError, and the write fails."""
         self.set_writable(offset, length)
 
-    def written(self, op: str, offset: int, length: int) -> None:
+    def written(self, op: Op, offset: int, length: int) -> None:
         """With `writes_through`: a request changed these bytes in the upper file, and is answered
         when this returns; it raises OSError to fail it. Not to `hold` or `evict`."""
 
@@ -207,14 +210,19 @@ class PresenceLayer(MappedTarget):
         below = self._given_below if self._open_below is None else self._open_below.target
         return below is None or below.recoverable
 
+    @property
+    def _map(self) -> PresenceLayout:
+        """The layout whose bits are those of the map."""
+        return self.layout if self._scratch is None else self._scratch.map
+
     def is_present(self, offset: int, length: int) -> bool:
         """Whether all blocks of a range are."""
-        return self.layout.is_present(offset, length)
+        return self._map.is_present(offset, length)
 
     def runs(self, offset: int = 0, length: int | None = None) -> Iterator[tuple[int, int, bool]]:
         """Offset and length (bytes) of each run of blocks that are alike, and whether they are
         present. `offset` is the start of a block."""
-        layout = self.layout
+        layout = self._map
         end = layout.size if length is None else offset + length
         while offset < end:
             run, present = layout.run(offset, end)
@@ -223,7 +231,7 @@ class PresenceLayer(MappedTarget):
 
     def count_present(self) -> int:
         """Bytes of all present blocks."""
-        return self.layout.count_present() * self.granularity
+        return self._map.count_present() * self.granularity
 
     def counters(self) -> dict[str, int]:
         """What was counted since the target was opened: requests by `hits` (all their blocks were
@@ -308,7 +316,7 @@ class PresenceLayer(MappedTarget):
     def _ask_to_write(
         self, queue: MappedQueue, tag: int, generation: int, offset: int, length: int
     ) -> None:
-        asking = Deferred(queue, tag, generation, "write", offset, length)
+        asking = Deferred(queue, tag, generation, Op.WRITE, offset, length)
 
         def ask() -> None:
             asking.finish(errno_of(partial(self.may_write, offset, length), "may_write()"))
@@ -316,10 +324,10 @@ class PresenceLayer(MappedTarget):
         self._submit(ask, asking)
 
     def _defer(
-        self, queue: MappedQueue, tag: int, generation: int, op: str, offset: int, length: int
+        self, queue: MappedQueue, tag: int, generation: int, op: Op, offset: int, length: int
     ) -> None:
         request = Deferred(queue, tag, generation, op, offset, length)
-        if op == "flush":
+        if op is Op.FLUSH:
             assert self._flushes is not None
             self._flushes.defer(request)
             return
@@ -457,7 +465,8 @@ class PresenceLayer(MappedTarget):
             bits[:] = bytes(now)
         else:
             bits = make_live(self.file, header, now)
-        lower = self._lower_files()
+        assert self._open_below is not None
+        lower = self._open_below.as_files()
         layout = PresenceLayout(
             [_as_file(one) for one in self.backing] + (lower[1] if lower else []),
             header.size,
@@ -469,12 +478,16 @@ class PresenceLayer(MappedTarget):
             writes_through=self.writes_through,
             always_deferred=self.sync_always,
         )
+        policy: Fetching = self
+        upper_fd = self.upper_fd
+        if self.read_only and lower is None:
+            self._scratch = policy = Scratch(self, layout, upper_fd)
+            layout, upper_fd = self._scratch.layout, self._scratch.fd
         for at in range(0, header.map_bytes, PAGE):
             if live is not None and live[at : at + PAGE] != durable.bits[at : at + PAGE]:
                 layout.mark_dirty(at)
-        assert self._open_below is not None
         self._fetcher = Fetcher(
-            self, layout, self.upper_fd, self._open_below, self._workers, self._wake
+            policy, layout, upper_fd, self._open_below, self._workers, self._wake
         )
         self._eviction = Eviction(layout, self._durable, self.upper_fd, self._wake)
         self._hooks = Threads(self._workers, "hook")
@@ -485,18 +498,12 @@ class PresenceLayer(MappedTarget):
             layout.map_memory()
         self._layout = layout
 
-    def _lower_files(self) -> tuple[Layout, list[tuple[int, bool, bool]]] | None:
-        """The layout of what is below, and its files in that order, if a map can lie over it."""
-        below = self.below
-        if not isinstance(below, MappedTarget) or not PresenceLayout.can_lie_over(below.layout):
+    def as_files(self) -> tuple[Layout, list[tuple[int, bool, bool]]] | None:
+        assert self._open_below is not None
+        deeper = self._open_below.as_files() if self.read_only else None  # else the map changes
+        if deeper is None:
             return None
-        files = [_as_file(one) for one in below.backing]
-        if isinstance(below, PresenceLayer):
-            deeper = below._lower_files() if below.read_only else None  # else its map changes
-            if deeper is None:
-                return None
-            files += deeper[1]
-        return below.layout, files
+        return self.layout, [_as_file(self.backing[0]), *deeper[1]]
 
     def _wake(self) -> None:
         self.wake_queues()
@@ -517,6 +524,9 @@ class PresenceLayer(MappedTarget):
         super().close()
         if self._durable is not None:
             self._durable.close()
+        if self._scratch is not None:
+            self._scratch.close()
+            self._scratch = None
         below = self._open_below
         self._durable = self._open_below = self._fetcher = self._eviction = None
         self._hooks = self._flushes = None
