@@ -23,22 +23,23 @@ class ZipDisk(pyublk.Target):
     recoverable = True
 
     def __init__(self, file: Path, member: str | None = None) -> None:
+        super().__init__(size=0, read_only=True)
         self._path = Path(file)
+        self._member = member
+
+    def open(self) -> None:
         with zipfile.ZipFile(self._path) as archive:
             names = [one.filename for one in archive.infolist() if not one.is_dir()]
-            if member is None and len(names) == 1:
-                member = names[0]
+            member = self._member or (names[0] if len(names) == 1 else None)
             if member not in names:
                 what = "needs the name of a member" if member is None else f"has no {member!r}"
-                raise ValueError(f"{file} {what}; it has {', '.join(names) or 'none'}")
+                raise ValueError(f"{self._path} {what}; it has {', '.join(names) or 'none'}")
             self._info = archive.getinfo(member)
         if self._info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError(f"{member} is packed in a way that only whole members are read from")
         if self._info.flag_bits & 1:
             raise ValueError(f"{member} is encrypted: unpack it first")
-        super().__init__(size=-(-self._info.file_size // 512) * 512, read_only=True)
-
-    def open(self) -> None:
+        self.size = -(-self._info.file_size // 512) * 512
         self._file = self._path.open("rb")
         # The member's own header has a name and an extra field, whose lengths are only there.
         self._file.seek(self._info.header_offset + 26)
