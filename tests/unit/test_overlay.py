@@ -83,6 +83,14 @@ def test_it_reads_as_the_base_until_it_is_written(base: Path, top: Path) -> None
     assert base.read_bytes() == before
 
 
+def test_a_flush_makes_the_map_durable(top: Path) -> None:
+    with Disk(OverlayFile(top)) as disk:
+        disk.pwrite(b"f" * 4096, 12288)
+        disk.flush()
+        found = MapFile.read_durable(top)
+        assert [*runs_of(found.bits, 4096, SIZE)] == [(12288, 4096)]
+
+
 def test_a_discard_never_brings_the_base_back(top: Path, base: Path) -> None:
     with Disk(OverlayFile(top)) as disk:
         disk.pwrite(b"x" * 4096, 8192)
