@@ -513,6 +513,16 @@ def test_the_first_opening_needs_the_source(file: Path) -> None:
     assert not list(file.parent.iterdir()), "nothing half-made is left"
 
 
+def test_a_source_that_cannot_be_served_is_told_at_once(file: Path) -> None:
+    class Half(pyublk.Target):
+        def read(self, offset: int, buffer: memoryview) -> None:
+            pass
+
+    with pytest.raises(pyublk.InvalidTarget, match="Half has no write method"):
+        Disk(Cache(Half(size=SIZE), file)).open()
+    assert not list(file.parent.iterdir())
+
+
 def test_a_changed_source_is_refused(file: Path, caplog: pytest.LogCaptureFixture) -> None:
     origin = Origin()
     with Disk(cache(origin, file)) as disk:
@@ -573,6 +583,7 @@ def test_a_read_only_source_makes_a_read_only_disk(file: Path) -> None:
     for _ in range(2):
         with Disk(cache(Origin(read_only=True), file)) as disk:
             assert disk.params.basic.read_only
+            assert disk.target.identity() == "one"  # type: ignore[attr-defined]
             assert disk.pread(512, BLOCK)[:8] == BLOCK.to_bytes(8, "little")
             assert not file.with_name("cache.dirty").exists()
 
@@ -613,6 +624,7 @@ def test_as_a_layer_and_as_a_target(file: Path) -> None:
     layer = build(f"cache:file={file},limit=16M,mode=write-back", Origin())
     assert isinstance(layer, Cache)
     assert layer.mode == "write-back"
+    assert layer.outlives_below
     source = file.with_name("source")
     source.write_bytes(tag("source", 1 << 20))
     target = make("cache", [str(file), str(source)], {"granularity": "4K"})

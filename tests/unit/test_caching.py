@@ -23,7 +23,7 @@ from pyublk.layers.caching.eviction import PIECE, Clock, every
 from pyublk.layers.caching.identity import described, difference
 from pyublk.layers.caching.marks import REGION, Marks
 from pyublk.layers.caching.order import Order
-from pyublk.layers.caching.readahead import FIRST_WINDOW, READERS, ReadAhead
+from pyublk.layers.caching.readahead import FIRST_WINDOW, NEAR, READERS, ReadAhead
 from pyublk.layers.caching.room import Room
 from pyublk.layers.caching.source import Changed, Source
 from pyublk.targets import File, Null, Ram
@@ -205,7 +205,12 @@ class TestDirtyBlocks:
 class TestReadAhead:
     def test_who_jumps_is_not_fetched_ahead_for(self) -> None:
         ahead = ReadAhead(64, 1000)
-        assert not any(ahead.asked(block, 1) for block in (5, 900, 30, 7, 100))
+        assert not any(ahead.asked(block, 1) for block in (5, 900, 30, 7, 100, 60, 8 + NEAR))
+
+    def test_requests_that_come_at_once_are_of_one_reader(self) -> None:
+        ahead = ReadAhead(64, 1000)
+        found = [ahead.asked(first, 2) for first in (4, 0, 2, 8, 6, 10, 12)]
+        assert [run for run in found if run] == [range(12, 16), range(16, 24)]
 
     def test_windows_grow_and_join(self) -> None:
         ahead = ReadAhead(16, 1000)

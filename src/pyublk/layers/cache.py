@@ -88,7 +88,7 @@ class Cache(PresenceLayer):
         mode: Mode = "write-through",
         limit: int | None = None,
         granularity: int | None = None,
-        readahead: int = 4 << 20,
+        readahead: int = 8 << 20,
         record: bool = False,
         fetchers: int = 8,
         changed: OnChange = "refuse",
@@ -155,7 +155,7 @@ class Cache(PresenceLayer):
             check_kind(self._known, self.file)
         if self._known is None:
             self._wanted_granularity = self._wanted_granularity or GRANULARITY
-            self._source.reach()
+            self._source.reach(patience=0)
         elif self._on_change == "invalidate":
             self._may_replace = True
             try:
@@ -185,6 +185,17 @@ class Cache(PresenceLayer):
             f"the source of {self.file} is not the one that it was filled from: {why}; serve that "
             "one, or remove the cache's files, or have it forget what it has (changed=invalidate)"
         )
+
+    @property
+    def outlives_below(self) -> bool:
+        """Whether it has itself what was written, also when those below forget it with the server:
+        in write-back, until they have flushed it."""
+        return self.mode == "write-back"
+
+    def identity(self) -> str | None:
+        """That of what is below, without asking it; None when it has none, or is written to."""
+        known = self._known
+        return known["identity"] if known is not None and known["read_only"] else None
 
     def check_metadata(self, metadata: dict[str, Any]) -> None:
         check_kind(metadata, self.file)

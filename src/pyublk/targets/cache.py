@@ -27,7 +27,7 @@ class CachedSource(Cache):
         mode: Mode = "write-through",
         limit: int | None = None,
         granularity: int | None = None,
-        readahead: int = 4 << 20,
+        readahead: int = 8 << 20,
         record: bool = False,
         fetchers: int = 8,
         changed: OnChange = "refuse",

@@ -27,7 +27,7 @@ class Urgency(IntEnum):
 class Crew:
     """Threads that do jobs, the most urgent first.
 
-    Jobs that nobody waits for never have all threads, unless there is only one.
+    Jobs that nobody will soon wait for never have all threads, unless there is only one.
     """
 
     def __init__(self, threads: int, name: str) -> None:
@@ -35,7 +35,7 @@ class Crew:
         self._changed = threading.Condition()
         self._ended = False
         self._busy = 0  # threads with a job
-        self._patient = 0  # jobs under way that nobody waits for
+        self._patient = 0  # of these, with a job that nobody will soon wait for
         self._most_patient = max(1, threads - max(1, threads // 4))
         self._threads = [
             NamedThread(target=self._work, name=f"{name}-{number}", daemon=True)
@@ -70,7 +70,7 @@ class Crew:
 
     def _next(self) -> tuple[Urgency, Job] | None:
         for urgency, jobs in self._jobs.items():
-            if urgency is not Urgency.DEMAND and self._patient >= self._most_patient:
+            if urgency > Urgency.AHEAD and self._patient >= self._most_patient:
                 return None
             if jobs:
                 return urgency, jobs.popleft()
@@ -87,7 +87,7 @@ class Crew:
                 assert found is not None
                 urgency, job = found
                 self._busy += 1
-                self._patient += urgency is not Urgency.DEMAND
+                self._patient += urgency > Urgency.AHEAD
             try:
                 job()
             except BaseException:
@@ -95,6 +95,6 @@ class Crew:
             finally:
                 with self._changed:
                     self._busy -= 1
-                    self._patient -= urgency is not Urgency.DEMAND
+                    self._patient -= urgency > Urgency.AHEAD
                     self._changed.notify_all()
             del found, job  # they may hold a request

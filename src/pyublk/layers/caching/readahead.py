@@ -7,23 +7,28 @@ there, and has the blocks after this run fetched, while the reader still has the
 The kernel's own read-ahead marks a page for the same reason.
 """
 
-from collections import OrderedDict
 from dataclasses import dataclass
 
 #: How many readers are told apart.
 READERS = 32
 #: Blocks that are fetched ahead when somebody is seen to read on; then twice as many, and so on.
 FIRST_WINDOW = 4
+#: Blocks by which a request may come before or after those that it follows: a reader sends several
+#: at once, and they are seen in any order.
+NEAR = 16
 
 
 @dataclass(slots=True)
 class _Reader:
-    edge: int  # the block after all that was asked for
-    window: int
+    end: int  # of what was asked for
+    start: int  # of what was fetched ahead last
+    edge: int  # the block after that
+    window: int = 0
+    follows: int = 0  # requests that followed others, before anything was fetched ahead
 
 
 class ReadAhead:
-    """Tells readers apart by the block that each wants next. Not for several threads at once.
+    """Tells readers apart by where each is. Not for several threads at once.
 
     Args:
         most: blocks that are fetched ahead of a reader at most; 0 for none.
@@ -33,7 +38,7 @@ class ReadAhead:
     def __init__(self, most: int, blocks: int) -> None:
         self._most = most
         self._blocks = blocks
-        self._readers: OrderedDict[int, _Reader] = OrderedDict()  # by the block expected next
+        self._readers: list[_Reader] = []  # the one that was seen last first
 
     def asked(self, first: int, count: int) -> range:
         """Somebody reads blocks that Python is asked for: the blocks to fetch ahead, if any.
@@ -43,24 +48,30 @@ class ReadAhead:
         end = first + count
         if not self._most:
             return range(0)
-        for block in range(first, end + 1):
-            if (reader := self._readers.pop(block, None)) is not None:
-                # A block at the very end belongs to who asks for it.
-                if block < end or block == first:
-                    return self._go_on(reader, end)
-                self._readers[block] = reader
-        self._expect(end, _Reader(end, 0))
-        return range(0)
+        reader = self._find(first)
+        if reader is None:
+            self._readers.insert(0, _Reader(end, end, end))
+            del self._readers[READERS:]
+            return range(0)
+        if end <= reader.end:
+            return range(0)
+        reader.follows += 1 if first != reader.end else NEAR
+        reader.end = end
+        if end <= reader.start or reader.follows < 2:
+            return range(0)
+        return self._go_on(reader)
 
-    def _go_on(self, reader: _Reader, end: int) -> range:
-        window = min(self._most, max(FIRST_WINDOW, 2 * reader.window))
-        start = max(reader.edge, end)
-        ahead = range(start, min(start + window, self._blocks))
+    def _find(self, first: int) -> _Reader | None:
+        for place, reader in enumerate(self._readers):
+            if reader.end - NEAR <= first <= reader.edge + NEAR:
+                self._readers.insert(0, self._readers.pop(place))
+                return reader
+        return None
+
+    def _go_on(self, reader: _Reader) -> range:
+        reader.window = min(self._most, max(FIRST_WINDOW, 2 * reader.window))
+        start = max(reader.edge, reader.end)
+        ahead = range(start, min(start + reader.window, self._blocks))
         if ahead:
-            self._expect(ahead.start, _Reader(ahead.stop, window))
+            reader.start, reader.edge = ahead.start, ahead.stop
         return ahead
-
-    def _expect(self, block: int, reader: _Reader) -> None:
-        self._readers[block] = reader
-        while len(self._readers) > READERS:
-            self._readers.popitem(last=False)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from typing import Any
 
+from pyublk.errors import UblkError
 from pyublk.layers.base import Below
 from pyublk.layers.caching.identity import PROPERTIES
 from pyublk.scheduling import NamedThread
@@ -31,7 +32,8 @@ class Source(Target):
 
     It is opened by `reach`, or by the first call that needs it. While that fails, calls wait for
     another attempt, for at most `patience` seconds, and then fail with its errno. `check` looks at
-    it when it is open; when that raises `Changed`, every call fails with EIO from then on.
+    it when it is open; when that raises `Changed`, or it says that it cannot be served at all,
+    every call fails with EIO from then on.
 
     Args:
         target: the one below.
@@ -52,7 +54,7 @@ class Source(Target):
         self._below: Below | None = None
         self._loop: _Loop | None = None
         self._one_at_a_time: Any = nullcontext()
-        self._refused: Changed | None = None
+        self._refused: Exception | None = None
         self._delay = 0.0
         self._next_attempt = 0.0
         self._failure: OSError | None = None
@@ -65,6 +67,11 @@ class Source(Target):
         self._closing.clear()
         self._refused = self._failure = None
         self._delay = self._next_attempt = 0.0
+
+    @property
+    def below(self) -> Target:
+        """The target itself, in a disk's stack."""
+        return self.target
 
     def be(self, properties: Mapping[str, Any]) -> None:
         """Has these properties (`described`), whether it is open or not."""
@@ -82,7 +89,8 @@ class Source(Target):
         return None if found is None else str(found)
 
     def reach(self, *, patience: float | None = None) -> Below:
-        """Opens it unless it is open. Raises OSError when that fails for so long, and Changed."""
+        """Opens it unless it is open. Raises OSError when that fails for so long; at once, and from
+        then on, Changed, and ValueError or UblkError of the target."""
         until = time.monotonic() + (self._patience if patience is None else patience)
         while True:
             if (below := self._below) is not None:
@@ -103,16 +111,15 @@ class Source(Target):
     def _attempt(self) -> Below | None:
         try:
             self._below = self._opened()
-        except Changed as error:
-            self._refused = error
-            log.error("%s", error)
-            raise
         except OSError as error:
             self._failed(error)
             return None
+        except (ValueError, UblkError) as error:  # another attempt would have the same end
+            self._refused = error
+            log.error("%s", error)
+            raise
         except Exception as error:
-            log.exception("the source of a cache cannot be opened")
-            self._failed(OSError(errno.EIO, f"it cannot be opened: {error}"))
+            self._failed(OSError(errno.EIO, f"it cannot be opened: {error!r}"))
             return None
         if self._failure is not None:
             log.info("the source of the cache is reached again")
@@ -178,7 +185,9 @@ class Source(Target):
     def _request(self, name: str, *arguments: Any) -> None:
         try:
             method = self.reach().methods[name]
-        except Changed as error:
+        except (ValueError, UblkError) as error:
+            if isinstance(error, OSError):
+                raise
             raise OSError(errno.EIO, str(error)) from None
         except KeyError:
             raise OSError(errno.EOPNOTSUPP, f"{type(self.target).__name__} has no {name}") from None
