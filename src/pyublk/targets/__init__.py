@@ -39,6 +39,7 @@ __all__ = [
 BUILT_IN: dict[str, type[Target] | str] = {
     "cache": "pyublk.targets.cache:CachedSource",
     "file": File,
+    "image": "pyublk.targets.image:Image",
     "integrity": IntegrityFile,
     "linear": Linear,
     "mirror": Mirror,
