@@ -106,8 +106,8 @@ def info(file: Path, as_json: bool) -> None:
 def diff(file: Path, content: bool, as_json: bool) -> None:
     """List what an overlay has itself.
 
-    Each range has an offset and a length in bytes. A block that was written is listed even if it has the same bytes as the base, unless --content
-    is given.
+    Each range has an offset and a length in bytes. A block that was written is listed even if it
+    has the same bytes as the base, unless --content is given.
     """
     runs = overlays.diff(file, content=content)
     if as_json:
@@ -123,8 +123,9 @@ def diff(file: Path, content: bool, as_json: bool) -> None:
 def commit(file: Path, force: bool, as_json: bool) -> None:
     """Write an overlay into its base.
 
-    The overlay is empty afterwards. Nobody may use the base meanwhile. Other overlays over it are of no use afterwards: those in the
-    directories of FILE and of the base are looked for, and the commit is refused if there are any.
+    The overlay is empty afterwards. Nobody may use the base meanwhile. Other overlays over it are
+    of no use afterwards: those in the directories of FILE and of the base are looked for, and the
+    commit is refused if there are any.
 
     A commit that fails, or is interrupted, loses nothing: the overlay keeps everything until the
     base has it durably. Run it again; until then, the overlay cannot be served.

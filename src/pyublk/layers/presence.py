@@ -159,7 +159,7 @@ class PresenceLayer(MappedTarget):
         """What it lies over."""
         below = self._given_below if self._open_below is None else self._open_below.target
         if below is None:
-            raise RuntimeError("the target is not open, and what lies below it is not known")
+            raise AttributeError("the target is not open, and what lies below it is not known")
         return below
 
     @property
@@ -521,7 +521,10 @@ class PresenceLayer(MappedTarget):
         self._close_all()
 
     def _close_all(self) -> None:
+        layout = self._layout
         super().close()
+        if isinstance(layout, PresenceLayout) and not layout.in_use:
+            layout.ask(fetch=_nobody, write=_nobody, wake=_nobody)  # else both keep each other
         if self._durable is not None:
             self._durable.close()
         if self._scratch is not None:
@@ -549,3 +552,7 @@ class PresenceLayer(MappedTarget):
 
 def _as_file(backing: Backing) -> tuple[int, bool, bool]:
     return backing.fd, backing.in_memory, backing.is_device
+
+
+def _nobody(*_args: object) -> None:
+    """Whom a layout asks that no queue serves by any more."""
