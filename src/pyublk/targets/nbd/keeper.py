@@ -173,10 +173,7 @@ class Keeper:
         """Seconds until there is something to do without being told."""
         now = time.monotonic()
         times = [
-            link.due
-            for links in self._queues.values()
-            for link in links.links
-            if not link.is_up
+            link.due for links in self._queues.values() for link in links.links if not link.is_up
         ]
         times += [
             links.down_since + self._retry_for
