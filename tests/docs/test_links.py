@@ -14,7 +14,7 @@ _FENCED = re.compile(r"^```.*?^```", re.M | re.S)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _NAME = re.compile(r"`(pyublk(?:\.\w+)+)(?:\([^`]*\))?`")
 #: The changelog tells of names that are gone.
-NAMING = [page for page in {*PLAIN, *PAGES} if page.name != "CHANGELOG.md"]
+NAMING = sorted({page for page in (*PLAIN, *PAGES) if page.name != "CHANGELOG.md"})
 LOGGERS = {
     name
     for source in (ROOT / "src").rglob("*.p*")

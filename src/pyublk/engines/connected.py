@@ -33,7 +33,9 @@ class ConnectedEngine(Engine):
     target: ConnectedTarget
     _calls: "Calls | None" = None
 
-    def check(self, *, threads: int = 1, workers: int = 0, shared_memory: bool = False) -> None:
+    def check(
+        self, *, threads: int = 1, workers: int | None = None, shared_memory: bool = False
+    ) -> None:
         super().check(threads=threads, workers=workers, shared_memory=shared_memory)
         if shared_memory:
             raise ValueError(

@@ -66,7 +66,7 @@ class MappedImage(MappedTarget):
             self.close()
             raise
 
-    def open_file(self, path: Path, size: int | None = None) -> Backing:
+    def open_file(self, path: Path, size: int | None = None, *, read_only: bool = True) -> Backing:
         direct = self._direct and path != self.files[-1]
         return Backing.open(path, size=size, direct=direct, read_only=True)
 
