@@ -687,7 +687,7 @@ class Layout:
     def unmap_memory(self) -> None:
         """Lets go of them: a mapped file keeps its file system from being unmounted."""
     def defer(
-        self, told: Callable[[MappedQueue, int, int, Op, int, int], object], *, flushes: bool
+        self, told: Callable[[MappedQueue, int, int, Op, int, int], object] | None, *, flushes: bool
     ) -> None:
         """`told` hears of each request that others finish: its queue, tag and generation, for
         `MappedQueue.resolve`, and its operation, offset and length. It is called by the queue's
@@ -776,14 +776,14 @@ class PresenceLayout(Layout):
     def ask(
         self,
         *,
-        fetch: Callable[[PresenceLayout, int, int], object],
-        write: Callable[[MappedQueue, int, int, int, int], object],
-        wake: Callable[[], object],
+        fetch: Callable[[PresenceLayout, int, int], object] | None,
+        write: Callable[[MappedQueue, int, int, int, int], object] | None,
+        wake: Callable[[], object] | None,
     ) -> None:
         """Whom the queues' threads tell, which must not raise: `fetch(layout, offset, length)` of
         absent blocks that are wanted, held for him until `let_go`; `write(queue, tag, generation,
         offset, length)` of a write that waits for `MappedQueue.resolve`; `wake()` is to wake all
-        queues."""
+        queues. None, when no queue is left."""
     @property
     def block_bytes(self) -> int: ...
     def is_present(self, offset: int, length: int) -> bool:

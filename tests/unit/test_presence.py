@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import gc
 import os
 import random
 import signal
@@ -10,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -601,6 +602,27 @@ def test_one_disk_writes_or_many_read(tmp_path: Path) -> None:
         assert disk.pread(8192, 0) == other.pread(8192, 0) == b"x" * BLOCK + bytes(BLOCK)
     assert (tmp_path / "upper.map").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["upper", "upper.map"]
+
+
+def test_a_disk_that_is_closed_keeps_no_file(tmp_path: Path) -> None:
+    upper = made(tmp_path)
+    gc.disable()
+    try:
+        with Disk(PresenceLayer(Bytes(bytes(SIZE)), upper)) as disk:
+            disk.pread(512, 4096)
+        with Disk(PresenceLayer(Bytes(bytes(SIZE)), upper, read_only=True)) as disk:
+            disk.pread(512, 8192)
+        del disk
+        numbers = [int(path.name) for path in Path("/proc/self/fd").iterdir()]
+        opened = []
+        for number in numbers:
+            with suppress(OSError):
+                opened.append(os.readlink(f"/proc/self/fd/{number}"))
+        assert not [name for name in opened if str(tmp_path) in name]
+    finally:
+        gc.enable()
+    with pytest.raises(AttributeError):
+        _ = PresenceLayer(None, upper).below
 
 
 def test_its_record(tmp_path: Path) -> None:

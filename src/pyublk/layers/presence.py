@@ -159,6 +159,7 @@ class PresenceLayer(MappedTarget):
         """What it lies over."""
         below = self._given_below if self._open_below is None else self._open_below.target
         if below is None:
+            # One that has no such attribute, until it is open.
             raise AttributeError("the target is not open, and what lies below it is not known")
         return below
 
@@ -521,7 +522,10 @@ class PresenceLayer(MappedTarget):
         self._close_all()
 
     def _close_all(self) -> None:
-        layout = self._layout
+        for layout in (self._layout, self._scratch and self._scratch.layout):
+            if isinstance(layout, PresenceLayout):  # it knows who knows it, and has a file mapped
+                layout.ask(fetch=None, write=None, wake=None)
+                layout.defer(None, flushes=False)
         super().close()
         if isinstance(layout, PresenceLayout) and not layout.in_use:
             layout.ask(fetch=_nobody, write=_nobody, wake=_nobody)  # else both keep each other
