@@ -1,125 +1,27 @@
 # SPDX-License-Identifier: MIT
-"""What lies below a presence map, of any kind, and how its blocks are fetched."""
+"""How absent blocks of a presence map are fetched from below."""
 
-import asyncio
 import errno
-import inspect
-import logging
 import mmap
 import os
 import threading
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
-from pyublk._native import Layout, PresenceLayout, become_io_flusher
-from pyublk.deferring import HANGS, Threads, errno_of
-from pyublk.layers.base import Below
+from pyublk._native import PresenceLayout
+from pyublk.deferring import Threads, errno_of
 from pyublk.layers.mapfile import write_all
-from pyublk.methods import call_plain
-from pyublk.scheduling import NamedThread
-from pyublk.target import Target, kind_of
-
-log = logging.getLogger("pyublk.layers.presence")
 
 #: Bytes that are fetched at once, at most.
 PIECE = 1 << 20
 
 
-class LoopThread:
-    """An event loop on a thread of its own, which others hand coroutines to."""
-
-    def __init__(self, name: str) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = NamedThread(target=self._run, name=name, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        become_io_flusher()
-        asyncio.set_event_loop(self._loop)
-        try:
-            self._loop.run_forever()
-        finally:
-            self._loop.close()
-
-    def start(self, coroutine: Coroutine[Any, Any, object]) -> None:
-        """Has it run, and forgets it: it deals with its own failures. [any thread]"""
-        asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-
-    def call(self, step: Callable[[], object]) -> None:
-        """Calls it there, awaits what it returns, and waits for that. [any other thread]"""
-
-        async def run() -> None:
-            outcome = step()
-            if inspect.isawaitable(outcome):
-                await outcome
-
-        asyncio.run_coroutine_threadsafe(run(), self._loop).result()
-
-    def close(self) -> None:
-        """Ends it, and cancels what still runs."""
-
-        async def end() -> None:
-            tasks = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            self._loop.stop()
-
-        self.start(end())
-        self._thread.join(HANGS)
-
-
-class OpenBelow:
-    """A target that lies below, from its opening to its closing."""
-
-    def __init__(self, target: Target) -> None:
-        """Opens it."""
-        self.target = target
-        self.loop = LoopThread("below") if kind_of(target) == "async" else None
-        try:
-            self._below = Below(target)
-            self._call(target.open)
-        except BaseException:
-            self._end_loop()
-            raise
-
-    def _call(self, step: Callable[[], object]) -> None:
-        if self.loop is None:
-            call_plain(step)
-        else:
-            self.loop.call(step)
-
-    def read(self, offset: int, buffer: memoryview) -> Awaitable[None] | None:
-        """As of `Target`; on its loop, if it has one."""
-        outcome: Awaitable[None] | None = self._below.read(offset, buffer)
-        return outcome
-
-    def read_now(self, offset: int, buffer: memoryview) -> None:
-        """The same from any thread but the loop's, which waits. Raises OSError."""
-        self._call(partial(self.read, offset, buffer))
-
-    def as_files(self) -> tuple[Layout, list[tuple[int, bool, bool]]] | None:
-        """As of `MappedTarget`."""
-        return self._below.as_files()
-
-    def close(self) -> None:
-        try:
-            self._below.end_calls()
-            self._call(self.target.close)
-        finally:
-            self._end_loop()
-
-    def _end_loop(self) -> None:
-        if self.loop is not None:
-            self.loop.close()
-
-
 class Fetching(Protocol):
     """Who says how blocks are fetched; see `PresenceLayer`."""
 
-    def fetch(self, offset: int, buffer: memoryview) -> Awaitable[None] | None: ...
+    def fetch(self, offset: int, buffer: memoryview) -> None: ...
     def widen(self, offset: int, length: int) -> tuple[int, int]: ...
     def fetched(self, offset: int, length: int) -> None: ...
 
@@ -156,14 +58,12 @@ class Fetcher:
         policy: Fetching,
         layout: PresenceLayout,
         upper_fd: int,
-        below: OpenBelow,
         workers: int,
         wake: Callable[[], None],
     ) -> None:
         self._policy = policy
         self._layout = layout
         self._upper_fd = upper_fd
-        self._loop = below.loop
         self._wake = wake
         self._threads = Threads(workers, "fetch")
         self._lock = threading.Lock()  # the file is open; what is counted
@@ -215,9 +115,7 @@ class Fetcher:
                 wanted.ended(error)
 
     def _hand_over(self, offset: int, length: int, wanted: _Wanted | None) -> None:
-        if self._loop is not None:
-            self._loop.start(self._fetch_on_loop(offset, length, wanted))
-        elif not self._threads.submit(partial(self._fetch_here, offset, length, wanted)):
+        if not self._threads.submit(partial(self._fetch_here, offset, length, wanted)):
             raise OSError(errno.EIO, "the target is closed")
 
     def _fetch_here(self, offset: int, length: int, wanted: _Wanted | None) -> None:
@@ -226,25 +124,6 @@ class Fetcher:
             buffer = memoryview(mmap.mmap(-1, size))
             failure = errno_of(partial(self._policy.fetch, at, buffer), "a fetch from below")
             error = self._ended(at, buffer, failure) or error
-        if wanted is not None:
-            wanted.ended(error)
-
-    async def _fetch_on_loop(self, offset: int, length: int, wanted: _Wanted | None) -> None:
-        error = 0
-        for at, size in self._widened(offset, length):
-            buffer = memoryview(mmap.mmap(-1, size))
-            failure = errno.EIO
-            try:
-                outcome = self._policy.fetch(at, buffer)
-                if inspect.isawaitable(outcome):
-                    await outcome
-                failure = 0
-            except OSError as raised:
-                failure = raised.errno or errno.EIO
-            except Exception:
-                log.exception("a fetch from below failed; the client gets EIO")
-            finally:  # also when it is cancelled
-                error = self._ended(at, buffer, failure) or error
         if wanted is not None:
             wanted.ended(error)
 

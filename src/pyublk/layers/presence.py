@@ -5,7 +5,7 @@ import errno
 import logging
 import mmap
 import os
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -15,9 +15,10 @@ from pyublk._native import Layout, MappedQueue, PresenceLayout
 from pyublk.backing import Backing
 from pyublk.deferring import Deferred, Flushes, Threads, errno_of
 from pyublk.keeping import may_make
+from pyublk.layers.base import Below
 from pyublk.layers.durable import DurableMap
 from pyublk.layers.eviction import Eviction
-from pyublk.layers.fetching import Fetcher, Fetching, OpenBelow
+from pyublk.layers.fetching import Fetcher, Fetching
 from pyublk.layers.mapfile import (
     PAGE,
     SMALLEST_GRANULARITY,
@@ -108,7 +109,7 @@ class PresenceLayer(MappedTarget):
         self._metadata = metadata or {}
         self._workers = workers
         # While it is open:
-        self._open_below: OpenBelow | None = None
+        self._below: Below | None = None
         self._durable: DurableMap | None = None
         self._fetcher: Fetcher | None = None
         self._eviction: Eviction | None = None
@@ -125,11 +126,9 @@ class PresenceLayer(MappedTarget):
     def check_metadata(self, metadata: dict[str, Any]) -> None:
         """Raises ValueError when the map is not for this disk; what is below is open."""
 
-    def fetch(self, offset: int, buffer: memoryview) -> Awaitable[None] | None:
-        """Fills `buffer` with whole absent blocks, on one of several threads; on the event loop
-        when what is below is made of coroutines, then this may be one, too. Raises OSError."""
-        assert self._open_below is not None
-        return self._open_below.read(offset, buffer)
+    def fetch(self, offset: int, buffer: memoryview) -> None:
+        """Fills `buffer` with whole absent blocks, on one of several threads. Raises OSError."""
+        self._served(self._below).read(offset, buffer)
 
     def widen(self, offset: int, length: int) -> tuple[int, int]:
         """The range (bytes) that is fetched when this one is wanted: more, to read ahead."""
@@ -157,7 +156,7 @@ class PresenceLayer(MappedTarget):
     @property
     def below(self) -> Target:
         """What it lies over."""
-        below = self._given_below if self._open_below is None else self._open_below.target
+        below = self._given_below if self._below is None else self._below.target
         if below is None:
             # One that has no such attribute, until it is open.
             raise AttributeError("the target is not open, and what lies below it is not known")
@@ -208,7 +207,7 @@ class PresenceLayer(MappedTarget):
     @property
     def recoverable(self) -> bool:  # type: ignore[override]
         """As what is below."""
-        below = self._given_below if self._open_below is None else self._open_below.target
+        below = self._given_below if self._below is None else self._below.target
         return below is None or below.recoverable
 
     @property
@@ -369,7 +368,9 @@ class PresenceLayer(MappedTarget):
         backing.keep([(0, _ALL)], read_only=self.read_only)  # before its map is looked at
         record = self._metadata if new else MapFile.read_header(self.file).record
         below = self._given_below or self.make_below(record)
-        self._open_below = OpenBelow(below)
+        opened = Below(below, blocking=True)
+        opened.open()
+        self._below = opened
         found = self._make_map(below, made) if new else MapFile.read_durable(self.file)
         self._check(below, found.header)
         self.check_metadata(found.header.record)
@@ -418,9 +419,8 @@ class PresenceLayer(MappedTarget):
         os.ftruncate(self.upper_fd, size)
         tail = below.size % found.granularity
         if tail and size > below.size:  # its block is present
-            assert self._open_below is not None
             buffer = memoryview(bytearray(tail))
-            self._open_below.read_now(below.size - tail, buffer)
+            self._served(self._below).read(below.size - tail, buffer)
             write_all(self.upper_fd, buffer, below.size - tail)
         os.fsync(self.upper_fd)
         made.append(self.map_file)
@@ -466,8 +466,7 @@ class PresenceLayer(MappedTarget):
             bits[:] = bytes(now)
         else:
             bits = make_live(self.file, header, now)
-        assert self._open_below is not None
-        lower = self._open_below.as_files()
+        lower = self._served(self._below).as_files()
         layout = PresenceLayout(
             [_as_file(one) for one in self.backing] + (lower[1] if lower else []),
             header.size,
@@ -487,9 +486,7 @@ class PresenceLayer(MappedTarget):
         for at in range(0, header.map_bytes, PAGE):
             if live is not None and live[at : at + PAGE] != durable.bits[at : at + PAGE]:
                 layout.mark_dirty(at)
-        self._fetcher = Fetcher(
-            policy, layout, upper_fd, self._open_below, self._workers, self._wake
-        )
+        self._fetcher = Fetcher(policy, layout, upper_fd, self._workers, self._wake)
         self._eviction = Eviction(layout, self._durable, self.upper_fd, self._wake)
         self._hooks = Threads(self._workers, "hook")
         self._flushes = Flushes(self.sync_metadata)
@@ -500,8 +497,8 @@ class PresenceLayer(MappedTarget):
         self._layout = layout
 
     def as_files(self) -> tuple[Layout, list[tuple[int, bool, bool]]] | None:
-        assert self._open_below is not None
-        deeper = self._open_below.as_files() if self.read_only else None  # else the map changes
+        below = self._served(self._below)
+        deeper = below.as_files() if self.read_only else None  # else the map changes
         if deeper is None:
             return None
         return self.layout, [_as_file(self.backing[0]), *deeper[1]]
@@ -534,8 +531,8 @@ class PresenceLayer(MappedTarget):
         if self._scratch is not None:
             self._scratch.close()
             self._scratch = None
-        below = self._open_below
-        self._durable = self._open_below = self._fetcher = self._eviction = None
+        below = self._below
+        self._durable = self._below = self._fetcher = self._eviction = None
         self._hooks = self._flushes = None
         if below is not None:
             below.close()

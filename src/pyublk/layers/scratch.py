@@ -2,11 +2,9 @@
 """Where a disk that only reads keeps what it has fetched."""
 
 import errno
-import inspect
 import mmap
 import os
 import tempfile
-from collections.abc import Awaitable
 
 from pyublk._native import PresenceLayout
 from pyublk.layers.fetching import Fetching
@@ -37,35 +35,24 @@ class Scratch:
 
     # ---- as of who says how blocks are fetched ----
 
-    def fetch(self, offset: int, buffer: memoryview) -> Awaitable[None] | None:
-        absent: list[tuple[int, memoryview]] = []
+    def fetch(self, offset: int, buffer: memoryview) -> None:
         at, end = offset, offset + len(buffer)
         while at < end:
             length, present = self.map.run(at, end)
             piece = buffer[at - offset : at - offset + length]
             if present:
-                while piece:
-                    done = os.preadv(self._upper_fd, [piece], at + length - len(piece))
-                    if not done:
-                        raise OSError(errno.EIO, "the upper file was cut short")
-                    piece = piece[done:]
+                self._read_upper(at, piece)
             else:
-                absent.append((at, piece))
+                self._policy.fetch(at, piece)
             at += length
-        for number, (at, piece) in enumerate(absent):
-            outcome = self._policy.fetch(at, piece)
-            if inspect.isawaitable(outcome):
-                return self._await_rest(outcome, absent[number + 1 :])
-        return None
 
-    async def _await_rest(
-        self, outcome: Awaitable[None], absent: list[tuple[int, memoryview]]
-    ) -> None:
-        await outcome
-        for at, piece in absent:
-            more = self._policy.fetch(at, piece)
-            if more is not None:
-                await more
+    def _read_upper(self, offset: int, buffer: memoryview) -> None:
+        while buffer:
+            done = os.preadv(self._upper_fd, [buffer], offset)
+            if not done:
+                raise OSError(errno.EIO, "the upper file was cut short")
+            buffer = buffer[done:]
+            offset += done
 
     def widen(self, offset: int, length: int) -> tuple[int, int]:
         return self._policy.widen(offset, length)
