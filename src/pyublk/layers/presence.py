@@ -524,8 +524,6 @@ class PresenceLayer(MappedTarget):
                 layout.ask(fetch=None, write=None, wake=None)
                 layout.defer(None, flushes=False)
         super().close()
-        if isinstance(layout, PresenceLayout) and not layout.in_use:
-            layout.ask(fetch=_nobody, write=_nobody, wake=_nobody)  # else both keep each other
         if self._durable is not None:
             self._durable.close()
         if self._scratch is not None:
@@ -553,7 +551,3 @@ class PresenceLayer(MappedTarget):
 
 def _as_file(backing: Backing) -> tuple[int, bool, bool]:
     return backing.fd, backing.in_memory, backing.is_device
-
-
-def _nobody(*_args: object) -> None:
-    """Whom a layout asks that no queue serves by any more."""
