@@ -889,7 +889,8 @@ class ConnectedQueue(Queue):
 
     As `Queue`, but its requests are not returned: `serve_connected` or `step` serve them, over as
     many `links` as there are sockets for, on which the handshake is over. Requests that find no
-    link wait for one. Sockets are the queue's until their link is lost: it closes them at its end.
+    link wait for one. Sockets are the queue's until their link is lost: it closes them at its end,
+    but for the `unfinished`, whose server may still do something. They are shut down for sending.
     """
 
     def __init__(
@@ -917,6 +918,7 @@ class ConnectedQueue(Queue):
         buffer_size: int = 524288,
         gate: Gate | None = None,
     ) -> Self: ...
+    unfinished: list[socket.socket]
     def attach(self, link: int, socket: socket.socket) -> bool:
         """Gives a link that is down a socket; False when the queue is closed. From any thread, as
         what follows."""

@@ -22,6 +22,7 @@ cdef extern from "_core/nbd.h" nogil:
     void pu_nbd_drop(pu_nbd *, uint32_t, int)
     void pu_nbd_release(pu_nbd *, uint32_t)
     void pu_nbd_set_fail(pu_nbd *, bint)
+    void pu_nbd_shut(int)
 
 
 cdef class ConnectedQueue(Queue):
@@ -29,6 +30,7 @@ cdef class ConnectedQueue(Queue):
 
     cdef pu_nbd nbd
     cdef list sockets  # of each link; None: it is down
+    cdef readonly list unfinished  # those that ended with requests in flight
     cdef bint opened
 
     def __init__(self, fd, uint16_t queue_id=0, *, unsigned int links=1, **options):
@@ -44,6 +46,7 @@ cdef class ConnectedQueue(Queue):
             raise errors.queue_error(-error, queue_id)
         self.opened = True
         self.sockets = [None] * links
+        self.unfinished = []
 
     @classmethod
     def loopback(cls, *, links=1, depth=DEFAULT_DEPTH, buffer_size=DEFAULT_MAX_IO_SIZE, gate=None):
@@ -57,10 +60,17 @@ cdef class ConnectedQueue(Queue):
         if self.opened and self.q.tags != NULL:
             pu_nbd_stop(&self.nbd)
         Queue.end(self)
+        cdef bint parents = self.process != pu_process()
         sockets, self.sockets = self.sockets or [], [None] * len(self.sockets or [])
-        for socket in sockets:
-            if socket is not None:
+        for i, socket in enumerate(sockets):
+            if socket is None:
+                continue
+            if parents or not self.nbd.links[i].pending:
                 socket.close()
+                continue
+            # The server may still do what it was asked: whoever cares waits for its end.
+            pu_nbd_shut(socket.fileno())
+            self.unfinished.append(socket)
         return 0
 
     cdef int check_link(self, unsigned int link) except -1:

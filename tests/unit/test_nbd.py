@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import random
+import select
 import subprocess
 import threading
 import time
@@ -14,11 +15,14 @@ import nbd_server
 import pytest
 from nbd_server import FakeServer, Request, has, header, nbdkit, running
 
+from pyublk._native import ConnectedQueue
 from pyublk.layers import Layer
 from pyublk.targets import resolve
 from pyublk.targets.nbd import Nbd, keeper
 from pyublk.targets.nbd.uri import Place, parse
+from pyublk.targets.sources import from_text
 from pyublk.testing import Disk
+from pyublk.uapi import Op
 
 SIZE = 1 << 20
 needs_nbdkit = pytest.mark.skipif(not has("nbdkit"), reason="nbdkit is not installed")
@@ -97,6 +101,15 @@ def test_what_is_no_place_is_told_in_a_sentence(text: str, why: str) -> None:
 
 def test_it_is_a_built_in_target() -> None:
     assert resolve("nbd") is Nbd
+    for text in ("nbds:unix:/s", "nbds://host/x"):
+        made = from_text(text)
+        assert isinstance(made, Nbd)
+        assert made.place.tls
+    made = from_text("nbd:nbd+unix:///x?socket=/s", options={"retry_for": "7"}, read_only=True)
+    assert isinstance(made, Nbd)
+    assert made.place == Place(path="/s", export="x")
+    assert made.read_only
+    assert made.max_stall > 7
 
 
 # ---- what the server says becomes the disk ----
@@ -230,6 +243,66 @@ def test_several_connections_are_used(server: FakeServer, path: Path) -> None:
         status = nbd.status()
         assert status is not None
         assert len(status["connections"]) == 3
+
+
+def test_its_size_can_change_within_the_export(server: FakeServer, path: Path) -> None:
+    with Disk(target(path, size=4096)) as disk:
+        disk.resize(SIZE)
+        disk.pwrite(b"w" * 512, SIZE - 512)
+        with pytest.raises(ValueError, match="has only 1048576 bytes"):
+            disk.resize(2 * SIZE)
+        assert disk.size == SIZE
+    assert server.memory[-512:] == b"w" * 512
+
+
+def test_a_queue_is_served_by_turns(server: FakeServer, path: Path) -> None:
+    """As one of many that have a thread together."""
+    nbd = target(path)
+    nbd.open()
+    queue = ConnectedQueue.loopback(depth=4, buffer_size=65536)
+    nbd.queue_made(queue)
+    queue.fetch()
+    server.memory[:4096] = b"m" * 4096
+    poll = select.poll()
+    poll.register(queue.fileno(), select.POLLIN)
+    for _ in range(5):
+        queue.inject(2, Op.READ, 0, 4096)
+        while queue.answered(2) is None:
+            assert poll.poll(10_000)
+            assert queue.step(nbd.connection_lost, timeout=0)
+        assert queue.answered(2) == 4096
+        assert queue.memory(2, 4096) == b"m" * 4096
+        server.before = once(raise_eof)
+    queue.close()
+    nbd.close()
+
+
+def test_the_next_server_begins_when_what_was_in_flight_is_over(
+    server: FakeServer, path: Path
+) -> None:
+    """A disk that is taken from its server with requests in flight, as in an upgrade."""
+    nbd = target(path)
+    nbd.open()
+    queue = ConnectedQueue.loopback(depth=4, buffer_size=65536)
+    nbd.queue_made(queue)
+    queue.fetch()
+    arrived, done = threading.Event(), threading.Event()
+
+    def slow(request: Request) -> bytes:
+        arrived.set()
+        time.sleep(0.8)
+        server.memory[:4096] = request.data
+        done.set()
+        raise EOFError
+
+    server.before = once(slow)
+    queue.memory(0, 4096)[:] = b"w" * 4096
+    queue.inject(0, Op.WRITE, 0, 4096)
+    while not arrived.is_set():
+        queue.step(nbd.connection_lost, timeout=0.01)
+    queue.close()
+    nbd.close()
+    assert done.is_set()
 
 
 # ---- servers that break ----

@@ -85,8 +85,7 @@ static void take_up(struct pu_nbd *n, struct pu_nbd_link *link, int fd)
 
 static void take_orders(struct pu_nbd *n)
 {
-	__atomic_store_n(&n->ordered, false, __ATOMIC_RELAXED);
-	__atomic_thread_fence(__ATOMIC_SEQ_CST);
+	(void)__atomic_exchange_n(&n->ordered, false, __ATOMIC_ACQ_REL); /* before what was ordered */
 	for (uint32_t i = 0; i < n->nr_links; i++) {
 		struct pu_nbd_link *link = &n->links[i];
 		int drop = __atomic_exchange_n(&link->drop, 0, __ATOMIC_ACQ_REL);

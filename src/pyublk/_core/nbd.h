@@ -112,6 +112,9 @@ void pu_nbd_stop(struct pu_nbd *n);
 /* With the queue closed (true, all is over), but not freed. */
 void pu_nbd_close(struct pu_nbd *n);
 
+/* Nothing more is sent on a socket: the server ends when it has done what it was asked. */
+void pu_nbd_shut(int fd);
+
 /* Waits and serves: 0, or -errno as pu_queue_wait. With to_tell set, the caller takes what there is
  * to tell (pu_nbd_tell). */
 int pu_nbd_turn(struct pu_nbd *n, int64_t timeout_ns);

@@ -30,6 +30,11 @@ static void cancel(struct pu_nbd *n, const struct pu_nbd_link *link, uint64_t ki
 	sqe->user_data = PU_USER_DATA(PU_KIND_NOTHING, 0);
 }
 
+void pu_nbd_shut(int fd)
+{
+	shutdown(fd, SHUT_WR);
+}
+
 void pu_nbd_break(struct pu_nbd *n, struct pu_nbd_link *link, int reason)
 {
 	if (link->state != PU_NBD_UP)
@@ -37,7 +42,7 @@ void pu_nbd_break(struct pu_nbd *n, struct pu_nbd_link *link, int reason)
 	link->state = PU_NBD_BREAKING;
 	link->reason = reason;
 	n->ending = true;
-	shutdown(link->fd, SHUT_WR);
+	pu_nbd_shut(link->fd);
 	if (link->receiving)
 		cancel(n, link, KIND_RECEIVE);
 	if (link->sending)

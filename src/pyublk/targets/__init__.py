@@ -45,7 +45,7 @@ BUILT_IN: dict[str, type[Target] | str] = {
     "mirror": Mirror,
     "nbd": "pyublk.targets.nbd:Nbd",
     "nbdkit": "pyublk.targets.nbdkit:NBDKit",
-    "nbds": "pyublk.targets.nbd:Nbd",
+    "nbds": "pyublk.targets.nbd:NbdOverTls",
     "null": Null,
     "overlay": "pyublk.targets.overlay:OverlayFile",
     "ram": Ram,

@@ -4,9 +4,10 @@
 import os
 import socket
 import ssl
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pyublk._native import ConnectedQueue
 from pyublk.arguments import seconds, whole
@@ -18,7 +19,7 @@ from pyublk.targets.nbd.keeper import CONNECTING, FENCE, ExportChanged, Keeper
 from pyublk.targets.nbd.tls import make_context, plain_end
 from pyublk.targets.nbd.uri import Place, parse
 
-__all__ = ["Nbd"]
+__all__ = ["Nbd", "NbdOverTls"]
 
 #: The largest logical block that a disk may have (bytes): a page.
 LARGEST_BLOCK = os.sysconf("SC_PAGESIZE")
@@ -48,6 +49,9 @@ class Nbd(ConnectedTarget):
 
     recoverable = True
 
+    #: Whether TLS is required, whatever the URI says.
+    tls: ClassVar[bool] = False
+
     def __init__(
         self,
         uri: str,
@@ -63,7 +67,8 @@ class Nbd(ConnectedTarget):
         tls_verify: bool = True,
     ) -> None:
         super().__init__(size=size or 0, block_size=block_size, read_only=read_only)
-        self.place = parse(uri)
+        place = parse(uri)
+        self.place = replace(place, tls=place.tls or self.tls)
         options = _tls_options(self.place)
         self._certificates = tls_certificates or options.get("certificates")
         self._hostname = tls_hostname or options.get("hostname") or self.place.host or "localhost"
@@ -203,6 +208,14 @@ class Nbd(ConnectedTarget):
             "resent": keeper.resent(),
         }
 
+    def resize(self, size: int, update: Callable[[int], None]) -> None:
+        if size > self.export.size:
+            raise ValueError(
+                f"{self.place} has only {self.export.size} bytes: the disk cannot have {size}"
+            )
+        super().resize(size, update)
+        self._wanted_size = size
+
     # ---- its queues ----
 
     def links_per_queue(self) -> int:
@@ -232,6 +245,12 @@ class Nbd(ConnectedTarget):
     ) -> None:
         if self._keeper is not None:
             self._keeper.lose(queue, link, connection, reason)
+
+
+class NbdOverTls(Nbd):
+    """The same with TLS, also where the address has no scheme (`nbds:HOST:PORT`)."""
+
+    tls = True
 
 
 def _tls_options(place: Place) -> dict[str, Any]:

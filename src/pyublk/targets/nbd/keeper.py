@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 from pyublk._native import ConnectedQueue
 from pyublk.connected import reason_text
@@ -86,10 +85,11 @@ class Keeper:
         self._retry_for = retry_for
         self._timeout = timeout
         self._changed = threading.Condition()
-        self._queues: WeakKeyDictionary[ConnectedQueue, _Links] = WeakKeyDictionary()
+        self._queues: dict[ConnectedQueue, _Links] = {}
         self._losses: list[_Loss] = []
         self._spare: list[socket.socket] = []
         self._stopped = False
+        self._burying = False  # what the server may still do is waited for
         self._thread: threading.Thread | None = None
         self._told = ""  # why there is no connection, while that is
         self.lost = 0  # connections, so far
@@ -101,19 +101,34 @@ class Keeper:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread, unless it waits for a server, and closes what no queue has."""
+        """Ends the thread, unless it waits for a server, and closes what there is. Called with the
+        queues closed.
+
+        What the server may still do when they end with requests in flight is waited for: these
+        requests may be another server's in a moment, which sends them again.
+        """
         with self._changed:
             self._stopped = True
             self._changed.notify()
         if self._thread is not None:
-            self._thread.join(0.5)
+            # One that connects meanwhile sees that it is too late.
+            self._thread.join(FENCE if self._burying else 0.5)
         self._close_all()
 
     def _close_all(self) -> None:
+        unfinished: list[socket.socket] = []
         with self._changed:
             connections = [*self._spare, *(loss.connection for loss in self._losses)]
             self._spare.clear()
             self._losses.clear()
+            for queue in self._queues:
+                connections += queue.unfinished
+                unfinished += queue.unfinished
+                queue.unfinished.clear()
+            self._queues.clear()
+        until = time.monotonic() + FENCE
+        for connection in unfinished:
+            _wait_for_end(connection, until - time.monotonic())
         for connection in connections:
             connection.close()
 
@@ -157,13 +172,14 @@ class Keeper:
                 if self._stopped:
                     break
                 losses, self._losses = self._losses, []
+                self._burying = bool(losses)
                 if not losses:
                     self._changed.wait(self._idle())
             for loss in losses:
                 self._bury(loss)
+            self._burying = False
             for queue, links in self._snapshot():
                 self._look_after(queue, links)
-        self._close_all()
 
     def _snapshot(self) -> list[tuple[ConnectedQueue, _Links]]:
         with self._changed:
