@@ -26,7 +26,7 @@ cdef extern from "_core/nbd.h" nogil:
 
 
 cdef class ConnectedQueue(Queue):
-    """A queue served by an NBD server, over sockets that its own ring sends to and receives from."""
+    """A queue served by an NBD server, over sockets that its own ring sends and receives on."""
 
     cdef pu_nbd nbd
     cdef list sockets  # of each link; None: it is down
@@ -147,8 +147,8 @@ cdef class ConnectedQueue(Queue):
         return True
 
     cdef bint connected_round(self, lost, int64_t timeout_ns, bint until_told) except -1:
-        """A wait, or as many as it takes, and telling of links that went down. False: the device has
-        been stopped."""
+        """A wait, or as many as it takes, and telling of links that went down. False: the device
+        has been stopped."""
         cdef int there, link, reason
         with nogil:
             there = pu_nbd_turn(&self.nbd, timeout_ns)
