@@ -16,8 +16,10 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -29,6 +31,11 @@ from pyublk.targets.objects.store import connect
 from pyublk.targets.s3 import S3
 from pyublk.targets.url import Url
 from pyublk.testing import Disk
+
+#: Seconds, and seconds of processor time.
+Least = tuple[float, float]
+#: What is measured, for as long as it is entered.
+Way = Callable[[], AbstractContextManager[Callable[[], None]]]
 
 MIB = 1 << 20
 FLIGHT = 16
@@ -58,16 +65,24 @@ asyncio.run(main())
 """
 
 
-def measured(read: Callable[[], None], rounds: int) -> tuple[float, float]:
-    """The least seconds of all rounds, and the least of the client's processor time."""
+def measured(way: Way, rounds: int) -> Least:
+    """The least seconds of all rounds, and the least of the client's processor time. What a way
+    opens anew for each round, and closes, is not counted."""
     times, busy = [], []
     for _ in range(rounds):
-        before, began = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
-        read()
-        after = resource.getrusage(resource.RUSAGE_SELF)
-        times.append(time.monotonic() - began)
+        with way() as read:
+            before, began = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
+            read()
+            times.append(time.monotonic() - began)
+            after = resource.getrusage(resource.RUSAGE_SELF)
         busy.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     return min(times), min(busy)
+
+
+@contextmanager
+def alone(step: Callable[[int], object], offsets: range) -> Iterator[Callable[[], None]]:
+    """The library: the step, at each offset."""
+    yield partial(together, step, offsets)
 
 
 def together(step: Callable[[int], object], offsets: range) -> None:
@@ -76,40 +91,38 @@ def together(step: Callable[[int], object], offsets: range) -> None:
             pass
 
 
-def through(make: Callable[[], Any], size: int, request: int) -> Callable[[], None]:
+@contextmanager
+def through(make: Callable[[], Any], size: int, request: int) -> Iterator[Callable[[], None]]:
     """A whole disk, freshly opened, read by requests of that size, without a kernel."""
+    batch = 4 * FLIGHT * request
+    with Disk(make(), max_io_size=request, depth=4 * FLIGHT) as disk:
 
-    def read() -> None:
-        with Disk(make(), max_io_size=request, depth=4 * FLIGHT) as disk:
-            for at in range(0, size, 4 * FLIGHT * request):
-                disk.pread(min(4 * FLIGHT * request, size - at), at)
+        def read() -> None:
+            for at in range(0, size, batch):
+                disk.pread(min(batch, size - at), at)
 
-    return read
+        yield read
 
 
-def called(make: Callable[[], Any], offsets: range) -> Callable[[], None]:
+@contextmanager
+def called(make: Callable[[], Any], offsets: range) -> Iterator[Callable[[], None]]:
     """The same by calls of the target, on as many threads as there are requests in flight."""
-
     buffers: SimpleQueue[memoryview] = SimpleQueue()
     for _ in range(FLIGHT):
-        buffers.put(memoryview(bytearray(offsets.step)))
+        buffers.put(memoryview(bytearray(b"x" * offsets.step)))
+    target = make()
+    target.open()
 
-    def read() -> None:
-        target = make()
-        target.open()
+    def one(at: int) -> None:
+        buffer = buffers.get()
+        target.read(at, buffer)
+        buffers.put(buffer)
 
-        def one(at: int) -> None:
-            buffer = buffers.get()
-            target.read(at, buffer)
-            buffers.put(buffer)
-
-        together(one, offsets)
-        target.close()
-
-    return read
+    yield partial(together, one, offsets)
+    target.close()
 
 
-def report(what: str, size: int, ways: dict[str, tuple[float, float]]) -> None:
+def report(what: str, size: int, ways: dict[str, Least]) -> None:
     print(f"\n{what}")
     first = next(iter(ways.values()))
     for way, (seconds, busy) in ways.items():
@@ -132,9 +145,9 @@ def of_url(size: int, rounds: int, request: int) -> None:
 
         offsets = range(0, size, request)
         ways = {
-            "obstore, with If-Match": measured(lambda: together(get, offsets), rounds),
-            "url, called": measured(called(lambda: Url(url), offsets), rounds),
-            "url, a disk": measured(through(lambda: Url(url), size, request), rounds),
+            "obstore, with If-Match": measured(lambda: alone(get, offsets), rounds),
+            "url, called": measured(lambda: called(lambda: Url(url), offsets), rounds),
+            "url, a disk": measured(lambda: through(lambda: Url(url), size, request), rounds),
         }
         server.kill()
     report(f"url, {request >> 10} KiB requests, {FLIGHT} in flight", size, ways)
@@ -147,13 +160,14 @@ def of_s3(size: int, rounds: int, request: int, chunk: int) -> None:
     endpoint = f"http://127.0.0.1:{flags['s3.port']}"
     with tempfile.TemporaryDirectory() as folder:
         weed = Path(sys.executable).with_name("weed")
+        # A server that finds keys there wants them from everybody.
+        clean = {name: value for name, value in os.environ.items() if name not in KEYS}
         server = subprocess.Popen(
             [weed, "server", "-s3", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
              "-volume.max=30", "-master.volumeSizeLimitMB=256",
              *(f"-{name}={port}" for name, port in flags.items())],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=clean,
         )  # fmt: skip
-        # Not before: a server that finds keys there wants them from everybody.
         os.environ |= KEYS | {"AWS_ENDPOINT_URL": endpoint}
         try:
             _make_bucket(f"{endpoint}/bucket")
@@ -197,15 +211,15 @@ def _compare_s3(store: ObjectStore, size: int, rounds: int, request: int, chunk:
         obstore.get(store, paths[number]).bytes()
 
     def reader() -> S3:
-        return S3("bucket/disk", read_only=True, cache=2 * FLIGHT * chunk, ahead=FLIGHT)
+        return S3("bucket/disk", read_only=True, cache=FLIGHT * chunk, ahead=FLIGHT // 2)
 
     ways = {
-        "obstore, whole objects": measured(lambda: together(get, range(len(paths))), rounds),
-        "s3, called by chunks": measured(called(reader, range(0, size, chunk)), rounds),
-        "s3, called": measured(called(reader, range(0, size, request)), rounds),
-        "s3, a disk": measured(through(reader, size, request), rounds),
+        "obstore, whole objects": measured(lambda: alone(get, range(len(paths))), rounds),
+        "s3, called by chunks": measured(lambda: called(reader, range(0, size, chunk)), rounds),
+        "s3, called": measured(lambda: called(reader, range(0, size, request)), rounds),
+        "s3, a disk": measured(lambda: through(reader, size, request), rounds),
         "s3, a disk by default": measured(
-            through(lambda: S3("bucket/disk", read_only=True), size, request), rounds
+            lambda: through(lambda: S3("bucket/disk", read_only=True), size, request), rounds
         ),
     }
     report(f"s3, chunks of {chunk >> 20} MiB, {request >> 10} KiB requests", size, ways)
