@@ -12,7 +12,7 @@ import pytest
 from command_line import added, run_here
 from filesystems import check_file_system, checksums, make_file_system, mounted, run
 from object_stores import KEYS, SmallS3
-from restarted import restart_of, served_again
+from restarted import restart_of, served_again, server_of
 from servers import until
 from web_server import WebServer
 
@@ -95,6 +95,8 @@ def test_a_url_outlives_its_web_server_and_its_own(
         assert read_through(disk["path"], skip=4) == content[1 << 20 :]
         back.join()
         os.kill(disk["server_pid"], signal.SIGKILL)
+        # Its server is begun anew twice over, which takes a busy emulated machine a while.
+        until(lambda: server_of(disk) != disk["server_pid"], 200, "another server has the disk")
         served_again(controller, disk, disk["server_pid"])
         assert read_through(disk["path"]) == content
         assert run_here("stop", str(disk["id"])).exit_code == 0
