@@ -48,8 +48,10 @@ def test_write_back_with_a_limit_under_verifying_clients(serve: Serve, tmp_path:
     )
     disk = serve(cache, queues=2)
     jobs = {"rw": "randwrite", "bs": "4k", "iodepth": 8, "numjobs": 2, "size": SIZE // 2}
-    report = verified(disk.path, offset_increment=SIZE // 2, io_size="2m", fsync=64, **jobs)
-    assert report.writes >= 2 * (2 << 20) // 4096
+    report = verified(
+        disk.path, offset_increment=SIZE // 2, io_size="512k", fsync=32, timeout=240, **jobs
+    )
+    assert report.writes >= 2 * (512 << 10) // 4096
     status = cache.drain()
     assert status["drain_failures"] == 0
     assert status["present_bytes"] <= 16 << 20
@@ -61,7 +63,7 @@ def test_write_through_under_verifying_clients(serve: Serve, tmp_path: Path) -> 
     origin = Origin()
     cache = Cache(origin, tmp_path / "cache")
     disk = serve(cache, queues=2)
-    verified(disk.path, rw="randwrite", bs="4k", iodepth=8, size=SIZE, io_size="2m")
+    verified(disk.path, rw="randwrite", bs="4k", iodepth=8, size=SIZE, io_size="512k", timeout=240)
     with Blocks(disk.path) as client:
         assert client.read(SIZE, 0) == origin.data
 

@@ -614,6 +614,13 @@ def test_a_boot_is_recorded_and_warms_the_next_one(file: Path) -> None:
     assert file.with_name("cache.boot").read_text().splitlines() == trace, "it is kept"
 
 
+def test_another_server_may_have_it_when_nothing_is_lost_with_this_one(file: Path) -> None:
+    """Asked before it is open."""
+    assert not cache(Origin(), file).recoverable
+    assert cache(Origin(), file, mode="write-back").recoverable
+    assert cache(File(file.with_name("source"), size=SIZE), file).recoverable
+
+
 # ---- as text ----
 
 

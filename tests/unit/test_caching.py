@@ -339,8 +339,8 @@ class TestRoom:
         with ThreadPoolExecutor(1) as pool:
             done = pool.submit(bring)
             assert room.short.wait(TIMEOUT)
-            kept[0] = 50
-            room.evicted()
+            with room.leaving(40):
+                kept[0] = 50
             done.result(TIMEOUT)
         assert inside.is_set()
 

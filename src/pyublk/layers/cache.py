@@ -113,6 +113,8 @@ class Cache(PresenceLayer):
         # Of each cache, not of the class: it is asked for when the layout is made.
         self.writes_through = mode == "write-through"  # type: ignore[misc]
         self._source = source
+        if self.outlives_below:
+            source.recoverable = True
         self._fetchers = fetchers
         self.max_discard = LEAST // 8 if limit is None else limit // 64
         self._most_ahead = readahead if limit is None else min(readahead, limit // 8)
@@ -166,7 +168,6 @@ class Cache(PresenceLayer):
                 self._may_replace = False
         assert self._known is not None
         self._source.be(self._known)
-        self._source.recoverable = self.mode == "write-back" or self._known["recoverable"]
         self._metadata = self._known
 
     def _check_source(self, target: Target) -> None:
@@ -491,7 +492,8 @@ class Cache(PresenceLayer):
 
     def _evict(self, runs: list[Run]) -> int:
         self._ahead.forget(runs)
-        return self.evict(runs)
+        with self._room.leaving(sum(length for _, length in runs)):
+            return self.evict(runs)
 
     # ---- draining ----
 

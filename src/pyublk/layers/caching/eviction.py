@@ -139,8 +139,6 @@ class Evictor:
             return False
         runs = self._choose(wanted)
         freed = self._evict(runs) if runs else 0
-        if freed:
-            self._room.evicted()
-        else:
+        if not freed:
             self._stuck()
         return freed > 0

@@ -20,7 +20,6 @@ def described(target: Target) -> dict[str, Any]:
     return {
         "kind": KIND,
         **{name: getattr(profile, name) for name in PROPERTIES},
-        "recoverable": profile.recoverable,
         "identity": asked() if callable(asked) else None,
     }
 

@@ -96,7 +96,14 @@ class Room:
         over = self._kept() + self._coming + self._wanted - self.limit * 7 // 8
         return over + margin if over > 0 else 0
 
-    def evicted(self) -> None:
-        """There is more room than before."""
+    @contextmanager
+    def leaving(self, length: int) -> Iterator[None]:
+        """Inside, so many bytes are being evicted: they take room until the end of it."""
         with self._changed:
-            self._changed.notify_all()
+            self._coming += length
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._coming -= length
+                self._changed.notify_all()

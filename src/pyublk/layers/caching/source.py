@@ -48,6 +48,8 @@ class Source(Target):
     ) -> None:
         super().__init__(size=0)
         self.target = target
+        #: It is asked for before anything is open.
+        self.recoverable = target.recoverable
         self._check = check
         self._patience = patience
         self._lock = threading.Lock()  # for who opens it, or closes it
