@@ -156,7 +156,7 @@ _DISK = """
 from pyublk.targets import Ram
 from pyublk.testing import Disk
 
-with Disk(Ram(1 << 20)) as disk:
+with Disk(Ram(size=1 << 20)) as disk:
     disk.pwrite(b"pyublk" * 4096, 4096)
     assert disk.pread(6 * 4096, 4096) == b"pyublk" * 4096
 """
