@@ -64,7 +64,6 @@ cdef extern from "_core/present.h" nogil:
     bint pu_present_take_wake(pu_mapped *)
 
 
-
 cdef class PresenceLayout(Layout):
     """Blocks are in the first file where their bit is set, else below: in the other files, as
     `below` has it, or nowhere, then they are asked for."""
