@@ -195,8 +195,8 @@ def test_a_layer_is_made_of_a_text(mine: Path) -> None:
     ("text", "message"),
     [
         (
-            "sourced.py:Over:flie=x",
-            r"Over has no option 'flie' \(did you mean 'file'\?\); it takes",
+            "sourced.py:Over:filr=x",
+            r"Over has no option 'filr' \(did you mean 'file'\?\); it takes",
         ),
         ("sourced.py:Over:below=x", "Over has no option 'below'"),
         ("sourced.py:Over:file", "'file' in the layer 'sourced.py:Over:file' is not KEY=VALUE"),
