@@ -133,8 +133,9 @@ def add(
 ) -> None:
     """Serve TARGET as a disk, and print the disk's path once it can be used.
 
-    TARGET is `null`, `ram`, `file`, `linear`, `stripe`, `mirror`, `slice`, `integrity`, `zoned`,
-    another installed target, `package.module:Class`, or `file.py:Class`. ARGUMENTs are the class's
+    TARGET is `null`, `ram`, `file`, `linear`, `stripe`, `mirror`, `slice`, `overlay`, `cache`,
+    `nbd`, `url`, `s3`, `image`, `rbd`, `nbdkit`, `integrity`, `zoned`, another installed target,
+    `package.module:Class`, or `file.py:Class`. ARGUMENTs are the class's
     first parameters; --option sets any of them by name. TARGET:ARGUMENT is the same as TARGET
     ARGUMENT. Each --layer lies over what was named before it.
 
