@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """`s3` on SeaweedFS, a real server: killed, restarted, and raced for by processes that are killed.
 
-Takes a minute or two: `pytest tests/stores`.
+Takes a minute or two: `./run stores`.
 """
 
 import os
