@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -668,3 +669,38 @@ def test_the_file_of_something_else_is_refused(file: Path) -> None:
     found.write(file)
     with pytest.raises(ValueError, match="is not the file of a cache"):
         Disk(cache(Origin(), file)).open()
+
+
+def test_a_fetch_that_nobody_asked_for_gives_back_what_it_held(file: Path) -> None:
+    """Its failure fails nobody, and what it did not get to can be fetched by those who want it."""
+    origin = Origin()
+    origin.fail_reads[0] = errno.ENOLINK
+    layer = cache(origin, file)
+    with Disk(layer) as disk:
+        with pytest.raises(OSError, match="can be fetched"):
+            layer.fetch_now(0, 4 << 20)  # in several runs, of which the first fails
+        assert origin.reads == [(0, 1 << 20)]
+        assert disk.pread(512, 2 << 20) == origin.data[2 << 20 : (2 << 20) + 512]
+        origin.fail_reads.clear()
+        assert disk.pread(512, BLOCK) == origin.data[BLOCK : BLOCK + 512]
+        assert disk.stats().total.errors == 0
+
+
+class FailsFirst(Origin):
+    def read(self, offset: int, buffer: memoryview) -> None:
+        first = not self.reads
+        super().read(offset, buffer)
+        if first:
+            raise OSError(errno.ENOLINK, "planted")
+
+
+def test_who_waits_for_a_fetch_that_nobody_asked_for_does_not_fail_with_it(file: Path) -> None:
+    origin = FailsFirst()
+    layer = cache(origin, file)
+    with Disk(layer) as disk, ThreadPoolExecutor(2) as pool:
+        origin.gate.clear()
+        ahead = pool.submit(layer.fetch_now, 0, BLOCK)
+        assert origin.asked.wait(TIMEOUT)  # it holds the block
+        threading.Timer(0.2, origin.gate.set).start()  # most likely it is waited for by then
+        assert disk.pread(4096, BLOCK // 2) == origin.data[BLOCK // 2 : BLOCK // 2 + 4096]
+        assert isinstance(ahead.exception(TIMEOUT), OSError)

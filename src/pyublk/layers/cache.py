@@ -366,11 +366,9 @@ class Cache(PresenceLayer):
 
     def fetch_now(self, offset: int, length: int) -> None:
         """Fetches what is absent of these bytes, on the calling thread. Raises OSError."""
-        fetcher = self._served(self._fetcher)
-        for at, size in self.layout.claim(offset, length, FETCH):
-            fetcher._fetch_here(at, size, None)
-            if not self.is_present(at, size):
-                raise OSError(errno.EIO, f"{size} bytes at {at} cannot be fetched")
+        held = self.layout.claim(offset, length, FETCH)
+        if error := self._served(self._fetcher).fetch_held(held):
+            raise OSError(error, f"not all of {length} bytes at {offset} can be fetched")
 
     def fetched(self, offset: int, length: int) -> None:
         self._clock.fetched(offset, length)

@@ -104,6 +104,18 @@ class Fetcher:
             taken += length
         return taken
 
+    def fetch_held(self, runs: list[tuple[int, int]]) -> int:
+        """Fetches runs of blocks that the caller holds and nobody has asked for, on his thread: 0,
+        or the errno of the first that failed. Those after it are let go of without a try. Requests
+        that have come to wait for them are not failed by it: they ask for them now."""
+        error = 0
+        for run in runs:
+            if error:
+                self._give_back(*run)
+            else:
+                error = self._fetch_here(*run, None, asked=False)
+        return error
+
     # ---- one run ----
 
     def _start(self, offset: int, length: int, wanted: _Wanted | None) -> None:
@@ -118,14 +130,17 @@ class Fetcher:
         if not self._threads.submit(partial(self._fetch_here, offset, length, wanted)):
             raise OSError(errno.EIO, "the target is closed")
 
-    def _fetch_here(self, offset: int, length: int, wanted: _Wanted | None) -> None:
+    def _fetch_here(
+        self, offset: int, length: int, wanted: _Wanted | None, *, asked: bool = True
+    ) -> int:
         error = 0
         for at, size in self._widened(offset, length):
             buffer = memoryview(mmap.mmap(-1, size))
             failure = errno_of(partial(self._policy.fetch, at, buffer), "a fetch from below")
-            error = self._ended(at, buffer, failure) or error
+            error = self._ended(at, buffer, failure, asked=asked) or error
         if wanted is not None:
             wanted.ended(error)
+        return error
 
     def _widened(self, offset: int, length: int) -> list[tuple[int, int]]:
         """The held blocks of the range, and those around it that are read with them, held as well;
@@ -151,11 +166,14 @@ class Fetcher:
                 merged.append((at, size))
         return merged
 
-    def _ended(self, offset: int, buffer: memoryview, error: int) -> int:
-        if error:
+    def _ended(self, offset: int, buffer: memoryview, error: int, *, asked: bool) -> int:
+        if not error:
+            put = partial(self._put, offset, buffer, asked=asked)
+            error = errno_of(put, "writing what was fetched")
+        elif asked:
             self._fail(offset, len(buffer), error)
         else:
-            error = errno_of(partial(self._put, offset, buffer), "writing what was fetched")
+            self._give_back(offset, len(buffer))
         with self._lock:
             self.fetches += 1
             self.fetch_errors += error != 0
@@ -164,7 +182,7 @@ class Fetcher:
             errno_of(partial(self._policy.fetched, offset, len(buffer)), "fetched()")
         return error
 
-    def _put(self, offset: int, data: memoryview) -> None:
+    def _put(self, offset: int, data: memoryview, *, asked: bool = True) -> None:
         """Raises OSError; then the blocks are absent still."""
         try:
             with self._lock:
@@ -177,12 +195,19 @@ class Fetcher:
                 os.close(fd)
         except BaseException as raised:
             number = raised.errno if isinstance(raised, OSError) else None
-            self._fail(offset, len(data), number or errno.EIO)
+            if asked:
+                self._fail(offset, len(data), number or errno.EIO)
+            else:
+                self._give_back(offset, len(data))
             raise
         self._layout.let_go(offset, len(data), True)
         self._wake()
 
     def _fail(self, offset: int, length: int, error: int) -> None:
         self._layout.fail(offset, length, error)
+        self._give_back(offset, length)
+
+    def _give_back(self, offset: int, length: int) -> None:
+        """Absent still, and nobody's: who waits for it asks for it."""
         self._layout.let_go(offset, length, False)
         self._wake()
