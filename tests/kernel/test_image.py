@@ -22,6 +22,7 @@ def do(*words: object) -> str:
     ).stdout
 
 
+@pytest.mark.thorough
 def test_a_file_system_in_an_image(tmp_path: Path) -> None:
     image, place = tmp_path / "disk.qcow2", tmp_path / "mnt"
     place.mkdir()

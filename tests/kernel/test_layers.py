@@ -87,6 +87,7 @@ def test_a_wrong_layer_is_told_in_a_sentence(place: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.thorough
 def test_the_examples_layers(place: Path) -> None:
     """Encryption over a log over a file, which wraps around; a zip's member; each block once."""
     pytest.importorskip("cryptography")

@@ -65,6 +65,7 @@ def test_a_file_is_written_listed_and_stopped(tmp_path: Path) -> None:
     assert (gone.exit_code, "is no disk of pyublk's by NBD" in gone.stderr) == (5, True)
 
 
+@pytest.mark.thorough
 def test_a_file_system_on_a_target_in_python_whose_server_dies(tmp_path: Path) -> None:
     code = tmp_path / "disk.py"
     code.write_text(

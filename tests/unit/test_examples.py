@@ -74,4 +74,6 @@ def test_no_example_is_forgotten() -> None:
     named = {"rot13", "async_disk", "pointer_ctypes", "pointer_cffi", "pointer_numba", "protected"}
     by_hand = {"queue_by_hand", "mapped_by_hand", "threads_by_hand"}
     power_cuts = {"sqlite_power_cuts", "file_system_power_cuts"}  # tests/kernel/power_cuts.py
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == named | by_hand | power_cuts
+    stacked = {"encrypted", "deduplicated", "log_structured", "log_structured_plot", "zip_disk"}
+    known = named | by_hand | power_cuts | stacked  # the last in test_example_layers.py
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == known

@@ -172,7 +172,7 @@ def test_a_handler_written_in_c() -> None:
         (lambda: Device(Plain(), depth="128"), "depth must be a whole number, not '128'"),
         (lambda: Device(Plain(), max_io_size="1M"), "max_io_size must be a whole number, not '1M'"),
         (lambda: Device(Plain(), threads=True), "threads must be a whole number, not True"),
-        (lambda: Device(Plain(), workers=0.5), "workers must be a whole number, not 0.5"),
+        (lambda: Device(Plain(), workers=0.5), "workers must be at least 0 or None, not 0.5"),
         (lambda: Device(Plain(), deadline=-1), "deadline must be a number of seconds above 0"),
         (lambda: Device(Plain(), deadline="5"), "deadline must be a number of seconds above 0"),
         (lambda: Device(Plain(), stop_timeout=float("nan")), "stop_timeout must be a number"),

@@ -190,7 +190,7 @@ def test_targets_are_found_by_name_module_and_file(tmp_path: Path) -> None:
     [
         (
             "rma",
-            r"there is no target 'rma' \(did you mean 'ram'\?\); the targets are file, .*ram",
+            r"there is no target 'rma' \(did you mean 'ram'\?\); the targets are .*file, .*ram",
         ),
         ("nowhere.at.all:X", "there is no module 'nowhere.at.all'"),
         ("missing.py:X", r"there is no file 'missing\.py'"),

@@ -101,7 +101,10 @@ def create(
 @_store_options
 @json_option
 def list_(place: str, as_json: bool, **server: Any) -> None:
-    """List the disks of a bucket, or those whose names begin with PREFIX/."""
+    """List the disks of a bucket.
+
+    With PREFIX, those whose names begin with it and a slash.
+    """
     try:
         # Any name would do: the store, and what is before it, are asked for.
         there = Location.parse(place.rstrip("/") + "/any")
@@ -160,9 +163,10 @@ def _described(found: DiskInfo) -> list[tuple[str, str]]:
 @click.argument("snapshot", metavar="DISK@NAME", type=_Place(snapshot=True))
 @_store_options
 def snapshot(snapshot: Location, **server: Any) -> None:
-    """Keep the state of a disk as it was flushed last, under a name; the disk may be in use.
+    """Keep what a disk had when it was flushed.
 
-    No data is copied. A file system should be frozen or synced first (`sync`, `fsfreeze`).
+    It is kept as DISK@NAME; the disk may be in use. No data is copied. A file system should be
+    frozen or synced first (`sync`, `fsfreeze`).
     """
     if snapshot.snapshot is None:
         raise click.BadParameter("write DISK@NAME", param_hint="'DISK@NAME'")
@@ -174,10 +178,10 @@ def snapshot(snapshot: Location, **server: Any) -> None:
 @click.argument("to", metavar="NEW", type=_Place())
 @_store_options
 def clone(source: Location, to: Location, **server: Any) -> None:
-    """Make the disk NEW, which begins as another one is, or as a snapshot of it.
+    """Make a disk that begins as another one is.
 
-    No data is copied: both use the same objects until they write their own. NEW has to be in the
-    same bucket.
+    NEW begins as DISK is, or as the snapshot DISK@NAME. No data is copied: both use the same
+    objects until they write their own. NEW has to be in the same bucket.
     """
     if source.store != to.store:
         raise click.BadParameter(f"{to} is in another bucket than {source}", param_hint="'NEW'")
@@ -190,10 +194,10 @@ def clone(source: Location, to: Location, **server: Any) -> None:
 @_store_options
 @json_option
 def gc(disk: Location, force: bool, as_json: bool, **server: Any) -> None:
-    """Delete objects that neither a disk, nor its snapshots, nor its clones need any more.
+    """Delete objects that nothing needs any more.
 
-    What is overwritten leaves such objects behind, and so does a writer that is killed. The disk
-    may be in use.
+    That is, neither the disk, nor its snapshots, nor its clones. What is overwritten leaves such
+    objects behind, and so does a writer that is killed. The disk may be in use.
     """
     count = disks.clean_up(_objects(disk, server), disk.name, force=force)
     if as_json:
@@ -207,8 +211,8 @@ def gc(disk: Location, force: bool, as_json: bool, **server: Any) -> None:
 @click.option("--force", is_flag=True, help="Even if it has snapshots, or was not closed.")
 @_store_options
 def rm(disk: Location, force: bool, **server: Any) -> None:
-    """Delete a disk and all of its objects, or a snapshot of it.
+    """Delete a disk, or a snapshot of one.
 
-    What a snapshot alone needed is deleted by the next `gc`.
+    A disk goes with all of its objects. What a snapshot alone needed is deleted by the next `gc`.
     """
     disks.remove(_objects(disk, server), disk.name, disk.snapshot, force=force)
