@@ -146,9 +146,10 @@ def same_shape(shown: object, found: object, where: str = "answer") -> None:
 def test_every_request_of_the_page_is_answered_as_shown(
     place: Path, controller: pyublk.Controller
 ) -> None:
-    for name in ("a.img", "b.img", "spare.img"):
+    for name in ("a.img", "b.img", "spare.img", "source.img"):
         (place / name).write_bytes(bytes(MIB))
     disk = added("mirror", "a.img", "b.img", "--id", "0", "--path", "copy")
+    cached = added("cache", "cache", "source.img", "--option", "mode=write-back")
     until(lambda: asked(disk, "status")["target_status"]["progress"] == 1.0)
     os.truncate(place / "a.img", 0)
     with Blocks(disk["path"]) as blocks:
@@ -164,7 +165,7 @@ def test_every_request_of_the_page_is_answered_as_shown(
         seen.add(name)
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(60)
-            connection.connect(str(socket_place(0)))
+            connection.connect(str(socket_place(cached["id"] if name == "cache" else 0)))
             with connection.makefile() as lines:
                 greeting = json.loads(lines.readline())
                 for request, shown in conversation:
@@ -175,6 +176,7 @@ def test_every_request_of_the_page_is_answered_as_shown(
                     answer = lines.readline().replace(str(place), "/srv")
                     same_shape(shown, json.loads(answer), request["execute"])
     assert seen - {"fly"} >= set(greeting["capabilities"]) - {"resize", "hand_over"}
+    assert run_here("stop", str(cached["id"])).exit_code == 0
     until(lambda: left() == [])
 
 
