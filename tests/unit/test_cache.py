@@ -704,3 +704,19 @@ def test_who_waits_for_a_fetch_that_nobody_asked_for_does_not_fail_with_it(file:
         threading.Timer(0.2, origin.gate.set).start()  # most likely it is waited for by then
         assert disk.pread(4096, BLOCK // 2) == origin.data[BLOCK // 2 : BLOCK // 2 + 4096]
         assert isinstance(ahead.exception(TIMEOUT), OSError)
+
+
+def test_a_source_is_found_from_another_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server leaves the directory in which the disk was added before the source is opened."""
+    monkeypatch.chdir(tmp_path)
+    Path("source.img").write_bytes(os.urandom(BLOCK))
+    layer = build("cache:file=disk.cache", File(Path("source.img")))
+    with Disk(layer) as disk:  # reads the size
+        disk.pread(512, 0)
+    again = build("cache:file=disk.cache", File(Path("source.img")))
+    with Disk(again) as disk:
+        monkeypatch.chdir("/")
+        again.invalidate()
+        assert disk.pread(BLOCK, 0) == (tmp_path / "source.img").read_bytes()

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 from pyublk.errors import UblkError
@@ -47,6 +48,7 @@ class Source(Target):
         self, target: Target, *, check: Callable[[Target], None], patience: float = 10.0
     ) -> None:
         super().__init__(size=0)
+        _make_paths_absolute(target)
         self.target = target
         #: It is asked for before anything is open.
         self.recoverable = target.recoverable
@@ -244,3 +246,12 @@ class _Loop:
         self._thread.join(10)
         if not self._thread.is_alive():
             self._loop.close()
+
+
+def _make_paths_absolute(target: Target) -> None:
+    """When it is opened at last, its server may be in another directory."""
+    for name, value in list(vars(target).items()):
+        if isinstance(value, Path):
+            setattr(target, name, value.absolute())
+        elif isinstance(value, list) and value and all(isinstance(one, Path) for one in value):
+            setattr(target, name, [one.absolute() for one in value])
