@@ -130,7 +130,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(
-    ("where", "options"), [("full", []), ("pipe", ["--json"]), ("full", ["--foreground"])]
+    ("where", "options"),
+    variations(
+        [("full", []), ("pipe", ["--json"]), ("full", ["--foreground"])], [("pipe", ["--json"])]
+    ),
 )
 def test_a_disk_that_cannot_be_told_of_is_stopped_again(
     where: str, options: list[str], place: Path
@@ -160,6 +163,7 @@ def test_a_disk_that_cannot_be_told_of_is_stopped_again(
         assert list(controller.devices()) == []
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("closed", variations(["0 1 2", "1"], ["0 1 2"]))
 def test_a_disk_added_with_closed_standard_descriptors(closed: str, serve: Serve) -> None:
     script = 'exec "$@" ' + " ".join(f"{number}>&-" for number in closed.split())
@@ -503,6 +507,7 @@ def test_an_id_in_use(place: Path) -> None:
     assert run_here("stop", str(made["id"])).exit_code == 0
 
 
+@pytest.mark.thorough
 def test_an_id_that_is_taken_says_by_whom(place: Path, serve: Serve) -> None:
     disk = serve(Memory(MIB))
     refused = run_here("add", "null", "--id", str(disk.id))
@@ -633,6 +638,7 @@ def run_in_a_container(*arguments: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
+@pytest.mark.thorough
 def test_a_containers_dev_is_recognized(place: Path) -> None:
     done = run_in_a_container("add", "null")
     assert done.returncode == ExitCode.FAILED
@@ -815,6 +821,7 @@ def test_a_handler_that_hangs_is_given_up_by_its_server(place: Path) -> None:
     assert left(place) == [log.name]
 
 
+@pytest.mark.thorough
 def test_a_handler_that_hangs_in_the_foreground_leaves_no_record(place: Path) -> None:
     os.mkfifo("told")
     with subprocess.Popen(

@@ -112,7 +112,7 @@ def test_programs_print_their_disks_and_end_on_a_signal(name: str) -> None:
     assert not any(os.path.exists(path) for path in paths)
 
 
-@pytest.mark.parametrize("project", variations(["pytest", "pytest-power-cut"], ["pytest"]))
+@pytest.mark.parametrize("project", variations(["pytest", "pytest-power-cut"], []))
 def test_projects_that_test_with_the_plugin(project: str) -> None:
     """Here they find ublk, and run at once."""
     done = subprocess.run(

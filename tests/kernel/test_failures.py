@@ -771,6 +771,7 @@ def test_a_server_that_gets_a_signal(
         nothing_left(controller, device, guard)
 
 
+@pytest.mark.thorough
 def test_a_server_without_wait_that_is_terminated(controller: pyublk.Controller) -> None:
     """SIGTERM's own action ends it at once: what is left is the guardian's."""
     program = """

@@ -808,6 +808,7 @@ def test_a_program_that_ends_without_a_stop(
     assert kept.read_bytes()[:6000] == b"cached" * 1000
 
 
+@pytest.mark.thorough
 def test_a_program_whose_main_thread_ends_in_wait(controller: pyublk.Controller) -> None:
     """The documented shape: `with`, then `wait`, until a signal comes."""
     program = """

@@ -120,6 +120,7 @@ def test_what_was_written_and_not_flushed_outlives_the_server(
     assert run_here("stop", str(disk["id"])).exit_code == 0
 
 
+@pytest.mark.thorough
 def test_a_base_that_changed_while_the_disk_was_stopped(place: Path, base: Path) -> None:
     overlays.create(place / "top", str(base))
     disk = added("overlay", "top")

@@ -42,7 +42,7 @@ def below(kind: str, folder: Path, content: bytes) -> Target:
     [
         (DataPath.AUTO_BUFFER, "file"),
         (DataPath.COPY, "plain"),
-        (DataPath.USER_COPY, "file"),
+        pytest.param(DataPath.USER_COPY, "file", marks=pytest.mark.thorough),
         pytest.param(DataPath.ZERO_COPY, "plain", marks=pytest.mark.thorough),
         pytest.param(DataPath.ZERO_COPY, "file", marks=pytest.mark.thorough),
         pytest.param(DataPath.AUTO_BUFFER, "plain", marks=pytest.mark.thorough),
