@@ -16,6 +16,8 @@ _AT_EMPTY_PATH = 0x1000
 _AT_STATX_DONT_SYNC = 0x4000
 _BASIC_STATS = 0x7FF
 _DIOALIGN = 0x2000
+#: fallocate(2).
+_KEEP_SIZE, _PUNCH_HOLE = 0x01, 0x02
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -187,6 +189,29 @@ def sync_directory(path: Path) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def write_all(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
+    """pwrite(2), until all is written. Raises OSError."""
+    left = memoryview(data)
+    while left:
+        done = os.pwrite(fd, left, offset)
+        left, offset = left[done:], offset + done
+
+
+def read_into(fd: int, buffer: bytearray | memoryview, offset: int) -> int:
+    """pread(2), until the buffer is full or the file ends: how many bytes there were."""
+    view, there = memoryview(buffer), 0
+    while there < len(view) and (done := os.preadv(fd, [view[there:]], offset + there)):
+        there += done
+    return there
+
+
+def punch_hole(fd: int, offset: int, length: int) -> bool:
+    """Makes a hole in a file, which keeps its size; False: its file system cannot."""
+    call = _libc.fallocate64
+    call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    return bool(call(fd, _PUNCH_HOLE | _KEEP_SIZE, offset, length) == 0)
 
 
 @contextmanager

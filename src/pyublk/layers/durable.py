@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from pyublk._native import PresenceLayout
-from pyublk.layers.mapfile import HEADER_BYTES, PAGE, Header, MapFile, open_map, put_map, write_all
+from pyublk.files import write_all
+from pyublk.layers.mapfile import HEADER_BYTES, PAGE, Header, MapFile, open_map, put_map
 
 
 class DurableMap:

@@ -1,19 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Blocks of a presence map that become absent again, and ranges that somebody has alone."""
 
-import ctypes
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from pyublk._native import PresenceLayout
+from pyublk.files import punch_hole
 from pyublk.layers.durable import DurableMap
-
-_PUNCH_HOLE = 0x02 | 0x01  # and keep the size
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 #: Seconds between two looks at requests that are under way.
 _LOOK = 0.0005
@@ -69,8 +64,7 @@ class Eviction:
             self._wake()
             raise
         for at, size in runs:
-            with suppress(OSError):  # the bytes take room, no more
-                self._punch(at, size)
+            punch_hole(self._upper_fd, at, size)  # if it cannot, the bytes take room, no more
             layout.let_go(at, size, False)
         self._wake()
         return sum(size for _, size in runs)
@@ -87,8 +81,3 @@ class Eviction:
             if size:
                 yield offset, size
             offset += size
-
-    def _punch(self, offset: int, length: int) -> None:
-        if _libc.fallocate(self._upper_fd, _PUNCH_HOLE, offset, length):
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from pyublk._native import PresenceLayout
 from pyublk.deferring import Threads, errno_of
-from pyublk.layers.mapfile import write_all
+from pyublk.files import write_all
 
 #: Bytes that are fetched at once, at most.
 PIECE = 1 << 20

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from pyublk.backing import Backing
+from pyublk.files import read_into
 from pyublk.layers.base import Below
 from pyublk.sizes import format_size
 from pyublk.target import Target
@@ -144,7 +145,6 @@ def _sampled(read: Read, size: int) -> str:
 
 def _reader(fd: int) -> Read:
     def read(offset: int, buffer: memoryview) -> None:
-        while buffer and (done := os.preadv(fd, [buffer], offset)):
-            offset, buffer = offset + done, buffer[done:]
+        read_into(fd, buffer, offset)
 
     return read

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-from pyublk.files import sync_directory
+from pyublk.files import read_into, sync_directory, write_all
 
 HEADER_BYTES = 8192
 PAGE = 4096
@@ -213,7 +213,7 @@ class MapFile:
         try:
             header = Header.unpacked(path, os.pread(fd, HEADER_BYTES, 0))
             bits = bytearray(header.map_bytes)
-            there = _read_all(fd, bits, HEADER_BYTES)
+            there = read_into(fd, bits, HEADER_BYTES)
         finally:
             os.close(fd)
         if there < len(bits):
@@ -272,23 +272,6 @@ def _write_sparse(fd: int, bits: bytearray | mmap.mmap, offset: int) -> None:
             write_all(fd, page, offset + at)
 
 
-def write_all(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
-    """pwrite(2), until all is written. Raises OSError."""
-    left = memoryview(data)
-    while left:
-        done = os.pwrite(fd, left, offset)
-        left = left[done:]
-        offset += done
-
-
-def _read_all(fd: int, into: bytearray, offset: int) -> int:
-    """How many bytes there were."""
-    view, there = memoryview(into), 0
-    while there < len(view) and (done := os.preadv(fd, [view[there:]], offset + there)):
-        there += done
-    return there
-
-
 # ---- bits that outlive the server, but not the machine ----
 
 
@@ -312,7 +295,7 @@ def read_live(file: Path, header: Header) -> bytearray | None:
         if os.pread(fd, _LIVE.size, 0) != _live_header(header):
             return None
         bits = bytearray(header.map_bytes)
-        return bits if _read_all(fd, bits, PAGE) == len(bits) else None
+        return bits if read_into(fd, bits, PAGE) == len(bits) else None
     finally:
         os.close(fd)
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 from pyublk._native import Layout, MappedQueue, PresenceLayout
 from pyublk.backing import Backing
 from pyublk.deferring import Deferred, Flushes, Threads, errno_of
+from pyublk.files import write_all
 from pyublk.keeping import may_make
 from pyublk.layers.base import Below
 from pyublk.layers.durable import DurableMap
@@ -29,7 +30,6 @@ from pyublk.layers.mapfile import (
     make_live,
     put_map,
     read_live,
-    write_all,
 )
 from pyublk.layers.scratch import Scratch
 from pyublk.mapped import MappedTarget

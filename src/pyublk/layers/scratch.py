@@ -7,6 +7,7 @@ import os
 import tempfile
 
 from pyublk._native import PresenceLayout
+from pyublk.files import read_into
 from pyublk.layers.fetching import Fetching
 
 
@@ -47,12 +48,8 @@ class Scratch:
             at += length
 
     def _read_upper(self, offset: int, buffer: memoryview) -> None:
-        while buffer:
-            done = os.preadv(self._upper_fd, [buffer], offset)
-            if not done:
-                raise OSError(errno.EIO, "the upper file was cut short")
-            buffer = buffer[done:]
-            offset += done
+        if read_into(self._upper_fd, buffer, offset) < len(buffer):
+            raise OSError(errno.EIO, "the upper file was cut short")
 
     def widen(self, offset: int, length: int) -> tuple[int, int]:
         return self._policy.widen(offset, length)

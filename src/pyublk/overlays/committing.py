@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from pyublk.files import punch_hole
 from pyublk.layers.identity import Identity, settle
 from pyublk.layers.mapfile import MapFile
 from pyublk.layers.overlay_record import BaseChanged
-from pyublk.overlays.held import Base, Held, base_of, held, punch, read_map
+from pyublk.overlays.held import Base, Held, base_of, held, read_map
 from pyublk.overlays.runs import common
 
 
@@ -41,7 +42,7 @@ def commit(file: Path, *, force: bool = False) -> int:
             overlay.replace_map(overlay.record.over(now), empty, below=now.size)
         # What the map no longer has gives back its room. The file keeps its size throughout, since
         # one that is shorter is taken for damaged.
-        punch(overlay.upper, 0, overlay.size)
+        punch_hole(overlay.upper, 0, overlay.size)
     return written
 
 

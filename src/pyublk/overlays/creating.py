@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 
 from pyublk.backing import Backing
-from pyublk.layers.mapfile import MapFile, check_granularity, put_map, write_all
+from pyublk.files import write_all
+from pyublk.layers.mapfile import MapFile, check_granularity, put_map
 from pyublk.layers.overlay_record import OverlayRecord
 from pyublk.overlays.held import base_of, read_map
 from pyublk.overlays.placing import placed, refuse_existing

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """An overlay that nobody else can have meanwhile: its map, its record, its base."""
 
-import ctypes
 import errno
 import os
 from collections.abc import Iterator
@@ -10,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pyublk.backing import Backing
+from pyublk.files import punch_hole, read_into, write_all
 from pyublk.layers.identity import Identity, settle
-from pyublk.layers.mapfile import MapFile, write_all
+from pyublk.layers.mapfile import MapFile
 from pyublk.layers.overlay_record import OverlayRecord
 from pyublk.overlays.runs import Run, pieces, runs_of
 from pyublk.targets.sources import from_text
@@ -19,8 +19,6 @@ from pyublk.testing import Disk
 
 #: Bytes that are read or written at once.
 PIECE = 1 << 20
-#: fallocate(2).
-_KEEP_SIZE, _PUNCH_HOLE = 0x01, 0x02
 
 
 def read_map(file: Path) -> tuple[MapFile, OverlayRecord]:
@@ -79,7 +77,7 @@ class Held:
 
     def write(self, offset: int, data: bytes) -> None:
         """Writes whole blocks into its file; sparse where they are zero, if the file system can."""
-        if data.count(0) != len(data) or not punch(self.upper, offset, len(data)):
+        if data.count(0) != len(data) or not punch_hole(self.upper, offset, len(data)):
             write_all(self.upper, data, offset)
 
     def replace_map(
@@ -114,13 +112,6 @@ def beyond(below: int, granularity: int, size: int) -> list[Run]:
     overlay's own from the beginning."""
     first = below - below % granularity
     return [(first, size - first)] if below < size else []
-
-
-def punch(fd: int, offset: int, length: int) -> bool:
-    """Makes a hole in a file, which keeps its size; False: its file system cannot."""
-    call = ctypes.CDLL(None, use_errno=True).fallocate64
-    call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-    return bool(call(fd, _PUNCH_HOLE | _KEEP_SIZE, offset, length) == 0)
 
 
 def _seek(fd: int, offset: int, what: int, end: int) -> int:
@@ -195,11 +186,7 @@ def own_base(overlay: Held) -> Iterator[Base]:
 
 
 def _read_all(fd: int, offset: int, length: int, path: Path) -> bytes:
-    parts = []
-    while length:
-        part = os.pread(fd, length, offset)
-        if not part:
-            raise OSError(errno.EIO, f"{path} ends at {offset}: it was cut meanwhile")
-        parts.append(part)
-        offset, length = offset + len(part), length - len(part)
-    return b"".join(parts)
+    found = bytearray(length)
+    if (there := read_into(fd, found, offset)) < length:
+        raise OSError(errno.EIO, f"{path} ends at {offset + there}: it was cut meanwhile")
+    return bytes(found)

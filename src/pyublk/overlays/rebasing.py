@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from pyublk.layers.mapfile import MapFile, write_all
+from pyublk.files import write_all
+from pyublk.layers.mapfile import MapFile
 from pyublk.layers.overlay_record import BaseChanged, OverlayRecord
 from pyublk.overlays.held import (
     PIECE,

@@ -222,11 +222,9 @@ def cache(disk: ServedDisk, action: str = "info") -> dict[str, Any]:
     status of the cache."""
     from pyublk.layers.cache import Cache  # few disks have one
 
-    found: Any = disk.device.target
-    while not isinstance(found, Cache):
-        if (found := getattr(found, "below", None)) is None:
-            raise ValueError(f"{disk.record.path} has no cache")
-        found = getattr(found, "target", found)  # of a Below
+    found = next((one for one in stack(disk.device.target) if isinstance(one, Cache)), None)
+    if found is None:
+        raise ValueError(f"{disk.record.path} has no cache")
     actions = {"info": found.status, "drain": found.drain, "invalidate": found.invalidate}
     if action not in actions:
         raise ValueError(f"cache takes {', '.join(actions)}, not {action!r}")

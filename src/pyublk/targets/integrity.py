@@ -10,6 +10,7 @@ from typing import ClassVar
 from pyublk._native import IO, ShardedLock
 from pyublk.arguments import whole
 from pyublk.backing import Backing
+from pyublk.files import read_into, write_all
 from pyublk.params import Integrity
 from pyublk.paths import DataPath
 from pyublk.profile import Concurrency
@@ -152,8 +153,8 @@ class IntegrityFile(Target):
             metadata = metadata.translate(_INVERTED)
         # Without metadata, what there was belongs to other data: from now on it is not checked.
         with self._lock.writing(io.offset, io.length):
-            _write_all(data, written, io.offset)
-            _write_all(beside, metadata, place)
+            write_all(data, written, io.offset)
+            write_all(beside, metadata, place)
 
 
 def _sync(*files: int) -> None:
@@ -163,17 +164,6 @@ def _sync(*files: int) -> None:
 
 def _read_all(file: int, length: int, offset: int) -> bytearray:
     found = bytearray(length)
-    left = memoryview(found)
-    while left:
-        done = os.preadv(file, [left], offset)
-        if not done:
-            raise OSError(errno.EIO, "the file was cut short")
-        left, offset = left[done:], offset + done
+    if read_into(file, found, offset) < length:
+        raise OSError(errno.EIO, "the file was cut short")
     return found
-
-
-def _write_all(file: int, data: bytearray, offset: int) -> None:
-    left = memoryview(data)
-    while left:
-        done = os.pwritev(file, [left], offset)
-        left, offset = left[done:], offset + done

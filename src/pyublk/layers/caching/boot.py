@@ -9,7 +9,7 @@ import os
 import threading
 from pathlib import Path
 
-from pyublk.layers.caching.marks import sync_directory
+from pyublk.files import sync_directory
 
 log = logging.getLogger("pyublk.cache")
 
@@ -66,6 +66,6 @@ class BootTrace:
         lines = [self._title, *(f"{first} {count}" for first, count in runs)]
         draft.write_text("\n".join(lines) + "\n")
         os.rename(draft, self.path)
-        sync_directory(self.path)
+        sync_directory(self.path.parent)
         with self._lock:
             self._saved = len(runs)

@@ -20,6 +20,8 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
+from pyublk.files import sync_directory, write_all
+
 #: Bytes of a disk that one mark is for, unless its blocks are larger.
 REGION = 1 << 20
 
@@ -96,7 +98,7 @@ class Marks:
             file.flush()
             os.fsync(file.fileno())
         os.rename(draft, self.path)
-        sync_directory(self.path)
+        sync_directory(self.path.parent)
 
     def use_for(self, purpose: str) -> None:
         """The marks that are made from now on are for that. There are none now."""
@@ -224,20 +226,3 @@ class Marks:
 
 def _has(bits: bytearray, number: int) -> bool:
     return bool(bits[number // 8] >> number % 8 & 1)
-
-
-def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
-    """Writes all of it."""
-    view = memoryview(data)
-    while view:
-        done = os.pwrite(fd, view, offset)
-        view, offset = view[done:], offset + done
-
-
-def sync_directory(path: Path) -> None:
-    """Makes the name of a file durable."""
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
