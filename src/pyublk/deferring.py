@@ -134,22 +134,23 @@ class Flushes:
             self._waiting.append(flush)
             first = len(self._waiting) == 1
         if first and errno_of(self._begin, "a thread for a flush"):
-            self._finish(errno.EIO)
+            self._finish(self._take(), errno.EIO)
 
     def _begin(self) -> None:
         if not self._thread.submit(self._run):
             raise OSError(errno.EIO, "the target is closed")
 
     def _run(self) -> None:
-        with self._lock:
-            flushes, self._waiting = self._waiting, []
-        error = errno_of(self._sync, "sync_metadata()")
-        for flush in flushes:
-            flush.finish(error)
+        flushes = self._take()
+        self._finish(flushes, errno_of(self._sync, "sync_metadata()"))
 
-    def _finish(self, error: int) -> None:
+    def _take(self) -> list[Deferred]:
         with self._lock:
             flushes, self._waiting = self._waiting, []
+        return flushes
+
+    @staticmethod
+    def _finish(flushes: list[Deferred], error: int) -> None:
         for flush in flushes:
             flush.finish(error)
 

@@ -450,7 +450,9 @@ static void finish_resolved(struct pu_mapped *m)
 {
 	int result;
 
-	if (!__atomic_exchange_n(&m->resolved, false, __ATOMIC_SEQ_CST))
+	/* Mostly there is none, and a load costs less than the exchange. */
+	if (!__atomic_load_n(&m->resolved, __ATOMIC_ACQUIRE) ||
+	    !__atomic_exchange_n(&m->resolved, false, __ATOMIC_SEQ_CST))
 		return;
 	for (uint16_t tag = 0; tag < m->q->depth; tag++) {
 		if (!m->works[tag].told || !pu_deferred_outcome(m, tag, &result))
