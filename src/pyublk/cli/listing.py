@@ -14,6 +14,7 @@ from pyublk.cli.parameters import DeviceId, json_option
 from pyublk.control import Controller, DeviceInfo
 from pyublk.nbdkit import disks as nbd
 from pyublk.service.inventory import DiskEntry, QueueEntry, disk
+from pyublk.service.plan import DiskSpec
 from pyublk.service.stopping import unless_gone
 from pyublk.service.sysfs import Sysfs, whom_to_ask
 from pyublk.service.usage import uses
@@ -100,14 +101,18 @@ def _nbd_row(one: nbd.NBDDisk) -> list[str]:
     ]
 
 
+def _target(plan: DiskSpec) -> str:
+    """What is served, as it was asked for."""
+    options = (f"{key}={value}" for key, value in plan.options.items())
+    return " ".join([plan.target, *plan.arguments, *options])
+
+
 def _nbd_lines(one: nbd.NBDDisk) -> list[tuple[str, str]]:
-    words = [one.plan.target, *one.plan.arguments]
-    words += [f"{key}={value}" for key, value in one.plan.options.items()]
     return [
         ("state", one.state),
         ("size", f"{format_size(one.size)} ({one.size} bytes)" if one.size else "-"),
         ("server", f"nbdkit, process {one.server.pid}, for the nbd driver"),
-        ("target", " ".join(words)),
+        ("target", _target(one.plan)),
         ("log", str(one.log)),
         *([("used by", str(use)) for use in uses(one.name)] or [("used by", "nobody")]),
     ]
@@ -241,9 +246,7 @@ def _lines(one: DiskEntry) -> list[tuple[str, str]]:
         ("owner", f"uid {device.owner_uid}, gid {device.owner_gid}"),
     ]
     if record:
-        words = [record.plan.target, *record.plan.arguments]
-        words += [f"{key}={value}" for key, value in record.plan.options.items()]
-        lines.append(("target", " ".join(words)))
+        lines.append(("target", _target(record.plan)))
         lines += [("layer", text) for text in record.plan.layers]
         lines.append(("data path", record.data_path or "unknown"))
         if (stack := (one.told or {}).get("stack")) is None:
