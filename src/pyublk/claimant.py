@@ -3,8 +3,9 @@
 
     claimant.py NODE [--exclusive] [PARTITION...]
 
-Of each of the two steps it tells the errno on its standard output, 0 for success. The end of its
-standard input lets the disk go. It imports nothing but the standard library, to start at once.
+Of each of its three steps, to begin, to open and to flush, it tells the errno on its standard
+output, 0 for success. The end of its standard input lets the disk go. It imports nothing but the
+standard library, to start at once.
 """
 
 import errno
@@ -25,6 +26,7 @@ PASSING = 1.0
 def main(node: str, *arguments: str) -> None:
     with suppress(OSError), open("/proc/self/comm", "w") as name_of_this:
         name_of_this.write("pyublk-claim")  # for those who look who has the disk
+    tell(0)
     flags = os.O_EXCL if "--exclusive" in arguments else 0
     try:
         held = claim(node, os.O_RDONLY | os.O_CLOEXEC | flags)

@@ -12,6 +12,8 @@ from typing import Self
 
 from pyublk import claimant, errors
 
+#: Seconds for the process to begin, on a machine that is very busy: no disk is to blame for them.
+BEGINS = 60.0
 #: Seconds for a process that has nothing to wait for to end.
 _END = 5.0
 
@@ -47,8 +49,8 @@ class Claim:
         return self._process.pid
 
     def step(self, seconds: float) -> int | None:
-        """The errno of the next step, to open and then to flush, 0 for success; None when it is not
-        over within so many seconds."""
+        """The errno of the next step, to begin, to open and then to flush, 0 for success; None when
+        it is not over within so many seconds."""
         assert self._process.stdout is not None
         if b"\n" not in self._told:
             poller = select.poll()

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 
 from pyublk import errors
-from pyublk.claiming import Claim
+from pyublk.claiming import BEGINS, Claim
 from pyublk.kernel_disk import KernelDisk
 from pyublk.paths import PathChoice, path_of
 from pyublk.profile import Profile
@@ -121,6 +121,9 @@ def flush(
         claim = held.enter_context(Claim(kernel.info.path, exclusive=False))
         results: list[int] = []
 
+        def begun() -> bool:
+            return claim.step(0) is not None
+
         def flushed() -> bool:
             while (result := claim.step(0)) is not None:
                 results.append(result)
@@ -128,7 +131,10 @@ def flush(
                     return True
             return False
 
-        if not session.progress_until(flushed, patience=patience, idle=patience, enough=enough):
+        if not (
+            session.progress_until(begun, patience=BEGINS, idle=BEGINS, enough=enough)
+            and session.progress_until(flushed, patience=patience, idle=patience, enough=enough)
+        ):
             log.warning("%s is stopped without a flush, which hangs", kernel.info.path)
         elif results[-1] and len(results) == 2:
             log.warning(

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from pyublk import errors
-from pyublk.claiming import Claim
+from pyublk.claiming import BEGINS, Claim
 from pyublk.control import Controller, DeviceInfo
 from pyublk.service.usage import Use, opened, uses
 from pyublk.uapi import DeviceStatus, Feature
@@ -85,6 +85,10 @@ def _flush(device: DeviceInfo, claim: Claim, timeout: float, *, force: bool) -> 
     """Whether the disk was claimed and flushed; not when somebody else is taking it down, with whom
     its page cache is written back."""
     name = f"ublkb{device.id}"
+    if claim.step(BEGINS) is None:
+        raise TimeoutError(
+            f"{device.path} could not be opened: no process began to do so within {BEGINS:g} s"
+        )
     for verb in ("opened", "flushed"):
         results: list[int] = []
 
