@@ -467,6 +467,14 @@ class DiskOptions(TargetOptions, DeviceOptions, total=False):
             metavar="LIMIT",
         ),
     ]
+    root_storage: Annotated[
+        bool,
+        Option(
+            help="The machine's root file system is on the disk: systemd lets its server live "
+            "until the machine is off.",
+            default=False,
+        ),
+    ]
     hang_timeout: Annotated[
         float | None,
         Option(

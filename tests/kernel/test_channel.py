@@ -386,15 +386,17 @@ def test_logs_are_printed_also_of_a_server_that_died(place: Path) -> None:
 
 
 def test_ps_tells_which_disk_a_server_serves(place: Path) -> None:
-    disk = added("ram", "--size", "1M")
-    proc = Path(f"/proc/{disk['server_pid']}")
-    assert (proc / "comm").read_text() == f"pyublk:ublkb{disk['id']}\n"
-    line = (proc / "cmdline").read_bytes().rstrip(b"\0")
-    assert line == f"pyublk: ublkb{disk['id']} (ram)".encode()
-    (helper,) = helpers_of(disk["server_pid"])
-    line = Path(f"/proc/{helper}/cmdline").read_bytes().rstrip(b"\0")
-    assert line == f"pyublk-helper: ublkb{disk['id']}".encode()
-    stopped(disk)
+    # An @ before both is what systemd spares at a machine's end.
+    for options, mark in (((), ""), (("--root-storage",), "@")):
+        disk = added("ram", "--size", "1M", *options)
+        proc = Path(f"/proc/{disk['server_pid']}")
+        assert (proc / "comm").read_text() == f"pyublk:ublkb{disk['id']}\n"
+        line = (proc / "cmdline").read_bytes().rstrip(b"\0")
+        assert line == f"{mark}pyublk: ublkb{disk['id']} (ram)".encode()
+        (helper,) = helpers_of(disk["server_pid"])
+        line = Path(f"/proc/{helper}/cmdline").read_bytes().rstrip(b"\0")
+        assert line == f"{mark}pyublk-helper: ublkb{disk['id']}".encode()
+        stopped(disk)
 
 
 # ---- several disks in a server ----

@@ -7,6 +7,11 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from pyublk.service.plan import DiskSpec
+from pyublk.service.server import serve
+
 #: Tells its helper's pid, and that of each next one when it is asked; 0: there is none.
 PROGRAM = """
 import os, pwd, sys, time
@@ -71,3 +76,40 @@ def test_a_keeper_ends_with_its_process() -> None:
             break
         assert time.monotonic() < until
         time.sleep(0.01)
+
+
+SPARED = """
+import sys, time
+from pathlib import Path
+from pyublk import _native
+from pyublk.service import title
+
+def told(pid):
+    return Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\\0").decode()
+
+if sys.argv[1] == "spared":
+    title.be_spared()
+title.show("mine", "pyublk: ublkb0 (ram)")
+helper = _native.Helper()
+until = time.monotonic() + 30
+while "helper:" not in told(helper.pid) and time.monotonic() < until:
+    time.sleep(0.01)
+print(told("self"), told(helper.pid), sep="|")
+"""
+
+
+@pytest.mark.parametrize(("word", "mark"), [("spared", "@"), ("ordinary", "")])
+def test_a_server_of_a_root_disk_is_marked_for_systemd_and_so_is_its_helper(
+    word: str, mark: str
+) -> None:
+    """systemd-shutdown looks at the first byte of a command line."""
+    command = [sys.executable, "-c", SPARED, word, "room for the line" * 2]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.startswith(f"{mark}pyublk: ublkb0")
+    assert done.stdout.strip().split("|")[1] == f"{mark}pyublk-helper:"
+
+
+def test_only_a_server_of_roots_is_spared_by_systemd() -> None:
+    spec = DiskSpec(target="ram", disk={"size": 1 << 20, "root_storage": True, "user": "nobody"})
+    with pytest.raises(ValueError, match="systemd spares no other: leave it out, or user"):
+        serve(spec, log_file=None, ready=lambda _: None)

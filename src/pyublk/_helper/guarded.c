@@ -3,6 +3,7 @@
 #include "guarded.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -12,10 +13,11 @@ struct guarded *guarded;
 
 static char *title;
 static size_t title_room;
+static const char *spared = ""; /* systemd lets those live that begin with an @: service/title.py */
 
 static void show(void)
 {
-	size_t at = (size_t)snprintf(title, title_room, "pyublk-helper:");
+	size_t at = (size_t)snprintf(title, title_room, "%spyublk-helper:", spared);
 
 	for (struct guarded *one = guarded; one && at < title_room; one = one->next)
 		at += (size_t)snprintf(title + at, title_room - at, " ublkb%u", one->id);
@@ -23,10 +25,21 @@ static void show(void)
 		memset(title + at, 0, title_room - at);
 }
 
-void guarded_shown(char *where, size_t room)
+void guarded_shown(char *where, size_t room, int server_pid)
 {
+	char place[32], first = 0;
+	int file;
+
 	title = where;
 	title_room = room;
+	snprintf(place, sizeof(place), "/proc/%d/cmdline", server_pid);
+	file = open(place, O_RDONLY | O_CLOEXEC);
+	if (file >= 0) {
+		if (read(file, &first, 1) == 1 && first == '@')
+			spared = "@";
+		close(file);
+	}
+	show();
 }
 
 void unguard(uint32_t id)

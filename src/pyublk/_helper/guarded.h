@@ -24,8 +24,9 @@ struct guarded {
 
 extern struct guarded *guarded;
 
-/* Where the command line is, which shows the disks from then on, as far as there is room. */
-void guarded_shown(char *title, size_t room);
+/* Where the command line is, which shows the disks from then on, as far as there is room; it begins as
+ * the server's does that is spared by systemd. */
+void guarded_shown(char *title, size_t room, int server_pid);
 /* As the message says; `memory`, if there is one, is ours from now on. 0 or -errno. */
 int guard(const struct pu_ask *ask, int memory);
 void unguard(uint32_t id);

@@ -558,11 +558,11 @@ int main(int argc, char **argv)
 		return 2;
 	sock = atoi(argv[1]);
 	server = atoi(argv[2]);
+	know_server();
 	/* All of them lie one after the other. */
-	guarded_shown(argv[0], (size_t)(argv[2] + strlen(argv[2]) - argv[0]));
+	guarded_shown(argv[0], (size_t)(argv[2] + strlen(argv[2]) - argv[0]), server_pid);
 	if (chdir("/") < 0)
 		return 1;
-	know_server();
 	open_ring();
 	be_small_and_last();
 	for (bool closed = false; !(server_gone || closed) || needed();) {

@@ -63,9 +63,9 @@ class DiskSpec:
     the texts for its class's parameters. `layers` lie over it, from the target up, each as
     `pyublk.layers.build` takes it. `disk` is what else is asked for
     (`pyublk.options.DiskOptions`): `size`, `block_size` and `read_only` go to the class as well,
-    `shared_memory_size`, `restart` and `hang_timeout` are for the server, `fault` and `limit` are
-    rules for the Device, to which the rest goes. What it does not have is left to them. `name` and
-    `file` are those of its definition, if it has one (`pyublk up`).
+    `shared_memory_size`, `restart`, `root_storage` and `hang_timeout` are for the server, `fault`
+    and `limit` are rules for the Device, to which the rest goes. What it does not have is left to
+    them. `name` and `file` are those of its definition, if it has one (`pyublk up`).
     """
 
     target: str
@@ -231,8 +231,9 @@ def check_rules(name: str, value: object) -> None:
 
 def check_shareable(spec: DiskSpec) -> None:
     """Raises ValueError for a disk that a server of several disks cannot serve."""
-    if spec.disk.get("user") is not None:
-        raise ValueError("user is for a disk with a server of its own: leave out the server")
+    for name in ("user", "root_storage"):
+        if spec.disk.get(name):
+            raise ValueError(f"{name} is for a disk with a server of its own: leave out the server")
 
 
 def _text(value: object, *keys: str) -> str:

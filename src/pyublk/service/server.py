@@ -113,6 +113,8 @@ def serve(
     returned if it came before that was there. Raises what `DiskSpec.device`, `Device`, `rights` do.
     """
     make_run_directory()
+    if spec.disk.get("root_storage"):
+        _be_spared(spec)
     rights.begin(spec.disk.get("user"))
     termination = _Termination()
     device: Device | None = None
@@ -152,6 +154,15 @@ def serve(
     if served is None:
         return None
     return ServeResult(served.device.stats().total, time.monotonic() - served.began)
+
+
+def _be_spared(spec: DiskSpec) -> None:
+    if spec.disk.get("user") is not None or os.geteuid() != 0:
+        raise ValueError(
+            "root_storage is for a server that is root's, since systemd spares no other: leave it "
+            "out, or user"
+        )
+    title.be_spared()
 
 
 def _have(served: Served, log_file: Path | None, before: Predecessor | None) -> None:

@@ -8,6 +8,18 @@ from pathlib import Path
 #: Bytes of a name (prctl(2), PR_SET_NAME).
 _NAME = 15
 
+#: What systemd spares when it kills all that is left at a machine's end: a command line of root's
+#: that begins so (https://systemd.io/ROOT_STORAGE_DAEMONS).
+_SPARED = "@"
+_is_spared = False
+
+
+def be_spared() -> None:
+    """Of systemd, from now on, and so is a helper that begins later."""
+    global _is_spared
+    _is_spared = True
+    show("pyublk", "pyublk")
+
 
 def show(name: str, line: str) -> None:
     """Sets both, as far as there is room: the line takes the place of the arguments."""
@@ -19,7 +31,7 @@ def show(name: str, line: str) -> None:
         if 0 < first < end:
             # Nothing reads them any more: Python has made texts of its own of them.
             ctypes.memset(first, 0, end - first)
-            text = line.encode()[: end - first - 1]
+            text = (_SPARED * _is_spared + line).encode()[: end - first - 1]
             ctypes.memmove(first, text, len(text))
 
 
