@@ -1,5 +1,6 @@
 """Power cuts without a kernel: the states are those of the model, all of them, and no others."""
 
+import asyncio
 import errno
 import itertools
 import re
@@ -18,7 +19,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import pyublk
-from pyublk.targets import File, Mirror, Null, Ram, Stripe, Zoned
+from pyublk.targets import File, Mirror, Null, Ram, Stripe
 from pyublk.testing import CheckFailed, Crash, Disk, PowerCut, PowerCutFailed, Shadow
 from pyublk.testing.power_cuts.filesystems import file_system_of
 
@@ -327,7 +328,52 @@ def test_many_threads() -> None:
 # ---- over targets, and as one ----
 
 
-@pytest.mark.parametrize("kind", ["ram", "file", "mirror", "stripe", "plain"])
+class Coroutines(pyublk.Target):
+    """Which opens and closes on the loop that its requests run on."""
+
+    def __init__(self) -> None:
+        super().__init__(size=SIZE)
+        self.data = bytearray(SIZE)
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.go = asyncio.Event()
+
+    async def open(self) -> None:
+        self.loop = asyncio.get_running_loop()
+
+    async def close(self) -> None:
+        assert self.loop is asyncio.get_running_loop()
+
+    async def read(self, offset: int, buffer: memoryview) -> None:
+        await asyncio.sleep(0)
+        buffer[:] = self.data[offset : offset + len(buffer)]
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        assert self.loop is asyncio.get_running_loop()
+        if data[0] == ord("s"):
+            await self.go.wait()
+        self.data[offset : offset + len(data)] = data
+
+
+def test_coroutines_are_recorded_while_they_wait() -> None:
+    target = Coroutines()
+    cut = PowerCut(target)
+    assert cut.concurrency == "parallel"
+    cut.open()
+    thread = threading.Thread(target=cut.write, args=(0, memoryview(block("s"))))
+    thread.start()
+    while not cut.volatile():
+        thread.join(0.01)
+    cut.write(BLOCK, memoryview(block("b")))
+    cut.flush()
+    cut.mark("flushed")
+    assert target.loop is not None
+    target.loop.call_soon_threadsafe(target.go.set)
+    thread.join(SOON)
+    assert {letters(one).rstrip(".") for one in cut.crashes() if one.marks} == {".b", "sb"}
+    cut.close()
+
+
+@pytest.mark.parametrize("kind", ["ram", "file", "mirror", "stripe", "plain", "coroutines"])
 def test_over_targets(kind: str, tmp_path: Path) -> None:
     files = [tmp_path / "one", tmp_path / "two"]
     for path in files:
@@ -338,6 +384,7 @@ def test_over_targets(kind: str, tmp_path: Path) -> None:
         "mirror": lambda: Mirror(*files),
         "stripe": lambda: Stripe(*files, chunk=4096),
         "plain": Slow,
+        "coroutines": Coroutines,
     }
     cut = PowerCut(below[kind]())
     with Disk(cut) as disk:
@@ -375,14 +422,6 @@ def test_a_crash_is_a_disk_of_its_own() -> None:
 def test_what_cannot_be_recorded_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(4096))
 
-    class Coroutines(pyublk.Target):
-        async def read(self, offset: int, buffer: memoryview) -> None: ...
-        async def write(self, offset: int, data: memoryview) -> None: ...
-
-    with pytest.raises(pyublk.InvalidTarget, match="is served by coroutines"):
-        PowerCut(Coroutines(size=4096))
-    with pytest.raises(pyublk.InvalidTarget, match="is served by handle"):
-        PowerCut(Zoned(size=1 << 20, zone_size=1 << 16))
     with (
         pytest.raises(pyublk.InvalidTarget, match="read-only"),
         Disk(PowerCut(File(tmp_path / "file", read_only=True))),

@@ -3,7 +3,14 @@
 
 from pyublk.testing.client import AsyncDisk
 from pyublk.testing.disk import Disk
-from pyublk.testing.power_cuts import CheckFailed, Crash, PowerCut, PowerCutFailed, Volatile
+from pyublk.testing.power_cuts import (
+    CheckFailed,
+    Crash,
+    PowerCut,
+    PowerCutFailed,
+    Volatile,
+    ZonedPowerCut,
+)
 from pyublk.testing.shadow import Shadow
 
 __all__ = [
@@ -15,4 +22,5 @@ __all__ = [
     "PowerCutFailed",
     "Shadow",
     "Volatile",
+    "ZonedPowerCut",
 ]

@@ -30,6 +30,7 @@ class Recorded(Protocol):
     block_size: int
     unit: int
 
+    def crashed(self, crash: "Crash") -> Target: ...
     def hold(self) -> None: ...
     def let_go(self) -> None: ...
 
@@ -108,7 +109,7 @@ class Crash:
     def target(self) -> Target:
         """The disk, as a target to serve: each call makes another one, and what is written to it is
         written to that one only."""
-        return CrashedDisk(self)
+        return self._cut.crashed(self)
 
     def disk(self, **options: Any) -> Disk:
         """The disk without a kernel; `options` are those of `Disk`."""
@@ -225,7 +226,10 @@ class CrashedDisk(Target):
 
     def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         for start in range(offset, offset + length, PIECE):
-            self.write(start, bytes(min(PIECE, offset + length - start)))
+            piece = bytearray(min(PIECE, offset + length - start))
+            self.read(start, memoryview(piece))
+            if piece.count(0) < len(piece):  # else a new disk that is discarded would be in memory
+                self.write(start, bytes(len(piece)))
 
     def discard(self, offset: int, length: int) -> None:
         self.write_zeroes(offset, length, True)

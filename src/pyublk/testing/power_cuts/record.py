@@ -10,7 +10,8 @@ from typing import Literal
 
 from pyublk.sizes import format_size
 
-Kind = Literal["write", "discard", "write_zeroes"]
+#: The last two are of zones.
+Kind = Literal["write", "discard", "write_zeroes", "reset", "finish"]
 
 #: Bytes of the pieces in which the content from before the record is kept.
 CHUNK = 4096
@@ -20,12 +21,12 @@ PIECE = 1 << 20
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class Write:
-    """A write, discard or write-zeroes request.
+    """A write, discard or write-zeroes request, or the reset or the finish of a zone.
 
     `number` counts the requests of the record from 1; flushes count too. `offset` and `length` are
     bytes; `data` is None where zeroes are written. `arrived`, `completed` and `stable` are times of
     the record: its events, counted; None: not yet, or never. `forgotten`: a flush failed and lost
-    it, so that no later flush makes it stable.
+    it, so that no later flush makes it stable. `refused`: the disk did not do it.
     """
 
     number: int
@@ -38,6 +39,7 @@ class Write:
     completed: int | None = None
     stable: int | None = None
     forgotten: bool = False
+    refused: bool = False
     units: Sequence[int] = ()
     places: list[int] = field(default_factory=list)
 
@@ -109,8 +111,9 @@ class Record:
     @contextmanager
     def writing(
         self, kind: Kind, offset: int, length: int, data: bytes | None, *, fua: bool = False
-    ) -> Iterator[None]:
-        """Around what does it to the disk itself. One that raises may have been done or not."""
+    ) -> Iterator[Write]:
+        """Around what does it to the disk itself. One that raises may have been done or not, unless
+        it is marked as `refused`."""
         with self.lock:
             self.lock.wait_for(lambda: not self._busy(offset, offset + length))
             write = Write(
@@ -126,7 +129,7 @@ class Record:
             self._in_flight.append(write)
         done = False
         try:
-            yield
+            yield write
             done = True
         finally:
             with self.lock:
@@ -134,8 +137,9 @@ class Record:
                 if done:
                     write.completed = self._tick()
                 if done and fua:
-                    write.stable = write.completed
-                    del self._pending[write.number]
+                    self._settle_fua(write, self.now)
+                if write.refused:
+                    self._drop(write)
                 self.lock.notify_all()
 
     def _add(self, write: Write) -> None:
@@ -147,6 +151,16 @@ class Record:
         self.writes.append(write)
         if write.stable is None:
             self._pending[write.number] = write
+
+    def _drop(self, write: Write) -> None:
+        """It is as if it had never come; no later one has changed the same."""
+        self.writes.remove(write)
+        self._pending.pop(write.number, None)
+        for unit, version in zip(write.units, write.places, strict=True):
+            self._hashes.pop((unit, version), None)
+            self.changes[unit].pop()
+            if not self.changes[unit]:
+                del self.changes[unit]
 
     def restore(self, write: Write) -> None:
         """One of another record, whose times are those of this one; before it is done again."""
@@ -184,6 +198,10 @@ class Record:
         if write.stable is None and not write.forgotten:
             write.stable = time
             del self._pending[write.number]
+
+    def _settle_fua(self, write: Write, time: int) -> None:
+        """What a FUA write makes stable: itself."""
+        self._settle(write, time)
 
     def mark(self, name: str) -> None:
         with self.lock:

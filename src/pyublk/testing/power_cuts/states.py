@@ -328,8 +328,9 @@ def in_order(points: list[Point]) -> Iterator[tuple[Point, Choices]]:
     yield from ((point, point.all_kept) for point in points)
     if any(point.garbage for point in points):
         yield from ((point, [GARBAGE] * len(point.units)) for point in points)
-    for several in (Point.prefixes, Point.single_lost, Point.single_kept):
-        yield from in_turn((point, several(point)) for point in points)
+    yield from in_turn((point, point.prefixes()) for point in points)
+    yield from in_turn((point, point.single_lost()) for point in points)
+    yield from in_turn((point, point.single_kept()) for point in points)
     if any(point.garbage for point in points):
         yield from in_turn((point, point.single_garbage()) for point in points)
     yield from in_turn((point, point.torn()) for point in points)
