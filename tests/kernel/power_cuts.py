@@ -16,12 +16,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from blocks import Blocks
+from needs import Module, Program, needs
 from servers import until
 
 import pyublk
-from pyublk.targets import File, Linear, Mirror, Stripe
-from pyublk.testing import Crash, Disk, PowerCut, PowerCutFailed
+from pyublk.targets import File, Linear, Mirror, Stripe, Zoned
+from pyublk.testing import Crash, Disk, PowerCut, PowerCutFailed, ZonedPowerCut
 from pyublk.testing.file_systems import run
+from pyublk.uapi import Feature
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 BLOCK = 512
@@ -172,8 +175,128 @@ def test_a_target_that_does_not_is_caught() -> None:
         own_targets(planted, limit=100)
 
 
+# ---- zoned disks ----
+
+ZONE = 4 << 20
+
+
+def test_a_zoned_disk() -> None:
+    """The kernel's flushes and FUA writes are those of the record, and it takes what is left."""
+    needs(Feature.ZONED)
+    cut = ZonedPowerCut(Zoned(size=8 * ZONE, zone_size=ZONE))
+    with pyublk.Device(cut) as device, Blocks(device.path) as client, cut.record():
+        for zone, letter in ((1, b"a"), (2, b"b")):
+            client.write(letter * 8192, zone * ZONE)
+        client.sync()
+        cut.mark("synced")
+        client.write(b"c" * 8192, ZONE + 8192)
+        client.write(b"f" * 4096, 2 * ZONE + 8192, os.RWF_DSYNC)
+        cut.mark("forced")
+
+    def check(crash: Crash) -> None:
+        with crash.disk() as disk:
+            zones = disk.report_zones()
+            first = disk.pread(16384, ZONE)
+        written = zones[1].pointer - ZONE
+        assert first == (b"a" * 8192 + b"c" * 8192)[:written].ljust(16384, b"\0")
+        assert written >= 8192 * crash.reached("synced")
+        least = crash.allowed({"synced": [8192], "forced": [12288]}, before=[0])
+        assert [zones[2].pointer - 2 * ZONE] >= least
+
+    assert cut.check(check, limit=200) > 50
+    with pyublk.Device(cut.cut().target()) as device, Blocks(device.path) as client:
+        assert client.read(12288, 2 * ZONE) == b"b" * 8192 + b"f" * 4096
+        client.write(b"n" * 4096, 2 * ZONE + 12288)
+        with pytest.raises(OSError, match="Input/output error"):
+            client.write(b"n" * 4096, 2 * ZONE)
+
+
+def test_btrfs_on_a_zoned_disk() -> None:
+    needs(Feature.ZONED, Program("mkfs.btrfs"), Module("btrfs"))
+    cut = ZonedPowerCut(Zoned(size=64 * ZONE, zone_size=ZONE))
+    contents = [os.urandom(40_000) for _ in range(2)]
+    with pyublk.Device(cut) as device, tempfile.TemporaryDirectory() as place:
+        run(["mkfs.btrfs", "-q", "-O", "zoned", "-d", "single", "-m", "single", device.path])
+        run(["mount", "-t", "btrfs", device.path, place])
+        try:
+            with cut.record():
+                for number, data in enumerate(contents):
+                    write_durably(Path(place, f"file{number}"), data)
+                    cut.mark(f"written {number}")
+        finally:
+            run(["umount", place])
+
+    def check(crash: Crash) -> None:
+        with crash.mounted("btrfs") as mounted:
+            for number, data in enumerate(contents):
+                if crash.reached(f"written {number}"):
+                    assert (mounted / f"file{number}").read_bytes() == data
+
+    assert cut.check(check, limit=3) == 3
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# ---- the examples ----
+
+
 def load(name: str) -> SimpleNamespace:
     return SimpleNamespace(**runpy.run_path(str(EXAMPLES / f"{name}.py")))
+
+
+def deduplicated(make: Callable[..., pyublk.Target], limit: int) -> int:
+    """The example's store in a directory of an ext4, which is cut."""
+    size, block = 64 << 10, 4096
+    flushed: list[list[int]] = []
+    cut = PowerCut(8 << 20, atomic=4096)
+    with pyublk.Device(cut) as device, tempfile.TemporaryDirectory() as place:
+        run(["mkfs.ext4", "-q", "-J", "size=1", "-b", "1024", device.path])
+        run(["mount", "-t", "ext4", device.path, place])
+        try:
+            with cut.record(), Disk(make(Path(place, "store"), size=size)) as disk:
+                now = [0] * (size // block)
+                for step in range(1, 25):
+                    number, letter = step * 7 % len(now), step % 5 + 1
+                    disk.pwrite(bytes([letter]) * block, number * block)
+                    now[number] = letter
+                    if step % 6 == 0:
+                        disk.flush()
+                        flushed.append(now.copy())
+                        cut.mark(str(step))
+        finally:
+            run(["umount", place])
+
+    def check(crash: Crash) -> None:
+        if not crash.marks:
+            return
+        done = len(crash.marks)
+        allowed = [flushed[done - 1], *flushed[done : done + 1]]
+        with crash.extracted() as files, Disk(make(files / "store", size=size)) as disk:
+            data = disk.pread(size, 0)
+        assert data == b"".join(bytes([byte]) * block for byte in data[::block]), "torn"
+        assert list(data[::block]) in allowed
+
+    return cut.check(check, limit=limit)
+
+
+def test_deduplicated() -> None:
+    assert deduplicated(load("deduplicated").Deduplicated, limit=20) == 20
+
+
+def test_a_store_whose_index_is_committed_too_early_is_caught() -> None:
+    class Early(load("deduplicated").Deduplicated):  # type: ignore[misc]
+        def flush(self) -> None:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(os, "fdatasync", lambda file: None)
+                super().flush()
+
+    with pytest.raises(PowerCutFailed, match="the check fails"):
+        deduplicated(Early, limit=60)
 
 
 def test_sqlite() -> None:
