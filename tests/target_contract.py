@@ -7,9 +7,10 @@ import errno
 import logging
 import random
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import pytest
 
@@ -37,6 +38,7 @@ class Client(Protocol):
     def discard(self, offset: int, length: int) -> None: ...
     def write_zeroes(self, offset: int, length: int) -> None: ...
     def stats(self) -> DeviceStats: ...
+    def limit(self, *, iops: float | None = None, burst: float = 0.1) -> None: ...
 
 
 OpenDisk = Callable[..., Client]
@@ -284,6 +286,9 @@ STRANGE = [
 class TargetContract:
     """Whoever inherits it has a fixture `open_disk`: `open_disk(target, **options)` is a Client."""
 
+    #: Options of a disk whose data passes through its server.
+    COPIED: ClassVar[dict[str, Any]] = {}
+
     def test_what_is_written_is_read(self, open_disk: OpenDisk, target: pyublk.Target) -> None:
         disk = open_disk(target)
         assert disk.size == SIZE
@@ -474,3 +479,43 @@ class TargetContract:
         fired = [rule.fired for rule in (delayed, hung, dropped, torn, misdirected)]
         assert fired == [1] * 5
         assert caplog.records == []
+
+    @pytest.mark.parametrize(
+        "kind",
+        [
+            pytest.param(kind, marks=[] if kind in LAYERED else pytest.mark.thorough)
+            for kind in (*KINDS, "workers", "handle")
+        ],
+    )
+    def test_faults_of_what_is_read_and_of_the_whole_disk(
+        self, open_disk: OpenDisk, tmp_path: Path, kind: str
+    ) -> None:
+        options = FAILING[kind][1] if kind in FAILING else {}
+        disk = open_disk(made(kind, tmp_path), **options, **self.COPIED)
+        then, now = b"then" * 1024, b"now." * 1024
+        disk.pwrite(then, HALF)
+        with disk.faults.rot("read", bits=1, range=(HALF, SIZE)) as rot:
+            found = disk.pread(4096, HALF)
+        assert sum((a ^ b).bit_count() for a, b in zip(found, then, strict=True)) == 1
+        with disk.faults.stale("read", range=(HALF, SIZE)) as stale:
+            assert disk.pread(4096, HALF) == then
+            disk.pwrite(now, HALF)
+            assert disk.pread(4096, HALF) == then
+        assert disk.pread(4096, HALF) == now
+        place = SIZE - 4096
+        with disk.faults.misdirect("read", offset=place, range=(HALF, HALF + 4096)) as misdirected:
+            assert disk.pread(4096, HALF) == bytes(4096)
+        with disk.faults.full(range=(HALF, SIZE)) as full:
+            assert failure_of(disk.pwrite, then, HALF) == errno.ENOSPC
+        with disk.faults.read_only(range=(HALF, SIZE)) as read_only:
+            assert failure_of(disk.pwrite, then, HALF) == errno.EIO
+        disk.limit(iops=100, burst=0)
+        began = time.monotonic()
+        assert [disk.pread(4096, HALF) for _ in range(6)] == [now] * 6
+        assert time.monotonic() - began >= 0.05
+        limit = disk.faults.disk_limit
+        assert limit is not None
+        assert limit.fired > 0
+        disk.limit()
+        fired = [rule.fired for rule in (rot, stale, misdirected, full, read_only)]
+        assert fired == [1, 2, 1, 1, 1]

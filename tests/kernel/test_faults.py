@@ -2,8 +2,10 @@
 
 import errno
 import json
+import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from blocks import Blocks
 from command_line import added, run_here
 from conftest import Serve
+from fio import fio
 from servers import end_recorded_servers, until
 
 import pyublk
@@ -62,6 +65,27 @@ def test_others_pass_what_is_held_and_a_stop_lets_it_go(serve: Serve) -> None:
     for client in clients:
         client.join(30)
     assert outcome == [4096] * 3
+
+
+@pytest.mark.thorough
+def test_a_thousand_delays_hold_no_thread(serve: Serve) -> None:
+    """They wait in the ring of their queue, which takes what others ask for in the meantime."""
+    disk = serve(Ram(size=SIZE), depth=4096)
+    Path(f"/sys/block/{Path(disk.path).name}/queue/nomerges").write_text("2")
+    delayed = disk.faults.delay("read", 8, jitter=2, range=(0, 4 << 20))
+    threads = len(os.listdir("/proc/self/task"))
+    settings = {"rw": "randread", "bs": 4096, "size": 1000 * 4096, "iodepth": 1000}
+    others = 0
+    with ThreadPoolExecutor(1) as pool, Blocks(disk.path) as blocks:
+        report = pool.submit(fio, disk.path, **settings)
+        until(lambda: disk.stats().total.held == 1000, what="a thousand reads wait")
+        assert len(os.listdir("/proc/self/task")) == threads + 1  # fio's
+        while disk.stats().total.held == 1000:
+            blocks.write(b"pass" * 1024, 4 << 20)
+            others += 1
+        assert others > 10
+        assert report.result(60).reads == 1000
+    assert delayed.fired == 1000
 
 
 def test_a_swap_lets_go_what_is_held_and_keeps_the_rules(serve: Serve, tmp_path: Path) -> None:

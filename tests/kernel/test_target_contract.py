@@ -3,6 +3,7 @@
 import errno
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import Any, ClassVar
 
 import pytest
 from blocks import Blocks
@@ -25,6 +26,7 @@ class Opened:
         self._disk, self._client = disk, client
         self.faults = disk.faults
         self.stats: Callable[[], DeviceStats] = disk.stats
+        self.limit = disk.limit
         self.flush = client.sync
         self.discard = client.discard
         self.write_zeroes = client.zero_out
@@ -50,6 +52,8 @@ class Opened:
 
 
 class TestARealDisk(TargetContract):
+    COPIED: ClassVar[dict[str, Any]] = {"path": "copy"}
+
     @pytest.fixture
     def open_disk(self, serve: Serve) -> Iterator[Callable[..., Opened]]:
         with ExitStack() as clients:
