@@ -191,6 +191,8 @@ cdef class PresenceLayout(Layout):
         cdef uint64_t first, last
         cdef truth present
         self.range_of(offset, end - offset, &first, &last)
+        if first == last:
+            raise ValueError(f"there are no blocks from {offset} up to {end}")
         count = pu_presence_run(&self.presence, first, last, &present)
         return min((first + count) << self.presence.shift, end) - offset, bool(present)
 

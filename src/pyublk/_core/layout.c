@@ -49,7 +49,9 @@ void pu_layout_map_memory(struct pu_layout *layout)
 		if (!file->memory || fstat(file->fd, &about) || about.st_size <= 0)
 			continue;
 		map = mmap(NULL, (size_t)about.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, file->fd, 0);
-		if (map == MAP_FAILED) /* opened for reading: the calls will do */
+		if (map == MAP_FAILED) /* opened for reading */
+			map = mmap(NULL, (size_t)about.st_size, PROT_READ, MAP_SHARED, file->fd, 0);
+		if (map == MAP_FAILED) /* the calls will do */
 			continue;
 		madvise(map, (size_t)about.st_size, MADV_DONTFORK);
 		file->map = map;

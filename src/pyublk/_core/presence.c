@@ -125,12 +125,8 @@ void pu_presence_destroy(struct pu_presence *p)
 
 /* ---- looking ---- */
 
-bool pu_presence_has_all(const struct pu_presence *p, uint64_t first, uint64_t end)
-{
-	return has_all(p->present, first, end);
-}
-
-uint64_t pu_presence_run(const struct pu_presence *p, uint64_t first, uint64_t end, bool *present)
+uint64_t pu_presence_run_slowly(const struct pu_presence *p, uint64_t first, uint64_t end,
+				bool *present)
 {
 	uint64_t invert, at = first, next;
 
@@ -155,6 +151,68 @@ uint64_t pu_presence_count(const struct pu_presence *p, uint64_t first, uint64_t
 		count += (uint64_t)__builtin_popcountll(word(p->present, at) & mask);
 	}
 	return count;
+}
+
+/* ---- where bytes are ---- */
+
+static uint64_t bytes_alike(const struct pu_presence *p, uint64_t offset, uint64_t length,
+			    bool *present)
+{
+	uint64_t first = offset >> p->shift, end = ((offset + length - 1) >> p->shift) + 1, run;
+
+	run = ((first + pu_presence_run(p, first, end, present)) << p->shift) - offset;
+	return run < length ? run : length;
+}
+
+static struct pu_part part_of(uint32_t file, uint64_t offset, uint64_t length)
+{
+	return (struct pu_part){ .file = file, .offset = offset, .length = length, .first = length };
+}
+
+/* Of the files below all maps; one chunk of a stripe at a time. */
+static void bottom_part(const struct pu_layout *bottom, uint32_t first_file, uint64_t offset,
+			uint64_t length, struct pu_part *part)
+{
+	uint64_t cut = 0;
+
+	if (bottom->kind == PU_LAYOUT_STRIPE && length > bottom->chunk - offset % bottom->chunk)
+		length = bottom->chunk - offset % bottom->chunk;
+	pu_layout_part(bottom, offset, length, &cut, part);
+	part->file += first_file;
+}
+
+/* What is absent of the uppermost map: in the file of one below it, or below all. */
+static bool part_below(const struct pu_presence *p, uint64_t offset, uint64_t length,
+		       struct pu_part *part)
+{
+	const struct pu_layout *bottom = p->bottom; /* that of all maps below it, too */
+	uint32_t file = 1;
+	bool present;
+
+	while ((p = p->next)) {
+		length = bytes_alike(p, offset, length, &present);
+		if (present) {
+			*part = part_of(file, offset, length);
+			return true;
+		}
+		file++;
+	}
+	if (!bottom)
+		return false;
+	bottom_part(bottom, file, offset, length, part);
+	return true;
+}
+
+bool pu_presence_part(const struct pu_presence *p, uint64_t offset, uint64_t length,
+		      struct pu_part *part)
+{
+	bool present;
+
+	length = bytes_alike(p, offset, length, &present);
+	if (!present)
+		return part_below(p, offset, length, part);
+	*part = part_of(0, offset, length);
+	return true;
 }
 
 /* ---- dirty pages ---- */

@@ -105,9 +105,35 @@ static inline bool pu_presence_has(const struct pu_presence *p, uint64_t block)
 	return __atomic_load_n(&p->present[block / 64], __ATOMIC_ACQUIRE) >> block % 64 & 1;
 }
 
-bool pu_presence_has_all(const struct pu_presence *p, uint64_t first, uint64_t end);
-/* How many blocks from `first` on are alike (*present: which). */
-uint64_t pu_presence_run(const struct pu_presence *p, uint64_t first, uint64_t end, bool *present);
+uint64_t pu_presence_run_slowly(const struct pu_presence *p, uint64_t first, uint64_t end,
+				bool *present);
+
+/* How many blocks from `first` on are alike (*present: which), of one at least. Those of a request are
+ * mostly in one word of the map. */
+static inline uint64_t pu_presence_run(const struct pu_presence *p, uint64_t first, uint64_t end,
+				       bool *present)
+{
+	uint64_t bits, others, count = end - first;
+
+	if (first / 64 != (end - 1) / 64)
+		return pu_presence_run_slowly(p, first, end, present);
+	bits = __atomic_load_n(&p->present[first / 64], __ATOMIC_SEQ_CST) >> first % 64;
+	*present = bits & 1;
+	others = (*present ? ~bits : bits) & UINT64_MAX >> (64 - count);
+	return others ? (uint64_t)__builtin_ctzll(others) : count;
+}
+
+static inline bool pu_presence_has_all(const struct pu_presence *p, uint64_t first, uint64_t end)
+{
+	bool present;
+
+	return first == end || (pu_presence_run(p, first, end, &present) == end - first && present);
+}
+
+/* Where the bytes from `offset` on are, as many as are in one place: in the upper file, which is the
+ * first, in that of a map below, or below all maps. False: nowhere. */
+bool pu_presence_part(const struct pu_presence *p, uint64_t offset, uint64_t length,
+		      struct pu_part *part);
 uint64_t pu_presence_count(const struct pu_presence *p, uint64_t first, uint64_t end);
 
 /* Holds all absent blocks of a range, or none (false: somebody holds one). */

@@ -13,6 +13,8 @@
 
 #define MOST_WISHES 256u
 #define FETCH_BYTES (UINT64_C(1) << 20) /* the most in one wish */
+/* What hits do not do: in a function with it, they would save registers for it. */
+#define NOT_INLINE __attribute__((noinline))
 
 /* What a write leaves out of its first or its last block, and copies up if that is absent. */
 struct edge {
@@ -24,16 +26,16 @@ struct edge {
 
 enum { HEAD, TAIL, EDGES };
 
+/* What is to be known of a request that cannot be served at once. */
 struct present_work {
 	uint64_t first, end; /* the blocks that it touches */
 	uint64_t since; /* failures from this number on are its own; 0: it wants nothing yet */
 	uint32_t generation;
-	bool known;   /* all of this is about the request of that generation */
+	bool known;   /* all of this is about the request of that generation; else nothing is set */
 	bool edged;   /* it has edges */
 	bool waiting; /* counted among those who wait for blocks */
 	bool counted; /* in its regions */
 	bool held;    /* the absent blocks among those that it touches */
-	bool begun;   /* its own part was given to a slot */
 	bool asked;   /* whether it may write */
 	bool allowed; /* it may, whatever is said of its blocks */
 	bool deferred; /* a flush that somebody else is to finish */
@@ -181,11 +183,9 @@ static enum verdict fetched(struct pu_mapped *m, struct present_work *l, uint64_
 
 /* ---- requests that begin ---- */
 
-/* Mostly it is one block. */
 static bool all_present(const struct pu_presence *p, const struct present_work *l)
 {
-	return l->end == l->first + 1 ? pu_presence_has(p, l->first) :
-					pu_presence_has_all(p, l->first, l->end);
+	return pu_presence_has_all(p, l->first, l->end);
 }
 
 static enum verdict may_read(struct pu_mapped *m, struct present_work *l, int *error)
@@ -273,31 +273,57 @@ static enum verdict may_write(struct pu_mapped *m, uint16_t tag, struct present_
 	return GO;
 }
 
+/* After the last block that it touches. */
+static uint64_t end_of(const struct pu_presence *p, const struct pu_work *w)
+{
+	return (w->offset + w->length + (UINT64_C(1) << p->shift) - 1) >> p->shift;
+}
+
 static void begin_anew(const struct pu_mapped *m, uint16_t tag, struct present_work *l)
 {
 	const struct pu_presence *p = map_of(m);
 	const struct pu_work *w = &m->works[tag];
-	uint64_t block = UINT64_C(1) << p->shift;
 
 	memset(l, 0, offsetof(struct present_work, edges));
 	l->known = true;
 	l->generation = w->generation;
 	l->first = w->offset >> p->shift;
-	l->end = (w->offset + w->length + block - 1) >> p->shift;
+	l->end = end_of(p, w);
 }
 
 /* It begins: what is known of its blocks is counted. */
-static void note_use(struct pu_mapped *m, const struct present_work *l)
+static void note_use(struct pu_mapped *m, uint64_t first, uint64_t end, bool hit)
 {
 	struct pu_presence *p = map_of(m);
-	bool hit = !l->since && (!p->bottom || all_present(p, l));
 
 	count(hit ? &counters_of(m)->hits : &counters_of(m)->misses);
 	if (p->touched)
-		pu_presence_touch(p, l->first, l->end);
+		pu_presence_touch(p, first, end);
 }
 
-static bool admit(struct pu_mapped *m, uint16_t tag)
+/* Reads and writes that need nothing of anybody: no more is kept of them, and none of what follows is
+ * looked at when they end, but for their region. */
+static bool begin_at_once(struct pu_mapped *m, const struct pu_work *w)
+{
+	struct pu_presence *p = map_of(m);
+	uint64_t first = w->offset >> p->shift, end = end_of(p, w);
+	bool reads = w->op == PU_OP_READ, present;
+
+	if (!reads && (w->op != PU_OP_WRITE || p->writes_through))
+		return false;
+	if (p->evicts && !pu_regions_begin(&p->regions, w->offset, w->length))
+		return false; /* it is found out once more */
+	present = pu_presence_has_all(p, first, end);
+	if (reads ? present || p->bottom : present && pu_presence_is_writable(p, first, end)) {
+		note_use(m, first, end, present);
+		return true;
+	}
+	if (p->evicts)
+		pu_regions_end(&p->regions, w->offset, w->length);
+	return false;
+}
+
+static NOT_INLINE bool admit_slowly(struct pu_mapped *m, uint16_t tag)
 {
 	struct pu_presence *p = map_of(m);
 	struct pu_work *w = &m->works[tag];
@@ -323,7 +349,7 @@ static bool admit(struct pu_mapped *m, uint16_t tag)
 	verdict = w->op == PU_OP_READ ? may_read(m, l, &error) : may_write(m, tag, l, &error);
 	if (verdict == GO) {
 		set_waiting(m, l, false);
-		note_use(m, l);
+		note_use(m, l->first, l->end, !l->since && (!p->bottom || all_present(p, l)));
 		return true;
 	}
 	if (l->counted)
@@ -334,11 +360,17 @@ static bool admit(struct pu_mapped *m, uint16_t tag)
 	return false;
 }
 
+static bool admit(struct pu_mapped *m, uint16_t tag)
+{
+	if (!queue_of(m)->works[tag].known && begin_at_once(m, &m->works[tag]))
+		return true;
+	return admit_slowly(m, tag);
+}
+
 static void begin_again(struct pu_mapped *m, uint16_t tag)
 {
 	struct present_work *l = &queue_of(m)->works[tag];
 
-	l->begun = false;
 	for (int i = 0; l->edged && i < EDGES; i++)
 		l->edges[i] = (struct edge){ .offset = l->edges[i].offset,
 					     .length = l->edges[i].length };
@@ -346,60 +378,11 @@ static void begin_again(struct pu_mapped *m, uint16_t tag)
 
 /* ---- their parts ---- */
 
-static uint64_t bytes_alike(const struct pu_presence *p, uint64_t offset, uint64_t length,
-			    bool *present)
-{
-	uint64_t first = offset >> p->shift, block = UINT64_C(1) << p->shift;
-	uint64_t end = (offset + length + block - 1) >> p->shift, run_end;
-
-	if (end == first + 1) {
-		*present = pu_presence_has(p, first);
-		return length;
-	}
-	run_end = (first + pu_presence_run(p, first, end, present)) << p->shift;
-	return run_end - offset < length ? run_end - offset : length;
-}
-
-/* Of the files below all maps; one chunk of a stripe at a time. */
-static void bottom_part(const struct pu_layout *bottom, uint32_t first_file, uint64_t offset,
-			uint64_t length, struct pu_part *part)
-{
-	uint64_t cut = 0;
-
-	if (bottom->kind == PU_LAYOUT_STRIPE && length > bottom->chunk - offset % bottom->chunk)
-		length = bottom->chunk - offset % bottom->chunk;
-	pu_layout_part(bottom, offset, length, &cut, part);
-	part->file += first_file;
-}
-
-/* Where the bytes from `offset` on are, as many as are in one place, from the map `p` down, whose upper
- * file is `file`. False: nowhere. */
-static bool find_part(const struct pu_presence *p, uint32_t file, uint64_t offset, uint64_t length,
-		      struct pu_part *part)
-{
-	for (;; p = p->next, file++) {
-		bool present;
-
-		length = bytes_alike(p, offset, length, &present);
-		if (present) {
-			*part = (struct pu_part){ .file = file, .offset = offset,
-						  .length = length, .first = length };
-			return true;
-		}
-		if (!p->next)
-			break;
-	}
-	if (!p->bottom)
-		return false;
-	bottom_part(p->bottom, file + 1, offset, length, part);
-	return true;
-}
-
 static enum pu_cut read_part(struct pu_mapped *m, struct pu_work *w, struct pu_part *part)
 {
 	if (w->cut == w->length)
 		return PU_NO_PART;
-	if (!find_part(map_of(m), 0, w->offset + w->cut, w->length - w->cut, part)) {
+	if (!pu_presence_part(map_of(m), w->offset + w->cut, w->length - w->cut, part)) {
 		w->error = -EIO;
 		return PU_NO_PART;
 	}
@@ -415,7 +398,7 @@ static bool read_edge(struct pu_mapped *m, uint16_t tag, int number, struct pu_p
 
 	if (edge->cut == edge->length || edge->failed)
 		return false;
-	if (!find_part(map_of(m), 0, edge->offset + edge->cut, edge->length - edge->cut, part)) {
+	if (!pu_presence_part(map_of(m), edge->offset + edge->cut, edge->length - edge->cut, part)) {
 		m->works[tag].error = -EIO;
 		edge->failed = true;
 		return false;
@@ -448,11 +431,11 @@ static bool write_edge(struct pu_mapped *m, uint16_t tag, int number, struct pu_
 
 static enum pu_cut write_part(struct pu_mapped *m, uint16_t tag, struct pu_part *part)
 {
-	struct present_work *l = &queue_of(m)->works[tag];
-	const struct pu_work *w = &m->works[tag];
+	const struct present_work *l = &queue_of(m)->works[tag];
+	struct pu_work *w = &m->works[tag];
 
-	if (!l->begun) {
-		l->begun = true;
+	if (!w->cut) {
+		w->cut = 1; /* it is with a slot */
 		*part = (struct pu_part){ .offset = w->offset, .length = w->length, .first = w->length };
 		return l->edged ? PU_PART : PU_LAST_PART;
 	}
@@ -465,11 +448,11 @@ static enum pu_cut write_part(struct pu_mapped *m, uint16_t tag, struct pu_part 
 /* Of the upper file only, and not if who finishes it syncs that anyway. */
 static enum pu_cut flush_part(struct pu_mapped *m, uint16_t tag, struct pu_part *part)
 {
-	struct present_work *l = &queue_of(m)->works[tag];
+	struct pu_work *w = &m->works[tag];
 
-	if (l->begun || l->deferred)
+	if (w->cut || queue_of(m)->works[tag].deferred)
 		return PU_NO_PART;
-	l->begun = true;
+	w->cut = 1;
 	*part = (struct pu_part){ 0 };
 	return PU_LAST_PART;
 }
@@ -503,7 +486,7 @@ static void part_ended(struct pu_mapped *m, struct pu_slot *slot, int64_t result
 
 /* ---- their ends ---- */
 
-static void answer(struct pu_mapped *m, uint16_t tag)
+static NOT_INLINE void answer_slowly(struct pu_mapped *m, uint16_t tag)
 {
 	struct present_work *l = &queue_of(m)->works[tag];
 	struct pu_work *w = &m->works[tag];
@@ -516,7 +499,15 @@ static void answer(struct pu_mapped *m, uint16_t tag)
 		pu_work_finish(m, tag, w->error);
 }
 
-static void finished(struct pu_mapped *m, uint16_t tag)
+static void answer(struct pu_mapped *m, uint16_t tag)
+{
+	if (queue_of(m)->works[tag].known)
+		answer_slowly(m, tag);
+	else
+		pu_work_finish(m, tag, m->works[tag].error);
+}
+
+static NOT_INLINE void finished_slowly(struct pu_mapped *m, uint16_t tag)
 {
 	struct present_work *l = &queue_of(m)->works[tag];
 	const struct pu_work *w = &m->works[tag];
@@ -525,7 +516,18 @@ static void finished(struct pu_mapped *m, uint16_t tag)
 	set_waiting(m, l, false);
 	if (l->counted)
 		pu_regions_end(&map_of(m)->regions, w->offset, w->length);
-	l->counted = l->known = false;
+	l->counted = l->edged = l->known = false;
+}
+
+static void finished(struct pu_mapped *m, uint16_t tag)
+{
+	struct pu_presence *p = map_of(m);
+	const struct pu_work *w = &m->works[tag];
+
+	if (queue_of(m)->works[tag].known)
+		finished_slowly(m, tag);
+	else if (p->evicts)
+		pu_regions_end(&p->regions, w->offset, w->length);
 }
 
 /* ---- what others are told ---- */

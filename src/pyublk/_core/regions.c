@@ -5,15 +5,15 @@
 #include <errno.h>
 #include <stdlib.h>
 
-#define SMALLEST (UINT64_C(1) << 20)
-#define MOST (UINT64_C(1) << 16)
+#define SMALLEST 20u
 
 int pu_regions_init(struct pu_regions *regions, uint64_t size)
 {
-	*regions = (struct pu_regions){ .bytes = SMALLEST, .blocked = PU_NO_REGION };
-	while ((size - 1) / regions->bytes >= MOST)
-		regions->bytes *= 2;
-	regions->counters = calloc(MOST, sizeof(*regions->counters));
+	*regions = (struct pu_regions){ .shift = SMALLEST, .blocked = PU_NO_REGION };
+	while ((size - 1) >> regions->shift >= PU_REGION_COUNTERS)
+		regions->shift++;
+	regions->bytes = UINT64_C(1) << regions->shift;
+	regions->counters = calloc(PU_REGION_COUNTERS, sizeof(*regions->counters));
 	return regions->counters ? 0 : -ENOMEM;
 }
 
@@ -23,42 +23,35 @@ void pu_regions_destroy(struct pu_regions *regions)
 	regions->counters = NULL;
 }
 
-/* A disk that has grown has more regions than counters: those that share them are blocked together. */
 static struct pu_region *counters_of(const struct pu_regions *regions, uint64_t region)
 {
-	return &regions->counters[region % MOST];
+	return &regions->counters[region % PU_REGION_COUNTERS];
 }
 
-static uint64_t last_region(const struct pu_regions *regions, uint64_t offset, uint64_t length)
+bool pu_regions_begin_slowly(struct pu_regions *regions, uint64_t offset, uint64_t length)
 {
-	return (offset + (length ? length : 1) - 1) / regions->bytes;
-}
-
-bool pu_regions_begin(struct pu_regions *regions, uint64_t offset, uint64_t length)
-{
-	uint64_t first = offset / regions->bytes, last = last_region(regions, offset, length);
+	uint64_t first = offset >> regions->shift, last = pu_last_region(regions, offset, length);
 	uint64_t blocked;
 
 	for (uint64_t region = first; region <= last; region++)
 		__atomic_fetch_add(&counters_of(regions, region)->begun, 1, __ATOMIC_SEQ_CST);
-	/* After it is counted: who blocks the region now will see it, or it sees that. */
 	blocked = __atomic_load_n(&regions->blocked, __ATOMIC_SEQ_CST);
 	if (blocked == PU_NO_REGION)
 		return true;
 	for (uint64_t region = first; region <= last; region++) {
 		if (counters_of(regions, region) != counters_of(regions, blocked))
 			continue;
-		pu_regions_end(regions, offset, length);
+		pu_regions_end_slowly(regions, offset, length);
 		return false;
 	}
 	return true;
 }
 
-void pu_regions_end(struct pu_regions *regions, uint64_t offset, uint64_t length)
+void pu_regions_end_slowly(struct pu_regions *regions, uint64_t offset, uint64_t length)
 {
-	uint64_t last = last_region(regions, offset, length);
+	uint64_t last = pu_last_region(regions, offset, length);
 
-	for (uint64_t region = offset / regions->bytes; region <= last; region++)
+	for (uint64_t region = offset >> regions->shift; region <= last; region++)
 		__atomic_fetch_add(&counters_of(regions, region)->ended, 1, __ATOMIC_SEQ_CST);
 }
 
