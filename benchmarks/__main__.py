@@ -59,7 +59,7 @@ def _plot(results: Results, directory: Path, console: Console) -> None:
     "jobs",
     multiple=True,
     type=click.Choice(list(JOBS)),
-    help="A job; may be given several times. All, unless given.",
+    help="A job; may be given several times. All but 'first', unless given.",
 )
 @click.option("--repeats", type=click.IntRange(1), default=3, help="Runs of each (3).")
 @click.option(
@@ -89,10 +89,12 @@ def main(
     Exit code 1 when a ratio that is wanted of the counting mode is missed, or the run broke off.
     """
     console = Console(width=None if sys.stdout.isatty() else 120)
+    if repeats > 1 and any(JOBS[job].stride for job in jobs):
+        raise click.UsageError("a first write is one only once: give --repeats 1 with --job first")
     chosen = names or tuple(n for n in CONTENDERS if with_kublk or not n.startswith("kublk"))
     plan = Plan(
         contenders=tuple(sorted(chosen, key=list(CONTENDERS).index)),
-        jobs=jobs or tuple(JOBS),
+        jobs=jobs or tuple(name for name, job in JOBS.items() if not job.stride),
         repeats=repeats,
         runtime=runtime or (0.5 if count_instructions else 10.0),
         ramp=0.1 if count_instructions else 1.0,

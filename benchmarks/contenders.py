@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -24,10 +24,10 @@ from typing import Literal
 from pyublk.scheduling import choose_io_scheduler
 
 from . import programs
+from .jobs import BYTES_SIZE
 from .programs import Unavailable
 
 NULL_SIZE = 250 << 30
-BYTES_SIZE = 64 << 20
 DEPTH = 128
 MAX_IO_SIZE = 1 << 20
 
@@ -65,11 +65,15 @@ Start = Callable[[Setting, ExitStack], Disk]
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """One who is measured. `start` raises `programs.Unavailable` where it cannot take part."""
+    """One who is measured. `start` raises `programs.Unavailable` where it cannot take part.
+
+    Of kind "bytes": of every so many MiB one is written before the first measurement; 0: none is.
+    """
 
     name: str
     kind: Kind
     start: Start
+    written: int = 1
 
 
 #: Those the others of their kind are compared with: the limit, kublk, our own native target.
@@ -87,7 +91,14 @@ def _wait_for(path: str, condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def _null_blk(setting: Setting, stack: ExitStack, *, memory: bool, suffix: str = "") -> Disk:
+def _null_blk(
+    setting: Setting,
+    stack: ExitStack,
+    *,
+    memory: bool,
+    suffix: str = "",
+    memory_size: int = BYTES_SIZE,
+) -> Disk:
     programs.load_module("null_blk", "nr_devices=0")
     if not _NULL_BLK.is_dir():
         mount = programs.find("mount", "mount")
@@ -96,7 +107,7 @@ def _null_blk(setting: Setting, stack: ExitStack, *, memory: bool, suffix: str =
     place = _NULL_BLK / name
     place.mkdir()
     stack.callback(place.rmdir)
-    size = BYTES_SIZE if memory else NULL_SIZE
+    size = memory_size if memory else NULL_SIZE
     attributes = {
         "size": size >> 20,
         "submit_queues": setting.queues,
@@ -231,6 +242,7 @@ def _pyublk(
     path: str = "auto",
     batch: bool | None = None,
     on: str = "",
+    name: str = "",
     kernels_choices: bool = False,
 ) -> Disk:
     programs.load_module("ublk_drv")
@@ -242,7 +254,7 @@ def _pyublk(
         line += ["--batch" if batch else "--no-batch"]
     if kernels_choices:
         line += ["--kernels-choices"]
-    name = f"pyublk-{target}-{path}-{batch}-{kernels_choices}"
+    name = f"pyublk-{name or target}-{path}-{batch}-{kernels_choices}"
     for file in _files(setting, name, files) if not on else [on]:
         line += ["--file", file]
     server = stack.enter_context(
@@ -269,6 +281,19 @@ def _pyublk_on_disk(setting: Setting, stack: ExitStack, *, path: str) -> Disk:
     """Our file target on a null_blk disk with memory: direct I/O that really goes to a disk."""
     under = _null_blk(setting, stack, memory=True, suffix=f"_{path}")
     return _pyublk(setting, stack, target="file", path=path, on=under.path)
+
+
+def _on_ext4(setting: Setting, stack: ExitStack, *, target: str, name: str) -> Disk:
+    """A target whose files are on ext4, in the page cache, on a null_blk disk with memory."""
+    programs.load_module("ext4")
+    size = 4 * BYTES_SIZE
+    under = _null_blk(setting, stack, memory=True, suffix=f"_ext4_{name}", memory_size=size)
+    programs.run(programs.find("mkfs.ext4", "e2fsprogs"), "-q", under.path)
+    place = setting.directory / f"ext4-{name}"
+    place.mkdir()
+    programs.run(programs.find("mount", "mount"), under.path, str(place))
+    _run_at_the_end(stack, programs.find("umount", "mount"), str(place))
+    return _pyublk(replace(setting, directory=place), stack, target=target, files=1)
 
 
 #: kublk's modes: the name that ours have too, and its options. "copy" is its default.
@@ -313,6 +338,26 @@ def _pyublks(target: str, files: int = 0) -> dict[str, Start]:
         for mode, (path, batch) in MODES.items()
     }
     return chosen | forced
+
+
+def _layered() -> list[Contender]:
+    """Overlays and caches of one file, in the same file systems as `pyublk-file` and
+    `pyublk-file-ext4`. What is written of an overlay is in its own file, the rest in the base."""
+    found = [
+        Contender("pyublk-file-ext4", "bytes", partial(_on_ext4, target="cached", name="file"))
+    ]
+    for name, target, written in (
+        ("overlay-base", "overlay", 0),
+        ("overlay-mixed", "overlay", 2),
+        ("overlay-upper", "overlay", 1),
+        ("overlay-64k", "overlay-64k", 0),
+        ("cache", "cache", 1),
+    ):
+        on_tmpfs = partial(_pyublk, target=target, files=1, name=name)
+        on_ext4 = partial(_on_ext4, target=target, name=name)
+        found.append(Contender(f"pyublk-{name}", "bytes", on_tmpfs, written))
+        found.append(Contender(f"pyublk-{name}-ext4", "bytes", on_ext4, written))
+    return found
 
 
 def _all() -> list[Contender]:
@@ -364,6 +409,7 @@ def _all() -> list[Contender]:
     return [
         *(Contender(name, "null", start) for name, start in null.items()),
         *(Contender(name, "bytes", start) for name, start in files.items()),
+        *_layered(),
     ]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The field's four fio jobs, and what is read from fio's answer."""
+"""The fio jobs, and what is read from fio's answer."""
 
 import json
 import subprocess
@@ -9,16 +9,24 @@ from typing import Any
 
 from . import programs
 
+#: Bytes of the disks that keep them.
+BYTES_SIZE = 64 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A fio job: `pattern` is its `rw`, `block` bytes a request, `depth` requests in flight."""
+    """A fio job: `pattern` is its `rw`, `block` bytes a request, `depth` requests in flight.
+
+    With `stride`, there is one request in each so many bytes of a disk of `BYTES_SIZE`, and no
+    second one: it shows what the first costs, so it is not repeated.
+    """
 
     name: str
     title: str
     pattern: str
     block: int
     depth: int
+    stride: int = 0
 
 
 JOBS = {
@@ -30,6 +38,7 @@ JOBS = {
         Job("write", "128k sequential write, depth 64", "write", 128 * 1024, 64),
         Job("read-1m", "1 MiB sequential read, depth 16", "read", 1 << 20, 16),
         Job("latency", "latency: 4k random read, depth 1", "randread", 4096, 1),
+        Job("first", "one 4k write in each 64k, depth 64", "write", 4096, 64, 64 << 10),
     )
 }
 
@@ -47,11 +56,18 @@ class Outcome:
 
 def command(job: Job, path: str, *, runtime: float, ramp: float, processes: int) -> list[str]:
     """fio's command line for a job on the disk at `path`; `runtime` and `ramp` are seconds."""
+    if job.stride:
+        pattern = f"{job.pattern}:{job.stride - job.block}"  # so many bytes are left out
+        end = [f"--number_ios={BYTES_SIZE // job.stride // processes}"]
+    else:
+        pattern = job.pattern
+        end = ["--time_based", f"--runtime={round(runtime * 1000)}ms"]
+        end += [f"--ramp_time={round(ramp * 1000)}ms"]
     return [
         programs.find("fio", "fio"),
         f"--name={job.name}",
         f"--filename={path}",
-        f"--rw={job.pattern}",
+        f"--rw={pattern}",
         f"--bs={job.block}",
         f"--iodepth={job.depth}",
         "--ioengine=libaio",
@@ -63,9 +79,7 @@ def command(job: Job, path: str, *, runtime: float, ramp: float, processes: int)
         # submission returns, and only from there on does the completion latency count.
         "--lat_percentiles=1",
         "--clat_percentiles=0",
-        "--time_based",
-        f"--runtime={round(runtime * 1000)}ms",
-        f"--ramp_time={round(ramp * 1000)}ms",
+        *end,
         "--output-format=json",
     ]
 

@@ -17,7 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from . import jobs, programs
-from .contenders import BYTES_SIZE, CONTENDERS, Disk, Setting
+from .contenders import CONTENDERS, Disk, Setting
+from .jobs import BYTES_SIZE
 from .plan import Measurement, Plan, Results
 from .programs import Unavailable
 
@@ -87,12 +88,12 @@ def measure(
     )
 
 
-def _fill(disk: Disk) -> None:
-    """Write every byte once: reading what was never written costs something else."""
+def _fill(disk: Disk, every: int) -> None:
+    """Write one of every so many MiB: reading what was never written costs something else."""
     block = bytes(1 << 20)
     with open(disk.path, "wb", buffering=0) as file:
-        for _ in range(BYTES_SIZE // len(block)):
-            file.write(block)
+        for at in range(0, BYTES_SIZE, every * len(block)):
+            os.pwrite(file.fileno(), block, at)
         os.fsync(file.fileno())
 
 
@@ -127,8 +128,8 @@ def _start(
         with ExitStack() as own:
             try:
                 disk = CONTENDERS[name].start(setting, own)
-                if CONTENDERS[name].kind == "bytes":
-                    _fill(disk)
+                if CONTENDERS[name].kind == "bytes" and CONTENDERS[name].written:
+                    _fill(disk, CONTENDERS[name].written)
             except (Unavailable, OSError) as error:
                 missing[name] = str(error)
                 _tell(f"  not here: {error}")

@@ -79,6 +79,11 @@ WANTED = (
     *(Wanted(ours, kublk, _NO_LESS, job, cpu=True) for ours, kublk, job in _ON_FILES),
     Wanted("pyublk-file", "loop", 1.00, "read"),
     Wanted("pyublk-map", "pyublk-linear", 0.80),
+    *(
+        Wanted(f"pyublk-{layer}{where}", f"pyublk-file{where}", 0.95)
+        for layer in ("overlay-base", "overlay-mixed", "overlay-upper", "cache")
+        for where in ("", "-ext4")
+    ),
     Wanted("pyublk-disk-auto-buffer", "pyublk-disk-copy", 1.00, "read-1m"),
 )
 

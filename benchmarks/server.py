@@ -9,9 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pyublk
+from pyublk import overlays
+from pyublk.layers.cache import Cache
 from pyublk.targets import File, Linear, Null, Ram, Stripe, resolve
+from pyublk.targets.overlay import OverlayFile
 
 from . import handlers
+
+
+def _overlay(base: Path, granularity: int) -> pyublk.Target:
+    upper = Path(f"{base}.overlay")
+    overlays.create(upper, str(base), granularity=granularity)
+    return OverlayFile(upper)
+
 
 TARGETS: dict[str, Callable[[int, list[Path]], pyublk.Target]] = {
     "null": lambda size, _files: Null(size=size),
@@ -22,6 +32,10 @@ TARGETS: dict[str, Callable[[int, list[Path]], pyublk.Target]] = {
     "async-sleep": lambda size, _files: handlers.Sleepers(size=size),
     "ram": lambda size, _files: Ram(size=size),
     "file": lambda _size, files: File(files[0], direct=True),
+    "cached": lambda _size, files: File(files[0]),
+    "overlay": lambda _size, files: _overlay(files[0], 4096),
+    "overlay-64k": lambda _size, files: _overlay(files[0], 64 << 10),
+    "cache": lambda _size, files: Cache(File(files[0]), Path(f"{files[0]}.cache")),
     "stripe": lambda _size, files: Stripe(*files, direct=True),
     "linear": lambda _size, files: Linear(*files, direct=True),
     "map": lambda _size, files: handlers.Concatenates(files, direct=True),
