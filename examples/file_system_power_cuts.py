@@ -112,7 +112,7 @@ def run(file_system: str, save: Save, limit: int) -> str | None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("file_systems", nargs="*", choices=[[], *MAKE], metavar="ext4|xfs")
-    parser.add_argument("--limit", type=int, default=6, help="states of each program")
+    parser.add_argument("--limit", type=int, default=4, help="states of each program")
     chosen = parser.parse_args()
     wrong = 0
     for file_system in chosen.file_systems or MAKE:
