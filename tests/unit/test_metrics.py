@@ -29,6 +29,7 @@ from pyublk.stats import QueueStats
 prometheus_client = pytest.importorskip("prometheus_client")
 
 ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs/observing.md"
 DASHBOARD = json.loads((ROOT / "src/pyublk/service/grafana.json").read_text())
 
 DISKS = [
@@ -283,8 +284,25 @@ def test_the_dashboard_has_only_metrics_that_there_are() -> None:
     assert named <= metric_names(text_of(DISKS))
 
 
+def test_grafanas_own_types_have_all_of_the_dashboard() -> None:
+    """Which Grafana generates from its schema: nothing is unknown, or of another type."""
+    dashboard = pytest.importorskip("grafana_foundation_sdk.models.dashboard").Dashboard
+    encoder = pytest.importorskip("grafana_foundation_sdk.cog.encoder").JSONEncoder
+    pytest.importorskip("grafana_foundation_sdk.cog.plugins").register_default_plugins()
+
+    def without_additions(read: Any, ours: Any) -> Any:
+        if isinstance(read, dict) and isinstance(ours, dict):
+            return {name: without_additions(read.get(name), ours[name]) for name in ours}
+        if isinstance(read, list) and isinstance(ours, list):
+            return [without_additions(*both) for both in zip(read, ours, strict=True)]
+        return read
+
+    read = json.loads(encoder().encode(dashboard.from_json(DASHBOARD)))
+    assert without_additions(read, DASHBOARD) == DASHBOARD
+
+
 def test_the_page_names_every_metric_and_no_other() -> None:
-    page = (ROOT / "docs/observing.md").read_text()
+    page = PAGE.read_text()
     told = metric_names(text_of(DISKS)) - {"pyublk_exporter_info"}
     families = {re.sub("_(bucket|count|sum)$", "", name) for name in told}
     assert set(re.findall(r"^\| `(pyublk_\w+)`", page, re.M)) == families
@@ -314,11 +332,18 @@ def ask(place: str, query: str) -> list[dict[str, Any]]:
 
 @contextmanager
 def prometheus(target: str, where: Path) -> Iterator[str]:
-    """A Prometheus that scrapes the exporter every second; where it listens."""
+    """A Prometheus that scrapes the exporter every second, and has the page's rules, which do not
+    wait a minute; where it listens."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         place = f"127.0.0.1:{free.getsockname()[1]}"
     scrape = {"job_name": "pyublk", "static_configs": [{"targets": [target]}]}
-    configuration = {"global": {"scrape_interval": "1s"}, "scrape_configs": [scrape]}
+    (rules,) = re.findall(r"```yaml\n(groups:.*?)```", PAGE.read_text(), re.S)
+    (where / "rules.yml").write_text(rules.replace("for: 1m", "for: 0s"))
+    configuration = {
+        "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+        "scrape_configs": [scrape],
+        "rule_files": [str(where / "rules.yml")],
+    }
     (where / "prometheus.yml").write_text(json.dumps(configuration))  # JSON is YAML
     with (
         open(where / "log", "w") as log,
@@ -355,3 +380,8 @@ def test_a_prometheus_has_data_for_every_panel(tmp_path: Path) -> None:
         assert not empty
         legs = ask(place, 'pyublk_mirror_legs{state="failed"}')
         assert (legs[0]["metric"]["device"], legs[0]["value"][1]) == ("ublkb3", "1")
+        while not (fired := ask(place, 'ALERTS{alertstate="firing"}')):
+            assert time.monotonic() < end, (tmp_path / "log").read_text()
+            time.sleep(0.2)
+        alerts = {(one["metric"]["alertname"], one["metric"]["device"]) for one in fired}
+        assert alerts == {("MirrorDegraded", "ublkb3"), ("DiskServerSilent", "ublkb4")}
