@@ -769,8 +769,8 @@ def test_commands_as_checks(tmp_path: Path) -> None:
 
 
 def read_log(path: Path) -> list[tuple[int, int, int, bytes]]:
-    """(flags, sector, count, data or name) as replay-log reads them: by its own, from the kernel's
-    documentation."""
+    """(flags, sector, count, data or name), read as xfstests' log-writes.c does, which calls an
+    entry malformed that is all zeroes, or has something behind its header and is no mark."""
     data = path.read_bytes()
     magic, version, count = struct.unpack_from("<QQQ", data)
     (sector,) = struct.unpack_from("<I", data, 24)
@@ -778,6 +778,8 @@ def read_log(path: Path) -> list[tuple[int, int, int, bytes]]:
     at, entries = sector, []
     for _ in range(count):
         first, many, flags, length = struct.unpack_from("<QQQQ", data, at)
+        assert flags or many
+        assert flags == 8 or not any(data[at + 32 : at + sector])
         name = data[at + 32 : at + 32 + length]
         at += sector
         size = 0 if flags & 4 else many * sector

@@ -249,6 +249,23 @@ def test_no_machine_is_started_without_need(guest: pytest.Pytester) -> None:
     assert machines(guest) == 0
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [([], ("latest", 2 << 30)), (["--ublk-kernel=6.12", "--ublk-memory=512M"], ("6.12", 1 << 29))],
+)
+def test_the_machine_that_is_asked_for(
+    guest: pytest.Pytester,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    expected: tuple[str, int],
+) -> None:
+    booted, boot = [], remote.boot
+    monkeypatch.setattr(remote, "boot", lambda *what: booted.append(what) or boot(*what))
+    run(guest, "--ublk=vm", "-k", "passes", *options).assert_outcomes(passed=1, deselected=8)
+    assert booted == [expected]
+    assert machines(guest) == 1
+
+
 def test_selection_order_and_last_failed(guest: pytest.Pytester) -> None:
     found = run(guest, "--ublk=vm", "-v", "-k", "fails or passes")
     found.assert_outcomes(passed=1, failed=1, deselected=7)
