@@ -29,6 +29,14 @@ CREATE TABLE IF NOT EXISTS block (number INTEGER PRIMARY KEY, hash BLOB);
 """
 
 
+def sync_directory(place: Path) -> None:
+    directory = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
 class Deduplicated(pyublk.Target):
     def __init__(self, store: Path, *, size: int) -> None:
         super().__init__(size=size, block_size=BLOCK, discard_granularity=BLOCK)
@@ -36,13 +44,15 @@ class Deduplicated(pyublk.Target):
 
     def open(self) -> None:
         self._store.mkdir(exist_ok=True)
-        place = self._store / "blocks"
-        self._file = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        file = self._store / "blocks"
+        self._file = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         # One queue's thread at a time calls (`concurrency` is "serial"), not always the same.
         self._db = sqlite3.connect(
             self._store / "index.db", isolation_level=None, check_same_thread=False
         )
         self._db.executescript(SCHEMA)
+        for place in (self._store, self._store.parent):  # new names are durable from here on
+            sync_directory(place)
         taken = {number for (number,) in self._db.execute("SELECT number FROM slot")}
         self._end = max(taken, default=-1) + 1  # the first slot that was never used
         self._free = sorted(set(range(self._end)) - taken, reverse=True)
