@@ -21,7 +21,7 @@ from needs import Module, Program, needs
 from servers import until
 
 import pyublk
-from pyublk.targets import File, Linear, Mirror, Stripe, Zoned
+from pyublk.targets import File, IntegrityFile, Linear, Mirror, Slice, Stripe, Zoned
 from pyublk.testing import Crash, Disk, PowerCut, PowerCutFailed, ZonedPowerCut
 from pyublk.testing.file_systems import run
 from pyublk.uapi import Feature
@@ -45,6 +45,8 @@ TARGETS: dict[str, tuple[Make, int]] = {
     "linear": (Linear, 2),
     "stripe": (lambda *files: Stripe(*files, chunk=4096), 2),
     "mirror": (mirror, 2),
+    "integrity": (IntegrityFile, 2),
+    "slice": (lambda file: Slice(file, offset=8192), 1),
 }
 
 
