@@ -63,7 +63,7 @@ class S3(Target):
         buffer: int = 128 << 20,
         cache: int = 64 << 20,
         uploads: int = 16,
-        ahead: int = 4,
+        ahead: int = 8,
         retry_for: float = 60.0,
         timeout: float = 30.0,
         block_size: int = 4096,

@@ -16,6 +16,7 @@ from pyublk.profile import Concurrency
 from pyublk.target import Target
 from pyublk.targets.objects.failures import Changed, Failure, explain, shown
 from pyublk.targets.objects.retrying import Retrying
+from pyublk.targets.objects.store import PIECE
 
 if TYPE_CHECKING:
     from obstore import GetResult
@@ -28,8 +29,6 @@ log = logging.getLogger("pyublk.url")
 START = 5.0
 #: Seconds that making a connection may take.
 CONNECT = 5.0
-#: Bytes of an answer that are waited for at a time.
-PIECE = 64 << 10
 #: obstore's word for a Last-Modified that there is not.
 _NEVER = datetime(1970, 1, 1, tzinfo=UTC)
 

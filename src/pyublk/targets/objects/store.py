@@ -24,6 +24,10 @@ log = logging.getLogger("pyublk.s3")
 #: What identifies an object's version in a condition: obstore's `e_tag` and `version`.
 Version = dict[str, str]
 
+#: Bytes of an answer that are waited for at a time. All in one would be put together first: that is
+#: a copy more, into memory that has to be made.
+PIECE = 64 << 10
+
 SCHEMES = ("s3", "gs", "az", "file")
 #: Objects that are deleted by one request.
 _DELETED = 500
@@ -133,6 +137,24 @@ class Objects:
             return data
 
         return self.retrying.call(step, path)
+
+    def pieces(self, path: str, size: int, arrived: Callable[[int, memoryview], None]) -> None:
+        """Tells `arrived` of all of an object, which must have that size: where each piece begins,
+        and its bytes. When it is tried again, pieces come again from the beginning."""
+        import obstore
+
+        def step() -> None:
+            answer = obstore.get(self._store, path)
+            if (there := answer.meta["size"]) != size:
+                raise Failure(errno.EIO, f"it has {there} bytes in place of {size}")
+            came = 0
+            for piece in answer.stream(min_chunk_size=PIECE):
+                arrived(came, memoryview(piece))
+                came += len(piece)
+            if came != size:
+                raise Failure(errno.EIO, f"{came} bytes came of {size}", passing=True)
+
+        self.retrying.call(step, path)
 
     def get_version(self, path: str) -> tuple[bytes, Version]:
         """An object's bytes, and its version for `swap`."""

@@ -128,12 +128,11 @@ class Volume:
                     return
                 base = self._base(index)
             if base is not None:
-                data = self._chunks.read(base, index, start, end)
+                self._chunks.read(base, index, start, buffer)
             else:
-                data = memoryview(self._zeroes)[: end - start]
+                buffer[:] = memoryview(self._zeroes)[: end - start]
             with self._lock:
                 if self._base(index) == base:  # else layers may have gone into another base
-                    buffer[:] = data
                     for layer in self._layers(index):
                         layer.overlay(start, buffer)
                     return
@@ -151,7 +150,7 @@ class Volume:
             with self._lock:
                 base = self._base(index)
             if base is not None:
-                self._chunks.whole(base, index)
+                self._chunks.fetch(base, index)
 
     def _layers(self, index: int) -> list[DirtyChunk]:
         """A chunk's new bytes, the oldest first. [locked]"""
@@ -270,7 +269,7 @@ class Volume:
         if base is None or chunk.covers(0, self._limit(index)):
             data = bytearray(self._chunk)
         else:
-            data = bytearray(self._chunks.whole(base, index))
+            data = self._chunks.whole(base, index)
         chunk.overlay(0, data)
         if data == self._zeroes:
             return None
