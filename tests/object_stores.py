@@ -148,6 +148,8 @@ class SmallS3:
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
+        #: Called with each PUT's path; False: it is not done, nor answered.
+        self.before_put: Callable[[str], bool] = lambda path: True
         self._lock = threading.Lock()
         owner = self
 
@@ -170,6 +172,9 @@ class SmallS3:
 
             def do_PUT(self) -> None:
                 data = self.rfile.read(int(self.headers["Content-Length"]))
+                if not owner.before_put(self.path):
+                    self.close_connection = True
+                    return
                 with owner._lock:
                     there = owner.objects.get(self.path)
                     wanted = self.headers.get("If-Match")

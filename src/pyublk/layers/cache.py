@@ -446,7 +446,7 @@ class Cache(PresenceLayer):
         with self._changing:
             assert self._known is not None
             if self._known["identity"] is not None:
-                self._source.reach()
+                self._source.reached()
                 self._known = {**self._known, "identity": None}
                 self.set_metadata(self._known)
 

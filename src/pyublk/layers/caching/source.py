@@ -176,23 +176,28 @@ class Source(Target):
 
     def write_zeroes(self, offset: int, length: int, unmap: bool = True) -> None:
         """Makes these bytes zero, by whatever the target has for that."""
-        if "write_zeroes" in self.reach().methods:
+        if "write_zeroes" in self.reached().methods:
             self._request("write_zeroes", offset, length, unmap)
         else:
             self._request("write", offset, memoryview(bytes(length)))
 
     def flush(self) -> None:
         """What was written is durable; a target that has no `flush` says that it is anyway."""
-        if "flush" in self.reach().methods:
+        if "flush" in self.reached().methods:
             self._request("flush")
 
-    def _request(self, name: str, *arguments: Any) -> None:
+    def reached(self) -> Below:
+        """As `reach`, for a request: one that cannot be served at all is an OSError too."""
         try:
-            method = self.reach().methods[name]
+            return self.reach()
         except (ValueError, UblkError) as error:
             if isinstance(error, OSError):
                 raise
             raise OSError(errno.EIO, str(error)) from None
+
+    def _request(self, name: str, *arguments: Any) -> None:
+        try:
+            method = self.reached().methods[name]
         except KeyError:
             raise OSError(errno.EOPNOTSUPP, f"{type(self.target).__name__} has no {name}") from None
         try:

@@ -437,6 +437,13 @@ class Volume:
         """The state that is durable."""
         return self._manifest
 
+    def content(self) -> str | None:
+        """Tells the bytes that are durable from all others; None while others are not flushed."""
+        with self._lock:
+            new = (self._dirty, self._uploading, self._frozen, self._early, self._early_frozen)
+            unflushed = any(new) or self.size != self._manifest.size
+            return None if unflushed else self._manifest.content
+
     def status(self) -> dict[str, Any]:
         """Counters, and how much is not flushed yet."""
         with self._lock:
