@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Targets whose server the queues' own rings talk to."""
 
+import errno
 import os
 import socket
 import threading
@@ -212,7 +213,7 @@ class Calls:
                 self._new.clear()
                 self._thread = None
             for call in left:
-                call.result = -5
+                call.result = -errno.EIO
                 call.done.set()
 
     def _begin_some(self, queue: ConnectedQueue, under_way: dict[int, _Call]) -> bool:

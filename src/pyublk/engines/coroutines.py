@@ -381,7 +381,7 @@ class CoroutinesEngine(Engine):
     # ---- below a layer ----
 
     def blocking_methods(self) -> Mapping[str, Callable[..., Any]]:
-        below = self._below = LoopThread(f"below-{type(self.target).__name__}")
+        below = self._below = LoopThread("ublk-below")
         return {name: below.blocking(method) for name, method in self.methods().items()}
 
     def open_below(self) -> Awaitable[None] | None:
@@ -389,7 +389,7 @@ class CoroutinesEngine(Engine):
             return self.target.open()
         self._below.begin()
         try:
-            self._below.call(self.target.open)
+            self._below.blocking(self.target.open)()
         except BaseException:
             self._below.end()
             raise
@@ -399,7 +399,7 @@ class CoroutinesEngine(Engine):
         if self._below is None:
             return self.target.close()
         try:
-            self._below.call(self.target.close)
+            self._below.blocking(self.target.close)()
         finally:
             self._below.end()
         return None

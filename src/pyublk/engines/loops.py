@@ -8,10 +8,10 @@ import selectors
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 from pyublk._native import become_io_flusher, name_thread
+from pyublk.scheduling import NamedThread
 
 log = logging.getLogger("pyublk.loops")
 
@@ -48,8 +48,12 @@ async def _end_all(loop: asyncio.AbstractEventLoop) -> None:
 
 
 class LoopThread:
-    """An event loop that runs from a target's `open` until after its `close`, which are awaited on
-    it, as all its methods are."""
+    """An event loop on a thread of its own, for a target's methods: from `open` until after
+    `close`, which are awaited there too.
+
+    Args:
+        name: of the thread; the kernel keeps 15 bytes of it.
+    """
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -59,32 +63,24 @@ class LoopThread:
     def begin(self) -> None:
         """Starts the thread."""
         self._loop = serving_loop()
-        self._thread = threading.Thread(
+        self._thread = NamedThread(
             target=self._run, args=(self._loop,), name=self._name, daemon=True
         )
         self._thread.start()
 
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
         become_io_flusher()
-        name_thread("ublk-below")
         asyncio.set_event_loop(loop)
         loop.run_forever()
 
-    def call(self, step: Callable[..., Any], *arguments: Any) -> None:
-        """Calls it, and waits for what it gives to await. From any thread but the loop's own."""
+    def run(self, step: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls it there, and waits for what it gives to await. From any thread but that one."""
         if self._loop is None:
             raise RuntimeError("the target below is not open: call Below.open first")
-        self._wait(self._loop, self._await(step, *arguments))
+        return self._wait(self._loop, _awaited(step, *arguments))
 
-    async def _await(self, step: Callable[..., Any], *arguments: Any) -> None:
-        outcome = step(*arguments)
-        if inspect.isawaitable(outcome):
-            outcome = await outcome
-        if outcome is not None:
-            raise TypeError(f"{step.__qualname__} returned {outcome!r}, not None")
-
-    def _wait(self, loop: asyncio.AbstractEventLoop, call: Coroutine[Any, Any, None]) -> None:
-        asyncio.run_coroutine_threadsafe(call, loop).result()
+    def _wait(self, loop: asyncio.AbstractEventLoop, call: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(call, loop).result()
 
     def end(self) -> None:
         """Cancels what still runs, and ends the thread."""
@@ -100,5 +96,15 @@ class LoopThread:
             loop.close()
 
     def blocking(self, method: Callable[..., Any]) -> Callable[..., None]:
-        """The method as a plain one."""
-        return partial(self.call, method)
+        """The method as a plain one, which returns None or raises."""
+
+        def call(*arguments: Any) -> None:
+            if (outcome := self.run(method, *arguments)) is not None:
+                raise TypeError(f"{method.__qualname__} returned {outcome!r}, not None")
+
+        return call
+
+
+async def _awaited(step: Callable[..., Any], *arguments: Any) -> Any:
+    outcome = step(*arguments)
+    return await outcome if inspect.isawaitable(outcome) else outcome

@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: MIT
 """A target of any kind behind the calls that nbdkit makes, from whichever of its threads."""
 
-import asyncio
 import errno
-import inspect
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pyublk.arguments import DEFAULT_MAX_IO_SIZE
 from pyublk.engines import engine_for
+from pyublk.engines.loops import LoopThread
 from pyublk.errors import InvalidTarget
 from pyublk.layers import Below
 from pyublk.params import Params
@@ -19,8 +17,6 @@ from pyublk.testing import Disk
 
 #: Threads for a target that may be called by many at once, as many as nbdkit has.
 THREADS = 16
-#: Seconds for a loop's last coroutines.
-LOOP_ENDS = 5.0
 
 
 class Serving:
@@ -44,7 +40,7 @@ class Serving:
         self._engine = engine_for(target)
         self._whole = callable(getattr(target, "handle", None))
         self._disk: Disk | None = None
-        self._calls: _Loop | _Threads
+        self._calls: LoopThread | _Threads
         self.params: Params
 
     @property
@@ -63,7 +59,11 @@ class Serving:
             steps: tuple[Callable[[], Any], Callable[[], Any]]
             steps = self._disk.open, self._disk.close
         else:
-            self._calls = _Loop() if self._engine.needs_loop else _Threads(self._threads())
+            if self._engine.needs_loop:
+                self._calls = LoopThread("pyublk-loop")
+                self._calls.begin()
+            else:
+                self._calls = _Threads(self._threads())
             below = Below(self.target)
             self._methods = dict(below.methods)
             steps = self.target.open, self.target.close
@@ -210,26 +210,6 @@ class _Threads:
 
     def end(self) -> None:
         self._pool.shutdown(wait=False)
-
-
-class _Loop:
-    """Runs coroutines, and plain functions too, on an event loop that has a thread."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
-
-    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        async def call() -> Any:
-            returned = function(*arguments)
-            return await returned if inspect.isawaitable(returned) else returned
-
-        return asyncio.run_coroutine_threadsafe(call(), self._loop).result()
-
-    def end(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(LOOP_ENDS)
 
 
 def pieces(length: int, largest: int) -> Iterator[tuple[int, int]]:

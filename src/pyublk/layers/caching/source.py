@@ -9,13 +9,15 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyublk.errors import UblkError
 from pyublk.layers.base import Below
 from pyublk.layers.caching.identity import PROPERTIES
-from pyublk.scheduling import NamedThread
 from pyublk.target import Target, kind_of
+
+if TYPE_CHECKING:
+    from pyublk.engines.loops import LoopThread
 
 log = logging.getLogger("pyublk.cache")
 
@@ -56,7 +58,7 @@ class Source(Target):
         self._patience = patience
         self._lock = threading.Lock()  # for who opens it, or closes it
         self._below: Below | None = None
-        self._loop: _Loop | None = None
+        self._loop: LoopThread | None = None
         self._one_at_a_time: Any = nullcontext()
         self._refused: Exception | None = None
         self._delay = 0.0
@@ -138,8 +140,8 @@ class Source(Target):
         self._next_attempt = time.monotonic() + self._delay
 
     def _opened(self) -> Below:
-        if kind_of(self.target) == "async" and self._loop is None:
-            self._loop = _Loop()
+        if kind_of(self.target) == "async":
+            self._begin_loop()
         self._call(self.target.open)
         try:
             self._check(self.target)
@@ -163,7 +165,7 @@ class Source(Target):
                     self._call(self.target.close)
             finally:
                 if self._loop is not None:
-                    self._loop.close()
+                    self._loop.end()
                     self._loop = None
 
     # ---- calling ----
@@ -218,39 +220,21 @@ class Source(Target):
     def _call(self, method: Callable[..., Any], *arguments: Any) -> Any:
         """Calls it; on the loop of this source if it is a coroutine."""
         if inspect.iscoroutinefunction(method):
-            return self._on_loop(method(*arguments))
+            return self._begin_loop().run(method, *arguments)
         outcome = method(*arguments)
-        return self._on_loop(outcome) if inspect.isawaitable(outcome) else outcome
+        if inspect.isawaitable(outcome):
+            return self._begin_loop().run(lambda: outcome)
+        return outcome
 
-    def _on_loop(self, awaitable: Any) -> Any:
-        if self._loop is None:  # of a plain target whose `open` is a coroutine
-            self._loop = _Loop()
-        return self._loop.run(awaitable)
+    def _begin_loop(self) -> "LoopThread":
+        """The one that there is, or a new one: a plain target may have an `open` to be awaited."""
+        if self._loop is None:
+            # asyncio is half of what importing pyublk would cost.
+            from pyublk.engines.loops import LoopThread
 
-
-class _Loop:
-    """An event loop on a thread of its own."""
-
-    def __init__(self) -> None:
-        import asyncio  # half of what importing pyublk would cost
-
-        self._loop = asyncio.new_event_loop()
-        self._thread = NamedThread(target=self._loop.run_forever, name="cache-loop", daemon=True)
-        self._thread.start()
-
-    def run(self, awaitable: Any) -> Any:
-        import asyncio
-
-        async def whole() -> Any:
-            return await awaitable
-
-        return asyncio.run_coroutine_threadsafe(whole(), self._loop).result()
-
-    def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10)
-        if not self._thread.is_alive():
-            self._loop.close()
+            self._loop = LoopThread("cache-loop")
+            self._loop.begin()
+        return self._loop
 
 
 def _make_paths_absolute(target: Target) -> None:
