@@ -5,8 +5,12 @@ import errno
 import logging
 import os
 import random
+import shutil
+import socket
+import subprocess
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -65,7 +69,7 @@ def test_many_reads_are_under_way_at_once(server: WebServer) -> None:
     plain = server._send
 
     def send(request: Any, fault: str | None) -> None:
-        if request.headers["Range"] != "bytes=0-0":
+        if request.headers["Range"] != "bytes=0-511":
             arrived.wait()
         plain(request, fault)
 
@@ -250,6 +254,24 @@ def test_a_server_without_ranges_is_refused(server: WebServer) -> None:
         f"{server.url}: the server answers without ranges, so nothing but the whole file can be "
         "had: copy it first"
     )
+
+
+@pytest.mark.skipif(shutil.which("busybox") is None, reason="busybox is not installed")
+@pytest.mark.parametrize("length", [1, 512, 300_000])
+def test_busybox_serves_it(tmp_path: Path, length: int) -> None:
+    """The server of the page, which answers a range of the first byte alone with the whole file."""
+    (tmp_path / "disk.img").write_bytes(CONTENT[:length])
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = ["busybox", "httpd", "-f", "-p", f"127.0.0.1:{port}", "-h", str(tmp_path)]
+    server = subprocess.Popen(command)
+    try:
+        with Disk(Url(f"http://127.0.0.1:{port}/disk.img")) as disk:  # waits for its start
+            assert disk.pread(disk.size, 0) == CONTENT[:length].ljust(disk.size, b"\0")
+            assert str(disk.target.identity()).startswith('"')
+    finally:
+        server.kill()
+        server.wait()
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,8 @@ log = logging.getLogger("pyublk.url")
 START = 5.0
 #: Seconds that making a connection may take.
 CONNECT = 5.0
+#: The range that the start asks for. Not one byte: busybox's httpd takes `bytes=0-0` for all.
+FIRST = (0, 512)
 #: obstore's word for a Last-Modified that there is not.
 _NEVER = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -151,10 +153,10 @@ class Url(Target):
         return obstore.get(self._store, "", options=options)  # type: ignore[arg-type]
 
     def _look(self) -> Any:
-        """Asks for a byte: the answer tells size and version, and whether ranges work at all. HEAD
+        """Asks for a range: the answer tells size and version, and whether ranges work at all. HEAD
         would tell less, and signed URLs of object stores refuse it."""
         try:
-            answer = self._get({"range": (0, 1)})
+            answer = self._get({"range": FIRST})
             answer.bytes()
         except Exception as error:
             failure = explain(error)
