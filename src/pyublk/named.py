@@ -210,6 +210,8 @@ def build(
         raise ValueError(f"{sorted(twice)[0]} is given twice")
     texts.update(options)
     values: dict[str, object] = {n: v for n, v in given.items() if v is not None}
+    if twice := texts.keys() & values.keys():
+        raise ValueError(f"{sorted(twice)[0]} is given twice")
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     for name in [*texts, *values]:
         if name not in parameters and not open_ended:

@@ -24,16 +24,25 @@ _SEVERAL: dict[object, Callable[[list[object]], object]] = {
 
 
 def hints_of(cls: type) -> dict[str, object]:
-    """The type of each parameter, by its annotation, else by its default; none for others."""
-    try:
-        hints = typing.get_type_hints(cls.__init__)  # type: ignore[misc]
-    except Exception:  # names that only a type checker imports
-        hints = {}
+    """The type of each parameter: by its annotation, else by its default, else by the annotation
+    that a base class gives the same name (`size` of a target); none for others."""
+    hints = _annotations(cls)
     for name, parameter in inspect.signature(cls).parameters.items():
         default = parameter.default
-        if name not in hints and default is not None and default is not parameter.empty:
+        if name in hints:
+            continue
+        if default is not None and default is not parameter.empty:
             hints[name] = type(default)
+        elif (base := next((b for b in cls.__mro__ if name in _annotations(b)), None)) is not None:
+            hints[name] = _annotations(base)[name]
     return hints
+
+
+def _annotations(cls: type) -> dict[str, object]:
+    try:
+        return typing.get_type_hints(cls.__init__)  # type: ignore[misc]
+    except Exception:  # names that only a type checker imports
+        return {}
 
 
 def convert(name: str, text: str, hint: object) -> object:

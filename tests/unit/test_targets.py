@@ -85,6 +85,7 @@ def test_what_is_given_beside_the_options_is_passed_on_unless_none() -> None:
         ),
         ({}, [], "Picky needs path"),
         ({"path": "x"}, ["y"], "path is given twice"),
+        ({"path": "x", "size": "1M"}, [], "size is given twice"),
         ({}, ["x", "1", "2"], r"Picky takes 2 argument\(s\) \(path, count\), not 3"),
     ],
 )
@@ -92,7 +93,24 @@ def test_wrong_options_are_told_in_a_sentence(
     options: dict[str, str], arguments: list[str], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        targets.build(Picky, options, arguments)
+        targets.build(Picky, options, arguments, size=4096 if "size" in options else None)
+
+
+class Bare(pyublk.Target):
+    """As README's first class is written: without annotations."""
+
+    def __init__(self, note, size, block_size, read_only):  # type: ignore[no-untyped-def]
+        super().__init__(size=size, block_size=block_size, read_only=read_only)
+        self.note = note
+
+    read = write = Picky.read
+
+
+def test_names_that_every_target_has_need_no_annotation() -> None:
+    made = targets.build(Bare, {"read_only": "yes"}, ["1G", "64M", "4K"])
+    assert (made.note, made.size, made.block_size, made.read_only) == ("1G", 64 << 20, 4096, True)
+    with pytest.raises(ValueError, match="option size is 'extra': it must be a whole number, or"):
+        targets.build(Bare, {"read_only": "yes"}, ["x", "extra", "512"])
 
 
 class Several(pyublk.Target):
