@@ -99,14 +99,14 @@ DEFECTS = (
     ),
     Defect(
         what="UPDATE_SIZE on a device that is not live crashes some of these kernels",
-        remedy="pyublk refuses to; do not let other programs",
+        remedy="nothing for pyublk's disks: it refuses to send it; other programs must not send it",
         source="seen in 6.18.15",
         first=(6, 16, 0),
         fixed=(7, 0, 0),
     ),
     Defect(
         what="START_DEV after STOP_DEV hangs or crashes the kernel",
-        remedy="pyublk never sends it; do not let other programs",
+        remedy="nothing for pyublk's disks: it never sends it; other programs must not send it",
         source="seen in 6.12.107 (hangs), 6.18.15 and 7.2.13 (crash)",
         first=(6, 8, 0),
         fixed=(7, 3, 0),

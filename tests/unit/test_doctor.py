@@ -32,6 +32,15 @@ from pyublk.uapi import DeviceStatus, Feature
 RELEASE = "6.12.9-amd64"
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_driver_that_is_not_there_has_no_defects(
+    monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    found = Check("driver", Status.FAILED, "", "modprobe" if there else doctor._ANOTHER_KERNEL)
+    monkeypatch.setattr(doctor, "check_driver", lambda _: found)
+    assert ("kernel" in {check.name for check in doctor.examine()}) is there
+
+
 def file(path: Path, content: str | bytes = "") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -21,6 +21,7 @@ from pyublk.service.stopping import delete, has_server, may_be_starting
 from pyublk.uapi import DeviceStatus
 
 _CHAR_DEVICES = Path("/sys/class/ublk-char")
+_ANOTHER_KERNEL = "use a kernel with CONFIG_BLK_DEV_UBLK, or `pyublk vm`, which runs one"
 
 
 class Status(StrEnum):
@@ -44,13 +45,15 @@ class Check:
 def examine() -> Iterator[Check]:
     """Makes every check in turn; changes nothing."""
     release = os.uname().release
-    yield check_driver(release)
+    driver = check_driver(release)
+    yield driver
     yield check_control_node()
     yield check_io_uring()
     yield check_open_files()
     yield check_locked_memory()
     yield check_nodes()
-    yield from check_kernel(release, in_pid_namespace=_in_pid_namespace())
+    if driver.remedy != _ANOTHER_KERNEL:  # else there is no driver that could have defects
+        yield from check_kernel(release, in_pid_namespace=_in_pid_namespace())
     if os.access(CONTROL_NODE, os.R_OK | os.W_OK):
         yield from check_devices()
     yield from check_records()
@@ -74,7 +77,6 @@ def check_driver(release: str, root: Path = Path("/")) -> Check:
             "/etc/modules-load.d/ublk.conf",
         )
     built = _kernel_option(release, root)
-    wanted = "use a kernel with CONFIG_BLK_DEV_UBLK, or `pyublk vm`, which runs one"
     if built == "y":
         return Check(name, Status.OK, "ublk_drv is part of the kernel")
     if built == "m":
@@ -84,9 +86,8 @@ def check_driver(release: str, root: Path = Path("/")) -> Check:
             f"kernel {release} has ublk as a module, which is not in {modules}",
             f"install the package with the modules of kernel {release}",
         )
-    if built == "n":
-        return Check(name, Status.FAILED, f"kernel {release} is built without ublk", wanted)
-    return Check(name, Status.FAILED, f"kernel {release} seems to have no ublk_drv", wanted)
+    finding = "is built without ublk" if built == "n" else "seems to have no ublk_drv"
+    return Check(name, Status.FAILED, f"kernel {release} {finding}", _ANOTHER_KERNEL)
 
 
 def _kernel_option(release: str, root: Path) -> str | None:
