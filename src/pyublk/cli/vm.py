@@ -166,7 +166,8 @@ def vm(
 
     The machine has all files of this one, at the same places, and the same working directory.
     What the command writes stays in the machine's memory and is gone afterwards, except in the
-    directories given by --output.
+    directories given by --output. The machine, and every disk in it, ends with the command: a disk
+    is made and used in one shell.
     Ctrl-C goes to the command; twice within three seconds, it ends the machine. On a terminal,
     pressing Ctrl-] three times ends it too.
 
