@@ -281,6 +281,22 @@ def test_no_driver(arguments: list[str], tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["ram"], "Ram needs size"),
+        (["nul"], "there is no target 'nul' (did you mean 'null'?)"),
+        (["null", "--option", "sise=1"], "Null has no option 'sise' (did you mean 'size'?)"),
+    ],
+)
+def test_a_target_that_is_written_wrongly_is_told_without_a_driver_too(
+    arguments: list[str], said: str
+) -> None:
+    result = run("add", *arguments)
+    assert result.exit_code == ExitCode.USAGE
+    assert result.stderr.startswith(f"pyublk: {said}")
+
+
 def test_the_traceback_is_shown_when_asked_for() -> None:
     assert "Traceback" not in run("list").stderr
     for shown in (run("--traceback", "list"), run("list", env={"PYUBLK_TRACEBACK": "1"})):

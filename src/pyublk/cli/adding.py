@@ -11,7 +11,7 @@ from types import FrameType
 import click
 from click.shell_completion import CompletionItem
 
-from pyublk.cli.failures import ExitCode, NotTold, message, open_controller
+from pyublk.cli.failures import ExitCode, NoDriver, NotTold, message, open_controller
 from pyublk.cli.output import print_json
 from pyublk.cli.parameters import disk_options, disk_options_given, json_option
 from pyublk.interruptions import handled
@@ -156,7 +156,11 @@ def add(
             raise click.UsageError("--via nbd excludes --server and --foreground")
         _add_by_nbd(wanted, as_json=as_json)
         return
-    open_controller().close()  # no driver, no rights: said before anything is started
+    try:
+        open_controller().close()  # no driver, no rights: said before anything is started
+    except NoDriver:
+        wanted.make_target()  # its author may write it here, and only serve it elsewhere
+        raise
     show = partial(_show, as_json=as_json)
     if not foreground:
         with ended_as_by_ctrl_c():
