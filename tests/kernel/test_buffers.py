@@ -85,7 +85,7 @@ def write_and_read(path: str, client: int) -> None:
 
 
 @each_way
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", variations([0, 2], [2]))
 def test_kept_slices(serve: Serve, path: str, batch: bool, workers: int) -> None:
     target = Stamped(MIB)
     queues = min(2, len(os.sched_getaffinity(0)))

@@ -6,6 +6,7 @@ import signal
 import threading
 from pathlib import Path
 
+import pytest
 from blocks import Blocks
 from command_line import added, run_here
 from conftest import Serve
@@ -41,6 +42,7 @@ class Origin(pyublk.Target):
         self.never.wait(0.001)
 
 
+@pytest.mark.thorough
 def test_write_back_with_a_limit_under_verifying_clients(serve: Serve, tmp_path: Path) -> None:
     origin = Origin()
     cache = Cache(

@@ -180,6 +180,7 @@ def test_every_request_of_the_page_is_answered_as_shown(
     until(lambda: left() == [])
 
 
+@pytest.mark.thorough
 def test_socat_is_enough(place: Path) -> None:
     needs(Program("socat"))
     disk = added("null", "--size", "1M")
@@ -249,6 +250,7 @@ def test_a_server_that_is_held_is_told_as_silent_and_one_that_is_killed_leaves_n
     assert left() == []
 
 
+@pytest.mark.thorough
 def test_a_server_without_a_channel_serves_all_the_same(place: Path) -> None:
     """As one of an older version does."""
     disk = added("null", "--size", "1M")
@@ -262,6 +264,7 @@ def test_a_server_without_a_channel_serves_all_the_same(place: Path) -> None:
     stopped(disk)
 
 
+@pytest.mark.thorough
 def test_another_process_that_listens_there_is_not_believed(place: Path) -> None:
     disk = added("null", "--size", "1M")
     listening = channel.listen(socket_place(disk["id"]))
@@ -349,6 +352,7 @@ def test_a_leg_is_replaced_by_the_command(place: Path) -> None:
     stopped(disk)
 
 
+@pytest.mark.thorough
 def test_only_a_mirror_has_legs(place: Path) -> None:
     disk = added("null", "--size", "1M")
     done = run_here("replace", str(disk["id"]), "0")
@@ -429,6 +433,7 @@ def test_several_disks_are_served_by_one_process(place: Path) -> None:
     assert left() == []
 
 
+@pytest.mark.thorough
 def test_an_add_that_fails_leaves_the_others_alone(place: Path) -> None:
     done = run_here("add", "--server", "lab", "disks.py:Fails")
     assert done.exit_code == ExitCode.PERMISSION
@@ -449,6 +454,7 @@ def test_an_add_that_fails_leaves_the_others_alone(place: Path) -> None:
     until(lambda: left() == [])
 
 
+@pytest.mark.thorough
 def test_each_disk_is_of_the_directory_where_it_was_added(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -538,6 +544,7 @@ def test_a_server_of_several_ends_by_a_signal_with_all_of_its_disks(place: Path)
         assert Path(f"{number}.img").read_bytes()[:8] == b"keptkept"
 
 
+@pytest.mark.thorough
 def test_a_disk_that_hangs_is_stopped_without_the_others(place: Path) -> None:
     os.mkfifo("told")
     good = added("--server", "lab", "disks.py:Says", "-o", "what=good")
@@ -576,6 +583,7 @@ def test_an_add_that_is_interrupted_leaves_no_disk(place: Path) -> None:
     until(lambda: left() == [])
 
 
+@pytest.mark.thorough
 def test_a_disk_of_several_that_somebody_else_stops_is_forgotten(
     place: Path, controller: pyublk.Controller
 ) -> None:

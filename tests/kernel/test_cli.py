@@ -351,6 +351,7 @@ def test_a_class_of_the_users_with_its_options(place: Path) -> None:
     assert (place / "kept").read_bytes() == b"\xf0" * 4096 + bytes(60 * 1024)
 
 
+@pytest.mark.thorough
 def test_a_file_by_its_path(place: Path) -> None:
     (place / "disk.img").write_bytes(b"first block".ljust(1 * MIB, b"\0"))
     made = added("file", "disk.img", "--read-only")
@@ -384,6 +385,7 @@ def test_info_tells_the_data_path_and_a_mirror_s_legs(place: Path) -> None:
     assert left(place) == []
 
 
+@pytest.mark.thorough
 def test_a_path_that_a_target_cannot_take_is_refused(place: Path) -> None:
     refused = run_here("add", "ram", "--size", "1M", "--path", "zero-copy")
     assert refused.exit_code == ExitCode.USAGE
@@ -498,6 +500,7 @@ def test_an_add_that_fails(
         assert "  KeyError: 'lost'" in notes, "the log tells why, and it is gone"
 
 
+@pytest.mark.thorough
 def test_an_id_in_use(place: Path) -> None:
     made = added("null")
     refused = run_here("add", "null", "--id", str(made["id"]))
@@ -528,6 +531,7 @@ def test_an_id_that_is_taken_says_by_whom(place: Path, serve: Serve) -> None:
     assert left(place) == []
 
 
+@pytest.mark.thorough
 def test_an_id_that_a_mount_keeps(place: Path) -> None:
     made = added("ram", "--size", "16M", "--no-restart")
     mkfs(made["path"])
@@ -604,6 +608,7 @@ def test_failed_requests_are_counted_and_a_log_that_grows_is_cut(place: Path) ->
     assert left(place) == []
 
 
+@pytest.mark.thorough
 def test_logs_of_servers_that_are_gone_go_with_the_next_add(place: Path) -> None:
     made = added("null", "--no-restart")
     with process(made["server_pid"]) as server:
@@ -650,6 +655,7 @@ def test_a_containers_dev_is_recognized(place: Path) -> None:
     assert left(place) == []
 
 
+@pytest.mark.thorough
 def test_the_doctor_sees_that_a_containers_dev_lacks_nodes(serve: Serve) -> None:
     disk = serve(Memory(MIB))
     done = run_in_a_container("doctor", "--json")

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from blocks import Blocks
 from needs import in_any_pid_namespace
 from servers import until
@@ -65,6 +66,7 @@ def test_a_server_in_a_container(controller: pyublk.Controller) -> None:
     controller.delete(made["id"])
 
 
+@pytest.mark.thorough
 def test_a_container_with_a_dev_of_its_own(controller: pyublk.Controller) -> None:
     """Nodes of new devices appear in the machine's alone."""
     dev = (

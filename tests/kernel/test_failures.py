@@ -932,6 +932,7 @@ def test_who_stops_a_hanging_disk_of_its_own_can_be_killed(
         nothing_left(controller, device, guard)
 
 
+@pytest.mark.thorough
 def test_the_guardian_leaves_a_stranger_of_the_same_number(
     serve: Serve, controller: pyublk.Controller
 ) -> None:
@@ -983,7 +984,9 @@ with pyublk.Device(Sleepy(MIB)) as disk:
 """
 
 
-@pytest.mark.parametrize(("seconds", "gil"), [("0.8", "held"), ("8", "free")])
+@pytest.mark.parametrize(
+    ("seconds", "gil"), variations([("0.8", "held"), ("8", "free")], [("0.8", "held")])
+)
 def test_a_gil_that_is_kept_is_told_and_a_slow_handler_is_not(seconds: str, gil: str) -> None:
     with Server(HOLDS_THE_GIL, seconds, gil) as server:
         path = server.line()

@@ -223,7 +223,7 @@ TAKEN_AWAY = {
 }
 
 
-@pytest.mark.parametrize("what", TAKEN_AWAY)
+@pytest.mark.parametrize("what", variations(TAKEN_AWAY, ["io_uring", "descriptors", "exec"]))
 def test_a_stop_after_something_was_taken_away(controller: pyublk.Controller, what: str) -> None:
     program = f"""
 import ctypes
@@ -267,6 +267,7 @@ tell(disk.state)
     assert device_is_gone(controller, device)
 
 
+@pytest.mark.thorough
 def test_looking_without_io_uring(controller: pyublk.Controller) -> None:
     """`list` and `info` tell what can be known; `list` also that there is nothing."""
     switch = Path("/proc/sys/kernel/io_uring_disabled")

@@ -51,6 +51,7 @@ def test_a_file_system_in_an_image(tmp_path: Path) -> None:
     assert run_here("stop", made["path"]).exit_code == 0
 
 
+@pytest.mark.thorough
 def test_an_image_that_is_none_leaves_nothing(tmp_path: Path) -> None:
     raw = tmp_path / "disk.raw"
     raw.write_bytes(bytes(1 << 20))

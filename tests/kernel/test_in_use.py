@@ -16,6 +16,7 @@ from conftest import Serve
 from filesystems import run
 from needs import Module, Program, needs
 from servers import Server, end_recorded_servers, until
+from variations import variations
 
 import pyublk
 from pyublk.cli import main
@@ -154,7 +155,7 @@ def held(path: str, flags: int) -> Iterator[None]:
         os.close(descriptor)
 
 
-@pytest.mark.parametrize("partition", [False, True])
+@pytest.mark.parametrize("partition", variations([False, True], [True]))
 def test_a_program_that_claims_it(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, partition: bool
 ) -> None:
@@ -307,7 +308,7 @@ def test_a_link_to_a_disk_is_that_disk(serve: Serve, tmp_path: Path) -> None:
     stopped(link)
 
 
-@pytest.mark.parametrize("shift", [-600, 600])
+@pytest.mark.parametrize("shift", variations([-600, 600], [600]))
 def test_the_wall_clock_does_not_count(
     controller: pyublk.Controller, monkeypatch: pytest.MonkeyPatch, shift: int
 ) -> None:

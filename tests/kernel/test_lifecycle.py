@@ -577,7 +577,7 @@ with pyublk.Controller() as controller:
     ("command", "make"),
     variations(
         [("stop", Memory), ("delete", AsyncMemory), ("stop", CallbackMemory)],
-        [("delete", AsyncMemory), ("stop", CallbackMemory)],
+        [("delete", AsyncMemory)],
     ),
 )
 def test_stopped_by_another_process(serve: Serve, command: str, make: type[pyublk.Target]) -> None:

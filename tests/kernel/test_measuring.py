@@ -150,6 +150,7 @@ def test_a_swap_keeps_what_was_measured_and_goes_on_recording(serve: Serve, tmp_
         assert {(event, sector, 0) for event in (Q, D, C)} <= set(found)
 
 
+@pytest.mark.thorough
 def test_a_servers_disk_is_recorded_by_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

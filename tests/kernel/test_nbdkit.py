@@ -103,6 +103,7 @@ def test_a_file_system_on_a_target_in_python_whose_server_dies(tmp_path: Path) -
     assert json.loads(run_here("list", "--json").stdout) == []
 
 
+@pytest.mark.thorough
 def test_what_is_wrong_leaves_nothing() -> None:
     done = run_here("add", "file", "none.img", "--via", "nbd")
     assert (done.exit_code, "Traceback" in done.stderr) == (1, False)

@@ -74,6 +74,7 @@ def read_through(path: str, skip: int = 0) -> bytes:
     ).stdout  # fmt: skip
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(400)
 def test_a_url_outlives_its_web_server_and_its_own(
     place: Path, controller: Controller, serve: Callable[..., Device]

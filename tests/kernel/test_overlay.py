@@ -61,6 +61,7 @@ def kill_and_recover(controller: pyublk.Controller, disk: dict[str, Any]) -> Non
     assert done.exit_code == 0, done.stderr
 
 
+@pytest.mark.thorough
 def test_a_file_system_over_a_read_only_image(
     place: Path, base: Path, controller: pyublk.Controller
 ) -> None:

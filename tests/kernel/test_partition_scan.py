@@ -55,6 +55,7 @@ def test_a_kernel_without_it_is_named(controller: pyublk.Controller) -> None:
         pyublk.Device(partitioned(), partition_scan=False).start()
 
 
+@pytest.mark.thorough
 def test_the_command_switches_it_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needs(Feature.NO_AUTO_PART_SCAN)
     image = tmp_path / "image"

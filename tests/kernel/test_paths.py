@@ -12,6 +12,7 @@ from conftest import Serve
 from fio import verified
 from needs import needs_what_it_asks_for
 from servers import until
+from variations import variations
 
 import pyublk
 from pyublk import DataPath, Device
@@ -94,7 +95,7 @@ def test_every_kind_of_target_keeps_the_bytes(serve: Serve, path: DataPath, batc
 
 
 @pytest.mark.parametrize("batch", [False, True], ids=["each", "batch"])
-@pytest.mark.parametrize("path", [DataPath.COPY, DataPath.USER_COPY])
+@pytest.mark.parametrize("path", variations([DataPath.COPY, DataPath.USER_COPY], [DataPath.COPY]))
 def test_several_threads_serve_one_queue(serve: Serve, path: DataPath, batch: bool) -> None:
     native = started(serve, Ram(size=SIZE), path=path, batch=batch, threads=3)
     sync = started(serve, Sync(), path=path, batch=batch, threads=3, queues=2)

@@ -7,6 +7,7 @@ import soak
 from report import Report
 
 
+@pytest.mark.thorough
 @pytest.mark.leaves_threads
 @pytest.mark.timeout(400)
 def test_handlers_that_misbehave(caplog: pytest.LogCaptureFixture) -> None:
