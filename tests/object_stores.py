@@ -144,12 +144,22 @@ def localbucket(folder: Path) -> Iterator[str]:
 
 class SmallS3:
     """A server of what a served disk asks of S3: GET with ranges, PUT with conditions. It starts at
-    once, where a whole one takes a minute to do so."""
+    once, where a whole one takes a minute to do so.
+
+    `faults` are taken one for each request, in order, and `always` is that of those after them: an
+    HTTP status, or one of FAULTS. A "late" answer takes `silence` seconds, a "silent" one never
+    comes. A PUT that is answered otherwise has not landed, unless it is late or silent."""
+
+    FAULTS = ("short", "cut", "reset", "late", "silent", "elsewhere")
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
         #: Called with each PUT's path; False: it is not done, nor answered.
         self.before_put: Callable[[str], bool] = lambda path: True
+        self.faults: list[str | int] = []
+        self.always: str | int | None = None
+        self.silence = 0.3
+        self._released = threading.Event()
         self._lock = threading.Lock()
         owner = self
 
@@ -157,6 +167,9 @@ class SmallS3:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
+                fault = owner._next_fault()
+                if owner._is_refused(self, fault):
+                    return
                 with owner._lock:
                     data = owner.objects.get(self.path)
                 if data is None:
@@ -164,16 +177,21 @@ class SmallS3:
                     return
                 asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
                 if asked is None:
-                    owner._answer(self, 200, data, tag=data)
+                    owner._answer(self, 200, data, tag=data, fault=fault)
                     return
                 first, last = int(asked[1]), int(asked[2])
-                there = f"bytes {first}-{last}/{len(data)}"
-                owner._answer(self, 206, data[first : last + 1], tag=data, range=there)
+                shift = 512 if fault == "elsewhere" else 0
+                there = f"bytes {first + shift}-{last + shift}/{len(data)}"
+                body = data[first : last + 1]
+                owner._answer(self, 206, body, tag=data, range=there, fault=fault)
 
             def do_PUT(self) -> None:
                 data = self.rfile.read(int(self.headers["Content-Length"]))
                 if not owner.before_put(self.path):
                     self.close_connection = True
+                    return
+                fault = owner._next_fault()
+                if fault not in ("late", "silent") and owner._is_refused(self, fault):
                     return
                 with owner._lock:
                     there = owner.objects.get(self.path)
@@ -183,7 +201,14 @@ class SmallS3:
                     ) or (self.headers.get("If-None-Match") == "*" and there is not None)
                     if not refused:
                         owner.objects[self.path] = data
-                owner._answer(self, 412 if refused else 200, tag=data)
+                if not owner._is_refused(self, fault):
+                    owner._answer(self, 412 if refused else 200, tag=data)
+
+            def handle(self) -> None:
+                try:
+                    super().handle()
+                except ConnectionError:
+                    self.close_connection = True
 
             def log_message(self, format: str, *args: object) -> None:
                 pass
@@ -199,7 +224,10 @@ class SmallS3:
         *,
         tag: bytes | None = None,
         range: str | None = None,
+        fault: str | int | None = None,
     ) -> None:
+        if fault == "short":
+            body = body[: len(body) // 2]
         request.send_response(status)
         request.send_header("Content-Length", str(len(body)))
         request.send_header("Last-Modified", "Sat, 28 Nov 2026 20:00:00 GMT")
@@ -208,12 +236,40 @@ class SmallS3:
         if range is not None:
             request.send_header("Content-Range", range)
         request.end_headers()
-        request.wfile.write(body)
+        if fault == "cut":
+            request.wfile.write(body[: len(body) // 2])
+            self._cut(request)
+        else:
+            request.wfile.write(body)
+
+    def _next_fault(self) -> str | int | None:
+        with self._lock:
+            return self.faults.pop(0) if self.faults else self.always
+
+    def _is_refused(self, request: BaseHTTPRequestHandler, fault: str | int | None) -> bool:
+        """Whether that was its answer already."""
+        if isinstance(fault, int):
+            self._answer(request, fault)
+        elif fault in ("silent", "reset"):
+            if fault == "silent":
+                self._released.wait(30)
+            self._cut(request)
+        else:
+            if fault == "late":
+                time.sleep(self.silence)
+            return False
+        return True
+
+    def _cut(self, request: BaseHTTPRequestHandler) -> None:
+        request.wfile.flush()
+        request.close_connection = True
+        request.connection.shutdown(socket.SHUT_RDWR)
 
     def __enter__(self) -> "SmallS3":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._released.set()
         self._server.end()
 
 

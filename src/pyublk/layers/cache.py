@@ -135,6 +135,18 @@ class Cache(PresenceLayer):
 
     # ---- opening ----
 
+    @property
+    def read_only(self) -> bool:
+        """Whether its own files are only read: they never are. Of the disk, `profile` tells."""
+        return False
+
+    @read_only.setter
+    def read_only(self, wanted: bool) -> None:
+        """By who lies over it and writes nothing, such as an overlay: the cache fills all the same,
+        and what is below is opened for reading."""
+        if wanted:
+            self._source.target.read_only = True
+
     def open(self) -> None:
         self._source.open()
         try:

@@ -17,6 +17,7 @@ from typing import Any, Self
 from pyublk.backing import Backing
 from pyublk.files import read_into
 from pyublk.layers.base import Below
+from pyublk.layers.presence import PresenceLayer
 from pyublk.sizes import format_size
 from pyublk.target import Target
 
@@ -59,6 +60,8 @@ class Identity:
         if say is not None and (said := say()) is not None:
             return cls(size=size, said=str(said))
         files: Sequence[Backing] = getattr(target, "backing", ())
+        if isinstance(target, PresenceLayer):  # a file that fills is no other base
+            files = ()
         stats = [os.fstat(one.fd) for one in files if not one.is_device]
         written = tuple(one.st_mtime_ns for one in stats)
         if len(files) == 1:
