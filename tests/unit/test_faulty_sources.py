@@ -17,7 +17,9 @@ from web_server import FAULTS, WebServer
 from pyublk.layers.cache import Cache
 from pyublk.layers.overlay import Overlay
 from pyublk.layers.overlay_record import BaseChanged
+from pyublk.layers.presence import PresenceLayer
 from pyublk.target import Target
+from pyublk.targets.file import File
 from pyublk.targets.s3 import S3
 from pyublk.targets.url import Url
 from pyublk.testing import Disk
@@ -222,3 +224,27 @@ def test_a_cache_that_fills_is_no_other_base(tmp_path: Path, identity: str | Non
             assert kept.status()["present_bytes"] > number * CHUNK
     with Disk(Overlay(Cache(Source(), tmp_path / "kept"), tmp_path / "top")) as disk:
         assert disk.pread(SIZE, 0)[: 4096 * 2] == b"w" * 4096 + CONTENT[4096:8192]
+
+
+# ---- files below ----
+
+
+@pytest.mark.parametrize("kind", [Overlay, Cache, PresenceLayer])
+def test_a_file_below_that_is_empty_missing_or_shrinks(
+    tmp_path: Path, kind: type[PresenceLayer]
+) -> None:
+    base = tmp_path / "base"
+    with pytest.raises(FileNotFoundError), Disk(kind(File(base), tmp_path / "top")):
+        pass
+    base.touch()
+    with pytest.raises(ValueError, match="has 0 bytes"), Disk(kind(File(base), tmp_path / "top")):
+        pass
+    assert [one.name for one in tmp_path.iterdir()] == ["base"], "nothing half-made is left"
+    base.write_bytes(CONTENT)
+    with Disk(kind(File(base), tmp_path / "top")) as disk:
+        assert disk.pread(4096, 0) == CONTENT[:4096]
+        disk.pwrite(b"w" * 4096, 9 * CHUNK)
+        os.truncate(base, SIZE // 2)
+        with pytest.raises(OSError, match="READ at 786432 failed"):
+            disk.pread(4096, 12 * CHUNK)
+        assert disk.pread(4096, 9 * CHUNK) == b"w" * 4096

@@ -9,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -227,6 +228,28 @@ def test_a_daemon_that_dies_fails_the_disk(
         assert disk.size == SIZE
 
 
+def test_a_daemon_that_pauses_is_waited_for(raw: Path, tmp_path: Path) -> None:
+    made = make(raw, tmp_path / "disk.qcow2")
+    with Disk(Image(made)) as disk:
+        (daemon,) = processes_of(made)
+        os.kill(daemon, signal.SIGSTOP)
+        began = time.monotonic()
+        back = threading.Timer(1, os.kill, (daemon, signal.SIGCONT))
+        back.start()
+        assert disk.pread(4096, 0) == CONTENTS[:4096]
+        assert time.monotonic() - began > 0.9
+        back.join()
+
+
+def test_an_image_that_shrinks_while_it_is_read_is_an_error(raw: Path, tmp_path: Path) -> None:
+    made = make(raw, tmp_path / "disk.qcow2")
+    with Disk(Image(made, read_only=True)) as disk:
+        assert disk.pread(4096, 0) == CONTENTS[:4096]
+        os.truncate(made, made.stat().st_size // 4)
+        with pytest.raises(OSError, match="READ at 3145728 failed"):
+            disk.pread(4096, 3 << 20)
+
+
 # ---- what is refused ----
 
 
@@ -255,6 +278,8 @@ def test_no_image_and_the_wrong_format(raw: Path, tmp_path: Path) -> None:
     assert "is not a qcow2 image" in refused(raw, format="qcow2")
     assert "is not a vdi image, but qcow2" in refused(make(raw, tmp_path / "a"), format="vdi")
     assert "it must be one of qcow2, vmdk, vhdx, vdi, raw" in refused(raw, format="iso")
+    qemu("img", "create", "-q", "-f", "qcow2", tmp_path / "empty.qcow2", "0")
+    assert "is the image of an empty disk: `qemu-img resize`" in refused(tmp_path / "empty.qcow2")
 
 
 def test_images_that_are_encrypted_corrupt_or_cut_off(raw: Path, tmp_path: Path) -> None:

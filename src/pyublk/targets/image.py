@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pyublk.targets.image_daemon import EXPORT, StorageDaemon
-from pyublk.targets.image_files import ImageFile, Unmapped, examine, parts
+from pyublk.targets.image_files import ImageFile, Unmapped, empty, examine, parts
 from pyublk.targets.image_map import MOST_PARTS, MappedImage
 from pyublk.targets.nbd import Nbd
 from pyublk.targets.nbd.handshake import Export
@@ -98,7 +98,11 @@ class Image(Nbd):
             self._refuse_to_go_on(daemon)
             daemon.start()
             self.place = Place(path=daemon.socket, export=EXPORT)
-        return super()._connect(timeout)
+        connection, export = super()._connect(timeout)
+        if not export.size:
+            connection.close()
+            raise empty(self.path)
+        return connection, export
 
     def _refuse_to_go_on(self, daemon: StorageDaemon) -> None:
         """A daemon that died lost what it had not flushed, and a new one would not know: writes

@@ -263,6 +263,11 @@ def ask(image: ImageFile, *words: str) -> str:
     return os.fsdecode(done.stdout)
 
 
+def empty(path: Path) -> ValueError:
+    """What is wrong with an image whose disk has no bytes."""
+    return ValueError(f"{path} is the image of an empty disk: `qemu-img resize` makes it larger")
+
+
 def virtual_size(image: ImageFile) -> int:
     """Bytes of the disk in an image."""
     return int(json.loads(ask(image.alone(), "info", "--output=json"))["virtual-size"])

@@ -12,7 +12,15 @@ from typing import Any
 from pyublk.backing import Backing
 from pyublk.keeping import Ranges
 from pyublk.mapped import Extent, MappedTarget
-from pyublk.targets.image_files import ImageFile, Part, Unmapped, examine, parts, virtual_size
+from pyublk.targets.image_files import (
+    ImageFile,
+    Part,
+    Unmapped,
+    empty,
+    examine,
+    parts,
+    virtual_size,
+)
 
 #: An image in more parts than these is not worth a table.
 MOST_PARTS = 1_000_000
@@ -53,6 +61,8 @@ class MappedImage(MappedTarget):
             self._parts = parts(self._image, MOST_PARTS)
         except Unmapped as error:
             raise ValueError(f"{self.path} cannot be served by its map: {error}") from None
+        if not self._virtual_size:
+            raise empty(self.path)
         used = {path for _, _, path, _ in self._parts}
         # Every file of the chain is kept, also one that has no data yet.
         self.files = [one.path for one in self._image.chain() if one.path in used or not used]
