@@ -15,8 +15,8 @@ from pyublk._native import CharDevice, ConnectedQueue, Gate, Queue
 from pyublk.connected import ConnectedTarget
 from pyublk.engines.base import Engine, Setup
 from pyublk.engines.failures import FailureLog
-from pyublk.engines.native import NO_FLAGS, announced
-from pyublk.uapi import IOFlag, Op
+from pyublk.engines.requests import Request, RequestMethods, announced
+from pyublk.uapi import Op
 
 #: Bytes that a layer's read or write of what is below it moves at once, and how many of these.
 PIECE = 256 << 10
@@ -120,23 +120,19 @@ class Announced(Mapping[str, Callable[..., Any]]):
 
 @dataclass(eq=False, slots=True)
 class _Call:
-    """A layer's call, as a request."""
+    """A request that a caller waits for."""
 
-    op: Op
-    flags: IOFlag
-    offset: int
-    length: int
-    data: memoryview | None = None
-    into: memoryview | None = None
+    request: Request
     result: int = 0
     done: threading.Event = field(default_factory=threading.Event)
 
 
-class Calls:
+class Calls(RequestMethods):
     """Does what a target's methods do: each call is a request of one queue without a kernel, which
     a thread of its own serves, for all who call. So they share its connections."""
 
     def __init__(self, target: ConnectedTarget, report: FailureLog) -> None:
+        super().__init__(PIECE)
         self._target = target
         self._lost = lost(target, report)
         self._lock = threading.Lock()
@@ -145,38 +141,8 @@ class Calls:
         self._queue: ConnectedQueue | None = None
         self._closing = False
 
-    def read(self, offset: int, buffer: memoryview) -> None:
-        self._run(
-            _Call(Op.READ, NO_FLAGS, offset + at, len(piece), into=piece)
-            for at in range(0, len(buffer), PIECE)
-            if (piece := buffer[at : at + PIECE])
-        )
-
-    def write(self, offset: int, data: memoryview) -> None:
-        self._write(offset, data, NO_FLAGS)
-
-    def write_fua(self, offset: int, data: memoryview) -> None:
-        self._write(offset, data, IOFlag.FUA)
-
-    def _write(self, offset: int, data: memoryview, flags: IOFlag) -> None:
-        self._run(
-            _Call(Op.WRITE, flags, offset + at, len(piece), data=piece)
-            for at in range(0, len(data), PIECE)
-            if (piece := data[at : at + PIECE])
-        )
-
-    def flush(self) -> None:
-        self._run([_Call(Op.FLUSH, NO_FLAGS, 0, 0)])
-
-    def discard(self, offset: int, length: int) -> None:
-        self._run([_Call(Op.DISCARD, NO_FLAGS, offset, length)])
-
-    def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
-        flags = NO_FLAGS if unmap else IOFlag.NOUNMAP
-        self._run([_Call(Op.WRITE_ZEROES, flags, offset, length)])
-
-    def _run(self, pieces: Iterable[_Call]) -> None:
-        calls = list(pieces)
+    def send(self, requests: Iterable[Request]) -> None:
+        calls = [_Call(request) for request in requests]
         with self._lock:
             if self._closing:
                 raise RuntimeError("the target is closed")
@@ -224,9 +190,10 @@ class Calls:
                 return False
             while self._new and (tag := next(free, None)) is not None:
                 under_way[tag] = call = self._new.popleft()
-                if call.data is not None:
-                    queue.memory(tag, call.length)[:] = call.data
-                queue.inject(tag, call.op | call.flags, call.offset, call.length)
+                op, flags, offset, length, memory = call.request
+                if op is Op.WRITE:
+                    queue.memory(tag, length)[:] = memory
+                queue.inject(tag, op | flags, offset, length)
         return True
 
     def _end_some(self, queue: ConnectedQueue, under_way: dict[int, _Call]) -> None:
@@ -236,8 +203,8 @@ class Calls:
                 continue
             del under_way[tag]
             call.result = result
-            if result >= 0 and call.into is not None:
-                call.into[:] = queue.memory(tag, call.length)
+            if result >= 0 and call.request.op is Op.READ:
+                call.request.memory[:] = queue.memory(tag, call.request.length)
             call.done.set()
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
 
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 from weakref import WeakSet
@@ -11,9 +11,9 @@ from weakref import WeakSet
 from pyublk._native import CharDevice, Gate, Layout, MappedQueue, Mapper, Queue
 from pyublk.engines.base import Engine, Setup
 from pyublk.engines.failures import FailureLog
-from pyublk.engines.native import NO_FLAGS, announced
+from pyublk.engines.requests import Request, RequestMethods, announced
 from pyublk.mapped import MappedTarget
-from pyublk.uapi import IOFlag, Op
+from pyublk.uapi import Op
 
 #: Bytes that a layer's read or write of files below it moves at once.
 PIECE = 1 << 20
@@ -107,64 +107,36 @@ class _Calling:
         self.end()
 
 
-class FileMethods:
+class FileMethods(RequestMethods):
     """Does to the files what a target's methods do: each call is a request of a queue that has no
     kernel, so that splitting, mirrors and maps are those of a disk of its own."""
 
     def __init__(self, target: MappedTarget, report: FailureLog) -> None:
+        super().__init__(PIECE)
         self._target = target
         self._report = report
         self._of_thread = threading.local()
         self._all: WeakSet[_Calling] = WeakSet()
         self._lock = threading.Lock()
 
-    def read(self, offset: int, buffer: memoryview) -> None:
-        for at in range(0, len(buffer), PIECE):
-            piece = buffer[at : at + PIECE]
-            self._run(Op.READ, NO_FLAGS, offset + at, len(piece), into=piece)
+    def send(self, requests: Iterable[Request]) -> None:
+        for request in requests:
+            self._run(request)
 
-    def write(self, offset: int, data: memoryview) -> None:
-        self._write(offset, data, NO_FLAGS)
-
-    def write_fua(self, offset: int, data: memoryview) -> None:
-        self._write(offset, data, IOFlag.FUA)
-
-    def _write(self, offset: int, data: memoryview, flags: IOFlag) -> None:
-        for at in range(0, len(data), PIECE):
-            piece = data[at : at + PIECE]
-            self._run(Op.WRITE, flags, offset + at, len(piece), data=piece)
-
-    def flush(self) -> None:
-        self._run(Op.FLUSH, NO_FLAGS, 0, 0)
-
-    def discard(self, offset: int, length: int) -> None:
-        self._run(Op.DISCARD, NO_FLAGS, offset, length)
-
-    def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
-        self._run(Op.WRITE_ZEROES, NO_FLAGS if unmap else IOFlag.NOUNMAP, offset, length)
-
-    def _run(
-        self,
-        op: Op,
-        flags: IOFlag,
-        offset: int,
-        length: int,
-        *,
-        data: memoryview | None = None,
-        into: memoryview | None = None,
-    ) -> None:
+    def _run(self, request: Request) -> None:
+        op, flags, offset, length, memory = request
         calling = self._calling()
         queue = calling.queue
         with calling.lock:
-            if data is not None:
-                queue.memory(0, length)[:] = data
+            if op is Op.WRITE:
+                queue.memory(0, length)[:] = memory
             queue.inject(0, op | flags, offset, length)
             while (result := queue.answered(0)) is None:
                 queue.serve_mapped(*calling.policy)
             if result < 0:
                 raise OSError(-result, os.strerror(-result))
-            if into is not None:
-                into[:] = queue.memory(0, length)
+            if op is Op.READ:
+                memory[:] = queue.memory(0, length)
 
     def _calling(self) -> _Calling:
         """The calling thread's own: a ring is its maker's."""

@@ -3,15 +3,16 @@
 
 import ctypes
 import os
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 from pyublk._native import Queue, address
 from pyublk.engines.base import Engine, Setup
+from pyublk.engines.requests import Request, RequestMethods, announced
 from pyublk.errors import InvalidTarget
-from pyublk.target import NativeTarget, Target
-from pyublk.uapi import IOFlag, Op
+from pyublk.target import NativeTarget
 
 _Handler = ctypes.CFUNCTYPE(
     ctypes.c_int64,
@@ -22,7 +23,8 @@ _Handler = ctypes.CFUNCTYPE(
     ctypes.c_uint64,
     ctypes.c_void_p,
 )
-NO_FLAGS = IOFlag(0)
+#: Bytes that a function may be asked for by a layer at once: as many as it likes.
+_LARGEST = sys.maxsize
 #: What a function is given as the bytes of a request that has none.
 _NOTHING = bytearray(8)
 
@@ -53,41 +55,17 @@ class NativeEngine(Engine):
         return announced(self.target, FunctionMethods(self.target))
 
 
-class FunctionMethods:
+class FunctionMethods(RequestMethods):
     """Calls the function as a target's methods are called, without the GIL."""
 
     def __init__(self, target: NativeTarget) -> None:
+        super().__init__(_LARGEST)
         self._target = target
 
-    def read(self, offset: int, buffer: memoryview) -> None:
-        self._call(Op.READ, NO_FLAGS, offset, len(buffer), buffer)
-
-    def write(self, offset: int, data: memoryview) -> None:
-        self._call(Op.WRITE, NO_FLAGS, offset, len(data), data)
-
-    def write_fua(self, offset: int, data: memoryview) -> None:
-        self._call(Op.WRITE, IOFlag.FUA, offset, len(data), data)
-
-    def flush(self) -> None:
-        self._call(Op.FLUSH, NO_FLAGS, 0, 0, _NOTHING)
-
-    def discard(self, offset: int, length: int) -> None:
-        self._call(Op.DISCARD, NO_FLAGS, offset, length, _NOTHING)
-
-    def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
-        flags = NO_FLAGS if unmap else IOFlag.NOUNMAP
-        self._call(Op.WRITE_ZEROES, flags, offset, length, _NOTHING)
-
-    def _call(
-        self, op: Op, flags: IOFlag, offset: int, length: int, memory: memoryview | bytearray
-    ) -> None:
+    def send(self, requests: Iterable[Request]) -> None:
         function = _Handler(self._target.handler)
-        result = function(self._target.context, op, flags, offset, length, address(memory))
-        if result < 0:
-            raise OSError(-result, os.strerror(-result))
-
-
-def announced(target: Target, methods: object) -> Mapping[str, Callable[..., Any]]:
-    """Those of the methods whose requests the target takes."""
-    names = ("read", "write", "write_fua", "flush", "discard", "write_zeroes")
-    return {name: getattr(methods, name) for name in names if target.announces(name)}
+        for op, flags, offset, length, memory in requests:
+            place = address(memory or _NOTHING)
+            result = function(self._target.context, op, flags, offset, length, place)
+            if result < 0:
+                raise OSError(-result, os.strerror(-result))
