@@ -173,14 +173,24 @@ def has(program: str) -> bool:
     return shutil.which(program) is not None
 
 
+def is_listening(path: Path) -> bool:
+    """Whether connections are accepted there. A socket is there a moment before, and some servers
+    end with their first connection."""
+    for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
+        fields = line.split()
+        if fields[-1] == str(path) and int(fields[3], 16) & 0x10000:  # __SO_ACCEPTCON
+            return True
+    return False
+
+
 @contextlib.contextmanager
 def running(command: list[str], path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A server's process, once its socket is there."""
+    """A server's process, once it listens."""
     path.unlink(missing_ok=True)
     process = subprocess.Popen(command)
     try:
         until = time.monotonic() + 20
-        while not path.exists():
+        while not is_listening(path):
             assert process.poll() is None, f"{command[0]} ended with {process.returncode}"
             assert time.monotonic() < until, f"{command[0]} does not listen"
             time.sleep(0.01)

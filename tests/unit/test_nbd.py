@@ -6,6 +6,7 @@ import os
 import random
 import select
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -88,7 +89,8 @@ def test_places_are_read_in_all_their_forms_and_written_as_uris(text: str, place
         ("nbd://host:0/", "must be a number from 1 to 65535"),
         ("nbd://host:x/", "must be a number from 1 to 65535"),
         ("nbd://host/?what=1", "'what', which means nothing"),
-        ("nbds://host/?tls-psk-file=/x", "tls-psk-file of an NBD URI is not supported"),
+        ("nbds://host/?tls-cipher=x", "tls-cipher of an NBD URI is not supported"),
+        ("nbds://host/?tls-psk-file=/x&tls-certificates=/y", "are two ways: give one of them"),
         ("unix:", "names no NBD server"),
         ("host", "names no NBD server"),
         ("nbd://h/" + "x" * 4097, "at most 4096 bytes"),
@@ -619,7 +621,8 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
         subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
 
     key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    openssl("req", "-x509", *key, "-keyout", "ca-key.pem", "-out", "ca-cert.pem", "-subj", "/CN=CA")
+    openssl("req", "-x509", *key, "-keyout", "ca-key.pem", "-out", "ca-cert.pem", "-subj", "/CN=CA",
+            "-addext", "keyUsage=critical,keyCertSign")  # fmt: skip
     for who in ("server", "client"):
         Path(folder, "names").write_text("subjectAltName=DNS:localhost\n")
         openssl(
@@ -670,4 +673,73 @@ def test_certificates_that_are_not_there_are_told(
     with pytest.raises(
         FileNotFoundError, match=r"there is no file .*ca-cert.pem: it must be a file"
     ):
+        Disk(nbd).open()
+
+
+TLS_FAILS = "TLS with the NBD server at .* fails: "
+NEEDS_PSK = pytest.mark.skipif(
+    sys.version_info < (3, 13), reason="ssl has no pre-shared keys before Python 3.13"
+)
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    """As psktool writes it."""
+    file = tmp_path / "keys.psk"
+    file.write_text(f"alice:{'ab' * 32}\nbob:{'cd' * 32}\n")
+    return file
+
+
+@needs_nbdkit
+@NEEDS_PSK
+def test_tls_with_a_shared_key(path: Path, keys: Path, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.psk"
+    wrong.write_text(f"alice:{'ef' * 32}\n")
+    uri = f"nbds+unix:///?socket={path}"
+    with running(nbdkit(path, "--tls=require", f"--tls-psk={keys}", "memory", "2M"), path):
+        data = os.urandom(2 << 20)
+        with Disk(Nbd(uri, tls_psk=keys)) as disk:
+            disk.pwrite(data, 0)
+        with Disk(Nbd(f"nbds+unix://bob@/?socket={path}&tls-psk-file={keys}")) as disk:
+            assert disk.pread(2 << 20, 0) == data
+        with pytest.raises(OSError, match=TLS_FAILS):
+            Disk(Nbd(uri, tls_psk=wrong)).open()
+
+
+@needs_nbdkit
+@NEEDS_PSK
+def test_a_server_with_a_certificate_does_not_do_for_a_shared_key(
+    path: Path, keys: Path, certificates: Path
+) -> None:
+    command = nbdkit(path, "--tls=require", f"--tls-certificates={certificates}", "memory", "2M")
+    with (
+        running(command, path),
+        pytest.raises(OSError, match=TLS_FAILS),
+    ):
+        Disk(Nbd(f"nbds+unix:///?socket={path}", tls_psk=keys)).open()
+
+
+@pytest.mark.parametrize(
+    ("content", "user", "why"),
+    [
+        ("", None, "has no key"),
+        ("alice", None, "must have lines of USER:KEY"),
+        ("alice:xyz", None, "must have lines of USER:KEY"),
+        (":abcd", None, "must have lines of USER:KEY"),
+        ("alice:abcd\nbob:abcd", "carol", "has no key of 'carol'; it has alice, bob"),
+    ],
+)
+def test_keys_that_cannot_be_used_are_told(
+    path: Path, tmp_path: Path, content: str, user: str | None, why: str
+) -> None:
+    (tmp_path / "keys").write_text(content)
+    nbd = Nbd(f"nbds+unix:///?socket={path}", tls_psk=tmp_path / "keys", tls_username=user)
+    with pytest.raises(ValueError, match=why):
+        Disk(nbd).open()
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="this Python has pre-shared keys")
+def test_an_older_python_has_no_shared_keys(path: Path, keys: Path) -> None:
+    nbd = Nbd(f"nbds+unix:///?socket={path}", tls_psk=keys)
+    with pytest.raises(ValueError, match=r"tls_psk needs Python 3.13 or newer, and this is 3\.1"):
         Disk(nbd).open()

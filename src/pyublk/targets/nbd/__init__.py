@@ -16,7 +16,7 @@ from pyublk.profile import Profile
 from pyublk.sizes import format_size
 from pyublk.targets.nbd.handshake import Export, Flag, connect
 from pyublk.targets.nbd.keeper import CONNECTING, FENCE, ExportChanged, Keeper
-from pyublk.targets.nbd.tls import make_context, plain_end
+from pyublk.targets.nbd.tls import make_context, make_psk_context, plain_end
 from pyublk.targets.nbd.uri import Place, parse
 
 __all__ = ["Nbd", "NbdOverTls"]
@@ -45,6 +45,9 @@ class Nbd(ConnectedTarget):
             `client-cert.pem` and `client-key.pem`; by default, the system's CAs.
         tls_hostname: the name in the server's certificate; by default, the host of the URI.
         tls_verify: whether the certificate is checked at all.
+        tls_psk: a file of pre-shared keys, as psktool writes it; then there are no certificates.
+            Needs Python 3.13.
+        tls_username: whose key of these; by default, the user in the URI, else the file's first.
     """
 
     recoverable = True
@@ -65,6 +68,8 @@ class Nbd(ConnectedTarget):
         tls_certificates: Path | None = None,
         tls_hostname: str | None = None,
         tls_verify: bool = True,
+        tls_psk: Path | None = None,
+        tls_username: str | None = None,
     ) -> None:
         super().__init__(size=size or 0, block_size=block_size, read_only=read_only)
         place = parse(uri)
@@ -73,6 +78,10 @@ class Nbd(ConnectedTarget):
         self._certificates = tls_certificates or options.get("certificates")
         self._hostname = tls_hostname or options.get("hostname") or self.place.host or "localhost"
         self._verify = tls_verify and options.get("verify", True)
+        self._keys: Path | None = tls_psk or options.get("keys")
+        self._user: str | None = tls_username or options.get("user")
+        if self._keys is not None and self._certificates is not None:
+            raise ValueError("tls_psk and tls_certificates are two ways: give one of them")
         self._connections = whole("connections", connections, least=1)
         if self._connections > MOST_CONNECTIONS:
             raise ValueError(f"connections must be at most {MOST_CONNECTIONS}, not {connections}")
@@ -135,7 +144,11 @@ class Nbd(ConnectedTarget):
 
     def open(self) -> None:
         if self.place.tls:
-            self._context = make_context(self._certificates, verify=self._verify)
+            self._context = (
+                make_context(self._certificates, verify=self._verify)
+                if self._keys is None
+                else make_psk_context(self._keys, self._user)
+            )
         connection, export = self._connect()
         try:
             self._take(export)
@@ -263,11 +276,15 @@ def _tls_options(place: Place) -> dict[str, Any]:
             found["hostname"] = value
         elif name == "tls-verify-peer":
             found["verify"] = value.lower() not in ("0", "false", "no", "off")
-        elif name == "tls-type" and value.lower() == "x509":
+        elif name == "tls-psk-file":
+            found["keys"] = Path(value)
+        elif name == "tls-username":
+            found["user"] = value
+        elif name == "tls-type" and value.lower() in ("x509", "psk"):
             pass
         else:
             raise ValueError(
-                f"the option {name} of an NBD URI is not supported: certificates are, by "
-                "tls-certificates, tls-hostname and tls-verify-peer"
+                f"the option {name} of an NBD URI is not supported: tls-certificates, "
+                "tls-hostname, tls-verify-peer, tls-psk-file and tls-username are"
             )
     return found

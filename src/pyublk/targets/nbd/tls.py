@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""TLS: certificates, and a thread that carries a connection's bytes between TLS and a socket pair.
+"""TLS: certificates or keys, and a thread that carries bytes between TLS and a socket pair.
 
 The queue's ring sends plain bytes: with TLS it has one end of a socket pair, and a thread has the
 other. So the protocol is in one place, and TLS costs a thread and two copies.
@@ -8,6 +8,7 @@ other. So the protocol is in one place, and TLS costs a thread and two copies.
 import select
 import socket
 import ssl
+import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -46,6 +47,55 @@ def make_context(certificates: Path | None, *, verify: bool) -> ssl.SSLContext:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     return context
+
+
+def make_psk_context(keys: Path, user: str | None) -> ssl.SSLContext:
+    """The context of a client that shares a key with the server, which proves both to each other.
+
+    `keys`: a file as psktool writes it, with lines of `USER:KEY`, the key in hexadecimal. `user`:
+    whose; None: the first line's. Raises ValueError and OSError in a sentence.
+    """
+    name, key = _shared_key(keys, user)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    if not hasattr(context, "set_psk_client_callback"):
+        version = ".".join(map(str, sys.version_info[:2]))
+        raise ValueError(
+            f"tls_psk needs Python 3.13 or newer, and this is {version}: use certificates instead "
+            "(tls_certificates)"
+        )
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    # A server without the key gets nowhere with these ciphers; one that speaks TLS 1.3 could offer
+    # a certificate in its place, which nobody checks.
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers("kECDHEPSK:kDHEPSK")
+    context.set_psk_client_callback(lambda hint: (name, key))
+    return context
+
+
+def _shared_key(keys: Path, user: str | None) -> tuple[str, bytes]:
+    try:
+        lines = keys.read_text().split()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(error.errno, f"tls_psk: there is no file {keys}") from None
+    found: dict[str, bytes] = {}
+    for line in lines:
+        name, colon, key = line.partition(":")
+        try:
+            found.setdefault(name, bytes.fromhex(key))
+        except ValueError:
+            colon = ""
+        if not (colon and name and key):
+            raise ValueError(
+                f"tls_psk: {keys} must have lines of USER:KEY, the key in hexadecimal, as psktool "
+                "writes them"
+            )
+    if not found:
+        raise ValueError(f"tls_psk: {keys} has no key")
+    name = next(iter(found)) if user is None else user
+    if name not in found:
+        raise ValueError(f"tls_psk: {keys} has no key of {name!r}; it has {', '.join(found)}")
+    return name, found[name]
 
 
 def plain_end(secure: ssl.SSLSocket) -> socket.socket:
