@@ -78,6 +78,12 @@ class Image(Nbd):
 
     def open(self) -> None:
         self._image = examine(self.path, self._format)
+        if self._image.written_once and not self._wanted_read_only:
+            raise ValueError(
+                f"{self.path} is a stream-optimized VMDK, whose blocks can be written only once: "
+                "serve it read-only, lay an overlay over it, or make another one by qemu-img "
+                "convert -O qcow2"
+            )
         self._daemon = StorageDaemon(
             self._image, read_only=self._wanted_read_only, direct=self._direct
         )

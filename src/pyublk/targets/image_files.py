@@ -44,13 +44,19 @@ class Unmapped(Exception):
     """The image's bytes are not all found, as they are, in a file: the message says why."""
 
 
+#: In the flags of a VMDK: its grains are compressed (streamOptimized).
+_COMPRESSED = 1 << 16
+
+
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """One file of an image; `backing` is the one below it."""
+    """One file of an image; `backing` is the one below it. `written_once`: what has been written
+    cannot be written again."""
 
     path: Path
     format: str
     backing: "ImageFile | None"
+    written_once: bool = False
 
     def chain(self) -> "list[ImageFile]":
         """It, and those below."""
@@ -95,12 +101,14 @@ def examine(
     if found != "raw" and (actual := _by_magic(head)) != found:
         raise ValueError(f"{path} is not a {found} image{f', but {actual}' if actual else ''}")
     below: tuple[str, str] | None = None
+    written_once = False
     if found == "qcow2":
         below = _qcow2(path, head)
     elif found == "vmdk":
         below = _vmdk(path, head)
+        written_once = bool(struct.unpack_from("<I", head, 8)[0] & _COMPRESSED)
     if below is None:
-        return ImageFile(path, found, None)
+        return ImageFile(path, found, None, written_once)
     name, backing_format = below
     if _PROTOCOL.match(name):
         raise ValueError(
@@ -108,7 +116,7 @@ def examine(
             "only files are opened; qemu-img rebase -u names another"
         )
     backing = examine(path.parent / name, backing_format, above=(*above, identity))
-    return ImageFile(path, found, backing)
+    return ImageFile(path, found, backing, written_once)
 
 
 def _head(path: Path) -> bytes:
