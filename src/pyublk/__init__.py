@@ -9,6 +9,7 @@ in a directory also from its own line; `tests/unit/test_rooms.py` reads the map 
     uapi, files              the kernel's numbers and layouts; what it says of a file
     uring, causes            an io_uring's numbers; why the kernel refuses a command
     openers                  who has a file open
+    pauses                   between attempts to reach what is away
     keeping                  a file's bytes for one disk only
     errors                   what is raised, and the sentences for it
     _native                  over _core/: Ring, Queue, IO; control commands; native targets

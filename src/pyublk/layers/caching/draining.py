@@ -11,6 +11,7 @@ from typing import Protocol
 
 from pyublk.layers.caching.crew import Crew, Urgency
 from pyublk.layers.caching.dirty import DirtyBlocks
+from pyublk.pauses import longer
 from pyublk.scheduling import NamedThread
 
 log = logging.getLogger("pyublk.cache")
@@ -123,7 +124,7 @@ class Drainer:
                 except OSError as error:
                     self.trouble = error
                     self.failures += 1
-                    self._delay = min(LONGEST_DELAY, max(FIRST_DELAY, 2 * self._delay))
+                    self._delay = longer(self._delay, FIRST_DELAY, LONGEST_DELAY)
                     raise
             self.trouble, self._delay = None, 0.0
 

@@ -14,16 +14,13 @@ from typing import TYPE_CHECKING, Any
 from pyublk.errors import UblkError
 from pyublk.layers.base import Below
 from pyublk.layers.caching.identity import PROPERTIES
+from pyublk.pauses import drawn, longer
 from pyublk.target import Target, kind_of
 
 if TYPE_CHECKING:
     from pyublk.engines.loops import LoopThread
 
 log = logging.getLogger("pyublk.cache")
-
-#: Seconds between two attempts to open it: the first, and the longest.
-FIRST_DELAY = 0.1
-LONGEST_DELAY = 5.0
 
 
 class Changed(ValueError):
@@ -136,8 +133,8 @@ class Source(Target):
         if self._failure is None or str(self._failure) != str(error):
             log.warning("the source of a cache cannot be reached: %s", error)
         self._failure = error
-        self._delay = min(LONGEST_DELAY, max(FIRST_DELAY, 2 * self._delay))
-        self._next_attempt = time.monotonic() + self._delay
+        self._delay = longer(self._delay)
+        self._next_attempt = time.monotonic() + drawn(self._delay)
 
     def _opened(self) -> Below:
         if kind_of(self.target) == "async":

@@ -8,7 +8,6 @@ sending side is shut down, and the server's end of it is waited for.
 
 import errno
 import logging
-import random
 import socket
 import threading
 import time
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 
 from pyublk._native import ConnectedQueue
 from pyublk.connected import reason_text
+from pyublk.pauses import drawn, longer
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +24,6 @@ logger = logging.getLogger(__name__)
 FENCE = 5.0
 #: Seconds that an attempt to connect may take, the handshake with it; less when the budget ends.
 CONNECTING, SHORTEST_ATTEMPT = 10.0, 1.0
-#: Seconds between two attempts to connect: the first of them, and the most.
-FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
 
 
 class ExportChanged(OSError):
@@ -244,9 +242,8 @@ class Keeper:
             connection = self._connect(seconds)
         except OSError as error:
             self._told = error.strerror or str(error)
-            link.pause = min(max(FIRST_PAUSE, 2 * link.pause), LONGEST_PAUSE)
-            # So that the clients of a server that is back do not come all at once.
-            link.due = time.monotonic() + link.pause * random.uniform(0.5, 1.0)
+            link.pause = longer(link.pause)
+            link.due = time.monotonic() + drawn(link.pause)
             if isinstance(error, ExportChanged) and self._is_down(links) and not links.failing:
                 self._give_up(queue, links)
             return

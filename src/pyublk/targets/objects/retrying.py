@@ -7,18 +7,15 @@ it, or be told that the disk is to end. And who repeats a conditional PUT must k
 
 import errno
 import logging
-import random
 import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from pyublk.pauses import drawn, longer
 from pyublk.targets.objects.failures import Changed, Exists, Failure, Missing, explain
 
 T = TypeVar("T")
-
-#: Seconds of the first pause at most, and of the longest.
-FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
 
 
 class Retrying:
@@ -47,7 +44,7 @@ class Retrying:
         its sentence: one that passes becomes ETIMEDOUT when the budget is spent."""
         budget = self.budget if budget is None else budget
         deadline = time.monotonic() + budget
-        longest = FIRST_PAUSE
+        pause = longer(0)
         while True:
             with self._lock:
                 self.requests += 1
@@ -63,9 +60,9 @@ class Retrying:
             if not failure.passing or left <= 0 or self._ended.is_set():
                 raise self._given_up(failure, what, budget) from None
             self._failed(failure, budget)
-            if self._ended.wait(min(left, random.uniform(longest / 2, longest))):
+            if self._ended.wait(min(left, drawn(pause))):
                 raise self._given_up(failure, what, budget)
-            longest = min(LONGEST_PAUSE, longest * 2)
+            pause = longer(pause)
 
     def end(self) -> None:
         """No attempt follows any more."""
