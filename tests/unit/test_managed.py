@@ -11,10 +11,15 @@ from typing import cast
 
 import pytest
 
+import pyublk
 from pyublk.device import Device
+from pyublk.options import DiskOptions
+from pyublk.recovery import Recovery
 from pyublk.service import managed
 from pyublk.service.managed import Watchdog
+from pyublk.service.plan import DiskSpec
 from pyublk.stats import DeviceStats, QueueStats
+from pyublk.targets import Ram
 
 
 @pytest.fixture
@@ -124,3 +129,33 @@ def test_which_definition_is_served(tmp_path: Path) -> None:
         managed.find("on", [file])
     with pytest.raises(ValueError, match="two shares the server big with other disks"):
         managed.find("two", [file])
+
+
+class Forgetful(pyublk.Target):
+    def read(self, offset: int, buffer: memoryview) -> None:
+        pass
+
+
+class Lasting(Forgetful):
+    recoverable = True
+
+
+@pytest.mark.parametrize(
+    ("recovery", "target", "warns"),
+    [
+        (Recovery.RESEND, Forgetful(size=4096), True),
+        (Recovery.FAIL, Forgetful(size=4096), True),
+        (Recovery.NONE, Forgetful(size=4096), False),
+        (None, Forgetful(size=4096), False),
+        (Recovery.RESEND, Lasting(size=4096), False),
+        (Recovery.RESEND, Ram(size=4096), False),
+    ],
+)
+def test_a_disk_that_nobody_will_take_over_is_warned_of(
+    caplog: pytest.LogCaptureFixture, recovery: Recovery | None, target: pyublk.Target, warns: bool
+) -> None:
+    disk: DiskOptions = {} if recovery is None else {"recovery": recovery}
+    managed.warn_of_recovery(DiskSpec(target="x", name="mine", disk=disk), target)
+    said = "mine has recovery, but the class Forgetful does not say `recoverable = True`"
+    assert (said in caplog.text) is warns
+    assert bool(caplog.text) is warns

@@ -17,7 +17,9 @@ from pathlib import Path
 from pyublk import errors
 from pyublk.control import Controller, DeviceInfo, has_node
 from pyublk.device import Device
+from pyublk.layers import first_that_forgets
 from pyublk.options import near
+from pyublk.recovery import Recovery
 from pyublk.service import daemon, definitions, rights
 from pyublk.service.claim import take
 from pyublk.service.definitions import Definition
@@ -26,6 +28,8 @@ from pyublk.service.manager import Store, tell
 from pyublk.service.plan import DiskSpec, TakeOver
 from pyublk.service.records import Record
 from pyublk.service.server import ServeResult, serve
+from pyublk.target import Target
+from pyublk.targets.ram import Ram
 
 log = logging.getLogger("pyublk.server")
 
@@ -158,6 +162,10 @@ def serve_defined(definition: Definition, ready: Callable[[Record], None]) -> Se
         watchdog = watchdog or Watchdog(device.target.profile().max_stall)
         watchdog.look(device)
 
+    def prepare(target: Target) -> None:
+        warn_of_recovery(spec, target)
+        Store().prepare(target, new=take_over is None)
+
     with Controller() as controller:
         take_over, spec, directory = _what_to_serve(controller, definition)
         with chdir(directory):  # what the definition names is beside it
@@ -166,10 +174,24 @@ def serve_defined(definition: Definition, ready: Callable[[Record], None]) -> Se
                 log_file=None,
                 ready=begun,
                 take_over=take_over,
-                prepare=partial(Store().prepare, new=take_over is None),
+                prepare=prepare,
                 look=look,
                 ending=partial(unless_used, controller),
             )
+
+
+def warn_of_recovery(spec: DiskSpec, target: Target) -> None:
+    """Of a disk that waits for its next server, which will be refused."""
+    forgets = first_that_forgets(target)
+    if spec.disk.get("recovery", Recovery.NONE) == Recovery.NONE or forgets is None:
+        return
+    if not isinstance(target, Ram):  # its memory is the manager's
+        log.warning(
+            "%s has recovery, but the class %s does not say `recoverable = True`: when this server "
+            "ends while the disk is used, no other takes it over, and the disk's users wait",
+            spec.name,
+            type(forgets).__name__,
+        )
 
 
 def _what_to_serve(

@@ -180,7 +180,7 @@ class DiskSpec:
                 "another process would serve an empty disk"
                 if take_over.served
                 else "name it as the target to serve the disk by it all the same"
-            )
+            ) + "; a class whose data outlives its process says `recoverable = True`"
             name = type(forgets).__name__ if self.layers else self.target
             raise InvalidTarget(
                 f"{name} does not say that it keeps what was written when its server ends "
