@@ -153,9 +153,13 @@ class Systemd:
             pytest.fail(f"{command}: {done.stdout}{done.stderr}{self._state()}")
         return done.stdout.strip()
 
+    def _below(self) -> list[str]:
+        """The beginning of a command that is run below it."""
+        return ["nsenter", "-t", str(self.pid), "-m", "-p"]
+
     def _run(self, *command: str, timeout: float = PATIENCE) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
-            ["nsenter", "-t", str(self.pid), "-m", "-p", *command],
+            [*self._below(), *command],
             env={**os.environ, "PATH": self.path},
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -195,11 +199,24 @@ class Systemd:
 
         until(active, PATIENCE, f"{unit} is served again")
 
-    def reboot(self) -> None:
-        """Ends it as a reboot does; what is above it stays, and boots nothing."""
-        self.run("systemctl", "reboot", fails=True)
-        self._above.wait(PATIENCE)
-        self.pid = 0
+    def reboot(self) -> str:
+        """Ends it as a reboot does; what is above it stays, and boots nothing. Returns what its
+        journal had on the way."""
+        with self.log.with_name("reboot.log").open("w+") as said:
+            follower = subprocess.Popen(
+                [*self._below(), "journalctl", "--follow", "--lines=0", "--output=short-monotonic"],
+                env={**os.environ, "PATH": self.path},
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+            )
+            self.run("systemctl", "reboot", fails=True)
+            # The namespace waits for its last process, and that for us.
+            until(lambda: (follower.poll(), self._above.poll())[1] is not None, PATIENCE, "its end")
+            self.pid = 0
+            follower.wait(PATIENCE)
+            said.seek(0)
+            return said.read()
 
     def _end(self) -> None:
         if self.pid and self._above.poll() is None:

@@ -265,9 +265,9 @@ def test_morning(booted: Callable[[str], Systemd]) -> None:
     errors_are_in_the_journal(machine)
     the_package_is_upgraded(machine, wheels)
 
-    machine.reboot()
+    said = machine.reboot()
     os.sync()
-    assert not list(Path("/dev").glob("ublkb*"))
+    assert not list(Path("/dev").glob("ublkb*")), said
 
 
 def everything_is_killed(machine: Systemd) -> None:
@@ -348,5 +348,5 @@ def test_evening(booted: Callable[[str], Systemd]) -> None:
     with open("/dev/ublkb40", "rb", buffering=0) as disk:
         assert disk.read(4096) == b"by hand".ljust(4096)
     machine.pyublk("stop", "40")
-    machine.reboot()
-    assert not list(Path("/dev").glob("ublkb*"))
+    said = machine.reboot()
+    assert not list(Path("/dev").glob("ublkb*")), said
