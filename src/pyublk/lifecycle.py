@@ -357,6 +357,9 @@ class Lifecycle:
         end_by_quiesce(kernel, old, patience=patience, give_up=list)
         kernel.spared = True
         self._earlier = self._earlier.added(old.stats())
+        if not old.all_ended():
+            held = old.stats().total.held
+            log.warning("%s: %d requests are sent to the next server again", kernel.info.path, held)
         if not old.all_ended() and not old.leave(LEAVES):
             raise errors.HandlerTimeout(
                 f"{kernel.info.path} is not handed over: a handler of {type(old.target).__name__} "
