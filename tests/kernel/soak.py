@@ -2,7 +2,8 @@
 
 Lives of two kinds come in turn: in those of `chaos`, handlers misbehave; in those of `model`,
 servers are killed and followed by others. Each life follows from the seed and its number, and can
-be repeated by itself. `--kills`, `--upgrades` and `--corners` are about servers of the command.
+be repeated by itself. `--kills`, `--upgrades` and `--corners` are about servers of the
+command, `--hand-overs` about servers that need no start.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ if __name__ == "__main__":
 
 import chaos
 import corners
+import handovers
 import kills
 import model
 from nursery import Nursery
@@ -70,7 +73,9 @@ def main() -> int:
     parser.add_argument("--only", choices=sorted(PARTS), help="lives of one kind")
     parser.add_argument("--kills", type=int, metavar="N", help="instead: N kills under fio")
     parser.add_argument("--upgrades", type=int, metavar="N", help="instead: N upgrades under fio")
+    parser.add_argument("--hand-overs", type=int, metavar="N", help="instead: N of them")
     parser.add_argument("--corners", type=int, metavar="N", help="instead: each bad moment N times")
+    parser.add_argument("--corner", choices=corners.CORNERS, help="of these, only one")
     options = parser.parse_args()
     if not 0 < options.minutes < float("inf"):
         parser.error(f"--minutes must be a positive number, not {options.minutes:g}")
@@ -81,7 +86,8 @@ def main() -> int:
     instead = {
         kills.kills: options.kills,
         kills.upgrades: options.upgrades,
-        corners.corners: options.corners,
+        handovers.hand_overs: options.hand_overs,
+        partial(corners.corners, only=options.corner): options.corners,
     }
     if any(instead.values()):
         report = Report()
