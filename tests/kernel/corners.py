@@ -24,7 +24,7 @@ from servers import until
 import pyublk
 from pyublk.cli.failures import ExitCode
 from pyublk.service.records import run_directory
-from pyublk.uapi import DeviceStatus
+from pyublk.uapi import DeviceStatus, Feature
 
 MIB = 1 << 20
 
@@ -105,6 +105,61 @@ def two_recoveries_at_once(place: Path, dice: random.Random, report: Report) -> 
         assert sorted(code for code, _ in outcomes) == [0, ExitCode.BUSY], outcomes
         disk.clients.goes_on(3)
     disk.stop()
+
+
+def an_upgrade_is_killed(place: Path, dice: random.Random, report: Report) -> None:
+    """At each of its steps: the old server, the new one, both, or the command. None but the kernel
+    fails a request, so none does; and somebody serves the disk in the end, if need be by hand."""
+    with pyublk.Controller() as controller:
+        if not controller.features().has(Feature.QUIESCE):
+            report.events["no upgrade on this kernel"] += 1
+            return
+        disk = Disk(place, dice.choice([1, 2, 4]), report, *WAITS)
+        with disk.load(dice.randrange(1000), resending=True):
+            for step in UPGRADE_STEPS:
+                for who in ("old", "new", "both", "command"):
+                    _kill_in_an_upgrade(disk, controller, step, who, dice)
+                    report.events[f"upgrade: {who} killed when {step}"] += 1
+        disk.stop()
+
+
+#: When a server is killed in an upgrade.
+UPGRADE_STEPS = ("it begins", "the new one starts", "nobody serves", "the new one serves")
+
+
+def _kill_in_an_upgrade(
+    disk: Disk, controller: pyublk.Controller, step: str, who: str, dice: random.Random
+) -> None:
+    old = disk.server
+    upgrade = command("upgrade", str(disk.number))
+
+    def there() -> bool:
+        if upgrade.poll() is not None:
+            return True
+        if step == "it begins":
+            return bool(children(upgrade.pid))
+        info = controller.info(disk.number)
+        if step == "nobody serves":
+            return info.status.awaits_server
+        return info.server_pid not in (None, old) and info.status is DeviceStatus.LIVE
+
+    if step == "the new one starts":
+        until(lambda: children(upgrade.pid) or upgrade.poll() is not None, PATIENCE, step)
+        time.sleep(dice.random() * 3)
+    else:
+        end = time.monotonic() + 2 * PATIENCE
+        while not there():  # without a pause: nobody serves for a moment only
+            assert time.monotonic() < end, f"an upgrade comes never so far: {step}"
+    new = children(upgrade.pid)
+    if (server := controller.info(disk.number).server_pid) not in (None, old, *new):
+        new.append(server)  # the command has ended meanwhile
+    victims = {"old": [old], "new": new, "both": [old, *new], "command": [upgrade.pid]}[who]
+    for victim in victims:
+        with suppress(ProcessLookupError):
+            os.kill(victim, 9)
+    outcome(upgrade)
+    served_again(disk)
+    disk.clients.goes_on(2)
 
 
 def served_again(disk: Disk) -> None:
@@ -237,6 +292,7 @@ CORNERS = {
     for corner in (
         a_recovery_is_killed,
         two_recoveries_at_once,
+        an_upgrade_is_killed,
         deleted_while_it_waits,
         a_start_is_killed,
         a_stop_is_killed,
