@@ -139,6 +139,8 @@ def main() -> int:
         "--records", type=Path, help="a directory: records are saved there, or taken from there"
     )
     chosen = parser.parse_args()
+    if chosen.records:
+        chosen.records.mkdir(parents=True, exist_ok=True)
     wrong = 0
     for name in chosen.settings or (names if chosen.all else FIRST):
         setting = names[name]
