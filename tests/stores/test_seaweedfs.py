@@ -45,6 +45,7 @@ class Weed:
                 [
                     Path(sys.executable).parent / "weed", "server", "-s3", f"-dir={self._folder}",
                     "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.volumeSizeLimitMB=64",
+                    "-s3.port.iceberg=0", "-s3.port.lance=0",  # one machine has one of them
                     "-volume.max=20", *(f"-{name}={port}" for name, port in self._ports.items()),
                 ],
                 stdout=log, stderr=log,
