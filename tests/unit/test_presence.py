@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import pytest
 
 from pyublk import MappedTarget, Target
-from pyublk.layers import Below
+from pyublk.layers import Below, fetching
 from pyublk.layers import durable as durable_module
 from pyublk.layers.mapfile import HEADER_BYTES, PAGE, Header, MapFile, NotAMap
 from pyublk.layers.presence import PresenceLayer
@@ -625,6 +625,40 @@ def test_a_disk_that_is_closed_keeps_no_file(tmp_path: Path) -> None:
         _ = PresenceLayer(None, upper).below
 
 
+def test_as_many_fetches_as_serve_what_is_below(tmp_path: Path) -> None:
+    class Wide(Target):
+        concurrency = "parallel"
+        workers = 12
+
+        def __init__(self) -> None:
+            super().__init__(size=SIZE, read_only=True)
+            self.all_there = threading.Barrier(self.workers)
+
+        def read(self, offset: int, buffer: memoryview) -> None:
+            self.all_there.wait(10)
+            buffer[:] = bytes([offset // BLOCK]) * len(buffer)
+
+    layer = PresenceLayer(Wide(), tmp_path / "upper")
+    with Disk(layer, max_io_size=BLOCK, depth=12) as disk:
+        assert disk.pread(12 * BLOCK, 0)[::BLOCK] == bytes(range(12))
+
+
+def test_fetches_take_over_the_memory_of_those_before_them() -> None:
+    buffers = fetching._Buffers()
+    with buffers.lend(BLOCK) as first:
+        with buffers.lend(fetching.PIECE) as second:
+            second[:] = b"2" * fetching.PIECE
+        with buffers.lend(BLOCK) as third:
+            assert bytes(third) == b"2" * BLOCK  # not fresh
+        with buffers.lend(2 * fetching.PIECE) as large:
+            assert (len(large), bytes(large[:BLOCK])) == (2 * fetching.PIECE, bytes(BLOCK))
+        with pytest.raises(OSError, match="gone"), buffers.lend(BLOCK):
+            raise OSError("gone")
+        assert len(first) == BLOCK
+    with buffers.lend(BLOCK) as alone:
+        assert bytes(alone) == bytes(BLOCK)  # nothing was kept when none was under way
+
+
 def test_its_record(tmp_path: Path) -> None:
     upper = made(tmp_path, metadata={"base": "b"})
     assert PresenceLayer.read_header(upper).record == {"base": "b"}
@@ -636,7 +670,7 @@ def test_its_record(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="has at most"):
             layer.set_metadata({"base": "c" * HEADER_BYTES})
         disk.flush()
-        with pytest.raises(ValueError, match="resized"):
+        with pytest.raises(ValueError, match="cannot have another size: its map is of this one"):
             layer.resize(2 * SIZE, lambda size: None)
         assert layer.status() == layer.counters()
     assert layer.status() is None

@@ -25,6 +25,7 @@ from pyublk.layers.caching.marks import REGION, Marks
 from pyublk.layers.caching.order import Order
 from pyublk.layers.caching.room import LEAST, Room
 from pyublk.layers.caching.source import Changed, Source
+from pyublk.layers.fetching import fetching_threads
 from pyublk.layers.mapfile import MapFile
 from pyublk.layers.presence import PresenceLayer
 from pyublk.profile import Profile
@@ -65,7 +66,8 @@ class Cache(PresenceLayer):
         readahead: bytes that are fetched ahead of somebody who reads on; 0 for none.
         record: note in ``FILE.boot`` what is wanted first, unless that is there: then it is fetched
             in the background as soon as the disk is open.
-        fetchers: threads that fetch and drain in the background, and as many for requests.
+        fetchers: threads that fetch and drain in the background, and as many for requests; by
+            default as many as serve what is below when it is a disk, and at least 8.
         changed: what to do when the source is not the one that the file was filled from: refuse
             it, or forget what the file has (at the opening, and only if nothing is dirty).
         patience: seconds that a request waits for a source that cannot be opened, or for room when
@@ -90,7 +92,7 @@ class Cache(PresenceLayer):
         granularity: int | None = None,
         readahead: int = 8 << 20,
         record: bool = False,
-        fetchers: int = 8,
+        fetchers: int | None = None,
         changed: OnChange = "refuse",
         patience: float = 10.0,
         drain_after: float = 5.0,
@@ -105,7 +107,8 @@ class Cache(PresenceLayer):
             raise ValueError(
                 f"limit is {format_size(limit)}: it must be at least {format_size(least)}"
             )
-        whole("fetchers", fetchers, least=1)
+        if fetchers is not None:
+            whole("fetchers", fetchers, least=1)
         whole("readahead", readahead, least=0)
         source = Source(below, check=self._check_source, patience=patience)
         super().__init__(source, Path(file), granularity=granularity, workers=fetchers)
@@ -115,7 +118,7 @@ class Cache(PresenceLayer):
         self._source = source
         if self.outlives_below:
             source.recoverable = True
-        self._fetchers = fetchers
+        self._fetchers = fetchers or fetching_threads(below)
         self.max_discard = LEAST // 8 if limit is None else limit // 64
         self._most_ahead = readahead if limit is None else min(readahead, limit // 8)
         self._record = record

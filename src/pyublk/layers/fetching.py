@@ -5,17 +5,26 @@ import errno
 import mmap
 import os
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Protocol
 
 from pyublk._native import PresenceLayout
 from pyublk.deferring import Threads, errno_of
 from pyublk.files import write_all
+from pyublk.target import Target
 
 #: Bytes that are fetched at once, at most.
 PIECE = 1 << 20
+#: Threads that fetch, where what is below wants no more.
+_THREADS = 8
+
+
+def fetching_threads(below: Target) -> int:
+    """How many fetch at the same time when nobody says: as many requests as it would be given as a
+    disk, so that reading through is not slower than reading it."""
+    return max(_THREADS, below.workers)
 
 
 class Fetching(Protocol):
@@ -46,6 +55,34 @@ class _Wanted:
         self._done.wait()
 
 
+class _Buffers:
+    """Memory for fetches. A fresh MiB from the kernel takes longer than the copy of one, so what a
+    fetch had is kept for others, as long as some are under way."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._in_use = 0
+        self._spare: list[mmap.mmap] = []
+
+    @contextmanager
+    def lend(self, size: int) -> Iterator[memoryview]:
+        """So many bytes, at a page's start, as direct I/O wants them."""
+        with self._lock:
+            self._in_use += 1
+            kept = self._spare.pop() if self._spare and size <= PIECE else None
+        try:
+            memory = mmap.mmap(-1, max(size, PIECE)) if kept is None else kept
+            yield memoryview(memory)[:size]
+            if size <= PIECE:
+                with self._lock:
+                    self._spare.append(memory)
+        finally:
+            with self._lock:
+                self._in_use -= 1
+                if not self._in_use:
+                    self._spare.clear()
+
+
 class Fetcher:
     """Fills absent blocks of a served disk: what is fetched, and what others bring.
 
@@ -66,6 +103,7 @@ class Fetcher:
         self._upper_fd = upper_fd
         self._wake = wake
         self._threads = Threads(workers, "fetch")
+        self._buffers = _Buffers()
         self._lock = threading.Lock()  # the file is open; what is counted
         self._closed = False
         self.fetches = self.fetch_errors = self.fetched_bytes = 0
@@ -135,9 +173,9 @@ class Fetcher:
     ) -> int:
         error = 0
         for at, size in self._widened(offset, length):
-            buffer = memoryview(mmap.mmap(-1, size))
-            failure = errno_of(partial(self._policy.fetch, at, buffer), "a fetch from below")
-            error = self._ended(at, buffer, failure, asked=asked) or error
+            with self._buffers.lend(size) as buffer:
+                failure = errno_of(partial(self._policy.fetch, at, buffer), "a fetch from below")
+                error = self._ended(at, buffer, failure, asked=asked) or error
         if wanted is not None:
             wanted.ended(error)
         return error

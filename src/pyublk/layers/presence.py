@@ -19,7 +19,7 @@ from pyublk.keeping import may_make
 from pyublk.layers.base import Below
 from pyublk.layers.durable import DurableMap
 from pyublk.layers.eviction import Eviction
-from pyublk.layers.fetching import Fetcher, Fetching
+from pyublk.layers.fetching import Fetcher, Fetching, fetching_threads
 from pyublk.layers.mapfile import (
     PAGE,
     SMALLEST_GRANULARITY,
@@ -69,7 +69,8 @@ class PresenceLayer(MappedTarget):
         size: bytes of the disk, when it is made; by default that of what is below. What is beyond
             the end of that reads as zeroes.
         metadata: JSON to be kept in the map when it is made.
-        workers: threads that fetch.
+        workers: threads that fetch; by default as many as serve what is below when it is a disk,
+            and at least 8.
         read_only: share the file with others, and make the disk read-only.
         block_size: the disk's logical block size in bytes; at least that of what is below.
     """
@@ -93,13 +94,13 @@ class PresenceLayer(MappedTarget):
         granularity: int | None = None,
         size: int | None = None,
         metadata: dict[str, Any] | None = None,
-        workers: int = 8,
+        workers: int | None = None,
         read_only: bool = False,
         block_size: int = 512,
     ) -> None:
         if granularity is not None:
             check_granularity(granularity)
-        if workers < 1:
+        if workers is not None and workers < 1:
             raise ValueError(f"workers must be 1 or more threads, not {workers}")
         super().__init__([file], block_size=block_size, read_only=read_only)
         self.file = Path(file)
@@ -486,9 +487,10 @@ class PresenceLayer(MappedTarget):
         for at in range(0, header.map_bytes, PAGE):
             if live is not None and live[at : at + PAGE] != durable.bits[at : at + PAGE]:
                 layout.mark_dirty(at)
-        self._fetcher = Fetcher(policy, layout, upper_fd, self._workers, self._wake)
+        workers = self._workers or fetching_threads(self.below)
+        self._fetcher = Fetcher(policy, layout, upper_fd, workers, self._wake)
         self._eviction = Eviction(layout, self._durable, self.upper_fd, self._wake)
-        self._hooks = Threads(self._workers, "hook")
+        self._hooks = Threads(workers, "hook")
         self._flushes = Flushes(self.sync_metadata)
         layout.ask(fetch=self._fetcher.want, write=self._ask_to_write, wake=self._wake)
         layout.defer(self._defer, flushes=False)
@@ -537,12 +539,13 @@ class PresenceLayer(MappedTarget):
 
     # ---- another size ----
 
+    def why_of_this_size(self) -> str:
+        """Why it cannot be resized, and what to do instead, as one sentence."""
+        return f"{self.file} cannot have another size: its map is of this one"
+
     def ends(self, size: int) -> Ends:
         if self._layout is not None and size != self._layout.size:
-            raise ValueError(
-                f"{type(self).__name__} cannot be resized while it is served, since its map is of "
-                "this size"
-            )
+            raise ValueError(self.why_of_this_size())
         return {}
 
     def resize(self, size: int, update: Callable[[int], None]) -> None:

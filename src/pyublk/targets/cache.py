@@ -29,7 +29,7 @@ class CachedSource(Cache):
         granularity: int | None = None,
         readahead: int = 8 << 20,
         record: bool = False,
-        fetchers: int = 8,
+        fetchers: int | None = None,
         changed: OnChange = "refuse",
         patience: float = 10.0,
         drain_after: float = 5.0,

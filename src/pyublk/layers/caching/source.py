@@ -51,6 +51,7 @@ class Source(Target):
         self.target = target
         #: It is asked for before anything is open.
         self.recoverable = target.recoverable
+        self.workers = target.workers
         self._check = check
         self._patience = patience
         self._lock = threading.Lock()  # for who opens it, or closes it
