@@ -14,7 +14,10 @@ from pyublk.cli.adding import add
 from pyublk.cli.completing import layer_texts
 from pyublk.cli.listing import _stack_lines
 from pyublk.cli.recovering import recover_
-from pyublk.layers import first_that_forgets, keeps_data, own_status, stack
+from pyublk.cli.upgrading import upgrade_
+from pyublk.layers import changed, first_that_forgets, keeps_data, own_status, stack
+from pyublk.layers.cache import Cache
+from pyublk.layers.overlay import Overlay
 from pyublk.service import definitions
 from pyublk.service.definitions import Action
 from pyublk.service.plan import DiskSpec, TakeOver, of_request, to_request
@@ -209,6 +212,75 @@ def test_a_mirror_below_layers_tells_of_its_legs(folder: Path) -> None:
     assert [one["class"] for one in told["stack"]] == ["Layer", "Mirror"]
     assert told["stack"][0]["status"] is None
     assert len(told["stack"][1]["status"]["legs"]) == 2
+
+
+def test_each_layer_of_a_stack_has_counters_of_its_own(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.write_bytes(b"b" * (1 << 20))
+    overlay = Overlay(File(base), tmp_path / "overlay", granularity=8192)
+    cache = Cache(overlay, tmp_path / "cache", readahead=0)
+    spec = DiskSpec(target="file", layers=("overlay:file=overlay", "cache:file=cache"))
+    with Disk(cache) as disk:
+        for _ in range(3):
+            assert disk.pread(4096, 0) == b"b" * 4096
+        disk.pwrite(b"w" * 512, 0)
+        told = _statuses(served(spec, cache))
+    assert [one["class"] for one in told["stack"]] == ["Cache", "Source", "Overlay", "File"]
+    above, below = told["stack"][0]["status"], told["stack"][2]["status"]
+    # It fetches once; the write finds its block, and passes on.
+    assert (above["hits"], above["misses"], above["copy_ups"]) == (3, 1, 0)
+    assert above["fetched_bytes"] == 64 << 10
+    # What is fetched is in the base; of the block that is written to, the rest is copied up.
+    assert (below["hits"], below["misses"], below["copy_ups"]) == (0, 2, 1)
+    shown = [words for _, words in _stack_lines(told["stack"])]
+    assert {"   hits: 3", "         hits: 0", "         copy_ups: 1"} <= set(shown)
+
+
+def test_overlays_and_caches_keep_their_size(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.write_bytes(bytes(1 << 20))
+    overlay = Overlay(File(base), tmp_path / "overlay")
+    cache = Cache(overlay, tmp_path / "cache")
+    top = pyublk.Layer(cache)
+    asked: list[int] = []
+    with Disk(top):
+        with pytest.raises(ValueError, match="a cache has the size of its source: stop the disk"):
+            top.resize(2 << 20, asked.append)
+        with pytest.raises(ValueError, match=r"is of one size: .* --base overlay:.*/over"):
+            overlay.resize(2 << 20, asked.append)
+    assert asked == []
+    assert base.stat().st_size == 1 << 20
+
+
+def test_options_of_a_layer_are_changed_by_its_name() -> None:
+    texts = ["cache:file=a,,b,limit=1G", "some:Layer", "x.py:Layer:a=1"]
+    assert changed(texts, []) == tuple(texts)
+    assert changed(texts, ["cache:limit=2G,mode=write-back", "some:Layer:k=v"]) == (
+        "cache:file=a,,b,limit=2G,mode=write-back",
+        "some:Layer:k=v",
+        "x.py:Layer:a=1",
+    )
+    assert changed(texts, ["x.py:Layer:a=2", "x.py:Layer:b=,,"])[2] == "x.py:Layer:a=2,b=,,"
+
+
+@pytest.mark.parametrize(
+    ("texts", "change", "words"),
+    [
+        ([], "cache:limit=2G", "no layer 'cache'.*its layers are none"),
+        (["overlay:file=a"], "cache:limit=2G", "its layers are overlay$"),
+        (["cache:file=a", "cache:file=b"], "cache:limit=2G", "2 layers 'cache'"),
+        (["cache:file=a"], "cache", "no option to change: write NAME:KEY=VALUE"),
+        (["cache:file=a"], "cache:limit", "is not KEY=VALUE"),
+    ],
+)
+def test_a_change_of_a_layer_that_is_refused(texts: list[str], change: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        changed(texts, [change])
+
+
+def test_layers_of_all_disks_are_not_changed_together() -> None:
+    with pytest.raises(click.UsageError, match="--layer is for one disk"):
+        upgrade_.callback("all", {}, ("cache:limit=2G",), False)  # type: ignore[misc]
 
 
 def test_the_stack_is_shown_as_a_tree() -> None:

@@ -49,7 +49,7 @@ class _Option(click.ParamType[str]):
         return option_names(target, incomplete)
 
 
-class _LayerText(click.ParamType[str]):
+class LayerText(click.ParamType[str]):
     """NAME[:KEY=VALUE,...]."""
 
     name = "layer"
@@ -94,7 +94,7 @@ layer_options = click.option(
     "--layer",
     "layers",
     multiple=True,
-    type=_LayerText(),
+    type=LayerText(),
     metavar="NAME[:KEY=VALUE,...]",
     help="A layer over the target, and over the layers before it; may be repeated.",
 )

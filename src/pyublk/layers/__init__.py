@@ -3,6 +3,7 @@
 
 import inspect
 import re
+from collections.abc import Iterable
 
 from pyublk.layers.base import Below, Layer, first_that_forgets, keeps_data, own_status, stack
 from pyublk.named import Registry
@@ -13,6 +14,7 @@ __all__ = [
     "Below",
     "Layer",
     "build",
+    "changed",
     "first_that_forgets",
     "keeps_data",
     "names",
@@ -41,6 +43,45 @@ def build(text: str, below: Target) -> Target:
 
     Raises ValueError, naming what is wrong and what is allowed, and what `resolve` raises.
     """
+    name, options = _parsed(text)
+    made = resolve(name)
+    try:
+        inspect.signature(made).bind_partial(below)
+    except TypeError:
+        raise ValueError(f"{made.__name__} takes no target below it: it is not a layer") from None
+    return build_class(made, options, first=(below,))
+
+
+def changed(texts: Iterable[str], changes: Iterable[str]) -> tuple[str, ...]:
+    """The layers of these texts, with other options: each change is of one of them, by its name,
+    and as `build` takes it. Options that it does not name stay as they are.
+
+    Raises ValueError when there is no such layer, or more than one.
+    """
+    found = [_parsed(text) for text in texts]
+    for change in changes:
+        name, options = _parsed(change)
+        if not options:
+            raise ValueError(f"the layer {change!r} has no option to change: write NAME:KEY=VALUE")
+        those = [own for other, own in found if other == name]
+        if len(those) != 1:
+            there = ", ".join(other for other, _ in found) or "none"
+            how_many = f"{len(those)} layers" if those else "no layer"
+            raise ValueError(
+                f"the disk has {how_many} {name!r}, and options are changed of one: its layers are "
+                f"{there}"
+            )
+        those[0].update(options)
+    return tuple(_as_text(name, options) for name, options in found)
+
+
+def _as_text(name: str, options: dict[str, str]) -> str:
+    words = ",".join(f"{key}={value.replace(',', ',,')}" for key, value in options.items())
+    return f"{name}:{words}" if words else name
+
+
+def _parsed(text: str) -> tuple[str, dict[str, str]]:
+    """The name of a layer's class, and its options."""
     name, rest = REGISTRY.split(text)
     options: dict[str, str] = {}
     # A single comma ends an option; pairs of them do not, which regular expressions see at once.
@@ -54,9 +95,4 @@ def build(text: str, below: Target) -> Target:
         if key in options:
             raise ValueError(f"{key} is given twice in the layer {text!r}")
         options[key] = value
-    made = resolve(name)
-    try:
-        inspect.signature(made).bind_partial(below)
-    except TypeError:
-        raise ValueError(f"{made.__name__} takes no target below it: it is not a layer") from None
-    return build_class(made, options, first=(below,))
+    return name, options

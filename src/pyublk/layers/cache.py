@@ -208,6 +208,12 @@ class Cache(PresenceLayer):
         in write-back, until they have flushed it."""
         return self.mode == "write-back"
 
+    def why_of_this_size(self) -> str:
+        return (
+            "a cache has the size of its source: stop the disk, give the source another size, and "
+            f"remove {self.file} with the files beside it"
+        )
+
     def identity(self) -> str | None:
         """That of what is below, without asking it; None when it has none, or is written to."""
         known = self._known

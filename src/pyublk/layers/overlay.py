@@ -74,6 +74,13 @@ class Overlay(PresenceLayer):
         record.check_whole(self.file)
         record.check(Identity.of(self.below), self.file)
 
+    def why_of_this_size(self) -> str:
+        return (
+            f"an overlay is of one size: to have a larger disk, stop this one, and lay an overlay "
+            f"of that size over it (pyublk overlay create NEW --base overlay:{self.file} --size "
+            "SIZE)"
+        )
+
     def identity(self) -> str | None:
         """When its files were written last: enough for an overlay over this one, which it has to
         itself while it is served."""

@@ -2,11 +2,11 @@
 """A new server for a disk that is served: with newer code, or other options of its target."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import chdir, nullcontext
 from dataclasses import replace
 
-from pyublk import errors
+from pyublk import errors, layers
 from pyublk.control import Controller, DeviceInfo
 from pyublk.recovery import resends
 from pyublk.service import daemon
@@ -19,10 +19,14 @@ _TAKEN_BACK = 60.0
 
 
 def upgrade(
-    controller: Controller, device: DeviceInfo, options: Mapping[str, str] | None = None
+    controller: Controller,
+    device: DeviceInfo,
+    options: Mapping[str, str] | None = None,
+    changes: Sequence[str] = (),
 ) -> Record:
     """Starts a server that takes the disk over from the present one, as its record says, but for
-    these `options` of the target. Clients' requests wait for it, and none fails.
+    these `options` of the target and `changes` of its layers (`pyublk.layers.changed`). Clients'
+    requests wait for it, and none fails.
 
     Raises FeatureMissing before Linux 6.16, ValueError for a disk that cannot be handed over,
     DeviceBusy for one that waits for a server, and what kept the new server from serving it; then
@@ -36,7 +40,11 @@ def upgrade(
         )
     controller.features().require(Feature.QUIESCE)
     _check(device, record)
-    spec = replace(record.plan, options={**record.plan.options, **(options or {})})
+    spec = replace(
+        record.plan,
+        options={**record.plan.options, **(options or {})},
+        layers=layers.changed(record.plan.layers, changes),
+    )
     try:
         with chdir(record.directory or "/"):
             return daemon.take_over(TakeOver(device.id, served=True), spec)
