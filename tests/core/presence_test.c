@@ -592,6 +592,31 @@ static void what_is_fetched_is_fetched_once(void)
 	end_disk(&d);
 }
 
+/* In the order of the requests: who fetches sees by it that somebody reads on. */
+static void wishes_come_in_order(void)
+{
+	struct disk d = { 0 };
+	struct pu_wish wish;
+	struct side a;
+
+	make_disk(&d, 0, NULL);
+	open_side(&a, &d);
+	for (uint16_t round = 0; round < 2; round++) {
+		for (uint16_t tag = 0; tag < DEPTH; tag++)
+			begin(&a, tag, PU_OP_READ, (round * DEPTH + tag) * BLOCK, BLOCK);
+		for (uint16_t tag = 0; tag < DEPTH; tag++) {
+			wish = wished(&a);
+			CHECK_EQUAL(wish.first, round * DEPTH + tag);
+			fill(&d, &wish, 0x11);
+		}
+		check_wishes_nothing(&a);
+		for (uint16_t tag = 0; tag < DEPTH; tag++)
+			CHECK_EQUAL(end(&a, tag), BLOCK);
+	}
+	close_side(&a);
+	end_disk(&d);
+}
+
 /* A write has the block first: nobody fetches over it. */
 static void a_write_keeps_fetches_away(void)
 {
@@ -952,6 +977,7 @@ int main(void)
 	parts_of_a_block_are_both_kept();
 	a_copy_up_that_fails();
 	what_is_fetched_is_fetched_once();
+	wishes_come_in_order();
 	a_write_keeps_fetches_away();
 	nothing_is_copied_over_what_was_written_meanwhile();
 	who_needs_what_cannot_be_had_fails();

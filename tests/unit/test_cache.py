@@ -194,6 +194,17 @@ def test_a_reader_who_reads_on_is_fetched_ahead_for(file: Path) -> None:
     )
 
 
+def test_a_reader_with_many_requests_at_once_is_fetched_ahead_for(file: Path) -> None:
+    origin = Origin()
+    with Disk(cache(origin, file, readahead=1 << 20), max_io_size=4096, depth=32) as disk:
+        for at in range(0, SIZE // 2, 32 * 4096):
+            assert disk.pread(32 * 4096, at) == bytes(origin.data[at : at + 32 * 4096])
+        status = disk.target.status()
+        assert status is not None
+        assert status["ahead_bytes"] >= SIZE // 8
+    assert max(length for _, length in origin.reads) > 4096
+
+
 def test_the_last_block_may_be_short(file: Path) -> None:
     origin = Origin(size=SIZE + 4096)
     target = cache(origin, file, mode="write-back")

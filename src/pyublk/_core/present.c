@@ -47,7 +47,7 @@ struct present_queue {
 	uint8_t *scratch; /* two blocks for each tag */
 	size_t scratch_bytes;
 	struct pu_wish wishes[MOST_WISHES];
-	uint32_t nr_wishes;
+	uint32_t nr_wishes, nr_told; /* in their order: who reads on is known by it */
 	bool wake;
 };
 
@@ -536,9 +536,11 @@ bool pu_present_next_wish(struct pu_mapped *m, struct pu_wish *wish)
 {
 	struct present_queue *pq = queue_of(m);
 
-	if (!pq->nr_wishes)
+	if (pq->nr_told == pq->nr_wishes) {
+		pq->nr_told = pq->nr_wishes = 0;
 		return false;
-	*wish = pq->wishes[--pq->nr_wishes];
+	}
+	*wish = pq->wishes[pq->nr_told++];
 	return true;
 }
 
