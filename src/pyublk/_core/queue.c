@@ -196,11 +196,13 @@ static void complete_batch(struct pu_queue *q, const struct pu_cqe *cqe)
 	pu_batch_complete(q, cqe);
 }
 
-static int reap(struct pu_queue *q)
+/* `only_commits`: nothing else has come. */
+static int reap(struct pu_queue *q, bool *only_commits)
 {
 	uint32_t there = pu_ring_ready(&q->ring);
 	int error = 0;
 
+	*only_commits = there > 0;
 	if (there)
 		pu_taps_begin_batch(q);
 	for (uint32_t i = 0; i < there; i++) {
@@ -208,6 +210,8 @@ static int reap(struct pu_queue *q)
 		enum pu_kind kind = (enum pu_kind)(cqe->user_data >> PU_KIND_SHIFT);
 		int failed = 0;
 
+		if (kind != PU_KIND_COMMIT)
+			*only_commits = false;
 		if (kind == PU_KIND_TAG)
 			failed = complete_tag(q, (uint16_t)cqe->user_data, cqe->res);
 		else if (kind <= PU_KIND_COMMIT)
@@ -295,7 +299,7 @@ int pu_queue_submit(struct pu_queue *q)
 	return error < 0 ? error : pu_ring_submit(&q->ring, 0, 0, 0);
 }
 
-static int wait_kernel(struct pu_queue *q, int64_t timeout_ns)
+static int enter(struct pu_queue *q, int64_t timeout_ns)
 {
 	eventfd_t events;
 	int done;
@@ -320,7 +324,21 @@ static int wait_kernel(struct pu_queue *q, int64_t timeout_ns)
 		nanosleep(&(struct timespec){ 0, 1000000 }, NULL);
 	if (done < 0 && done != -ETIME && done != -EINTR && done != -EAGAIN && done != -EBUSY)
 		return done;
-	return reap(q);
+	return 0;
+}
+
+/* That answers were taken is nothing that a caller waits for. */
+static int wait_kernel(struct pu_queue *q, int64_t timeout_ns)
+{
+	bool only_commits;
+	int error;
+
+	do {
+		error = enter(q, timeout_ns);
+		if (!error)
+			error = reap(q, &only_commits);
+	} while (!error && only_commits && timeout_ns == PU_FOREVER && !q->ending);
+	return error;
 }
 
 /* A tag that was answered after its device was quiesced fetches for nobody: it brings no request, and
