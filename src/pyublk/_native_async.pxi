@@ -5,6 +5,7 @@ cdef extern from "Python.h":
     int PyIter_Send(object, object, PyObject **) except PYGEN_ERROR
     int unchecked_send "PyIter_Send"(object, object, PyObject **) noexcept
     bint PyCoro_CheckExact(object)
+    Py_ssize_t PyMapping_Size(object) except -1
 
 
 # Of asyncio, which only a Dispatcher needs, and which is half of what importing pyublk would cost.
@@ -46,7 +47,7 @@ cdef class RequestTask:
     """
 
     cdef Dispatcher dispatcher
-    cdef object coro, context, task
+    cdef object coro, task
     cdef Suspended request  # None in a first step, unless it was wanted
     cdef bint over
     cdef object __weakref__
@@ -54,17 +55,18 @@ cdef class RequestTask:
     def __init__(self):
         raise TypeError("a RequestTask comes from a Dispatcher")
 
-    cdef inline int serve(self, object coro, object context, Suspended request) except -1:
+    cdef inline int serve(self, object coro, Suspended request) except -1:
         self.coro = coro
-        self.context = context
         self.request = request
         return 0
 
     cdef object real(self):
         if self.task is None:
             if self.request is None:
-                self.request = self.dispatcher.new_suspended(None, self.coro, self.context)
+                self.request = self.dispatcher.new_suspended(None, self.coro)
                 self.request.over = self.over
+            if self.request.context is None:  # then this is in a step
+                self.request.context = self.dispatcher.give_context()
             self.task = self.request.make_task()
         return self.task
 
@@ -104,7 +106,8 @@ cdef class Suspended:
 
     cdef Dispatcher dispatcher
     cdef IO io
-    cdef object coro, context, task
+    cdef object coro, task
+    cdef object context    # its own; None: the one for all
     cdef Py_ssize_t place  # in the dispatcher's list
     cdef object future     # what it waits for, unless the Task has it
     cdef bint blocking     # it is to be awaited, as `await` says with its flag
@@ -118,8 +121,6 @@ cdef class Suspended:
     cdef int wait_for(self, object future) except -1:
         """The coroutine has yielded this outside of a Task."""
         if future is None:
-            if self.task is None:
-                self.dispatcher.take_turn(self)
             return 0
         self.future = future
         self.blocking = getattr(future, "_asyncio_future_blocking", False)
@@ -130,13 +131,17 @@ cdef class Suspended:
         if not self.calls_back():
             self.make_task()  # which knows what to do, or what to say
         else:
-            future.add_done_callback(self, context=self.context)
+            future.add_done_callback(self, context=self.dispatcher.context)
         return 0
 
     cdef int suspend(self, object future) except -1:
         """Waits for what the coroutine has yielded, whatever that is."""
         cdef Dispatcher dispatcher = self.dispatcher
         cdef int64_t result
+        if future is None and self.task is None:  # it goes on when all others have had their turn
+            self.due = True
+            dispatcher.due.append(self)
+            return 0
         try:
             self.wait_for(future)
         except BaseException as raised:
@@ -165,6 +170,8 @@ cdef class Suspended:
             self.due = False
             if self.future is not None and self.calls_back():
                 self.future.remove_done_callback(self)
+            if self.context is None:
+                self.context = PyContext_Copy(self.dispatcher.context)
             self.task = Task(
                 self, loop=self.dispatcher.loop, name="ublk request", context=self.context
             )
@@ -178,7 +185,8 @@ cdef class Suspended:
             self.kept.over = True
         self.task = self.kept = self.io = self.context = None
         dispatcher.forget(self)
-        dispatcher.answer(io, result)
+        if not io.answered_otherwise(result, dispatcher.handlers.reporter):
+            io.queue.answer_here(io, result)
         if not io.queue.turn_wanted:
             io.queue.turn_wanted = True
             if dispatcher.answered is not None:
@@ -264,10 +272,14 @@ cdef class Dispatcher:
     """
 
     cdef Handlers handlers
-    cdef object loop, context, answered
+    cdef object loop, answered
+    cdef object context        # what requests begin with
+    cdef object shared         # a copy for all of them, as long as it is empty
+    cdef object entered        # the context of a batch's steps: that one
     cdef object ready, timers  # what the loop has to do; None when it does not show it
     cdef list suspended
     cdef list due              # of these, what goes on in the loop's next turn
+    cdef bint scheduled        # which the loop knows
     cdef RequestTask current
     cdef int references        # of `current`, when no handler keeps it
 
@@ -276,6 +288,7 @@ cdef class Dispatcher:
         self.handlers = handlers
         self.loop = loop
         self.context = PyContext_CopyCurrent()
+        self.shared = PyContext_Copy(self.context)
         self.answered = answered
         self.ready = getattr(loop, "_ready", None)
         self.timers = getattr(loop, "_scheduled", None)
@@ -291,6 +304,7 @@ cdef class Dispatcher:
             return None
         if there:
             self.begin_batch(queue)
+            self.schedule()
         return there
 
     def sleep(self, Queue queue not None, int other, timeout=None):
@@ -310,13 +324,17 @@ cdef class Dispatcher:
                 return None
             if there:
                 self.begin_batch(queue)
+                if self.ready is None or len(self.ready):
+                    self.schedule()
+                elif self.due:  # the loop's next turn would be theirs alone
+                    self._go_on_together()
             if queue.q.watched:
                 return True
             if limit == 0 or (watches and not there):
                 return False
             if self.ready is None or self.timers is None:
                 return False
-            if len(self.ready) or len(self.timers) != timers:
+            if len(self.ready) or len(self.timers) != timers or self.loop._stopping:
                 return False
             if limit > 0:
                 limit = <int64_t>((until - <double>monotonic()) * 1e9)
@@ -336,14 +354,41 @@ cdef class Dispatcher:
         return 0
 
     cdef int enter(self) except -1:
+        self.enter_task()
+        self.entered = self.shared
+        PyContext_Enter(self.entered)
+        return 0
+
+    cdef int enter_task(self) except -1:
         _enter_task(self.loop, self.current)
         self.references = PU_REFERENCES(<PyObject *>self.current)
         return 0
 
     cdef int leave(self) except -1:
-        self.current.serve(None, None, None)
+        PyContext_Exit(self.entered)
+        self.current.serve(None, None)
         _leave_task(self.loop, self.current)
         return 0
+
+    cdef object give_context(self):
+        """The context for all is one request's from now on."""
+        given, self.shared = self.shared, PyContext_Copy(self.context)
+        return given
+
+    cdef inline object own_context(self):
+        """After a step in the context for all: None, unless it is one request's now."""
+        if self.shared is self.entered and PyMapping_Size(self.entered) == 0:
+            return None
+        return self.change_context()
+
+    cdef object change_context(self):
+        context = self.entered
+        if self.shared is context:
+            self.give_context()
+        PyContext_Exit(context)
+        self.entered = self.shared
+        PyContext_Enter(self.entered)
+        return context
 
     cdef int begin_batch(self, Queue queue) except -1:
         self.enter()
@@ -379,9 +424,7 @@ cdef class Dispatcher:
         cdef int64_t result = 0
         cdef int step = PYGEN_ERROR
         coro = None
-        context = PyContext_CopyCurrent()
-        self.current.serve(None, context, None)
-        PyContext_Enter(context)
+        self.current.serve(None, None)
         made = (<UncheckedCoroutine>Dispatcher.coroutine_of)(self, io)
         if made != NULL:
             coro = owned(made)
@@ -389,18 +432,22 @@ cdef class Dispatcher:
             step = unchecked_send(coro, None, &given)
         if step != PYGEN_NEXT:
             result = self.result_of_step(step, given, io)
-        PyContext_Exit(context)
+        context = self.own_context()
         if step == PYGEN_NEXT:
             request = self.current.request
             if request is None:
-                request = self.new_suspended(io, coro, context)
+                request = self.new_suspended(io, coro)
             request.io = io
+            request.context = context
             self.remember(request)
             self.let_go(request)
             request.suspend(owned(given))
         else:
             self.let_go(None)
-            self.answer(io, result)
+            if self.handlers.handle is None or not io.answered_otherwise(
+                result, self.handlers.reporter
+            ):
+                io.queue.answer_here(io, result)
         return 0
 
     cdef int go_on(self, Suspended request) except -1:
@@ -410,13 +457,20 @@ cdef class Dispatcher:
         cdef int step
         kept = request.kept
         if kept is None:
-            self.current.serve(request.coro, request.context, request)
+            self.current.serve(request.coro, request)
         else:
             _leave_task(self.loop, self.current)
             _enter_task(self.loop, kept)
+        context = request.context
+        if context is not None:
+            PyContext_Enter(context)
         step = unchecked_send(request.coro, None, &given)
         if step != PYGEN_NEXT:
             result = self.result_of_step(step, given, request.io)
+        if context is not None:
+            PyContext_Exit(context)
+        else:
+            request.context = self.own_context()
         if kept is None:
             self.let_go(request)
         else:
@@ -434,17 +488,17 @@ cdef class Dispatcher:
             self.go_on(request)
         finally:
             self.leave()
-        return 0
+        return self.schedule()
 
-    cdef int take_turn(self, Suspended request) except -1:
-        """The request goes on when the loop's other callbacks have had their turn."""
-        if not self.due:
+    cdef int schedule(self) except -1:
+        """What is due goes on when the loop's other callbacks have had their turn."""
+        if self.due and not self.scheduled:
             self.loop.call_soon(self._go_on_together, context=self.context)
-        request.due = True
-        self.due.append(request)
+            self.scheduled = True
         return 0
 
     def _go_on_together(self):
+        self.scheduled = False
         due, self.due = self.due, []
         self.enter()
         try:
@@ -453,18 +507,15 @@ cdef class Dispatcher:
                 if not request.due:  # it has a Task now
                     continue
                 request.due = False
-                context = request.context
-                PyContext_Enter(context)
                 try:
                     self.go_on(request)
                 except Exception as error:  # others are to go on
                     self.loop.call_exception_handler(
                         {"message": "a request was not answered", "exception": error}
                     )
-                finally:
-                    PyContext_Exit(context)
         finally:
             self.leave()
+        self.schedule()
 
     cdef inline bint is_kept(self) noexcept:
         """Whether a handler keeps the current task, or has made an asyncio.Task of it."""
@@ -479,6 +530,8 @@ cdef class Dispatcher:
         if not self.is_kept():
             return 0
         if request is not None:
+            if request.context is None:  # a Task may be made of it in another one's step
+                request.context = PyContext_Copy(self.context)
             request.kept = self.current
             self.current.request = request
         else:
@@ -490,15 +543,13 @@ cdef class Dispatcher:
     cdef int replace(self) except -1:
         _leave_task(self.loop, self.current)
         self.renew()
-        self.enter()
-        return 0
+        return self.enter_task()
 
-    cdef Suspended new_suspended(self, IO io, object coro, object context):
+    cdef Suspended new_suspended(self, IO io, object coro):
         request = <Suspended>Suspended.__new__(Suspended)
         request.dispatcher = self
         request.io = io
         request.coro = coro
-        request.context = context
         return request
 
     cdef int64_t result_of_step(self, int step, PyObject *given, IO io) noexcept:
@@ -516,8 +567,3 @@ cdef class Dispatcher:
         if issubclass(type(raised), CancelledError):  # isinstance would ask the object itself
             return -EIO
         return self.handlers.reporter.result_of(raised, io)
-
-    cdef int answer(self, IO io, int64_t result) except -1:
-        if not io.answered_otherwise(result, self.handlers.reporter):
-            io.queue.answer_here(io, result)
-        return 0

@@ -588,6 +588,44 @@ def test_each_request_has_a_context_of_its_own(serve: Serve) -> None:
     serve(read, asks(512, 512, 512))
 
 
+@pytest.mark.parametrize("base", ["empty", "with a variable"])
+@pytest.mark.parametrize("means", ["turns", "a future", "a task", "a task of all", "kept"])
+def test_what_is_set_among_requests_that_wait_together(serve: Serve, means: str, base: str) -> None:
+    """All of them begin with nothing set; each sets something in a step of its own."""
+    variable = contextvars.ContextVar("variable", default=-1)
+    inherited = contextvars.ContextVar("inherited", default="")
+    kept: list[asyncio.Task[object] | None] = []
+    steps: list[int] = []
+
+    async def pause() -> None:
+        await asyncio.sleep(0.0001 if means == "a future" else 0)
+
+    async def read(offset: int, buffer: memoryview) -> None:
+        number = offset // 512
+        for step in range(6):
+            if means == "kept" and step == number:
+                kept.append(asyncio.current_task())
+            if (means == "a task" and step == number) or (means == "a task of all" and step == 2):
+                task = asyncio.current_task()
+                assert task is not None
+                task.get_name()  # makes one
+            assert variable.get() == (number if step > number else -1)
+            assert inherited.get() == ("" if base == "empty" else base)
+            if step == number:
+                variable.set(number)
+            steps.append(variable.get())
+            await pause()
+        assert variable.get() == number
+
+    def run() -> None:
+        if base != "empty":
+            inherited.set(base)
+        serve(read, asks(512, 512, 512, 512))
+
+    contextvars.Context().run(run)
+    assert len(steps) == 2 * 4 * 6
+
+
 # ---- IO objects ----
 
 
