@@ -22,7 +22,7 @@ CORE = sorted(str(path) for path in Path("src/pyublk/_core").glob("*.c"))
 HEADERS = sorted(str(path) for path in Path("src/pyublk/_core").glob("*.h"))
 INCLUDES = sorted(str(path) for path in Path("src/pyublk").glob("_native_*.pxi"))
 
-compile_args = ["-std=gnu11", "-O2", "-fno-semantic-interposition", "-fvisibility=hidden"]
+compile_args = ["-std=gnu11", "-O3", "-fno-semantic-interposition", "-fvisibility=hidden"]
 link_args = ["-pthread", "-Wl,-z,now"]
 helper_args: list[str] = []
 if sanitize := os.environ.get("PYUBLK_SANITIZE"):  # for example: address,undefined

@@ -21,6 +21,26 @@ cdef extern from *:
     int PU_RAISED() except -1
 
 
+cdef extern from *:
+    """
+    /* A call of one or two arguments (else NULL). A method is called as the function that it is of,
+     * and no reference is counted: the caller keeps them all. */
+    static inline PyObject *PU_CALL(PyObject *called, PyObject *first, PyObject *second)
+    {
+        PyObject *arguments[] = { NULL, NULL, first, second };
+        size_t count = second ? 2 : 1;
+
+        if (!PyMethod_Check(called))
+            return PyObject_Vectorcall(called, arguments + 2,
+                                       count | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
+        arguments[1] = PyMethod_GET_SELF(called);
+        return PyObject_Vectorcall(PyMethod_GET_FUNCTION(called), arguments + 1,
+                                   (count + 1) | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
+    }
+    """
+    object PU_CALL(PyObject *, PyObject *, PyObject *)
+
+
 # A `try` costs some 40 instructions, whether or not anything is raised.
 ctypedef PyObject *(*UncheckedCall)(Handlers, IO) noexcept  # NULL: it raised
 
@@ -369,19 +389,23 @@ cdef class Handlers:
         self.write_fua = getattr(target, "write_fua", None)
         self.reporter = Reporter(report)
 
+    cdef inline object call_with_data(self, PyObject *method, IO io):
+        cdef object place = pu_desc_offset(io.desc)
+        view = io.get_view()
+        return PU_CALL(method, <PyObject *>place, <PyObject *>view)
+
     cdef object call(self, IO io):
         cdef pu_desc *desc = io.desc
         cdef uint32_t op = desc.op_flags & 0xFF
         if self.handle is not None:
-            return self.handle(io)
+            return PU_CALL(<PyObject *>self.handle, <PyObject *>io, NULL)
         if op == <uint32_t>PU_OP_READ:
-            return self.read(<uint64_t>desc.start_sector << 9, io.get_view())
+            return self.call_with_data(<PyObject *>self.read, io)
         if op == <uint32_t>PU_OP_WRITE:
-            write = self.write
             if desc.op_flags & PU_FLAG_FUA and self.write_fua is not None:
-                write = self.write_fua
-            if write is not None:
-                return write(<uint64_t>desc.start_sector << 9, io.get_view())
+                return self.call_with_data(<PyObject *>self.write_fua, io)
+            if self.write is not None:
+                return self.call_with_data(<PyObject *>self.write, io)
         elif op == <uint32_t>PU_OP_FLUSH:
             if self.flush is not None:
                 return self.flush()
