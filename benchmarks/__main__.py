@@ -48,6 +48,11 @@ def _plot(results: Results, directory: Path, console: Console) -> None:
 @click.option("--kernel", default="latest", help="The guest's: latest, or a series such as 7.2.")
 @click.option("--kublk", "with_kublk", is_flag=True, help="Build kublk and measure it too.")
 @click.option(
+    "--before",
+    type=click.Path(exists=True, file_okay=False, resolve_path=True),
+    help="Another checkout, built in place: measure its servers too (pyublk-...-before).",
+)
+@click.option(
     "--only",
     "names",
     multiple=True,
@@ -76,6 +81,7 @@ def main(
     count_instructions: bool,
     kernel: str,
     with_kublk: bool,
+    before: str | None,
     names: tuple[str, ...],
     jobs: tuple[str, ...],
     repeats: int,
@@ -91,7 +97,11 @@ def main(
     console = Console(width=None if sys.stdout.isatty() else 120)
     if repeats > 1 and any(JOBS[job].stride for job in jobs):
         raise click.UsageError("a first write is one only once: give --repeats 1 with --job first")
-    chosen = names or tuple(n for n in CONTENDERS if with_kublk or not n.startswith("kublk"))
+    chosen = names or tuple(
+        name
+        for name in CONTENDERS
+        if (with_kublk or not name.startswith("kublk")) and (before or not name.endswith("-before"))
+    )
     plan = Plan(
         contenders=tuple(sorted(chosen, key=list(CONTENDERS).index)),
         jobs=jobs or tuple(name for name, job in JOBS.items() if not job.stride),
@@ -99,6 +109,7 @@ def main(
         runtime=runtime or (0.5 if count_instructions else 10.0),
         ramp=0.1 if count_instructions else 1.0,
         queues=queues,
+        before=before,
     )
     try:
         if count_instructions:

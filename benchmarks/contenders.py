@@ -38,11 +38,13 @@ _PATIENCE = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What a contender may use: `directory` is on tmpfs, `kublk` a program or None."""
+    """What a contender may use: `directory` is on tmpfs, `kublk` a program or None, `before`
+    another checkout or None."""
 
     queues: int
     directory: Path
     kublk: str | None
+    before: str | None = None
 
     def file(self, name: str) -> Path:
         """A new file of `BYTES_SIZE`, all of it written."""
@@ -244,7 +246,11 @@ def _pyublk(
     on: str = "",
     name: str = "",
     kernels_choices: bool = False,
+    before: bool = False,
+    traced: bool = False,
 ) -> Disk:
+    if before and setting.before is None:
+        raise Unavailable("another checkout takes part only when it is named (--before)")
     programs.load_module("ublk_drv")
     line = [sys.executable, "-m", "benchmarks.server", target, "--queues", str(setting.queues)]
     size = BYTES_SIZE if target == "ram" else NULL_SIZE
@@ -254,13 +260,17 @@ def _pyublk(
         line += ["--batch" if batch else "--no-batch"]
     if kernels_choices:
         line += ["--kernels-choices"]
-    name = f"pyublk-{name or target}-{path}-{batch}-{kernels_choices}"
+    if traced:
+        line += ["--trace", str(setting.directory / f"trace-{target}")]
+    name = f"pyublk-{name or target}-{path}-{batch}-{kernels_choices}-{before}"
     for file in _files(setting, name, files) if not on else [on]:
         line += ["--file", file]
+    home = setting.before if before else _ROOT
     server = stack.enter_context(
         subprocess.Popen(
             line,
-            cwd=_ROOT,
+            cwd=home,
+            env={**os.environ, "PYTHONPATH": f"{home}/src:{os.environ.get('PYTHONPATH', '')}"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -275,6 +285,17 @@ def _pyublk(
         words = server.stderr.read().strip().splitlines()
         raise Unavailable(words[-1] if words else "the server ended without a word")
     return Disk(disk, server.pid)
+
+
+def _pyublk_by_command(setting: Setting, stack: ExitStack, *, restart: bool) -> Disk:
+    """`null` as the command serves it, in the background."""
+    programs.load_module("ublk_drv")
+    command = [sys.executable, "-m", "pyublk"]
+    line = [*command, "add", "null", "--size", str(NULL_SIZE), "--queues", str(setting.queues)]
+    line += ["--restart" if restart else "--no-restart"]
+    path = programs.run(*line).strip()
+    _run_at_the_end(stack, *command, "stop", path)
+    return Disk(path, None)
 
 
 def _pyublk_on_disk(setting: Setting, stack: ExitStack, *, path: str) -> Disk:
@@ -372,6 +393,18 @@ def _all() -> list[Contender]:
             f"pyublk-{target}": partial(_pyublk, target=target)
             for target in ("handle", "handle-fields", "methods", "async", "async-sleep")
         },
+        **{
+            f"pyublk-{target}-before": partial(_pyublk, target=target, before=True)
+            for target in ("null", "methods", "async")
+        },
+        **{
+            f"pyublk-{target}-traced": partial(_pyublk, target=target, traced=True)
+            for target in ("null", "methods")
+        },
+        **{
+            f"pyublk-null-{name}": partial(_pyublk_by_command, restart=restart)
+            for name, restart in (("not-restarted", False), ("restarted", True))
+        },
         "pyublk-null-get-data": partial(_pyublk, target="null", path="get-data"),
         **{
             f"kublk-{mode}-our-choices": partial(_kublk_with_our_choices, mode=mode)
@@ -395,6 +428,7 @@ def _all() -> list[Contender]:
         **_kublks("stripe", 4),
         "pyublk-ram": partial(_pyublk, target="ram"),
         **_pyublks("file", 1),
+        "pyublk-file-before": partial(_pyublk, target="file", files=1, before=True),
         **_pyublks("stripe", 4),
         "pyublk-linear": partial(_pyublk, target="linear", files=4),
         "pyublk-map": partial(_pyublk, target="map", files=4),

@@ -151,7 +151,9 @@ def carry_out(plan: Plan, *, counting: bool) -> Iterator[Results]:
     with ExitStack() as stack:
         directory = stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm"))
         _warm_up(Path(directory))
-        disks, missing = _start(plan, Setting(plan.queues, Path(directory), plan.kublk), stack)
+        disks, missing = _start(
+            plan, Setting(plan.queues, Path(directory), plan.kublk, plan.before), stack
+        )
         results = Results(
             date=datetime.date.today().isoformat(),
             kernel=platform.release(),

@@ -19,6 +19,7 @@ class Plan:
         ramp: seconds before that, not counted.
         queues: hardware queues of each disk, and fio processes on it.
         kublk: path of the kublk program, or None when it does not take part.
+        before: another checkout, built in place, or None when none takes part.
     """
 
     contenders: tuple[str, ...]
@@ -28,6 +29,7 @@ class Plan:
     ramp: float
     queues: int = 1
     kublk: str | None = None
+    before: str | None = None
 
     @classmethod
     def from_json(cls, text: str) -> Self:

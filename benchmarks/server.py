@@ -6,6 +6,7 @@ Prints the disk's path when it is usable; SIGTERM ends it.
 
 import argparse
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pyublk
@@ -55,18 +56,24 @@ def main() -> None:
     parser.add_argument("--path", default="auto")
     parser.add_argument("--batch", action=argparse.BooleanOptionalAction)
     parser.add_argument("--kernels-choices", action="store_true")
+    parser.add_argument("--trace")
     options = parser.parse_args()
     target = TARGETS[options.target](options.size, options.file)
-    with pyublk.Device(
-        target,
-        queues=options.queues,
-        depth=options.depth,
-        max_io_size=options.max_io_size,
-        path=options.path,
-        batch=options.batch,
-        preempt=options.kernels_choices,
-        io_scheduler=None if options.kernels_choices else "auto",
-    ) as disk:
+    with ExitStack() as stack:
+        disk = stack.enter_context(
+            pyublk.Device(
+                target,
+                queues=options.queues,
+                depth=options.depth,
+                max_io_size=options.max_io_size,
+                path=options.path,
+                batch=options.batch,
+                preempt=options.kernels_choices,
+                io_scheduler=None if options.kernels_choices else "auto",
+            )
+        )
+        if options.trace:
+            stack.enter_context(disk.trace(options.trace))
         print(disk.path, flush=True)
         disk.wait()
 
