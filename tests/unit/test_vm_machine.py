@@ -33,10 +33,12 @@ from pyublk.vm.errors import (
 from pyublk.vm.initramfs import Archive
 from pyublk.vm.kernels import Kernel
 from pyublk.vm.machine import Machine
+from pyublk.vm.roots import Root
 from pyublk.vm.session import Patience, Session
 from pyublk.vm.streams import EndMark, Input, Output, Sink
 
 KERNEL = Kernel("6.12.1-test", Path("/cache/6.12.1-test"))
+ROOT = Root(Path("/"), architecture.native(), Path("/bin/busybox"), Path("/cache"))
 
 # --- output and input -----------------------------------------------------------------------
 
@@ -254,7 +256,7 @@ def shell(script: bytes) -> bytes:
 
 def test_settings_survive_the_shell() -> None:
     outputs = [Path("/a b/c'd"), Path('/e"f/$HOME')]
-    script = guest_scripts.settings(KERNEL, Path("/bin/busybox"), "mark", outputs, terminal=True)
+    script = guest_scripts.settings(KERNEL, ROOT, "mark", outputs, terminal=True)
     shown = shell(
         script + b'printf "%s\\n" "$release" "$terminal" "$outputs" "$output_0" "$output_1"'
     )
@@ -314,11 +316,11 @@ def test_the_archive_unpacks(tmp_path: Path) -> None:
 # --- the emulator's command line --------------------------------------------------------------
 
 
-def emulator_command(accelerator: str, outputs: list[Path]) -> str:
+def emulator_command(accelerator: str, outputs: list[Path], root: Root = ROOT) -> str:
     channels = qemu.Channels({1: 11}, Path("/tmp/console"))
     return " ".join(
         qemu.command(
-            architecture.native(),
+            root,
             accelerator,
             KERNEL,
             Path("/tmp/initramfs"),
@@ -354,6 +356,25 @@ def test_counting_is_the_designs_mode() -> None:
     command = emulator_command("count", [])
     for part in ("tcg,thread=single", "shift=0,sleep=off", "-cpu max,-erms,-fsrm", "-smp 1"):
         assert part in command
+
+
+def test_a_root_of_another_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has its own emulator, machine and processor; QEMU takes no other's properties."""
+    monkeypatch.setattr(programs, "find", lambda name, _package: f"/usr/bin/{name}")
+    directory = Path("/roots/arm64")
+    arm = architecture.KNOWN["aarch64"]
+    root = Root(directory, arm, Path("/usr/bin/busybox"), directory / "var/cache")
+    command = emulator_command("tcg", [], root)
+    assert "qemu-system-aarch64 -machine virt,gic-version=max -accel tcg" in command
+    assert "-cpu neoverse-n1 -smp" in command
+    assert "console=ttyAMA0" in command
+    assert "local,id=host,path=/roots/arm64,security_model=none" in command
+    assert "-accel kvm -cpu host" in " ".join(accelerators.options("kvm", arm))
+    kernel = Kernel("7.3", directory / "var/cache/7.3")
+    script = guest_scripts.settings(kernel, root, "mark", [], terminal=False)
+    assert shell(script + b'echo "$busybox $modules"') == (
+        b"/usr/bin/busybox /var/cache/7.3/modules\n"
+    )
 
 
 # --- the accelerator's answer -----------------------------------------------------------------

@@ -297,5 +297,5 @@ def test_the_trial_of_an_accelerator() -> None:
     native = architecture.native()
     ready = Machine()
     busybox = Path("/bin/busybox")
-    assert accelerators.boots(accelerators.OPTIONS["tcg"], ready.kernel, busybox, native)
+    assert accelerators.boots(accelerators.options("tcg", native), ready.kernel, busybox, native)
     assert not accelerators.boots(("-accel", "nothing"), ready.kernel, busybox, native)

@@ -13,21 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pyublk.vm import programs
-from pyublk.vm.architecture import Architecture
+from pyublk.vm.architecture import Architecture, native
 from pyublk.vm.initramfs import Archive
 from pyublk.vm.kernels import Kernel, cache_directory
 
-# Counting is `icount`: one instruction is one nanosecond of the guest's time. Emulated processors
-# do not have the fast string instructions: with them every byte copied is an instruction.
-OPTIONS = {
-    "kvm": ("-accel", "kvm", "-cpu", "host"),
-    "tcg": ("-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max,-erms,-fsrm"),
-    "count": (
-        *("-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off"),
-        *("-cpu", "max,-erms,-fsrm"),
-    ),
+# Counting is `icount`: one instruction is one nanosecond of the guest's time.
+_OPTIONS = {
+    "kvm": ("-accel", "kvm"),
+    "tcg": ("-accel", "tcg,thread=multi,tb-size=512"),
+    "count": ("-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off"),
 }
-"""The emulator's options by the name of the way."""
 
 _DEVICE = Path("/dev/kvm")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -38,6 +33,16 @@ _INIT = f"""#!/bin/busybox sh
 echo "{_ALIVE}"
 /bin/busybox poweroff -f
 """
+
+
+def options(way: str, architecture: Architecture) -> list[str]:
+    """Return the emulator's options for a way of running a guest.
+
+    Args:
+        way: `kvm`, `tcg` or `count`.
+        architecture: of the guest.
+    """
+    return [*_OPTIONS[way], "-cpu", "host" if way == "kvm" else architecture.emulated]
 
 
 def _answer_file() -> Path:
@@ -72,7 +77,7 @@ def boots(
         options: the emulator's options that choose accelerator and processor.
         kernel: the kernel to try.
         busybox: the host's busybox.
-        architecture: of this machine.
+        architecture: of the guest.
     """
     archive = Archive()
     archive.directory("dev")
@@ -110,14 +115,15 @@ def choose(kernel: Kernel, busybox: Path, architecture: Architecture) -> str:
     Args:
         kernel: the kernel to try.
         busybox: the host's busybox.
-        architecture: of this machine.
+        architecture: of the guest.
     """
-    if not os.access(_DEVICE, os.R_OK | os.W_OK):
+    if architecture != native() or not os.access(_DEVICE, os.R_OK | os.W_OK):
         return "tcg"
     emulator = programs.find(architecture.qemu, architecture.package)
     boot = _BOOT_ID.read_text().strip()
     known = remembered(boot, emulator)
     if known is None:
-        known = "kvm" if boots(OPTIONS["kvm"], kernel, busybox, architecture) else "tcg"
+        kvm = options("kvm", architecture)
+        known = "kvm" if boots(kvm, kernel, busybox, architecture) else "tcg"
         remember(boot, emulator, known)
     return known

@@ -181,6 +181,8 @@ class Apt:
             "APT::Sandbox::User": "root",
         }
         lines = [f'{name} "{value}";\n' for name, value in settings.items()]
+        if self._architectures:
+            lines.append(f'APT::Architecture "{self._architectures[0]}";\n')
         lines += [f'APT::Architectures:: "{name}";\n' for name in self._architectures]
         return "".join(lines)
 

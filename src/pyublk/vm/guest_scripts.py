@@ -6,24 +6,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pyublk.vm.kernels import Kernel
+from pyublk.vm.roots import Root
 
 
 def settings(
-    kernel: Kernel, busybox: Path, end: str, outputs: Sequence[Path], *, terminal: bool
+    kernel: Kernel, root: Root, end: str, outputs: Sequence[Path], *, terminal: bool
 ) -> bytes:
     """Return the shell assignments that the guest's own scripts start with.
 
     Args:
         kernel: the kernel that runs.
-        busybox: its path on the host, which is its path in the guest.
+        root: whose files the guest has.
         end: mark that ends the command's output.
         outputs: directories to be mounted writable.
         terminal: whether the command gets a terminal instead of pipes.
     """
     values = {
-        "busybox": str(busybox),
+        "busybox": str(root.busybox),
         "release": kernel.release,
-        "modules": str(kernel.modules),
+        "modules": str(root.in_guest(kernel.modules)),
         "end": end,
         "terminal": str(int(terminal)),
         "outputs": str(len(outputs)),

@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyublk.vm import apt, architecture, modules, vmlinux
+from pyublk.vm import apt, modules, vmlinux
 from pyublk.vm.apt import Progress
+from pyublk.vm.architecture import Architecture, native
 from pyublk.vm.errors import KernelUnavailable, NoSuchName
 
 _SERIES = re.compile(r"\d+\.\d+")
@@ -118,13 +119,13 @@ def _unpacked(scratch: Path) -> tuple[Path, Path]:
     return images[0], trees[0].parent
 
 
-def _fetch(name: str, cache: Path, progress: Progress) -> Kernel:
+def _fetch(name: str, cache: Path, architecture: str, progress: Progress) -> Kernel:
     with tempfile.TemporaryDirectory(prefix="partial-", dir=cache) as directory:
         scratch = Path(directory)
         progress("reading package lists", None)
-        archive = apt.Apt(scratch / "apt", apt.machine_mirror())
+        archive = apt.Apt(scratch / "apt", apt.machine_mirror(), architectures=(architecture,))
         archive.update()
-        image = apt.choose_image(archive.images(architecture.native().debian), name)
+        image = apt.choose_image(archive.images(architecture), name)
         if (cache / image.release).exists():
             return Kernel(image.release, cache / image.release)
         progress(f"downloading {image.release}", 0.0)
@@ -165,7 +166,9 @@ def _host(cache: Path) -> Kernel:
         ) from error
 
 
-def _fetch_locked(name: str, cache: Path, progress: Progress, *, refresh: bool) -> Kernel:
+def _fetch_locked(
+    name: str, cache: Path, architecture: str, progress: Progress, *, refresh: bool
+) -> Kernel:
     with _locked(cache, progress):
         # Nobody else fetches now, so what is unfinished was left by a process that was killed.
         for left in cache.glob("partial-*"):
@@ -173,18 +176,28 @@ def _fetch_locked(name: str, cache: Path, progress: Progress, *, refresh: bool) 
         known = None if refresh else _cached(name, cache)
         if known:
             return known
-        kernel = _host(cache) if name == "host" else _fetch(name, cache, progress)
+        fetched = name != "host"
+        kernel = _fetch(name, cache, architecture, progress) if fetched else _host(cache)
         _name(name, kernel, cache)
     return kernel
 
 
-def find_kernel(name: str, *, refresh: bool = False, progress: Progress = quiet) -> Kernel:
+def find_kernel(
+    name: str,
+    *,
+    refresh: bool = False,
+    progress: Progress = quiet,
+    architecture: Architecture | None = None,
+    cache: Path | None = None,
+) -> Kernel:
     """Return a kernel, from the cache or from the machine's Debian mirror.
 
     Args:
         name: `latest`, `host`, or a series such as `6.12`, of which the newest is taken.
         refresh: ask the mirror again even if the cache has an answer.
         progress: told what is being done.
+        architecture: whose; this machine's, unless said.
+        cache: where it is kept; in the user's cache, unless said.
 
     Raises:
         NoSuchName: no kernel can have that one.
@@ -196,10 +209,15 @@ def find_kernel(name: str, *, refresh: bool = False, progress: Progress = quiet)
         raise NoSuchName(
             f"no kernel is called {name!r}: give latest, host, or a series such as 6.12"
         )
-    cache = cache_directory() / "kernels"
+    if name == "host" and architecture not in (None, native()):
+        raise NoSuchName(
+            "the host's kernel does not run on other processors: give latest, or a series"
+        )
+    wanted = (architecture or native()).debian
+    cache = cache or cache_directory() / "kernels"
     try:
         cache.mkdir(parents=True, exist_ok=True)
         known = None if refresh else _cached(name, cache)
-        return known or _fetch_locked(name, cache, progress, refresh=refresh)
+        return known or _fetch_locked(name, cache, wanted, progress, refresh=refresh)
     except OSError as error:
         raise KernelUnavailable(f"the kernel cache {cache} cannot be filled: {error}") from error

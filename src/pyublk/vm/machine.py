@@ -12,11 +12,11 @@ from pathlib import Path
 
 from pyublk.vm import (
     accelerators,
-    architecture,
     guest_scripts,
     initramfs,
     programs,
     qemu,
+    roots,
     signals,
 )
 from pyublk.vm.apt import Progress
@@ -81,6 +81,7 @@ class Machine:
         outputs: directories of the host that the guest may write to.
         refresh: ask the mirror for a newer kernel of that name.
         progress: told what is being done to get the kernel.
+        root: the root of the guest in place of the host's; it is read-only as well.
 
     Raises:
         WrongUsage: a value is out of range, or an output is no directory.
@@ -98,6 +99,7 @@ class Machine:
         outputs: Sequence[str | os.PathLike[str]] = (),
         refresh: bool = False,
         progress: Progress = quiet,
+        root: roots.Root | None = None,
     ) -> None:
         if count_instructions and cpus not in (None, 1):
             raise WrongUsage(
@@ -119,10 +121,16 @@ class Machine:
         for output in self.outputs:
             if not output.is_dir():
                 raise WrongUsage(f"the output {output} is not a directory: make it first")
-        self._architecture = architecture.native()
-        self._busybox = Path(programs.find("busybox", "busybox-static")).resolve()
-        programs.find(self._architecture.qemu, self._architecture.package)
-        self.kernel = find_kernel(kernel, refresh=refresh, progress=progress)
+        self._root = root or roots.own()
+        architecture = self._root.architecture
+        programs.find(architecture.qemu, architecture.package)
+        self.kernel = find_kernel(
+            kernel,
+            refresh=refresh,
+            progress=progress,
+            architecture=architecture,
+            cache=self._root.kernels,
+        )
 
     def run(
         self,
@@ -219,7 +227,7 @@ class Machine:
                 raw=terminal,
             )
             command = qemu.command(
-                self._architecture,
+                self._root,
                 accelerator,
                 self.kernel,
                 emulator.initramfs,
@@ -247,14 +255,16 @@ class Machine:
         self, emulator: Emulator, mark: str, job: bytes, *, terminal: bool
     ) -> None:
         settings = guest_scripts.settings(
-            self.kernel, self._busybox, mark, self.outputs, terminal=terminal
+            self.kernel, self._root, mark, self.outputs, terminal=terminal
         )
-        emulator.initramfs.write_bytes(initramfs.build(self.kernel, self._busybox, settings, job))
+        busybox = self._root.on_host(self._root.busybox)
+        emulator.initramfs.write_bytes(initramfs.build(self.kernel, busybox, settings, job))
 
     def _accelerator(self) -> str:
         if self.count_instructions:
             return "count"
-        return accelerators.choose(self.kernel, self._busybox, self._architecture)
+        busybox = self._root.on_host(self._root.busybox)
+        return accelerators.choose(self.kernel, busybox, self._root.architecture)
 
     def _directory(self, directory: Path) -> Path:
         """Check that the guest has this directory of the host."""

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyublk.vm import accelerators, programs
-from pyublk.vm.architecture import Architecture
 from pyublk.vm.kernels import Kernel
+from pyublk.vm.roots import Root
 
 MIB = 1 << 20
 
@@ -60,7 +60,7 @@ def _channel_options(channels: Channels) -> list[str]:
 
 
 def command(
-    architecture: Architecture,
+    root: Root,
     accelerator: str,
     kernel: Kernel,
     initramfs: Path,
@@ -73,7 +73,7 @@ def command(
     """Return the emulator's command line.
 
     Args:
-        architecture: of host and guest.
+        root: whose files the guest has.
         accelerator: `kvm`, `tcg`, or `count`.
         kernel: the kernel to be booted.
         initramfs: file with the guest's initial file system.
@@ -85,15 +85,17 @@ def command(
     Raises:
         MissingProgram: the emulator, or setpriv, is not installed.
     """
+    architecture = root.architecture
     emulator = programs.find(architecture.qemu, architecture.package)
     arguments = f"console={architecture.console} {_KERNEL_ARGUMENTS}"
-    shares = _shared(Path("/"), "host", writable=False)
+    shares = _shared(root.directory, "host", writable=False)
     for number, directory in enumerate(outputs):
         shares += _shared(directory, f"output{number}", writable=True)
     return [
         # The emulator dies with this process, however that dies.
         *(programs.find("setpriv", "util-linux"), "--pdeathsig", "KILL", "--"),
-        *(emulator, "-machine", architecture.machine, *accelerators.OPTIONS[accelerator]),
+        *(emulator, "-machine", architecture.machine),
+        *accelerators.options(accelerator, architecture),
         *("-smp", str(cpus), "-m", f"{memory // MIB}M"),
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
         *("-kernel", str(kernel.image), "-initrd", str(initramfs), "-append", arguments),
