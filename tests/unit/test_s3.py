@@ -510,9 +510,9 @@ def test_files_can_be_read_only(tmp_path: Path, store: MemoryStore) -> None:
 
 @pytest.fixture(scope="module")
 def moto() -> Iterator[str]:
-    from moto.server import ThreadedMotoServer
+    moto_server = pytest.importorskip("moto.server")
 
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server = moto_server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     with pytest.MonkeyPatch.context() as patch:

@@ -52,6 +52,11 @@ def epoch() -> str:
     return given or run(["git", "log", "-1", "--format=%ct"], ROOT, {}).strip()
 
 
+def committed() -> bool:
+    """Tell whether the tree is what its last commit has."""
+    return not run(["git", "status", "--porcelain"], ROOT, {}).strip()
+
+
 def _tracked(destination: Path) -> None:
     """Copy the files that git knows: what is left of other builds is not released."""
     listing = run(["git", "ls-files", "-z"], ROOT, {})

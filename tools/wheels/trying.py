@@ -1,5 +1,6 @@
 """The unit tests, on an installed wheel: without the checkout's package, and without a compiler."""
 
+import hashlib
 import os
 import re
 import subprocess
@@ -15,9 +16,10 @@ from tools.wheels.targets import Target
 
 #: Of the group `test`, what has wheels for all interpreters; other tests are skipped, and say so.
 PACKAGES = ["pytest>=9", "pytest-timeout", "pytest-rerunfailures", "hypothesis>=6", "numpy"]
-PACKAGES += ["prometheus-client"]
+PACKAGES += ["prometheus-client", "obstore", "zstandard"]
 #: An interpreter that this machine does not have, out of Debian's packages, with what tests call.
 DEBIAN = ["python{0}-minimal", "libpython{0}-stdlib", "util-linux", "coreutils", "dash", "procps"]
+DEBIAN += ["libstdc++6"]  # for numpy
 _COMPILER = ("cc", "c89", "c99", "gcc", "g++", "c++", "clang", "ld", "as", "tcc", "zig")
 
 
@@ -60,10 +62,24 @@ def without_compiler(path: str, directory: Path) -> Path:
     return directory
 
 
-def _pip(*arguments: str) -> None:
+def install(target: Target, wheel: Path, work: Path) -> Path:
+    """Install a wheel, and what the tests need, for an interpreter that pip does not run on.
+
+    Returns:
+        The directory that the interpreter is to look for modules in.
+
+    Raises:
+        TrialFailed: pip cannot install it.
+    """
+    site = work / "site"
     command = [sys.executable, "-m", "pip", "install", "-q", "--only-binary", ":all:"]
-    if subprocess.run([*command, *arguments], check=False).returncode != 0:
-        raise TrialFailed(f"pip cannot install {arguments[-1]}")
+    command += ["--target", str(site), "--python-version", target.version, "--abi", target.abi_tag]
+    platforms = [f"manylinux_2_{minor}_{target.machine}" for minor in (34, 28, 27, 17)]
+    for platform in (*platforms, target.platform_tag):
+        command += ["--platform", platform]
+    if subprocess.run([*command, *PACKAGES, str(wheel)], check=False).returncode != 0:
+        raise TrialFailed(f"pip cannot install {wheel.name}")
+    return site
 
 
 def _here(python: str, wheel: Path, work: Path) -> Trial:
@@ -79,22 +95,29 @@ def _here(python: str, wheel: Path, work: Path) -> Trial:
     return Trial([program], {"PATH": f"{place / 'bin'}:{programs}", "PYTHONPATH": ""})
 
 
+def debian_root(target: Target, archive: Archive, more: Sequence[str] = ()) -> Path:
+    """Return a root directory with an interpreter of Debian's, which is made when it is missing.
+
+    Args:
+        target: what the interpreter is for.
+        archive: where it is taken from, and where the directory is kept.
+        more: packages that are to be in it, too.
+    """
+    packages = [*(name.format(target.version) for name in DEBIAN), *more]
+    mark = hashlib.sha256(" ".join(packages).encode()).hexdigest()[:8]
+    root = archive.directory / "roots" / f"{target}-{mark}"
+    if not root.exists():
+        archive.unpack(packages, target.machine, root, complete=True)
+    return root
+
+
 def _unpacked(target: Target, wheel: Path, work: Path, archive: Archive) -> Trial:
     """An interpreter of Debian's, in a root directory of its own that has nothing else.
 
     This machine's files are in it too, but only where the tests and the packages are.
     """
-    root = archive.directory / "roots" / str(target)
-    if not root.exists():
-        packages = [name.format(target.version) for name in DEBIAN]
-        archive.unpack(packages, target.machine, root, complete=True)
-    site = work / "site"
-    platforms = [f"manylinux_2_{minor}_{target.machine}" for minor in (34, 28, 27, 17)]
-    _pip(
-        *("--target", str(site), "--python-version", target.version, "--abi", target.abi_tag),
-        *(word for platform in platforms for word in ("--platform", platform)),
-        *("--platform", target.platform_tag, *PACKAGES, str(wheel)),
-    )
+    root = debian_root(target, archive)
+    site = install(target, wheel, work)
     mounts = " && ".join(
         f"mkdir -p '{root}{place}' && mount --rbind '{place}' '{root}{place}'"
         for place in ("/proc", "/dev", "/sys", "/tmp", str(ROOT), str(work))
