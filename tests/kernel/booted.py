@@ -68,6 +68,29 @@ exec {SYSTEMD} --system --unit="$TARGET" --show-status=0 --log-target=console
 """
 
 
+def journal(disk: Path, place: Path) -> str:
+    """The end of the journal that a machine which is off has kept on its disk."""
+    place.mkdir()
+    subprocess.run(["mount", "-o", "loop", disk, place], check=True, timeout=PATIENCE)
+    try:
+        return subprocess.run(
+            [
+                "journalctl",
+                "--lines=200",
+                "-o",
+                "short-monotonic",
+                "-D",
+                place / "upper/var/log/journal",
+            ],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        ).stdout
+    finally:
+        subprocess.run(["umount", place], check=True, timeout=PATIENCE)
+
+
 class Systemd:
     """A systemd, and this machine as what runs below it sees it.
 
@@ -153,13 +176,9 @@ class Systemd:
             pytest.fail(f"{command}: {done.stdout}{done.stderr}{self._state()}")
         return done.stdout.strip()
 
-    def _below(self) -> list[str]:
-        """The beginning of a command that is run below it."""
-        return ["nsenter", "-t", str(self.pid), "-m", "-p"]
-
     def _run(self, *command: str, timeout: float = PATIENCE) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
-            [*self._below(), *command],
+            ["nsenter", "-t", str(self.pid), "-m", "-p", *command],
             env={**os.environ, "PATH": self.path},
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -199,24 +218,16 @@ class Systemd:
 
         until(active, PATIENCE, f"{unit} is served again")
 
-    def reboot(self) -> str:
-        """Ends it as a reboot does; what is above it stays, and boots nothing. Returns what its
-        journal had on the way."""
-        with self.log.with_name("reboot.log").open("w+") as said:
-            follower = subprocess.Popen(
-                [*self._below(), "journalctl", "--follow", "--lines=0", "--output=short-monotonic"],
-                env={**os.environ, "PATH": self.path},
-                stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=said,
-            )
-            self.run("systemctl", "reboot", fails=True)
-            # The namespace waits for its last process, and that for us.
-            until(lambda: (follower.poll(), self._above.poll())[1] is not None, PATIENCE, "its end")
-            self.pid = 0
-            follower.wait(PATIENCE)
-            said.seek(0)
-            return said.read()
+    def keep_journal(self) -> None:
+        """On the disk, where `journal` reads it afterwards."""
+        (self.root / "var/log/journal").mkdir(parents=True, exist_ok=True)
+        self.run("journalctl", "--flush")
+
+    def reboot(self) -> None:
+        """Ends it as a reboot does; what is above it stays, and boots nothing."""
+        self.run("systemctl", "reboot", fails=True)
+        self._above.wait(PATIENCE)
+        self.pid = 0
 
     def _end(self) -> None:
         if self.pid and self._above.poll() is None:

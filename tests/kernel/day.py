@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from booted import PATIENCE, UNITS, Systemd
+from booted import PATIENCE, UNITS, Systemd, journal
 from servers import until
 
 MACHINE = Path(os.environ.get("PYUBLK_MACHINE", "/nonexistent"))
@@ -247,7 +247,7 @@ def whole(machine: Systemd, *names: str) -> None:
         assert sums(machine, name) == known[name], name
 
 
-def test_morning(booted: Callable[[str], Systemd]) -> None:
+def test_morning(booted: Callable[[str], Systemd], tmp_path: Path) -> None:
     machine = booted("basic.target")
     machine.run("python3", "-m", "venv", "--without-pip", str(INSTALLED))
     wheels = machine.root / "var/lib/wheels"
@@ -265,9 +265,7 @@ def test_morning(booted: Callable[[str], Systemd]) -> None:
     errors_are_in_the_journal(machine)
     the_package_is_upgraded(machine, wheels)
 
-    said = machine.reboot()
-    os.sync()
-    assert not list(Path("/dev").glob("ublkb*")), said
+    goes_down(machine, tmp_path)
 
 
 def everything_is_killed(machine: Systemd) -> None:
@@ -336,7 +334,16 @@ def the_package_is_upgraded(machine: Systemd, wheels: Path) -> None:
     machine.pyublk("stop", "40")
 
 
-def test_evening(booted: Callable[[str], Systemd]) -> None:
+def goes_down(machine: Systemd, tmp_path: Path) -> None:
+    """No disk outlives a reboot: they are unmounted first."""
+    machine.keep_journal()
+    machine.reboot()
+    os.sync()
+    left = list(Path("/dev").glob("ublkb*"))
+    assert not left, journal(MACHINE / "disk", tmp_path / "off")
+
+
+def test_evening(booted: Callable[[str], Systemd], tmp_path: Path) -> None:
     """Nobody does anything, and all is there."""
     machine = booted("multi-user.target")
     assert active(machine, *map(unit, NAMES), *map(mount, NAMES))
@@ -348,5 +355,4 @@ def test_evening(booted: Callable[[str], Systemd]) -> None:
     with open("/dev/ublkb40", "rb", buffering=0) as disk:
         assert disk.read(4096) == b"by hand".ljust(4096)
     machine.pyublk("stop", "40")
-    said = machine.reboot()
-    assert not list(Path("/dev").glob("ublkb*")), said
+    goes_down(machine, tmp_path)
