@@ -1,19 +1,17 @@
 """Makes the pictures of observing.md from real disks: `./run pictures`.
 
-They need a kernel with ublk, root, fio, and Prometheus, as `./run setup` gets it.
+They need a kernel with ublk, root and fio.
 """
 
 import io
 import json
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from dashboard import draw, watched
 from rich.console import Console
 
 from pyublk.cli.top import rows
@@ -90,12 +88,9 @@ def main() -> None:
         with ExitStack() as traffic:
             for name, jobs in TRAFFIC.items():
                 traffic.enter_context(fio(made[name]["path"], jobs))
-            watching = traffic.enter_context(tempfile.TemporaryDirectory())
-            traffic.enter_context(watched(Path(watching)))
             draw_top()
             number = str(made["database"]["id"])
             print(pyublk("trace", "record", number, "-o", "/tmp/db", "--seconds", "5"), end="")
-            draw(json.loads(pyublk("metrics", "--dashboard")), 90, PICTURES / "dashboard.png")
     finally:
         pyublk("stop", *(str(one["id"]) for one in made.values()))
     pyublk("trace", "plot", "db", "-o", str(PICTURES / "trace.png"))
