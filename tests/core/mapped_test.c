@@ -3,6 +3,8 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
 
@@ -130,6 +132,29 @@ static void one_way_of_zeroing_that_fails_leaves_the_other(void)
 	close_files();
 }
 
+/* The kernel copies from it then, without a stop in between. */
+static void memory_that_can_only_be_read_is_mapped_too(void)
+{
+	struct pu_layout layout;
+	char path[64];
+	int readable;
+
+	make_files();
+	CHECK_EQUAL(pwrite(fds[1], "below", 5, 512), 5);
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", fds[1]);
+	readable = open(path, O_RDONLY | O_CLOEXEC);
+	CHECK(readable >= 0);
+	CHECK_EQUAL(pu_layout_init(&layout, PU_LAYOUT_TABLE, FILE_BYTES, 2, 1), 0);
+	pu_layout_set_file(&layout, 0, fds[0], true, false);
+	pu_layout_set_file(&layout, 1, readable, true, false);
+	pu_layout_map_memory(&layout);
+	CHECK(pu_layout_is_mapped(&layout));
+	CHECK_EQUAL(memcmp(layout.files[1].map + 512, "below", 5), 0);
+	pu_layout_destroy(&layout);
+	close(readable);
+	close_files();
+}
+
 int main(void)
 {
 	for (int memory = 0; memory < 2; memory++) {
@@ -140,5 +165,6 @@ int main(void)
 	nothing_beyond_the_size();
 	a_plan_with_more_parts_than_slots();
 	one_way_of_zeroing_that_fails_leaves_the_other();
+	memory_that_can_only_be_read_is_mapped_too();
 	return 0;
 }
