@@ -206,12 +206,11 @@ def build(
             f"({', '.join(positional) or 'none'}), not {len(arguments)}"
         )
     texts = dict(zip(positional, arguments, strict=False))
-    if twice := texts.keys() & options.keys():
-        raise ValueError(f"{sorted(twice)[0]} is given twice")
-    texts.update(options)
     values: dict[str, object] = {n: v for n, v in given.items() if v is not None}
-    if twice := texts.keys() & values.keys():
-        raise ValueError(f"{sorted(twice)[0]} is given twice")
+    given_twice = texts.keys() & options.keys() | (texts.keys() | options.keys()) & values.keys()
+    if given_twice:
+        raise ValueError(f"{min(given_twice)} is given twice")
+    texts.update(options)
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     for name in [*texts, *values]:
         if name not in parameters and not open_ended:

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -151,18 +151,14 @@ class Cache(PresenceLayer):
             self._source.target.read_only = True
 
     def open(self) -> None:
-        self._source.open()
-        try:
+        with ExitStack() as undo:
+            self._source.open()
+            undo.callback(self._source.close)
             self._know_source()
             super().open()
-            try:
-                self._take_up()
-            except BaseException:
-                super().close()
-                raise
-        except BaseException:
-            self._source.close()
-            raise
+            undo.callback(super().close)
+            self._take_up()
+            undo.pop_all()
 
     def _know_source(self) -> None:
         """What is below, as it was noted, or as it is."""
