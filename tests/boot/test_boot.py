@@ -77,4 +77,4 @@ def test_a_machine_boots_from_a_web_server(tmp_path: Path) -> None:
     assert second["boots"][:-1] == first["boots"]
     assert second["units that failed"] == ""
     assert second["kernel's errors"] == []
-    assert second["fetched"] == 0
+    assert second["requests"] == 0
