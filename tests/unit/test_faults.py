@@ -194,6 +194,7 @@ def test_what_is_held_goes_on(disk: Disk) -> None:
     timer.join()
     hung.remove()
     hung.remove()
+    assert list(disk.faults.removed).count(hung) == 1
 
 
 def test_a_delay_may_end_in_a_failure(disk: Disk) -> None:

@@ -457,3 +457,70 @@ def test_a_kernel_that_cannot_be(pytester: pytest.Pytester) -> None:
     found = pytester.runpytest_subprocess("--ublk=vm", "--ublk-kernel=mine", timeout=60)
     assert found.ret == pytest.ExitCode.USAGE_ERROR
     assert "no kernel is called 'mine'" in found.stderr.str()
+
+
+# ---- what a report tells ----
+
+
+def test_a_report_has_the_faults_that_were_and_are(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        """
+        import errno
+        import pytest
+        from pyublk.pytest_plugin import marking
+        from pyublk.targets import Ram
+        from pyublk.testing import Disk
+
+        @pytest.fixture
+        def disk(request):
+            with Disk(Ram(size=1 << 20)) as disk:
+                disk.path = "/dev/ublkb7"
+                request.node.stash.setdefault(marking.DISKS, []).append(disk)
+                yield disk
+
+        def test_fails(disk):
+            with disk.faults.fail("write", errno.EIO):
+                with pytest.raises(OSError):
+                    disk.pwrite(bytes(512), 0)
+            disk.faults.fail("read", errno.EIO)
+            assert disk.size == 0
+
+        def test_passes(disk):
+            with disk.faults.fail("write", errno.ENOSPC):
+                pass
+        """
+    )
+    found = run(pytester)
+    found.assert_outcomes(passed=1, failed=1)
+    found.stdout.fnmatch_lines(
+        [
+            "*- faults -*",
+            "/dev/ublkb7: fail:op=write*: fired 1 times, removed",
+            "/dev/ublkb7: fail:op=read*: fired 0 times",
+        ],
+        consecutive=True,
+    )
+    assert "ENOSPC" not in found.stdout.str()
+
+
+def test_a_report_of_a_power_cut_shows_the_check(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        """
+        from pyublk.testing import Disk, PowerCut
+
+        def test_fails():
+            cut = PowerCut(1 << 20)
+            with Disk(cut) as disk:
+                disk.pwrite(b"new".ljust(512), 0)
+
+            def check(crash):
+                with crash.disk() as disk:
+                    assert disk.pread(512, 0)[:3] == b"new"
+
+            cut.check(check)
+        """
+    )
+    found = run(pytester)
+    found.assert_outcomes(failed=1)
+    found.stdout.fnmatch_lines(["E *AssertionError*", "*PowerCutFailed: the check fails*"])
+    assert "failure_of(" not in found.stdout.str()

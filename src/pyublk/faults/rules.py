@@ -3,6 +3,7 @@
 
 import errno
 import threading
+from collections import deque
 from collections.abc import Iterator
 from math import log
 from types import TracebackType
@@ -33,6 +34,8 @@ from pyublk.uapi import SECTOR_SIZE
 SAMPLES = 1024
 #: Seconds of a limit that a disk which is used less saves up.
 BURST = 0.1
+#: Rules that a disk remembers when they have been removed.
+REMEMBERED = 32
 
 #: The operations that an action is for, of those that are for some only. A read that is dropped
 #: would show clients whatever is in the server's memory.
@@ -125,6 +128,8 @@ class Faults:
         self._lock = threading.Lock()
         self._rules: list[Rule] = []
         self._made = 0
+        #: The last rules that were removed: a report tells what they have done.
+        self.removed: deque[Rule] = deque(maxlen=REMEMBERED)
         self._path: DataPath | None = None  # once it is served
         #: What the disk's `limit` has set, if anything.
         self.disk_limit: Rule | None = None
@@ -362,7 +367,9 @@ class Faults:
     def _remove(self, gone: list[Rule]) -> None:
         with self._lock:
             limit = None if self.disk_limit in gone else self.disk_limit
+            removed = [rule for rule in self._rules if rule in gone]
             self._put([rule for rule in self._rules if rule not in gone], limit)
+            self.removed.extend(removed)
         for rule in gone:
             rule.release()
 

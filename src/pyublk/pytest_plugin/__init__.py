@@ -124,13 +124,14 @@ def pytest_runtest_makereport(
     report = yield
     if call.when == "call":
         item.stash[marking.PASSED] = report.passed
-        rules = [
-            f"{disk.path}: {rule.text}: fired {rule.fired} times"
+        told = [
+            f"{disk.path}: {rule.text}: fired {rule.fired} times{state}"
             for disk in item.stash.get(marking.DISKS, [])
-            for rule in disk.faults
+            for rules, state in ((disk.faults.removed, ", removed"), (disk.faults, ""))
+            for rule in rules
         ]
-        if report.failed and rules:
-            report.sections.append(("faults", "\n".join(rules)))
+        if report.failed and told:
+            report.sections.append(("faults", "\n".join(told)))
     log = item.stash.get(_LOG, None)
     if log is not None and report.failed and (text := log.read()):
         report.sections.append(("kernel log", text))

@@ -219,6 +219,7 @@ class Recording(Layer):
         Raises PowerCutFailed for the first state that fails, with the smallest loss that does
         (`shrink`); ValueError when nothing was written, so that nothing would be tried.
         """
+        __tracebackhide__ = True  # pytest shows the check that failed, not this
         if not self._record.writes:
             raise ValueError("nothing was written, so there is nothing to check")
         call = checker(check)
