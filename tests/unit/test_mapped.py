@@ -892,13 +892,23 @@ def test_a_mirror_with_a_timeout_takes_one_thread(tmp_path: Path) -> None:
     pyublk.Device(mirror_of(tmp_path, leg_timeout=0), threads=2)
 
 
-def begin_a_read(reader: int) -> MappedQueue:
+def begin_a_read(reader: int, writer: int) -> MappedQueue:
     """A queue whose file does not answer: its read is under way though its request was failed."""
     layout = Layout.table([(reader, False, False)], [(0, 0, 65536)])
     queue = MappedQueue.loopback(layout=layout, depth=1)
     queue.fetch()
     queue.inject(0, Op.READ, 0, 65536)
-    fail = threading.Timer(0.1, lambda: (queue.fail_held(errno.EIO), queue.wake()))
+
+    def give_up() -> None:
+        end = time.monotonic() + 30
+        # Only a read that is under way takes the byte.
+        while select.select([reader], [], [], 0)[0] and time.monotonic() < end:
+            time.sleep(0.01)
+        queue.fail_held(errno.EIO)
+        queue.wake()
+
+    os.write(writer, b"1")
+    fail = threading.Thread(target=give_up)
     fail.start()
     queue.serve_mapped()
     fail.join(30)
@@ -998,7 +1008,7 @@ def test_the_memory_of_a_queue_outlives_what_is_under_way(how: str) -> None:
     queues: list[MappedQueue] = []
 
     def begin() -> None:
-        queues.append(begin_a_read(reader))
+        queues.append(begin_a_read(reader, writer))
 
     def end() -> None:
         queue = queues.pop()
