@@ -446,7 +446,8 @@ class DiskOptions(TargetOptions, DeviceOptions, total=False):
     restart: Annotated[
         bool | None,
         Option(
-            help="Start the server again when it is killed or crashes.",
+            help="Start the server again when it is killed or crashes; the disk then has "
+            "recovery resend, if no other is given.",
             default_text="where target and kernel allow it",
         ),
     ]

@@ -17,7 +17,7 @@ from pyublk.sizes import format_size
 @click.argument("action", type=click.Choice(["info", "drain", "invalidate"]))
 @json_option
 def cache(device: int, action: str, as_json: bool) -> None:
-    """Tell of a disk's cache, drain it, or make it forget what it has, while it is used.
+    """Show a disk's cache, drain it, or make it forget what it has, while it is used.
 
     `drain` brings all that was written to the disk so far to the target below, durably, and
     returns when it is there. What the kernel's page cache has was not written yet: sync first.

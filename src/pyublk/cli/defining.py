@@ -148,7 +148,8 @@ def up(
 @timeout_option
 @json_option
 def down(places: tuple[Path, ...], force: bool, timeout: float, as_json: bool) -> None:
-    """Stop the disks that files define, the last one first, and those on others before these.
+    """Stop the disks that files define, the last one first. A disk that lies on another is
+    stopped before it.
 
     FILE defines disks, or is a directory of such files; /etc/pyublk by default. Disks are stopped
     as by `pyublk stop`: those in use are left as they are, and their users are named.

@@ -32,11 +32,12 @@ def fault(device: int, action: str, arguments: tuple[str, ...], as_json: bool) -
     pyublk fault 0 add profile:sd-card
     pyublk fault 0 clear 2
 
-    It does one of fail (errno), delay (seconds, jitter, distribution), hang, drop, tear (sectors),
-    misdirect (offset), rot (bits), stale, full, read_only, limit (iops, bandwidth, burst). It is
-    for the operations op, with `+` between several, or all, in a range of bytes, for the nth or
-    every nth request, with a probability and a seed, for requests that do not follow each other
-    (jumps), so many times. Profiles are hdd-7200, sd-card, cloud-gp2 and dying-hdd.
+    A rule does one of these, with the arguments in parentheses: fail (errno), delay (seconds,
+    jitter, distribution), hang, drop, tear (sectors), misdirect (offset), rot (bits), stale, full,
+    read_only, limit (iops, bandwidth, burst). It fires for the requests that these choose: op
+    (operations, with `+` between several, or all), range (bytes), nth (with every: each nth),
+    probability and seed, jumps (only requests that do not follow the last one), times (at most).
+    Profiles are hdd-7200, sd-card, cloud-gp2 and dying-hdd.
     """
     record = record_of(device)
     told: dict[str, Any]
@@ -93,7 +94,7 @@ def _show(told: dict[str, Any], as_json: bool) -> None:
               help="Requests a second.")  # fmt: skip
 @click.option("--bandwidth", type=Size(), metavar="SIZE", help="Bytes a second, such as 10M.")
 @click.option("--burst", type=Seconds(min=0), metavar="SECONDS", default=BURST, show_default=True,
-              help="What a disk that is used less saves up.")  # fmt: skip
+              help="Seconds of the limit that an idle disk saves up.")  # fmt: skip
 @click.option("--off", is_flag=True, help="No limit any more.")
 @json_option
 def limit(

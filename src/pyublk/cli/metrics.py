@@ -44,8 +44,8 @@ def metrics(listen: tuple[str, int] | None, once: bool, dashboard: bool) -> None
     """Tell Prometheus of all disks of this machine.
 
     The servers are asked when Prometheus asks. With --once, the output suits the textfile collector
-    of node_exporter. Who may ask is not checked: listen at an address that only those can reach
-    who may know. This needs prometheus_client: pip install 'pyublk[metrics]'.
+    of node_exporter. Anybody who reaches the address can read the metrics: listen where only
+    Prometheus can reach it. This needs prometheus_client: pip install 'pyublk[metrics]'.
     """
     if [listen is not None, once, dashboard].count(True) != 1:
         raise click.UsageError("give one of --listen, --once and --dashboard")

@@ -23,7 +23,7 @@ def overlay() -> None:
     as it is. `pyublk add overlay FILE` serves it. BASE is a file, a block device, or NAME:ARGUMENT
     for any target, such as image:debian.qcow2; many overlays can have the same one.
 
-    An overlay that a disk uses is refused, but for `info`.
+    All commands except `info` refuse an overlay that a disk uses.
     """
 
 
@@ -49,7 +49,7 @@ def create(
 ) -> None:
     """Make the overlay FILE over a base.
 
-    The base is recorded, and by what it is known again: an overlay over a base that has changed is
+    What identifies the base is recorded with it: an overlay over a base that has changed is
     refused. With --size, the disk is larger than the base, and reads as zeroes beyond it.
 
     With --clone, the file system copies FILE from the base at once, and its blocks are shared until
