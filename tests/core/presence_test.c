@@ -603,7 +603,7 @@ static void wishes_come_in_order(void)
 	open_side(&a, &d);
 	for (uint16_t round = 0; round < 2; round++) {
 		for (uint16_t tag = 0; tag < DEPTH; tag++)
-			begin(&a, tag, PU_OP_READ, (round * DEPTH + tag) * BLOCK, BLOCK);
+			begin(&a, tag, PU_OP_READ, (uint64_t)(round * DEPTH + tag) * BLOCK, BLOCK);
 		for (uint16_t tag = 0; tag < DEPTH; tag++) {
 			wish = wished(&a);
 			CHECK_EQUAL(wish.first, round * DEPTH + tag);

@@ -1002,8 +1002,8 @@ def queues_alive() -> int:
 def test_the_memory_of_a_queue_outlives_what_is_under_way(how: str) -> None:
     reader, writer = os.pipe()
     others = pyublk.Queue.loopback(depth=1)  # what all queues share is there while one is
+    gc.collect()  # of the tests before, whose descriptors would go meanwhile
     before = len(os.listdir("/proc/self/fd"))
-    gc.collect()
     alive = queues_alive()
     queues: list[MappedQueue] = []
 
