@@ -363,8 +363,8 @@ class Queue:
     Args: `fd` of the char device (a number, which the queue duplicates, or a CharDevice),
     the queue's number, its `depth` (1 to 4096, that of the device), `buffer_size` in
     bytes for each tag (the device's max_io_size), and the device's `flags`, which determine the
-    data path. Several objects may serve one queue, each on its own thread with every
-    `tag_step`th tag from `first_tag` on, and with batch I/O the same `buffers`.
+    data path. Several objects may serve one queue, each on its own thread with its
+    own tags (`first_tag`, and each `tag_step` further), and with batch I/O the same `buffers`.
     After `trim_after` seconds without a request, the memory of its buffers goes back to the kernel.
     `faults` makes a data path fail, for tests.
 
@@ -428,7 +428,7 @@ class Queue:
         """Whether the next wait brings some of that."""
     @property
     def ending(self) -> bool:
-        """Whether the kernel has begun to take the tags back: the device is stopped or quiesced.
+        """Whether the kernel has begun to take the tags back, as the device is stopped or quiesced.
 
         No request comes any more. When those that the queue holds are answered, `wait` returns
         None.
@@ -654,7 +654,7 @@ _File: TypeAlias = tuple[int, bool, bool]
 
 @disjoint_base
 class Layout:
-    """Where a disk's bytes are, for `MappedQueue`s; `MappedTarget` makes it. Extents are (file's
+    """Where a disk's bytes are, for a `MappedQueue`. `MappedTarget` makes it. Extents are (file's
     index, offset, length). All sizes are in bytes."""
 
     @classmethod

@@ -97,8 +97,8 @@ class Histogram:
     between them, and `a + b` what both have.
     """
 
-    #: For each bucket that is not empty, ascending: its upper bound in nanoseconds, and how many
-    #: requests took less than that, and no less than the bound below.
+    #: The buckets that are not empty, ascending, each with its upper bound in nanoseconds, and how
+    #: many requests took less than that, and no less than the bound below.
     buckets_ns: tuple[tuple[int, int], ...] = ()
     #: All latencies together, in nanoseconds.
     total_ns: int = 0

@@ -91,7 +91,7 @@ class Target:
     #: not recoverable can be taken over by hand, but is never restarted by itself.
     recoverable: bool = False
 
-    #: The metadata beside the data (Linux 7.0): needs Feature.INTEGRITY, user copy, and `handle`.
+    #: The metadata beside the data (Linux 7.0). It needs Feature.INTEGRITY, user copy and `handle`.
     integrity: Integrity | None = None
 
     def __init__(

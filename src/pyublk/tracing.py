@@ -64,7 +64,7 @@ class Trace:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Where the records go: `PATH.blktrace.0` and so on."""
+        """The files to which the records go, `PATH.blktrace.0` and so on."""
         return tuple(Path(file.name) for file in self._files)
 
     @property

@@ -61,7 +61,7 @@ class Rule:
     def __init__(self, faults: "Faults", action: str, text: str, gate_rule: GateRule) -> None:
         self._faults = faults
         self._rule = gate_rule
-        #: What it does: "fail", "delay" and so on.
+        #: What it does, such as "fail" or "delay".
         self.action = action
         #: The rule in one line, as `Faults.add` takes it.
         self.text = text

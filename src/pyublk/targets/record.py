@@ -11,7 +11,8 @@ from pyublk.files import StrangeFile, read_record, sync_directory, trusted_owner
 
 
 class LegState(IntEnum):
-    """A leg of a mirror: read and written; written but not yet read; left alone."""
+    """A leg of a mirror: SYNCED is read and written, RESYNC is written but not yet read, FAILED is
+    left alone."""
 
     SYNCED = 0
     RESYNC = 1
