@@ -67,7 +67,8 @@ class Deferring(Handle):
     def handle(self, io: IO) -> Any:
         io.defer()
         if self.thing is None:
-            io.complete()
+            io.complete()  # then the thing may be the next request's
+            return None
         return self.end()
 
 
@@ -99,7 +100,8 @@ class AsyncHandle(Outcome, pyublk.Target):
         io.defer()
         await asyncio.sleep(0)
         if self.thing is None:
-            io.complete()
+            io.complete()  # then the thing may be the next request's
+            return None
         return self.end()
 
 
