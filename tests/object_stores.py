@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import obstore
+import pytest
 from obstore.store import MemoryStore, ObjectStore
 from web_server import Server
 
@@ -116,6 +117,12 @@ def wait_for(url: str, process: "subprocess.Popen[bytes]", seconds: float = 60) 
 
 
 KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
+
+
+def use_endpoint(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    """Has the disks of a test ask that server, with the keys that it knows."""
+    for name, value in (KEYS | {"AWS_ENDPOINT_URL": endpoint}).items():
+        monkeypatch.setenv(name, value)
 
 
 def put_bucket(endpoint: str, name: str) -> None:

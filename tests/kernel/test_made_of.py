@@ -16,7 +16,7 @@ import pytest
 from command_line import added, run_here
 from filesystems import check_file_system, checksums, make_file_system, mounted, run
 from fio import verified
-from object_stores import KEYS, SmallS3
+from object_stores import SmallS3, use_endpoint
 from restarted import restart_of, served_again, server_of
 from servers import until
 from web_server import WebServer
@@ -96,8 +96,7 @@ def s3(place: Path, *options: str) -> Iterator[Disk]:
     for option in ("chunk_size=1M", *options):
         words += ["--option", option]
     with pytest.MonkeyPatch.context() as patch, SmallS3() as server:
-        for name, value in (KEYS | {"AWS_ENDPOINT_URL": server.endpoint}).items():
-            patch.setenv(name, value)
+        use_endpoint(patch, server.endpoint)
         yield Disk(tuple(words), restarts=False)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from command_line import added, run_here
 from filesystems import check_file_system, checksums, make_file_system, mounted, run
-from object_stores import KEYS, SmallS3
+from object_stores import SmallS3, use_endpoint
 from restarted import restart_of, served_again, server_of
 from servers import until
 from web_server import WebServer
@@ -32,8 +32,7 @@ def _runtime_of_obstore() -> None:
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[SmallS3]:
     with SmallS3() as server:
-        for name, value in (KEYS | {"AWS_ENDPOINT_URL": server.endpoint}).items():
-            monkeypatch.setenv(name, value)
+        use_endpoint(monkeypatch, server.endpoint)
         yield server
 
 

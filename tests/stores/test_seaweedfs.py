@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from object_stores import KEYS, free_port, put_bucket, wait_for
+from object_stores import free_port, put_bucket, use_endpoint, wait_for
 
 from pyublk.targets.objects import disks
 from pyublk.targets.objects.store import Objects, connect
@@ -63,8 +63,7 @@ def weed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Weed]:
     weed = Weed(tmp_path_factory.mktemp("weed"))
     weed.start()
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (KEYS | {"AWS_ENDPOINT_URL": weed.endpoint}).items():
-            patch.setenv(name, value)
+        use_endpoint(patch, weed.endpoint)
         deadline = time.monotonic() + 60
         while True:  # it answers before it can
             try:

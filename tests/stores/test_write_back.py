@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from object_stores import KEYS, SmallS3
+from object_stores import SmallS3, use_endpoint
 
 from pyublk.layers.cache import Cache
 from pyublk.targets.s3 import S3
@@ -23,8 +23,7 @@ SIZE = 4 * CHUNK
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[SmallS3]:
     with SmallS3() as server:
-        for name, value in (KEYS | {"AWS_ENDPOINT_URL": server.endpoint}).items():
-            monkeypatch.setenv(name, value)
+        use_endpoint(monkeypatch, server.endpoint)
         yield server
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from object_stores import KEYS, SmallS3
+from object_stores import SmallS3, use_endpoint
 from web_server import FAULTS, WebServer
 
 from pyublk.layers.cache import Cache
@@ -37,8 +37,7 @@ STATUSES = [408, 429, 500, 502, 503, 504]
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[SmallS3]:
     with SmallS3() as server:
-        for name, value in (KEYS | {"AWS_ENDPOINT_URL": server.endpoint}).items():
-            monkeypatch.setenv(name, value)
+        use_endpoint(monkeypatch, server.endpoint)
         yield server
 
 
