@@ -4,7 +4,6 @@
 import ctypes
 import errno
 import os
-import secrets
 import stat
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -164,7 +163,7 @@ def _kind(mode: int) -> str:
 
 def write_record(path: Path, text: str, *, mode: int = 0o600, durable: bool = False) -> None:
     """Puts a file in its place, whole or not at all; what lies there is replaced, not followed."""
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    draft = path.with_name(f".{path.name}.{os.urandom(6).hex()}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(draft, flags, mode)
     try:

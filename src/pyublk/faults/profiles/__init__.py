@@ -3,9 +3,11 @@
 
 import tomllib
 from dataclasses import dataclass
-from importlib import resources
+from pathlib import Path
 
 from pyublk.faults.filters import near
+
+_PLACE = Path(__file__).parent
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +26,7 @@ class DiskProfile:
 
 def names() -> list[str]:
     """The profiles that there are."""
-    places = resources.files(__name__).iterdir()
-    return sorted(one.name.removesuffix(".toml") for one in places if one.name.endswith(".toml"))
+    return sorted(place.stem for place in _PLACE.glob("*.toml"))
 
 
 def load(name: str) -> DiskProfile:
@@ -35,7 +36,7 @@ def load(name: str) -> DiskProfile:
             f"there is no disk profile {name!r}{near(name, names())}: there are "
             f"{', '.join(names())}"
         )
-    table = tomllib.loads((resources.files(__name__) / f"{name}.toml").read_text())
+    table = tomllib.loads((_PLACE / f"{name}.toml").read_text())
     return DiskProfile(
         name=name,
         about=table["about"],
