@@ -17,12 +17,15 @@ import pytest
 import pyublk
 from pyublk.faults import Faults
 from pyublk.stats import DeviceStats
-from pyublk.targets import File, Ram
+from pyublk.targets import File, Mirror, Ram, Zoned
 from pyublk.uapi import Op
+from pyublk.zones import Zone, ZoneState
 
 SIZE = 1 << 20
 #: Tests that count, or want failures, keep to the second half: partitions are looked for below.
 HALF = SIZE // 2
+#: Of a zoned disk.
+ZONE = 4 << 20
 
 
 class Client(Protocol):
@@ -39,6 +42,8 @@ class Client(Protocol):
     def write_zeroes(self, offset: int, length: int) -> None: ...
     def stats(self) -> DeviceStats: ...
     def limit(self, *, iops: float | None = None, burst: float = 0.1) -> None: ...
+    def report_zones(self) -> list[Zone]: ...
+    def manage_zone(self, op: Op, offset: int = 0) -> None: ...
 
 
 OpenDisk = Callable[..., Client]
@@ -52,6 +57,21 @@ def operations_of(disk: Client) -> dict[str, Callable[[], object]]:
         "flush": disk.flush,
         "discard": lambda: disk.discard(HALF, 4096),
         "write_zeroes": lambda: disk.write_zeroes(HALF, 4096),
+    }
+
+
+def zone_operations_of(disk: Client) -> dict[str, Callable[[], object]]:
+    """What a client does to the second zone of a disk, in an order in which all can be done; the
+    last two are for all zones."""
+    return {
+        "zone_open": lambda: disk.manage_zone(Op.ZONE_OPEN, ZONE),
+        "write": lambda: disk.pwrite(b"w" * 4096, ZONE),
+        "read": lambda: disk.pread(4096, ZONE),
+        "zone_close": lambda: disk.manage_zone(Op.ZONE_CLOSE, ZONE),
+        "zone_finish": lambda: disk.manage_zone(Op.ZONE_FINISH, ZONE),
+        "zone_reset": lambda: disk.manage_zone(Op.ZONE_RESET, ZONE),
+        "zone_reset_all": lambda: disk.manage_zone(Op.ZONE_RESET_ALL),
+        "report_zones": disk.report_zones,
     }
 
 
@@ -198,6 +218,8 @@ FAILING: dict[str, tuple[Callable[[], Any], dict[str, int]]] = {
 }
 RAISING = [kind for kind in FAILING if kind != "pointer"]  # C raises nothing
 KINDS = ["ram", "file", "sync", "async", "pointer"]
+#: Kinds of which only faults could be different.
+FAULTY = [*KINDS, "workers", "handle", pytest.param("mirror", marks=pytest.mark.thorough)]
 
 
 def made(kind: str, folder: Path) -> pyublk.Target:
@@ -205,6 +227,11 @@ def made(kind: str, folder: Path) -> pyublk.Target:
         return Ram(size=SIZE)
     if kind == "file":
         return File(folder / "disk", size=SIZE)
+    if kind == "mirror":
+        legs = [folder / "a", folder / "b"]
+        for leg in legs:
+            leg.write_bytes(bytes(SIZE))
+        return Mirror(*legs, state=folder / "state")
     return FAILING[kind][0]()  # type: ignore[no-any-return]
 
 
@@ -439,7 +466,7 @@ class TargetContract:
         assert record.exc_info[1] is STRANGE[0]
         assert "raise self.error" in caplog.text
 
-    @pytest.mark.parametrize("kind", [*KINDS, "workers", "handle"])
+    @pytest.mark.parametrize("kind", FAULTY)
     def test_faults_over_every_kind(
         self, open_disk: OpenDisk, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
     ) -> None:
@@ -478,13 +505,14 @@ class TargetContract:
         assert disk.pread(4096, SIZE - 4096) == b"lost" * 1024
         fired = [rule.fired for rule in (delayed, hung, dropped, torn, misdirected)]
         assert fired == [1] * 5
-        assert caplog.records == []
+        # A new mirror warns that it has no record yet.
+        assert [one for one in caplog.records if one.levelno > logging.WARNING] == []
 
     @pytest.mark.parametrize(
         "kind",
         [
             pytest.param(kind, marks=[] if kind in LAYERED else pytest.mark.thorough)
-            for kind in (*KINDS, "workers", "handle")
+            for kind in (*KINDS, "workers", "handle", "mirror")
         ],
     )
     def test_faults_of_what_is_read_and_of_the_whole_disk(
@@ -519,3 +547,72 @@ class TargetContract:
         disk.limit()
         fired = [rule.fired for rule in (rot, stale, misdirected, full, read_only)]
         assert fired == [1, 2, 1, 1, 1]
+
+    @pytest.mark.thorough
+    def test_faults_over_zones(self, open_disk: OpenDisk, caplog: pytest.LogCaptureFixture) -> None:
+        disk = open_disk(Zoned(size=4 * ZONE, zone_size=ZONE, conventional=1))
+        calls = zone_operations_of(disk)
+        second = (ZONE + 512, ZONE + 1024)  # only a part of it
+        for operation, call in calls.items():
+            with disk.faults.fail(operation, errno.ENOSPC, range=second) as rule:
+                assert failure_of(call) == errno.ENOSPC, operation
+                assert rule.fired == 1
+            disk.report_zones()  # after an error, the kernel wants to be told of the zone
+            with disk.faults.hang(operation, range=second) as hung:
+                release = threading.Timer(0.1, hung.release)
+                release.start()
+                call()
+                release.join()
+            assert hung.fired == 1, operation
+        with disk.faults.fail("all", range=(2 * ZONE, 3 * ZONE)) as elsewhere:
+            for call in [*calls.values()][:-2]:
+                call()
+            assert elsewhere.fired == 0
+            for call in [*calls.values()][-2:]:
+                assert failure_of(call) == errno.EIO
+        with disk.faults.read_only() as read_only:
+            for operation in ("write", "zone_finish", "zone_reset", "zone_reset_all"):
+                assert failure_of(calls[operation]) == errno.EIO, operation
+            disk.report_zones()
+            calls["read"]()
+        with disk.faults.full() as full:
+            assert failure_of(calls["write"]) == errno.ENOSPC
+            disk.report_zones()
+        assert (read_only.fired, full.fired) == (4, 1)
+        assert caplog.records == []
+
+    @pytest.mark.thorough
+    def test_lies_over_zones(self, open_disk: OpenDisk) -> None:
+        """Clients believe that a zone is written up to some byte, and the disk knows better."""
+        disk = open_disk(Zoned(size=4 * ZONE, zone_size=ZONE, conventional=1))
+
+        def pointer() -> int:
+            return disk.report_zones()[1].pointer - ZONE
+
+        with disk.faults.drop("write", range=(ZONE, 2 * ZONE)) as dropped:
+            disk.pwrite(b"lost" * 1024, ZONE)
+        assert failure_of(disk.pwrite, b"next" * 1024, ZONE + 4096) == errno.EIO
+        assert pointer() == 0
+        with disk.faults.tear("write", sectors=3, range=(ZONE, 2 * ZONE)) as torn:
+            disk.pwrite(b"torn" * 1024, ZONE)
+        assert failure_of(disk.pwrite, b"next" * 1024, ZONE + 4096) == errno.EIO
+        assert pointer() == 1536
+        disk.pwrite(b"next" * 128, ZONE + 1536)
+        assert disk.pread(2560, ZONE) == b"torn" * 384 + b"next" * 128 + bytes(512)
+        with disk.faults.misdirect("write", offset=HALF, range=(ZONE, 2 * ZONE)) as misdirected:
+            disk.pwrite(b"lost" * 128, ZONE + 2048)
+        assert disk.pread(512, HALF) == b"lost" * 128
+        assert pointer() == 2048
+        with disk.faults.misdirect("read", offset=HALF, range=(ZONE, 2 * ZONE)) as elsewhere:
+            assert disk.pread(512, ZONE) == b"lost" * 128
+        disk.manage_zone(Op.ZONE_RESET, ZONE)
+        with disk.faults.drop("write", range=(ZONE, 2 * ZONE), times=1):
+            disk.pwrite(b"lost" * 128, ZONE)
+        disk.manage_zone(Op.ZONE_RESET, ZONE)
+        disk.pwrite(b"well" * 128, ZONE)
+        assert disk.report_zones()[1].state is ZoneState.IMPLICITLY_OPEN
+        fired = [rule.fired for rule in (dropped, torn, misdirected, elsewhere)]
+        assert fired == [1] * 4
+        for action in (disk.faults.rot, disk.faults.stale):
+            with pytest.raises(ValueError, match="never passes through the server of Zoned"):
+                action("read")

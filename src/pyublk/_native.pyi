@@ -339,7 +339,7 @@ class Gate:
         """Lets go of what a rule holds now, or all of them."""
     def suspend(self, suspended: bool) -> None:
         """No rule applies, and nothing is held, until this is taken back."""
-    def set_size(self, size: int) -> None:
+    def set_size(self, size: int, zone_size: int = 0) -> None:
         """Bytes of the disk."""
 
 @disjoint_base

@@ -225,7 +225,7 @@ cdef extern from "_core/gate.h" nogil:
     void pu_rules_destroy(pu_rules *)
     int pu_rules_exchange(pu_rules *, pu_rule **, uint32_t)
     void pu_rules_release(pu_rules *, pu_rule *)
-    void pu_rules_set_size(pu_rules *, uint64_t)
+    void pu_rules_set_size(pu_rules *, uint64_t, uint64_t)
     void pu_rules_open(pu_rules *, bint)
     int64_t pu_gate_due(const pu_queue *)
     uint32_t pu_gate_kept(const pu_queue *)

@@ -123,5 +123,5 @@ cdef class Gate:
         with nogil:
             pu_rules_open(&self.rules, suspended)
 
-    def set_size(self, uint64_t size):
-        pu_rules_set_size(&self.rules, size)
+    def set_size(self, uint64_t size, uint64_t zone_size=0):
+        pu_rules_set_size(&self.rules, size, zone_size)

@@ -138,7 +138,7 @@ class Session:
         is called once, when one has failed, by it.
         """
         assert self.profile is not None
-        self._faults.serve(self.profile.size, path_of(info.flags).path)
+        self._faults.serve(self.profile, path_of(info.flags).path)
         self._faults.suspend(False)
         self._tell_failure = failed
         self._severed = False

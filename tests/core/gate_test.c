@@ -187,7 +187,7 @@ static void changed_requests_are_answered_as_the_kernel_has_them(void)
 	spec.times = 0;
 	all[2] = pu_rule_new(&spec);
 	pu_rules_init(&rules);
-	pu_rules_set_size(&rules, (1 << 20) + 1024);
+	pu_rules_set_size(&rules, (1 << 20) + 1024, 0);
 	open_queue(&q, &rules, 0);
 	CHECK_EQUAL(pu_rules_exchange(&rules, all, 3), 0);
 	for (uint16_t tag = 0; tag < 3; tag++)

@@ -8,13 +8,16 @@ from typing import Any, ClassVar
 import pytest
 from blocks import Blocks
 from conftest import Serve
+from zones import manage, report
 
 import pyublk
 from pyublk.stats import DeviceStats
+from pyublk.uapi import Op
+from pyublk.zones import Zone
 
 pytest.register_assert_rewrite("target_contract")
 
-from target_contract import TargetContract, target  # noqa: E402
+from target_contract import ZONE, TargetContract, target  # noqa: E402
 
 __all__ = ["target"]  # a fixture
 
@@ -49,6 +52,12 @@ class Opened:
         while done < len(data):
             done += self._client.write(data[done:], offset + done)
         return done
+
+    def report_zones(self) -> list[Zone]:
+        return report(self._client, self.size // ZONE)
+
+    def manage_zone(self, op: Op, offset: int = 0) -> None:
+        manage(self._client, op, offset, self.size if op is Op.ZONE_RESET_ALL else ZONE)
 
 
 class TestARealDisk(TargetContract):

@@ -6,9 +6,7 @@ kernel (`tests/unit/test_zoned.py`), and with one by btrfs, where that is to be 
 """
 
 import errno
-import fcntl
 import os
-import struct
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -20,19 +18,15 @@ from conftest import Serve
 from filesystems import mounted
 from fio import verified
 from needs import Module, Program, needs
+from zones import manage, report
 
 import pyublk
 from pyublk.targets import Zoned
 from pyublk.uapi import Feature, Op
-from pyublk.zones import REPORT_BYTES, Zone, ZoneKind, ZoneState
+from pyublk.zones import ZoneKind, ZoneState
 
 MIB = 1 << 20
 ZONE = 4 * MIB
-BLKREPORTZONE = 0xC0101282
-BLKRESETZONE = 0x40101283
-BLKOPENZONE = 0x40101286
-BLKCLOSEZONE = 0x40101287
-BLKFINISHZONE = 0x40101288
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -59,21 +53,6 @@ class Counted(Zoned):
 
 def setting(disk: pyublk.Device, name: str) -> str:
     return Path(f"/sys/block/{Path(disk.path).name}/queue/{name}").read_text().strip()
-
-
-def report(client: Blocks, count: int, offset: int = 0) -> list[Zone]:
-    assert count <= 15, "Python keeps the GIL in an ioctl on more than 1 KiB: nobody would serve"
-    answer = bytearray(struct.pack("QII", offset // 512, count, 0) + bytes(count * REPORT_BYTES))
-    fcntl.ioctl(client.fd, BLKREPORTZONE, answer)
-    _, found, _ = struct.unpack_from("QII", answer)
-    return [
-        Zone.unpack(answer[at : at + REPORT_BYTES])
-        for at in range(16, 16 + found * REPORT_BYTES, REPORT_BYTES)
-    ]
-
-
-def manage(client: Blocks, request: int, offset: int, length: int = ZONE) -> None:
-    fcntl.ioctl(client.fd, request, struct.pack("QQ", offset // 512, length // 512))
 
 
 def state(client: Blocks, offset: int) -> ZoneState:
@@ -123,21 +102,21 @@ def test_zones_are_managed(serve: Serve, batch: bool | None) -> None:
     target = Counted()
     disk = serve(target, batch=batch)
     with Blocks(disk.path) as client:
-        manage(client, BLKOPENZONE, 0)
+        manage(client, Op.ZONE_OPEN, 0, ZONE)
         assert state(client, 0) is ZoneState.OPEN
         client.write(os.urandom(4096), 0)
-        manage(client, BLKCLOSEZONE, 0)
+        manage(client, Op.ZONE_CLOSE, 0, ZONE)
         assert state(client, 0) is ZoneState.CLOSED
-        manage(client, BLKFINISHZONE, 0)
+        manage(client, Op.ZONE_FINISH, 0, ZONE)
         assert state(client, 0) is ZoneState.FULL
         with pytest.raises(OSError, match="Input/output error"):
             client.write(bytes(4096), 4096)
         client.write(b"x" * 4096, ZONE)
-        manage(client, BLKRESETZONE, 0)
+        manage(client, Op.ZONE_RESET, 0, ZONE)
         assert state(client, 0) is ZoneState.EMPTY
         assert client.read(4096, 0) == bytes(4096)
         assert client.read(4096, ZONE) == b"x" * 4096
-        manage(client, BLKRESETZONE, 0, 8 * ZONE)
+        manage(client, Op.ZONE_RESET_ALL, 0, 8 * ZONE)
         assert {zone.state for zone in report(client, 8)} == {ZoneState.EMPTY}
         assert client.read(4096, ZONE) == bytes(4096)
         client.write(b"y" * 4096, 0)
@@ -150,18 +129,18 @@ def test_limits_reach_the_client(serve: Serve) -> None:
     disk = serve(Counted(max_open=2, max_active=3))
     with Blocks(disk.path) as client:
         for n in range(2):
-            manage(client, BLKOPENZONE, n * ZONE)
+            manage(client, Op.ZONE_OPEN, n * ZONE, ZONE)
         with pytest.raises(OSError) as caught:  # noqa: PT011
-            manage(client, BLKOPENZONE, 2 * ZONE)
+            manage(client, Op.ZONE_OPEN, 2 * ZONE, ZONE)
         assert caught.value.errno == errno.ETOOMANYREFS
         for n in range(2):
             client.write(bytes(4096), n * ZONE)
-            manage(client, BLKCLOSEZONE, n * ZONE)
+            manage(client, Op.ZONE_CLOSE, n * ZONE, ZONE)
         client.write(bytes(4096), 2 * ZONE)
         with pytest.raises(OSError) as caught:  # noqa: PT011
             client.write(bytes(4096), 3 * ZONE)
         assert caught.value.errno == errno.EOVERFLOW
-        manage(client, BLKFINISHZONE, 0)
+        manage(client, Op.ZONE_FINISH, 0, ZONE)
         # After a failed write the kernel takes no other before it was told of the zone again.
         assert state(client, 3 * ZONE) is ZoneState.EMPTY
         client.write(bytes(4096), 3 * ZONE)

@@ -296,6 +296,24 @@ static void obey(struct pu_gate *gate, uint16_t tag, struct pu_rule *rule)
 	}
 }
 
+/* The bytes from its offset on that a request is about: one of zones names them without any data. */
+static uint64_t bytes_of(const struct pu_rules *rules, const struct pu_desc *desc)
+{
+	switch (desc->op_flags & 0xff) {
+	case PU_OP_ZONE_OPEN:
+	case PU_OP_ZONE_CLOSE:
+	case PU_OP_ZONE_FINISH:
+	case PU_OP_ZONE_RESET:
+		return __atomic_load_n(&rules->zone_size, __ATOMIC_RELAXED);
+	case PU_OP_ZONE_RESET_ALL:
+		return __atomic_load_n(&rules->size, __ATOMIC_RELAXED);
+	case PU_OP_REPORT_ZONES: /* so many zones, in the place of sectors */
+		return __atomic_load_n(&rules->zone_size, __ATOMIC_RELAXED) * desc->nr_sectors;
+	default:
+		return (uint64_t)desc->nr_sectors << PU_SECTOR_SHIFT;
+	}
+}
+
 int32_t pu_gate_arrive(struct pu_queue *q, uint16_t tag)
 {
 	struct pu_gate *gate = q->gate;
@@ -305,6 +323,7 @@ int32_t pu_gate_arrive(struct pu_queue *q, uint16_t tag)
 	uint32_t op = desc->op_flags % PU_OP_COUNT;
 	uint64_t offset = pu_desc_offset(desc);
 	uint64_t length = (uint64_t)desc->nr_sectors << PU_SECTOR_SHIFT;
+	uint64_t about = bytes_of(gate->rules, desc);
 	int64_t now_ns = pu_now_ns();
 	struct pu_kept *kept;
 	int error = prepare(q, set);
@@ -327,7 +346,8 @@ int32_t pu_gate_arrive(struct pu_queue *q, uint16_t tag)
 
 		if (rule->past)
 			join_past(gate, tag, rule);
-		if (!pu_rule_fires(rule, op, offset, length, now_ns, &kept->due_ns))
+		if (!pu_rule_covers(rule, offset, about) ||
+		    !pu_rule_fires(rule, op, offset, length, now_ns, &kept->due_ns))
 			continue;
 		obey(gate, tag, rule);
 		if (rule->spec.action >= PU_ACT_FAIL)

@@ -78,7 +78,6 @@ bool pu_rule_covers(const struct pu_rule *rule, uint64_t offset, uint64_t length
 {
 	const struct pu_rule_spec *spec = &rule->spec;
 
-	/* What has no bytes, a flush, is of no range. */
 	return !spec->end || (length && offset < spec->end && offset + length > spec->begin);
 }
 
@@ -137,7 +136,7 @@ bool pu_rule_fires(struct pu_rule *rule, uint32_t op, uint64_t offset, uint64_t 
 	const struct pu_rule_spec *spec = &rule->spec;
 	bool fires, follows;
 
-	if (!(spec->ops >> op & 1) || !pu_rule_covers(rule, offset, length))
+	if (!(spec->ops >> op & 1))
 		return false;
 	if (spec->when && !spec->when(spec->context, op, offset, length))
 		return false;

@@ -111,7 +111,8 @@ void pu_rules_open(struct pu_rules *rules, bool open)
 	pthread_mutex_unlock(&rules->lock);
 }
 
-void pu_rules_set_size(struct pu_rules *rules, uint64_t size)
+void pu_rules_set_size(struct pu_rules *rules, uint64_t size, uint64_t zone_size)
 {
+	__atomic_store_n(&rules->zone_size, zone_size, __ATOMIC_RELAXED);
 	__atomic_store_n(&rules->size, size, __ATOMIC_RELAXED);
 }

@@ -27,6 +27,7 @@ struct pu_rules {
 	struct pu_gate *gates; /* of its queues */
 	uint64_t changes; /* atomic */
 	uint64_t size;	/* atomic: bytes of the disk; 0: not known yet */
+	uint64_t zone_size; /* atomic: of each zone; 0: there are none */
 	bool open;	/* atomic: no rule applies for now, and nothing is kept */
 };
 
@@ -36,8 +37,8 @@ void pu_rules_destroy(struct pu_rules *rules); /* with no queue */
 int pu_rules_exchange(struct pu_rules *rules, struct pu_rule *const *now, uint32_t count);
 /* Lets go of what a rule keeps, or (NULL) all of them. [any thread] */
 void pu_rules_release(struct pu_rules *rules, struct pu_rule *rule);
-/* Bytes of the disk. [any thread] */
-void pu_rules_set_size(struct pu_rules *rules, uint64_t size);
+/* Bytes of the disk, and of each of its zones (0: it has none). [any thread] */
+void pu_rules_set_size(struct pu_rules *rules, uint64_t size, uint64_t zone_size);
 /* Whether the gate stands open: every rule is suspended, and what is kept goes on. [any thread] */
 void pu_rules_open(struct pu_rules *rules, bool open);
 

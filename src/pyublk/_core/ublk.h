@@ -14,7 +14,12 @@ enum {
 	PU_OP_FLUSH = 2,
 	PU_OP_DISCARD = 3,
 	PU_OP_WRITE_ZEROES = 5,
+	PU_OP_ZONE_OPEN = 10,
+	PU_OP_ZONE_CLOSE = 11,
+	PU_OP_ZONE_FINISH = 12,
 	PU_OP_ZONE_APPEND = 13,
+	PU_OP_ZONE_RESET_ALL = 14,
+	PU_OP_ZONE_RESET = 15,
 	PU_OP_REPORT_ZONES = 18,
 	PU_OP_COUNT = 32, /* size of tables indexed by operation */
 };

@@ -27,6 +27,7 @@ from pyublk.faults.filters import (
 from pyublk.faults.profiles import load
 from pyublk.faults.texts import parse, rule_text, split
 from pyublk.paths import DataPath
+from pyublk.profile import Profile
 from pyublk.target import Target
 from pyublk.uapi import SECTOR_SIZE
 
@@ -49,7 +50,7 @@ ONLY_FOR = {
 #: Whose answers are changed, so that the data must pass through the server.
 CHANGES_DATA = ("rot", "stale")
 #: Data paths on which it does.
-COPYING = (DataPath.COPY, DataPath.GET_DATA)
+COPYING = frozenset({DataPath.COPY, DataPath.GET_DATA})
 
 
 class Rule:
@@ -131,6 +132,7 @@ class Faults:
         #: The last rules that were removed: a report tells what they have done.
         self.removed: deque[Rule] = deque(maxlen=REMEMBERED)
         self._path: DataPath | None = None  # once it is served
+        self._zone_size = 0
         #: What the disk's `limit` has set, if anything.
         self.disk_limit: Rule | None = None
 
@@ -256,9 +258,10 @@ class Faults:
         return self.fail(self._taken("write", "write_zeroes", "zone_append"), errno.ENOSPC, **only)
 
     def read_only(self, **only: Unpack[FaultFilter]) -> Rule:
-        """The disk takes no more writes, as flash at the end of its life: they fail with EROFS,
-        for which the kernel tells clients EIO."""
-        writing = self._taken("write", "write_zeroes", "discard", "zone_append")
+        """The disk takes no more writes, as flash at the end of its life: they, discards, and what
+        finishes or resets zones fail with EROFS, for which the kernel tells clients EIO."""
+        zones = ("zone_append", "zone_finish", "zone_reset", "zone_reset_all")
+        writing = self._taken("write", "write_zeroes", "discard", *zones)
         return self.fail(writing, errno.EROFS, **only)
 
     def drop(self, operations: Operations, **only: Unpack[FaultFilter]) -> Rule:
@@ -351,6 +354,13 @@ class Faults:
             if name not in allowed:
                 raise ValueError(f"{action} is for {', '.join(allowed)}, not for {name!r}")
         check_happens(names, self.target)
+        if action in CHANGES_DATA and COPYING.isdisjoint(self.target.paths):
+            raise ValueError(
+                f"{action} changes data on its way, which never passes through the server of "
+                f"{type(self.target).__name__}: its data path is {self.target.paths[0]}"
+            )
+        if names == ("flush",) and only.get("range") is not None:
+            raise ValueError("a flush is of no range: leave the range out")
         filtered = checked_filter(only)
         ops = sum(1 << OPERATIONS[name] for name in names)
         text = rule_text(action, ALL if is_all(operations) else "+".join(names), said, only)
@@ -396,17 +406,18 @@ class Faults:
         needs_copy = any(rule.action in CHANGES_DATA for rule in self)
         return DataPath.COPY if needs_copy and asked == "auto" else asked
 
-    def serve(self, size: int, path: DataPath = DataPath.COPY) -> None:
-        """The disk has so many bytes, and this data path, from now on. Raises ValueError for a
+    def serve(self, profile: Profile, path: DataPath = DataPath.COPY) -> None:
+        """The disk is like this, and has this data path, from now on. Raises ValueError for a
         rule that cannot be followed on it."""
         with self._lock:
             _check_path(self._rules, path)
             self._path = path
-        self.resize(size)
+        self._zone_size = profile.zones.zone_size if profile.zones is not None else 0
+        self.resize(profile.size)
 
     def resize(self, size: int) -> None:
         """The disk has so many bytes from now on."""
-        self._gate.set_size(size)
+        self._gate.set_size(size, self._zone_size)
 
     def suspend(self, suspended: bool) -> None:
         """No rule applies, and nothing is held, until this is taken back."""

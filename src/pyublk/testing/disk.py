@@ -115,8 +115,9 @@ class Disk(WithFaults):
         try:
             await engine.call(self.target.open)
             self._opened = True
-            params = self.target.profile().params(self._max_io_size)
-            self._faults.serve(params.basic.size)
+            profile = self.target.profile()
+            params = profile.params(self._max_io_size)
+            self._faults.serve(profile)
             self._queue = engine.loopback(
                 depth=self._depth, buffer_size=self._max_io_size, gate=self._faults.gate
             )
