@@ -143,7 +143,11 @@ def test_a_test_that_needs_ublk_is_skipped_without(pytester: pytest.Pytester) ->
     [
         ("'NOTHING'", "ublk has no feature 'NOTHING'; it has *ZONED*"),
         ("kernel='new'", "kernel='new' is no release: write '6.16', for example"),
-        ("tool='fio'", "ublk() got an unexpected keyword argument 'tool'"),
+        (
+            "tool='fio'",
+            "ublk() got an unexpected keyword argument 'tool'; "
+            "it is ublk([*]features, kernel=None, tools=(), root=True)",
+        ),
         ("3", "ublk has no feature 3; *"),
     ],
 )

@@ -30,6 +30,9 @@ def needs_of(item: pytest.Item) -> list[needs.Need]:
         return needs.of_marks(item.iter_markers("ublk"))
     except (TypeError, ValueError) as error:
         reason = str(error).replace("_of_mark()", "ublk()")
+        if isinstance(error, TypeError):
+            signature, _, _ = needs.MARKER.partition(": ")
+            reason += f"; it is {signature}"
         raise pytest.UsageError(f"{item.nodeid}: pytest.mark.ublk: {reason}") from None
 
 
