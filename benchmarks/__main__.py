@@ -71,6 +71,7 @@ def _plot(results: Results, directory: Path, console: Console) -> None:
     "--runtime", type=click.FloatRange(0.1), help="Seconds of each run (10; 0.5 when counting)."
 )
 @click.option("--queues", type=click.IntRange(1), default=1, help="Queues, and fio processes (1).")
+@click.option("--busy", is_flag=True, help="Have another program want a processor all the time.")
 @click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
@@ -87,6 +88,7 @@ def main(
     repeats: int,
     runtime: float | None,
     queues: int,
+    busy: bool,
     output: Path,
 ) -> None:
     """Measure ublk servers and their peers in one boot: table, JSON, plot.
@@ -110,6 +112,7 @@ def main(
         ramp=0.1 if count_instructions else 1.0,
         queues=queues,
         before=before,
+        busy=busy,
     )
     try:
         if count_instructions:

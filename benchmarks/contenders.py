@@ -246,7 +246,7 @@ def _pyublk(
     batch: bool | None = None,
     on: str = "",
     name: str = "",
-    kernels_choices: bool = False,
+    kernels_choices: tuple[str, ...] = (),
     before: bool = False,
     traced: bool = False,
 ) -> Disk:
@@ -259,11 +259,11 @@ def _pyublk(
     line += ["--path", path]
     if batch is not None:
         line += ["--batch" if batch else "--no-batch"]
-    if kernels_choices:
-        line += ["--kernels-choices"]
+    for choice in kernels_choices:
+        line += ["--kernels-choice", choice]
     if traced:
         line += ["--trace", str(setting.directory / f"trace-{target}")]
-    name = f"pyublk-{name or target}-{path}-{batch}-{kernels_choices}-{before}"
+    name = f"pyublk-{name or target}-{path}-{batch}-{'-'.join(kernels_choices)}-{before}"
     for file in _files(setting, name, files) if not on else [on]:
         line += ["--file", file]
     home = setting.before if before else _ROOT
@@ -413,13 +413,23 @@ def _all() -> list[Contender]:
         },
         **{
             f"pyublk-{name}-kernels-choices": partial(
-                _pyublk, target=target, path=path, batch=batch, kernels_choices=True
+                _pyublk,
+                target=target,
+                path=path,
+                batch=batch,
+                kernels_choices=("scheduler", "preempt"),
             )
             for name, target, (path, batch) in (
                 ("null", "null", ("auto", None)),
                 *((f"null-{mode}", "null", MODES[mode]) for mode in ("copy", "batch")),
                 *((name, name, ("auto", None)) for name in ("handle", "handle-fields")),
             )
+        },
+        **{
+            f"pyublk-null-kernels-{choice}": partial(
+                _pyublk, target="null", kernels_choices=(choice,)
+            )
+            for choice in ("scheduler", "preempt")
         },
     }
     files: dict[str, Start] = {

@@ -9,10 +9,11 @@ import datetime
 import os
 import platform
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -106,6 +107,15 @@ def _warm_up(directory: Path) -> None:
     file.unlink()
 
 
+@contextmanager
+def _busy() -> Iterator[None]:
+    with subprocess.Popen(["sh", "-c", "while :; do :; done"]) as loop:
+        try:
+            yield
+        finally:
+            loop.kill()
+
+
 def _processor() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -154,6 +164,8 @@ def carry_out(plan: Plan, *, counting: bool) -> Iterator[Results]:
         disks, missing = _start(
             plan, Setting(plan.queues, Path(directory), plan.kublk, plan.before), stack
         )
+        if plan.busy:
+            stack.enter_context(_busy())
         results = Results(
             date=datetime.date.today().isoformat(),
             kernel=platform.release(),

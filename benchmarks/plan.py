@@ -20,6 +20,7 @@ class Plan:
         queues: hardware queues of each disk, and fio processes on it.
         kublk: path of the kublk program, or None when it does not take part.
         before: another checkout, built in place, or None when none takes part.
+        busy: whether another program wants a processor all the time.
     """
 
     contenders: tuple[str, ...]
@@ -30,6 +31,7 @@ class Plan:
     queues: int = 1
     kublk: str | None = None
     before: str | None = None
+    busy: bool = False
 
     @classmethod
     def from_json(cls, text: str) -> Self:

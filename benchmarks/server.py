@@ -55,7 +55,9 @@ def main() -> None:
     parser.add_argument("--file", action="append", type=Path, default=[])
     parser.add_argument("--path", default="auto")
     parser.add_argument("--batch", action=argparse.BooleanOptionalAction)
-    parser.add_argument("--kernels-choices", action="store_true")
+    parser.add_argument(
+        "--kernels-choice", action="append", choices=["scheduler", "preempt"], default=[]
+    )
     parser.add_argument("--trace")
     options = parser.parse_args()
     target = TARGETS[options.target](options.size, options.file)
@@ -68,8 +70,8 @@ def main() -> None:
                 max_io_size=options.max_io_size,
                 path=options.path,
                 batch=options.batch,
-                preempt=options.kernels_choices,
-                io_scheduler=None if options.kernels_choices else "auto",
+                preempt="preempt" in options.kernels_choice,
+                io_scheduler=None if "scheduler" in options.kernels_choice else "auto",
             )
         )
         if options.trace:
