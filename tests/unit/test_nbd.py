@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import nbd_server
 import pytest
@@ -673,6 +674,16 @@ def test_certificates_that_are_not_there_are_told(
     with pytest.raises(
         FileNotFoundError, match=r"there is no file .*ca-cert.pem: it must be a file"
     ):
+        Disk(nbd).open()
+
+
+@pytest.mark.parametrize("name", ["tls_certificates", "tls_psk"])
+def test_a_file_may_be_named_by_text(
+    name: str, server: FakeServer, path: Path, tmp_path: Path
+) -> None:
+    options: Any = {name: str(tmp_path / "nothing")}
+    nbd = Nbd(f"nbds+unix:///?socket={path}", **options)
+    with pytest.raises(FileNotFoundError, match=f"{name}: there is no file"):
         Disk(nbd).open()
 
 

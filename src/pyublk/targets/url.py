@@ -91,7 +91,7 @@ class Url(Target):
         self.max_stall = self.retry_for + self._timeout
         self._wanted = etag
         self._header = header
-        self._ca = ca
+        self._ca = None if ca is None else Path(ca)
         self._store: HTTPStore | None = None
         self._etag: str | None = None
         self._modified: datetime | None = None

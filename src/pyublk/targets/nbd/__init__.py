@@ -75,10 +75,12 @@ class Nbd(ConnectedTarget):
         place = parse(uri)
         self.place = replace(place, tls=place.tls or self.tls)
         options = _tls_options(self.place)
-        self._certificates = tls_certificates or options.get("certificates")
+        certificates = tls_certificates or options.get("certificates")
+        self._certificates = Path(certificates) if certificates else None
         self._hostname = tls_hostname or options.get("hostname") or self.place.host or "localhost"
         self._verify = tls_verify and options.get("verify", True)
-        self._keys: Path | None = tls_psk or options.get("keys")
+        keys = tls_psk or options.get("keys")
+        self._keys = Path(keys) if keys else None
         self._user: str | None = tls_username or options.get("user")
         if self._keys is not None and self._certificates is not None:
             raise ValueError("tls_psk and tls_certificates are two ways: give one of them")
