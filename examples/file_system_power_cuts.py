@@ -5,8 +5,8 @@
     pyublk vm -- python3 examples/file_system_power_cuts.py --limit 200 ext4
 
 It needs root, e2fsprogs and xfsprogs. A program replaces a settings file again and again. After
-each cut the file system's own tool must find no fault, and the file must have the settings that
-were saved last, or the next ones. The program that forgets to fsync must be caught, in both.
+each cut the file must have the settings that were saved last, or the next ones, and the file
+system's own tool must find no fault. The program that forgets to fsync must be caught, in both.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def record(file_system: str, save: Save, directory: Path) -> PowerCut:
 
 
 def check(crash: Crash) -> None:
-    """The file system is mounted, and checked by its own tool on the way; then the file is read."""
+    """The file is read; then the file system is unmounted, and checked by its own tool."""
     saved = sum(crash.reached(f"saved {number}") for number in range(1, VERSIONS + 1))
     with crash.mounted() as mounted:
         found = (mounted / "settings").read_bytes()
@@ -112,7 +112,7 @@ def run(file_system: str, save: Save, limit: int) -> str | None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("file_systems", nargs="*", choices=[[], *MAKE], metavar="ext4|xfs")
-    parser.add_argument("--limit", type=int, default=4, help="states of each program")
+    parser.add_argument("--limit", type=int, default=3, help="states of each program")
     chosen = parser.parse_args()
     wrong = 0
     for file_system in chosen.file_systems or MAKE:

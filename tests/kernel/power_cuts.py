@@ -9,7 +9,7 @@ import runpy
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from servers import until
 
 import pyublk
 from pyublk.targets import File, IntegrityFile, Linear, Mirror, Slice, Stripe, Zoned
-from pyublk.testing import Crash, Disk, PowerCut, PowerCutFailed, ZonedPowerCut
+from pyublk.testing import CheckFailed, Crash, Disk, PowerCut, PowerCutFailed, ZonedPowerCut
 from pyublk.testing.file_systems import run
 from pyublk.uapi import Feature
 
@@ -243,6 +243,41 @@ def write_durably(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+# ---- file systems that are broken ----
+
+
+def a_crash(folder: Path, *, broken: bool) -> Crash:
+    """An ext4 as it was made, or with a wrong count that only e2fsck looks at."""
+    image = folder / "disk.img"
+    with image.open("wb") as file:
+        file.truncate(8 << 20)
+    run(["mkfs.ext4", "-q", "-F", "-J", "size=1", "-b", "1024", image])
+    if broken:
+        run(["debugfs", "-w", "-R", "set_inode_field <11> links_count 7", image])
+    cut = PowerCut(File(image))
+    with Disk(cut):
+        return cut.cut()
+
+
+def test_a_broken_file_system_is_told_whatever_else_fails(tmp_path: Path) -> None:
+    crash = a_crash(tmp_path, broken=True)
+    with pytest.raises(CheckFailed, match="e2fsck -f -n"), crash.mounted():
+        pass
+    both = r"e2fsck -f -n[\s\S]*on this file system, the check failed: KeyError: 'lost'"
+    with pytest.raises(CheckFailed, match=both), crash.mounted():
+        raise KeyError("lost")
+
+
+def test_what_fails_on_a_sound_file_system_is_told_as_it_is(tmp_path: Path) -> None:
+    crash = a_crash(tmp_path, broken=False)
+    with pytest.raises(KeyError, match="lost"), crash.mounted():
+        raise KeyError("lost")
+    with ExitStack() as kept:
+        with pytest.raises(KeyError, match="busy"), crash.mounted() as place:
+            raise KeyError("busy", kept.enter_context((place / "kept").open("w")))
+        assert not place.exists()
 
 
 # ---- the examples ----

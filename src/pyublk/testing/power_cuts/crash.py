@@ -118,11 +118,12 @@ class Crash:
     def mounted(
         self, file_system: str | None = None, *, options: str = ""
     ) -> AbstractContextManager[Path]:
-        """The disk as a device of the kernel, its file system checked and mounted: ``with
+        """The disk as a device of the kernel, its file system mounted and checked: ``with
         crash.mounted() as path``. Needs root.
 
-        ext4, xfs and btrfs are mounted, which replays their journal, unmounted, and checked: their
-        own tool must find nothing. vfat has no journal: its tool repairs it, and must be able to.
+        ext4, xfs and btrfs are mounted, which replays their journal; at the end of the block they
+        are unmounted, and their own tool must find nothing, also when the block has failed. vfat
+        has no journal: its tool repairs it first, and must be able to.
 
         Args:
             file_system: "ext4", "xfs", "btrfs" or "vfat"; by default, the one that is there.

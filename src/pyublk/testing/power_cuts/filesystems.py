@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""File systems after a power cut: mounted, and checked by their own tools on the way."""
+"""File systems after a power cut: mounted, and checked by their own tools."""
 
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from pyublk.device import Device
@@ -30,30 +31,45 @@ def file_system_of(target: Target) -> str:
 
 
 @contextmanager
-def _mount(device: str, place: Path, kind: str, options: str) -> Iterator[None]:
-    mount(kind, device, place, KINDS[kind].options, options)
-    try:
-        yield
-    except BaseException:
-        subprocess.run(["umount", "--lazy", place], timeout=TIMEOUT, check=False)
-        raise
-    run(["umount", place])
-
-
-@contextmanager
 def mounted(target: Target, file_system: str | None, options: str = "") -> Iterator[Path]:
-    """The target as a device, its file system checked and mounted; see `Crash.mounted`."""
+    """The target as a device, its file system mounted and checked; see `Crash.mounted`."""
     kind = file_system or file_system_of(target)
-    checked = kind_named(kind)
+    known = kind_named(kind)
     with Device(target) as device, tempfile.TemporaryDirectory(prefix="pyublk-") as directory:
         place = Path(directory, "mnt")
         place.mkdir()
-        if checked.replays:
-            with _mount(device.path, place, kind, options):
-                pass
-        run([*checked.check, device.path], checked.passed)
-        with _mount(device.path, place, kind, options):
+        check = partial(run, [*known.check, device.path], known.passed)
+        if not known.replays:
+            check()
+        mount(kind, device.path, place, known.options, options)
+        try:
             yield place
+        except BaseException as error:
+            if _unmounted(place) and known.replays and isinstance(error, Exception):
+                _check_after(error, check)
+            raise
+        run(["umount", place])
+        if known.replays:
+            check()
+
+
+def _unmounted(place: Path) -> bool:
+    """Unmounts it; returns whether it is gone, and not only out of sight."""
+    for lazy in ((), ("--lazy",)):
+        command = ["umount", *lazy, place]
+        done = subprocess.run(command, capture_output=True, timeout=TIMEOUT, check=False)
+        if done.returncode == 0:
+            return not lazy
+    return False
+
+
+def _check_after(error: Exception, check: Callable[[], object]) -> None:
+    """What its tool finds may be why something has failed on the file system."""
+    try:
+        check()
+    except CheckFailed as found:
+        said = f"{type(error).__name__}: {error}"
+        raise CheckFailed(f"{found}\non this file system, the check failed: {said}") from error
 
 
 @contextmanager
