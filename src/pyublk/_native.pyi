@@ -19,6 +19,7 @@ __all__ = [
     "CharDevice",
     "ConnectedQueue",
     "Dispatcher",
+    "FileMemory",
     "Gate",
     "GateRule",
     "Handlers",
@@ -741,6 +742,17 @@ class Mapper:
     """
 
     def __init__(self, target: object, report: Callable[[object, IO], int]) -> None: ...
+
+@final
+class FileMemory(Buffer):
+    """A part of a file in memory, which changes the file; the mapping keeps that, and takes no
+    descriptor, as mmap.mmap does before Python 3.13. `offset` is a page's start.
+
+    Raises OSError when it cannot be mapped.
+    """
+
+    def __init__(self, fd: int, length: int, *, offset: int = 0) -> None: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
 
 @disjoint_base
 class PresenceLayout(Layout):

@@ -57,6 +57,7 @@ __all__ = [
     "CharDevice",
     "ConnectedQueue",
     "Dispatcher",
+    "FileMemory",
     "Gate",
     "GateRule",
     "Handlers",

@@ -64,6 +64,39 @@ cdef extern from "_core/present.h" nogil:
     bint pu_present_take_wake(pu_mapped *)
 
 
+cdef extern from "sys/mman.h" nogil:
+    int PROT_READ
+    int PROT_WRITE
+    int MAP_SHARED
+    void *MAP_FAILED
+
+    void *mmap(void *, size_t, int, int, int, uint64_t)
+    int munmap(void *, size_t)
+
+
+cdef class FileMemory:
+    """A part of a file, in memory. The mapping keeps the file, and takes no descriptor."""
+
+    cdef void *bytes
+    cdef size_t length
+
+    def __init__(self, int fd, size_t length, *, uint64_t offset=0):
+        if self.bytes != NULL:
+            raise RuntimeError("this memory is mapped already")
+        found = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, offset)
+        if found == MAP_FAILED:
+            raise OSError(errno, os.strerror(errno))
+        self.bytes = found
+        self.length = length
+
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        PyBuffer_FillInfo(buffer, self, self.bytes, self.length, False, flags)
+
+    def __dealloc__(self):
+        if self.bytes != NULL:
+            munmap(self.bytes, self.length)
+
+
 cdef class PresenceLayout(Layout):
     """Blocks are in the first file where their bit is set, else below: in the other files, as
     `below` has it, or nowhere, then they are asked for."""

@@ -69,7 +69,31 @@ class _Kept:
 
 
 _kept: dict[int, _Kept] = {}  # by descriptor
+#: The descriptors of each file: a process with many disks does not look at all of them.
+_of_file: dict[Identity, list[int]] = {}
 _lock = threading.Lock()
+
+
+def _with(identity: Identity) -> Iterator[tuple[int, _Kept]]:
+    """What is kept of a file, by descriptor."""
+    for fd in _of_file.get(identity, ()):
+        yield fd, _kept[fd]
+
+
+def _add(fd: int, kept: _Kept) -> None:
+    _take(fd)
+    _kept[fd] = kept
+    _of_file.setdefault(kept.identity, []).append(fd)
+
+
+def _take(fd: int) -> _Kept | None:
+    if (kept := _kept.pop(fd, None)) is not None:
+        fds = _of_file[kept.identity]
+        fds.remove(fd)
+        if not fds:
+            del _of_file[kept.identity]
+    return kept
+
 
 #: For whom files are opened now, whom that one is to replace, and whether they may be made.
 _opening: ContextVar[tuple[object, object, bool]] = ContextVar(
@@ -103,7 +127,7 @@ def keep(fd: int, path: Path, ranges: Ranges, *, read_only: bool, succeeds: bool
     wanted = _Kept(path, about(fd).identity, ranges, read_only, owner, succeeds)
     with _lock:
         before = None
-        for number, other in _kept.items():
+        for number, other in _with(wanted.identity):
             if wanted.in_the_way(other):
                 if after is None or not wanted.may_succeed(other, after):
                     raise _in_use(path, other.path, "this process serves it already")
@@ -127,7 +151,7 @@ def keep(fd: int, path: Path, ranges: Ranges, *, read_only: bool, succeeds: bool
                 path,
                 error.strerror,
             )
-        _kept[fd] = wanted
+        _add(fd, wanted)
 
 
 def keep_also(fd: int, first: int, end: int) -> None:
@@ -137,7 +161,7 @@ def keep_also(fd: int, first: int, end: int) -> None:
         if kept is None or end <= first:
             return
         wanted = replace(kept, ranges=[(first, end)])
-        for one, other in _kept.items():
+        for one, other in _with(wanted.identity):
             if one != fd and wanted.in_the_way(other):
                 raise _in_use(kept.path, other.path, "this process serves it already")
         try:
@@ -169,10 +193,10 @@ def let_go(fd: int, *, written_late: bool = False) -> None:
     lock stays.
     """
     with _lock:
-        kept = _kept.pop(fd, None)
-        if kept is None:
+        if (kept := _take(fd)) is None:
             return
-        if not written_late and not any(kept.shares_lock(one) for one in _kept.values()):
+        others = (one for _, one in _with(kept.identity))
+        if not written_late and not any(kept.shares_lock(one) for one in others):
             _unlock(kept.locked_by(fd))
         if kept.inherited is not None:
             os.close(kept.inherited)
@@ -181,8 +205,8 @@ def let_go(fd: int, *, written_late: bool = False) -> None:
 def move(fd: int, to: int) -> None:
     """The same file is open by another descriptor now."""
     with _lock:
-        if (kept := _kept.pop(fd, None)) is not None:
-            _kept[to] = kept
+        if (kept := _take(fd)) is not None:
+            _add(to, kept)
 
 
 def _unlock(fd: int) -> None:

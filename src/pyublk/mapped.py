@@ -215,7 +215,16 @@ class MappedTarget(Target):
             return (DataPath.USER_COPY, DataPath.COPY, DataPath.ZERO_COPY, DataPath.AUTO_BUFFER)
         return (DataPath.AUTO_BUFFER, DataPath.COPY, DataPath.ZERO_COPY, DataPath.USER_COPY)
 
+    def check_closed(self) -> None:
+        """Raises ValueError when it is open: its files would be the disk's twice over."""
+        if self.backing:
+            raise ValueError(
+                f"this {type(self).__name__} of {self.backing[0].path} is served already: each "
+                "disk needs a target of its own"
+            )
+
     def open(self) -> None:
+        self.check_closed()
         try:
             self._open_files()
             self.block_size = max(

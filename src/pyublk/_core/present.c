@@ -4,7 +4,6 @@
 
 #include <errno.h>
 #include <stddef.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 
@@ -42,13 +41,15 @@ struct present_work {
 	struct edge edges[EDGES]; /* if it has some */
 };
 
+/* From the kernel, all of it: what is not used takes no memory, and most disks use little. */
 struct present_queue {
-	struct present_work *works; /* for each tag */
+	size_t bytes; /* with `works` */
 	uint8_t *scratch; /* two blocks for each tag */
 	size_t scratch_bytes;
-	struct pu_wish wishes[MOST_WISHES];
 	uint32_t nr_wishes, nr_told; /* in their order: who reads on is known by it */
 	bool wake;
+	struct pu_wish wishes[MOST_WISHES];
+	struct present_work works[]; /* for each tag */
 };
 
 enum verdict { GO, WAIT, FAIL };
@@ -69,31 +70,35 @@ static void close_queue(struct pu_mapped *m)
 
 	if (!pq)
 		return;
-	for (uint32_t tag = 0; pq->works && tag < m->q->depth; tag++)
+	for (uint32_t tag = 0; tag < m->q->depth; tag++)
 		if (pq->works[tag].waiting)
 			__atomic_fetch_sub(&map_of(m)->waiters, 1, __ATOMIC_SEQ_CST);
 	if (pq->scratch)
 		munmap(pq->scratch, pq->scratch_bytes);
-	free(pq->works);
-	free(pq);
+	munmap(pq, pq->bytes);
 	m->own = NULL;
+}
+
+static void *map_anonymous(size_t bytes)
+{
+	void *map = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
+			 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+	return map == MAP_FAILED ? NULL : map;
 }
 
 static int open_queue(struct pu_mapped *m)
 {
-	struct present_queue *pq = calloc(1, sizeof(*pq));
-	void *scratch;
+	size_t bytes = sizeof(struct present_queue) + m->q->depth * sizeof(struct present_work);
+	struct present_queue *pq = map_anonymous(bytes);
 
 	m->own = pq;
 	if (!pq)
 		return -ENOMEM;
-	pq->works = calloc(m->q->depth, sizeof(*pq->works));
+	pq->bytes = bytes;
 	pq->scratch_bytes = (size_t)m->q->depth * EDGES << map_of(m)->shift;
-	scratch = mmap(NULL, pq->scratch_bytes, PROT_READ | PROT_WRITE,
-		       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-	if (scratch != MAP_FAILED)
-		pq->scratch = scratch;
-	return pq->works && pq->scratch ? 0 : -ENOMEM;
+	pq->scratch = map_anonymous(pq->scratch_bytes);
+	return pq->scratch ? 0 : -ENOMEM;
 }
 
 static uint8_t *scratch_of(const struct pu_mapped *m, uint16_t tag, int edge)

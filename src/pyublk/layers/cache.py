@@ -151,6 +151,7 @@ class Cache(PresenceLayer):
             self._source.target.read_only = True
 
     def open(self) -> None:
+        self.check_closed()
         with ExitStack() as undo:
             self._source.open()
             undo.callback(self._source.close)

@@ -50,8 +50,9 @@ class Identity:
     samples: str = ""
 
     @classmethod
-    def of(cls, target: Target, *, size: int | None = None) -> Self:
-        """That of a target which is open; `size`: of as many bytes from its beginning.
+    def of(cls, target: Target, *, size: int | None = None, below: Below | None = None) -> Self:
+        """That of a target which is open; `size`: of as many bytes from its beginning; `below`: by
+        which it is called already.
 
         Raises OSError when it cannot be read.
         """
@@ -68,6 +69,8 @@ class Identity:
             samples = _sampled(_reader(files[0].fd), size)
         elif target.profile().kind == "async":
             samples = ""  # an event loop would have to read it
+        elif below is not None:
+            samples = _sampled(below.read, size)
         else:
             below = Below(target)
             try:

@@ -11,7 +11,6 @@ that they speak of. So they are believed only in the boot in which they were wri
 """
 
 import json
-import mmap
 import os
 import secrets
 import stat
@@ -22,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
+from pyublk._native import FileMemory
 from pyublk.files import read_into, sync_directory, write_all
 
 HEADER_BYTES = 8192
@@ -244,7 +244,7 @@ def open_map(path: Path, flags: int) -> int:
     return fd
 
 
-def put_map(path: Path, header: Header, bits: bytearray | mmap.mmap, *, mode: int) -> int:
+def put_map(path: Path, header: Header, bits: bytearray, *, mode: int) -> int:
     """Puts a map in its place, durably, as a whole or not at all; a descriptor of it."""
     draft = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
     fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -264,7 +264,7 @@ def put_map(path: Path, header: Header, bits: bytearray | mmap.mmap, *, mode: in
     return fd
 
 
-def _write_sparse(fd: int, bits: bytearray | mmap.mmap, offset: int) -> None:
+def _write_sparse(fd: int, bits: bytearray, offset: int) -> None:
     """Whole pages; those that are all zero stay holes."""
     nothing = bytes(PAGE)
     for at in range(0, len(bits), PAGE):
@@ -300,7 +300,7 @@ def read_live(file: Path, header: Header) -> bytearray | None:
         os.close(fd)
 
 
-def make_live(file: Path, header: Header, bits: bytearray) -> mmap.mmap:
+def make_live(file: Path, header: Header, bits: bytearray) -> FileMemory:
     """Memory with these bits that outlives this process; see `read_live`. Raises OSError."""
     path = MapFile.live_path_of(file)
     draft = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
@@ -311,7 +311,7 @@ def make_live(file: Path, header: Header, bits: bytearray) -> mmap.mmap:
         _write_sparse(fd, bits, PAGE)
         write_all(fd, _live_header(header), 0)
         draft.replace(path)
-        return mmap.mmap(fd, header.map_bytes, offset=PAGE)
+        return FileMemory(fd, header.map_bytes, offset=PAGE)
     except BaseException:
         with suppress(OSError):
             draft.unlink()

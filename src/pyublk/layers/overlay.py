@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pyublk.layers.base import Below
+from pyublk.layers.bases import open_base
 from pyublk.layers.identity import Identity, settle
 from pyublk.layers.mapfile import MapFile
 from pyublk.layers.overlay_record import OverlayRecord
@@ -21,7 +23,8 @@ class Overlay(PresenceLayer):
     is refused.
 
     Args:
-        below: the base.
+        below: the base. Several overlays of a process may lie over one target, which is opened
+            with the first of them and closed with the last.
         file: the overlay.
         size: bytes of the disk when the overlay is made; at least, and by default, those of the
             base. What is beyond the base reads as zeroes.
@@ -64,15 +67,22 @@ class Overlay(PresenceLayer):
             record = OverlayRecord.of(self.metadata, self.file)
             if record.identity is None:
                 settle(self.below)
-                self.set_metadata(record.over(Identity.of(self.below)).metadata())
+                self.set_metadata(record.over(self._identity_below()).metadata())
         except BaseException:
             self.close()
             raise
 
+    def open_below(self, record: dict[str, Any]) -> Below:
+        return super().open_below(record) if self._base is None else open_base(self._base)
+
     def check_metadata(self, metadata: dict[str, Any]) -> None:
         record = OverlayRecord.of(metadata, self.file)
         record.check_whole(self.file)
-        record.check(Identity.of(self.below), self.file)
+        record.check(self._identity_below(), self.file)
+
+    def _identity_below(self) -> Identity:
+        # By the calls that there are: others of its own would end those of overlays beside it.
+        return Identity.of(self.below, below=self._served(self._below))
 
     def why_of_this_size(self) -> str:
         return (

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from pyublk._native import Layout, MappedQueue, PresenceLayout
+from pyublk._native import FileMemory, Layout, MappedQueue, PresenceLayout
 from pyublk.backing import Backing
 from pyublk.deferring import Deferred, Flushes, Threads, errno_of
 from pyublk.files import write_all
@@ -56,12 +56,12 @@ class PresenceLayer(MappedTarget):
     the server is killed; once it is flushed, it outlives the machine. A block shows what is below,
     or what was written, never anything else.
 
-    Subclasses define policies: `fetch`, `widen`, `fetched`, `check_metadata`, `make_below`; with
+    Subclasses define policies: `fetch`, `widen`, `fetched`, `check_metadata`, `open_below`; with
     `gated`, `may_write`; with `writes_through`, `written`; and `sync_metadata`.
 
     Args:
         below: the target to lie over, which is opened and closed with this one, and not written;
-            None if `make_below` makes it.
+            None if `open_below` makes it.
         file: the upper file, sparse and as large as the disk. Its map is beside it, ``FILE.map``.
             Both are made if neither is there.
         granularity: bytes of a block, a power of two from 4096 on; by default that of the map that
@@ -120,9 +120,13 @@ class PresenceLayer(MappedTarget):
 
     # ---- what a policy may say ----
 
-    def make_below(self, record: dict[str, Any]) -> Target:
-        """What lies below, when it was not given: by the metadata, with the file locked."""
-        raise ValueError(f"{type(self).__name__} over nothing: give it a target to lie over")
+    def open_below(self, record: dict[str, Any]) -> Below:
+        """Opens what lies below: by the metadata, with the file locked, when it was not given."""
+        if self._given_below is None:
+            raise ValueError(f"{type(self).__name__} over nothing: give it a target to lie over")
+        opened = Below(self._given_below, blocking=True)
+        opened.open()
+        return opened
 
     def check_metadata(self, metadata: dict[str, Any]) -> None:
         """Raises ValueError when the map is not for this disk; what is below is open."""
@@ -347,6 +351,7 @@ class PresenceLayer(MappedTarget):
     # ---- open and close ----
 
     def open(self) -> None:
+        self.check_closed()
         made: list[Path] = []
         try:
             self._open(made)
@@ -368,10 +373,8 @@ class PresenceLayer(MappedTarget):
             made.append(self.file)
         backing.keep([(0, _ALL)], read_only=self.read_only)  # before its map is looked at
         record = self._metadata if new else MapFile.read_header(self.file).record
-        below = self._given_below or self.make_below(record)
-        opened = Below(below, blocking=True)
-        opened.open()
-        self._below = opened
+        self._below = self.open_below(record)
+        below = self._below.target
         found = self._make_map(below, made) if new else MapFile.read_durable(self.file)
         self._check(below, found.header)
         self.check_metadata(found.header.record)
@@ -462,6 +465,7 @@ class PresenceLayer(MappedTarget):
         self._durable = DurableMap(self.file, self.upper_fd, header, read_only=self.read_only)
         live = read_live(self.file, header)
         now = durable.bits if live is None else live
+        bits: FileMemory | mmap.mmap
         if self.read_only:
             bits = mmap.mmap(-1, header.map_bytes)
             bits[:] = bytes(now)

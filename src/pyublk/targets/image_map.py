@@ -55,6 +55,7 @@ class MappedImage(MappedTarget):
         self._virtual_size = 0
 
     def open(self) -> None:
+        self.check_closed()
         self._image = examine(self.path, self._format)
         try:
             self._virtual_size = virtual_size(self._image)
