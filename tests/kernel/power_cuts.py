@@ -1,6 +1,7 @@
 """Power cuts on real disks: our own targets keep what they promise, and so do the samples.
 
-Run as a program, it tries more states of our targets: `--limit 1000`.
+Run as a program, it tries more states of our targets: `--limit 1000`. With `--record FILE` the
+disk is recorded in a virtual machine, and its states are tried anywhere, which is much quicker.
 """
 
 import argparse
@@ -83,22 +84,28 @@ class Promises:
         return found
 
 
-def use(disk: Disk, name: str, cut: PowerCut) -> Promises:
-    """Writes, FUA writes and flushes; a mark after each answer."""
-    promises = Promises()
+def planned() -> Promises:
+    """Writes, FUA writes and flushes, and so what each target promises."""
     plan = [
         *(("write", 0, 3), ("write", 100, 2), ("flush", 0, 0), ("write", 1, 1), ("fua", 40, 2)),
         *(("write", 41, 9), ("write", 7, 3), ("flush", 0, 0), ("fua", 0, 4), ("write", 100, 1)),
     ]
-    for number, (what, first, count) in enumerate(plan, start=1):
-        data = bytes([number]) * (count * BLOCK)
-        promises.steps.append((what, first, data))
+    return Promises(
+        [
+            (what, first, bytes([number]) * (count * BLOCK))
+            for number, (what, first, count) in enumerate(plan, start=1)
+        ]
+    )
+
+
+def use(disk: Disk, name: str, cut: PowerCut) -> None:
+    """Does what is planned, with a mark after each answer."""
+    for number, (what, first, data) in enumerate(planned().steps, start=1):
         if what == "flush":
             disk.flush()
         else:
             disk.pwrite(data, first * BLOCK, fua=what == "fua")
         cut.mark(f"{name} {number}")
-    return promises
 
 
 @contextmanager
@@ -119,46 +126,63 @@ def deleted(path: str, number: int) -> bool:
     return subprocess.run(["delpart", path, str(number)], check=False).returncode == 0
 
 
-def own_targets(targets: dict[str, tuple[Make, int]], limit: int) -> int:
-    """Each target on parts of one disk, which is cut; returns the number of states that were
-    tried. Raises PowerCutFailed for a target that breaks a promise."""
+def places_of(targets: dict[str, tuple[Make, int]]) -> dict[str, range]:
+    """The parts of the disk that are each target's files."""
+    places, at = {}, 0
+    for name, (_, files) in targets.items():
+        places[name] = range(at, at + files)
+        at += files
+    return places
+
+
+def record(targets: dict[str, tuple[Make, int]]) -> PowerCut:
+    """A disk on whose parts each target was used."""
     count = sum(files for _, files in targets.values())
     cut = PowerCut(count * PART)
-    promises: dict[str, Promises] = {}
-    places: dict[str, range] = {}
     with (
         pyublk.Device(cut) as device,
         parts_of(device.path, count) as parts,
         tempfile.TemporaryDirectory() as directory,
         cut.record(),
     ):
-        at = 0
-        for name, (make, files) in targets.items():
-            places[name] = range(at, at + files)
-            links = [Path(directory, f"{name}{part}") for part in places[name]]
-            for link, part in zip(links, places[name], strict=True):
+        for name, place in places_of(targets).items():
+            links = [Path(directory, f"{name}{part}") for part in place]
+            for link, part in zip(links, place, strict=True):
                 link.symlink_to(parts[part])
-            with Disk(make(*links)) as disk:
-                promises[name] = use(disk, name, cut)
-            at += files
+            with Disk(targets[name][0](*links)) as disk:
+                use(disk, name, cut)
+    return cut
 
-    def check(crash: Crash) -> None:
-        with crash.disk() as whole, tempfile.TemporaryDirectory() as directory:
-            for name, (make, _) in targets.items():
-                answered = sum(mark.startswith(f"{name} ") for mark in crash.marks)
-                files = [Path(directory, f"{name}{part}") for part in places[name]]
-                for file, part in zip(files, places[name], strict=True):
-                    file.write_bytes(whole.pread(PART, part * PART))
-                with Disk(make(*files)) as disk:  # whose blocks may be larger than those
-                    data = disk.pread(disk.size, 0)
-                for block, allowed in promises[name].allowed(answered).items():
-                    found = data[block * BLOCK : (block + 1) * BLOCK]
-                    assert found in allowed, (
-                        f"{name}: block {block} is {found[0]} after {answered} answers, not "
-                        f"{sorted(one[0] for one in allowed)}"
-                    )
 
-    return cut.check(check, limit=limit)
+def keep_their_promises(crash: Crash, targets: dict[str, tuple[Make, int]]) -> None:
+    promises = planned()
+    with crash.disk() as whole, tempfile.TemporaryDirectory() as directory:
+        for name, place in places_of(targets).items():
+            answered = sum(mark.startswith(f"{name} ") for mark in crash.marks)
+            files = [Path(directory, f"{name}{part}") for part in place]
+            for file, part in zip(files, place, strict=True):
+                file.write_bytes(whole.pread(PART, part * PART))
+            with Disk(targets[name][0](*files)) as disk:  # whose blocks may be larger than those
+                data = disk.pread(disk.size, 0)
+            for block, allowed in promises.allowed(answered).items():
+                found = data[block * BLOCK : (block + 1) * BLOCK]
+                assert found in allowed, (
+                    f"{name}: block {block} is {found[0]} after {answered} answers, not "
+                    f"{sorted(one[0] for one in allowed)}"
+                )
+
+
+def own_targets(targets: dict[str, tuple[Make, int]], limit: int, kept: Path | None = None) -> int:
+    """Tries that many states of them, and returns how many there were. `kept`: the file of the
+    record, if it is to be saved, or was. Raises PowerCutFailed for a target that breaks a promise.
+    """
+    if kept is not None and kept.exists():
+        cut = PowerCut.load(kept)
+    else:
+        cut = record(targets)
+        if kept is not None:
+            cut.save(kept)
+    return cut.check(lambda crash: keep_their_promises(crash, targets), limit=limit)
 
 
 def test_our_targets_keep_what_they_promise() -> None:
@@ -351,4 +375,6 @@ def test_ext4() -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--limit", type=int, default=1000)
-    print(own_targets(TARGETS, parser.parse_args().limit), "states, and no promise broken")
+    parser.add_argument("--record", type=Path, help="a file: saved there, or taken from there")
+    chosen = parser.parse_args()
+    print(own_targets(TARGETS, chosen.limit, chosen.record), "states, and no promise broken")

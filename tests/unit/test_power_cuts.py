@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 import pyublk
 from pyublk.targets import File, Mirror, Null, Ram, Stripe
 from pyublk.testing import CheckFailed, Crash, Disk, PowerCut, PowerCutFailed, Shadow
+from pyublk.testing.file_systems import run
 from pyublk.testing.power_cuts.filesystems import file_system_of
 
 BLOCK = 512
@@ -763,6 +764,16 @@ def test_commands_as_checks(tmp_path: Path) -> None:
         cut.cut().mounted("ntfs"),
     ):
         pass
+
+
+def test_of_a_long_output_both_ends_are_shown() -> None:
+    """mkfs.xfs says first what is wrong, and then how it is used; e2fsck says it last."""
+    with pytest.raises(CheckFailed) as failed:
+        run(["sh", "-c", "seq 21; exit 3"])
+    said = [*"123456", "... 1 more lines ...", *map(str, range(8, 22))]
+    assert str(failed.value).splitlines()[1:] == said
+    with pytest.raises(CheckFailed, match=r"exit code 3\n1\n2$"):
+        run(["sh", "-c", "seq 2; exit 3"])
 
 
 # ---- the format of dm-log-writes ----

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 MIB = 1 << 20
 #: Seconds that a command may take.
 TIMEOUT = 300
-#: The lines of a command's output that are shown: the last ones.
-LINES = 20
+#: The lines of a command's output that are shown: the first ones (mkfs.xfs says why, and then how
+#: it is used) and the last ones.
+FIRST, LAST = 6, 14
 
 
 class CheckFailed(AssertionError):
@@ -93,6 +94,7 @@ def run(
     Raises CheckFailed when it takes longer, or ends with another exit code than `passed`;
     RuntimeError when its program is not installed.
     """
+    __tracebackhide__ = True  # pytest shows who called it
     words = list(map(str, command))
     # A user's PATH often lacks the directories of what is root's.
     places = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
@@ -119,9 +121,16 @@ def run(
         output.seek(0)
         printed = output.read().decode(errors="replace")
     if code not in passed:
-        last = "\n".join(printed.rstrip().splitlines()[-LINES:])
-        raise CheckFailed(f"{' '.join(words)}: exit code {code}\n{last}".rstrip())
+        shown = "\n".join(_ends_of(printed.rstrip().splitlines()))
+        raise CheckFailed(f"{' '.join(words)}: exit code {code}\n{shown}".rstrip())
     return printed
+
+
+def _ends_of(lines: list[str]) -> list[str]:
+    if len(lines) <= FIRST + LAST:
+        return lines
+    left_out = f"... {len(lines) - FIRST - LAST} more lines ..."
+    return [*lines[:FIRST], left_out, *lines[-LAST:]]
 
 
 def mount(kind: str, device: str, place: os.PathLike[str], *options: str) -> None:
