@@ -6,6 +6,7 @@ import itertools
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -517,6 +518,33 @@ def test_what_is_there_is_served_without_the_source(file: Path) -> None:
     assert origin.data[BLOCK : BLOCK + 4096] == tag("new")
 
 
+@pytest.mark.parametrize("mode", ["write-through", "write-back"])
+def test_what_was_fetched_soon_outlives_the_machine(file: Path, mode: Any) -> None:
+    """Also when nobody flushes: who lies over the cache to write keeps that to himself."""
+    origin = Origin()
+    with Disk(cache(origin, file, mode=mode, drain_after=0.05)) as disk:
+        for number in range(3):
+            disk.pread(512, number << 20)
+            deadline = time.monotonic() + TIMEOUT
+            while not durably_present(file, number << 20):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        cut = file.with_name("cut")
+        for suffix in ("", ".map", ".dirty"):
+            shutil.copy(f"{file}{suffix}", f"{cut}{suffix}")
+    origin.unreachable = True
+    with Disk(cache(origin, cut, mode=mode, patience=0.1)) as disk:
+        for number in range(3):
+            assert disk.pread(512, number << 20)[:8] == (number << 20).to_bytes(8, "little")
+        with fails(errno.ENOLINK):
+            disk.pread(512, 8 << 20)
+
+
+def durably_present(file: Path, offset: int) -> bool:
+    block = offset // BLOCK
+    return bool(MapFile.read_durable(file).bits[block // 8] >> block % 8 & 1)
+
+
 def test_the_first_opening_needs_the_source(file: Path) -> None:
     origin = Origin()
     origin.unreachable = True
@@ -545,6 +573,29 @@ def test_a_changed_source_is_refused(file: Path, caplog: pytest.LogCaptureFixtur
         with fails(errno.EIO):
             disk.pread(512, BLOCK)
     assert "is not the one that it was filled from: its bytes are others" in caplog.text
+
+
+def test_a_file_that_has_all_serves_what_it_has_whatever_the_source_is_now(
+    file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It works offline, so it cannot ask. Nothing that it has is mixed with the other source."""
+    origin = Origin()
+    with Disk(cache(origin, file)) as disk:
+        before = disk.pread(SIZE, 0)
+    origin.name, origin.data[:] = "two", bytes(SIZE)
+    with Disk(cache(origin, file)) as disk:
+        assert disk.pread(SIZE, 0) == before
+        assert origin.opened == 1
+        with fails(errno.EIO):
+            disk.pwrite(tag("new"), 0)
+        assert "is not the one that it was filled from: its bytes are others" in caplog.text
+        with fails(errno.EIO):  # what is below counts after a write that failed, and it is another
+            disk.pread(512, 0)
+        assert disk.pread(SIZE - BLOCK, BLOCK) == before[BLOCK:]
+    assert origin.data == bytes(SIZE)
+    assert not origin.writes
+    with Disk(cache(origin, file, changed="invalidate")) as disk:
+        assert disk.pread(SIZE, 0) == bytes(SIZE)
 
 
 def test_a_changed_source_may_be_taken_up_anew(file: Path) -> None:

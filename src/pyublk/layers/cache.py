@@ -72,7 +72,7 @@ class Cache(PresenceLayer):
             it, or forget what the file has (at the opening, and only if nothing is dirty).
         patience: seconds that a request waits for a source that cannot be opened, or for room when
             nothing can be drained.
-        drain_after: seconds between two drains in the background.
+        drain_after: seconds between two drains, and syncs of what was fetched, in the background.
         drain_within: seconds that a stop may spend on draining; what is left stays dirty.
     """
 
@@ -540,14 +540,14 @@ class Cache(PresenceLayer):
         self._room.short.set()
 
     def tidy(self) -> None:
-        """Takes the marks off where both places have the same bytes, durably."""
+        """Makes durable which marks may go, and what the file has: the machine may be cut off."""
         marks = self._marks
-        if marks is not None and len(marks):
-            quiet = marks.quiet() - self._dirty.regions()
-            if quiet:
-                self.sync()
-                marks.clear(quiet - self._dirty.regions())
-                marks.write()
+        if marks is not None and (quiet := marks.quiet() - self._dirty.regions()):
+            self.sync()
+            marks.clear(quiet - self._dirty.regions())
+            marks.write()
+        if not self.layout.synced:
+            super().sync_metadata()
         self._save_boot()
 
     # ---- what is asked of it while it is served ----
