@@ -528,3 +528,35 @@ def test_a_report_of_a_power_cut_shows_the_check(pytester: pytest.Pytester) -> N
     found.assert_outcomes(failed=1)
     found.stdout.fnmatch_lines(["E *AssertionError*", "*PowerCutFailed: the check fails*"])
     assert "failure_of(" not in found.stdout.str()
+
+
+def test_a_fixture_that_is_not_called_says_so(pytester: pytest.Pytester) -> None:
+    pytester.makeconftest(
+        "from pyublk.pytest_plugin import needs\nneeds.lacking = lambda *wanted: None"
+    )
+    pytester.makepyfile(
+        """
+        def test_a_disk(ublk_disk):
+            ublk_disk.path
+
+        def test_a_file_system(ublk_fs):
+            ublk_fs / "file"
+
+        def test_a_faulty_one(faulty_disk):
+            faulty_disk.faults.fail("read")
+
+        def test_a_power_cut(power_cut):
+            power_cut.mark("one")
+        """
+    )
+    found = run(pytester)
+    found.assert_outcomes(failed=4)
+    found.stdout.fnmatch_lines(
+        [
+            "E * it has no 'path', being a function: call it, as in `disk = ublk_disk(\"64M\")`",
+            "E * it is no directory, but a function: call it, as in `fs = ublk_fs(\"ext4\")`",
+            "E * it has no 'faults', being a function: *`disk = faulty_disk(\"64M\")`",
+            "E * it has no 'mark', being a function: *`cut, fs = power_cut(\"ext4\")`",
+        ]
+    )
+    assert "fixtures.py" not in found.stdout.str()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The fixtures. Each is a function that makes something which ends with the test."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import Protocol, Unpack
+from typing import Generic, NoReturn, ParamSpec, Protocol, TypeVar, Unpack
 
 import pytest
 
@@ -74,6 +74,39 @@ class MakePowerCut(Protocol):
         """
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class _Function(Generic[P, T]):
+    """A fixture's function. Most fixtures of pytest are what the test wants, and not what makes it:
+    who takes it for that is told so.
+
+    Args:
+        make: what it does.
+        use: how it is used.
+    """
+
+    def __init__(self, make: Callable[P, T], use: str) -> None:
+        self._make = make
+        self._use = use
+
+    def __call__(self, *arguments: P.args, **options: P.kwargs) -> T:
+        __tracebackhide__ = True
+        return self._make(*arguments, **options)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        __tracebackhide__ = True
+        raise AttributeError(f"it has no {name!r}, being a function: call it, as in `{self._use}`")
+
+    def __truediv__(self, name: object) -> NoReturn:
+        __tracebackhide__ = True
+        raise TypeError(f"it is no directory, but a function: call it, as in `{self._use}`")
+
+    def __repr__(self) -> str:
+        return f"<function, as in `{self._use}`>"
+
+
 @pytest.fixture
 def ublk_disk(request: pytest.FixtureRequest) -> Iterator[MakeDisk]:
     """Makes real disks: `disk = ublk_disk("64M")`, a disk in memory at `disk.path`;
@@ -89,7 +122,7 @@ def ublk_disk(request: pytest.FixtureRequest) -> Iterator[MakeDisk]:
             request.node.stash.setdefault(marking.DISKS, []).append(disk)
             return disk
 
-        yield make
+        yield _Function(make, 'disk = ublk_disk("64M")')
 
 
 @pytest.fixture
@@ -116,7 +149,7 @@ def ublk_fs(
         made.mount()
         return made
 
-    return make
+    return _Function(make, 'fs = ublk_fs("ext4")')
 
 
 @pytest.fixture
@@ -130,7 +163,7 @@ def faulty_disk(request: pytest.FixtureRequest, ublk_disk: MakeDisk) -> Iterator
         disks.append(ublk_disk(content, **options))
         return disks[-1]
 
-    yield make
+    yield _Function(make, 'disk = faulty_disk("64M")')
     idle = [f"{disk.path}: {rule.text}" for disk in disks for rule in disk.faults if not rule.fired]
     if idle and request.node.stash.get(marking.PASSED, False):
         pytest.fail("these faults never happened:\n" + "\n".join(idle), pytrace=False)
@@ -157,7 +190,7 @@ def power_cut(ublk_fs: MakeFileSystem) -> MakePowerCut:
         made.sync()
         return cut, made
 
-    return make
+    return _Function(make, 'cut, fs = power_cut("ext4")')
 
 
 def _target(content: Target | str | int) -> Target:
