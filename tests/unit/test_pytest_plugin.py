@@ -554,7 +554,7 @@ def test_a_fixture_that_is_not_called_says_so(pytester: pytest.Pytester) -> None
     found.stdout.fnmatch_lines(
         [
             "E * it has no 'path', being a function: call it, as in `disk = ublk_disk(\"64M\")`",
-            "E * it is no directory, but a function: call it, as in `fs = ublk_fs(\"ext4\")`",
+            'E * it is no directory, but a function: call it, as in `fs = ublk_fs("ext4")`',
             "E * it has no 'faults', being a function: *`disk = faulty_disk(\"64M\")`",
             "E * it has no 'mark', being a function: *`cut, fs = power_cut(\"ext4\")`",
         ]
