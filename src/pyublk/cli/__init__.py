@@ -30,7 +30,7 @@ _COMMANDS = {
     "service": ("service", "Install systemd's units, or remove them."),
     "stats": ("asking", "Print a disk's counters."),
     "top": ("top", "Watch what all disks do."),
-    "metrics": ("metrics", "Tell Prometheus of all disks."),
+    "metrics": ("metrics", "Export the metrics of all disks to Prometheus."),
     "trace": ("tracing", "Record the requests of a disk, and read what was recorded."),
     "resize": ("asking", "Change the size of a disk while it is used."),
     "s3": ("objects", "Make, list, copy and remove disks in object stores."),

@@ -19,10 +19,10 @@ from pyublk.sizes import format_size
 def cache(device: int, action: str, as_json: bool) -> None:
     """Show a disk's cache, drain it, or make it forget what it has, while it is used.
 
-    `drain` brings all that was written to the disk so far to the target below, durably, and
-    returns when it is there. What the kernel's page cache has was not written yet: sync first.
-    `invalidate` lets go of everything: it is fetched again when it is wanted. It refuses while
-    something is not below yet. Each prints the state that there is then.
+    `drain` writes what the target below does not have yet to it, and returns when it is durable
+    there. What is still in the kernel's page cache has not reached the disk: sync first.
+    `invalidate` forgets everything, so that it is fetched again; it refuses while there is
+    something that the target below does not have. Each prints the state afterwards.
     """
     told: dict[str, Any] = ask(record_of(device), "cache", timeout=None, action=action)
     if as_json:

@@ -98,8 +98,8 @@ def up(
 ) -> None:
     """Serve the disks that files define, each after those that it names in `after`.
 
-    FILE defines disks, or is a directory of such files; /etc/pyublk by default. What a definition
-    names by a relative path is beside its file.
+    FILE defines disks, or is a directory of such files; /etc/pyublk by default. Relative
+    paths in a definition start at its file's directory.
 
     \b
     [disk.images]
@@ -108,8 +108,8 @@ def up(
     size = "10G"
 
     A disk that is there already is left as it is. One whose server is gone gets another, if it was
-    made with `recovery`; one that should be larger is resized. What else has changed is only told,
-    and so is a disk that is no longer in FILE: then the exit code is 8. --recreate stops a changed
+    made with `recovery`; one that should be larger is resized. Other changes are only reported, and
+    so are disks that are no longer in FILE: the exit code is 8 then. --recreate stops a changed
     disk and starts it anew, --prune stops one that is gone from FILE.
     """
     files = named_files(places)

@@ -21,9 +21,9 @@ from pyublk.service.channel import ask
 def fault(device: int, action: str, arguments: tuple[str, ...], as_json: bool) -> None:
     """Make requests of a disk fail, wait, or go wrong, while it is used.
 
-    `add` adds rules, `clear` removes all, or those of the NUMBERs that `list` shows; `release` lets
-    the requests go on that they hold. Each prints the rules that there are then, and how often each
-    fired. What a rule does comes first, then for which requests, and how often:
+    `add` adds rules, and `list` shows them with their NUMBERs. `clear` removes all rules, or those
+    with a NUMBER; `release` lets the requests that they hold go on. Each prints the rules that
+    there are then, and how often each fired. A RULE says what happens, then to which requests:
 
     \b
     pyublk fault 0 add fail:op=write,range=4K-8K,times=1

@@ -14,7 +14,7 @@ from pyublk.defects import defects_of
 def features(as_json: bool) -> None:
     """Show which features this kernel's ublk has, what each is for, and why one is missing.
 
-    Known defects of this kernel's ublk are told as well.
+    It also lists the known defects of this kernel's ublk.
     """
     with open_controller() as controller:
         found = controller.features()

@@ -41,11 +41,12 @@ class _Place(click.ParamType[tuple[str, int]]):
 @click.option("--once", is_flag=True, help="Print the metrics, and end.")
 @click.option("--dashboard", is_flag=True, help="Print a dashboard for Grafana, and end.")
 def metrics(listen: tuple[str, int] | None, once: bool, dashboard: bool) -> None:
-    """Tell Prometheus of all disks of this machine.
+    """Export the metrics of all disks of this machine to Prometheus.
 
-    The servers are asked when Prometheus asks. With --once, the output suits the textfile collector
-    of node_exporter. Anybody who reaches the address can read the metrics: listen where only
-    Prometheus can reach it. This needs prometheus_client: pip install 'pyublk[metrics]'.
+    The disks' servers are asked whenever Prometheus asks. With --once, the output suits the
+    textfile collector of node_exporter. Anybody who reaches the address can read the metrics:
+    listen where only Prometheus can reach it. This needs prometheus_client:
+    pip install 'pyublk[metrics]'.
     """
     if [listen is not None, once, dashboard].count(True) != 1:
         raise click.UsageError("give one of --listen, --once and --dashboard")

@@ -136,7 +136,7 @@ def list_(place: str, as_json: bool, **server: Any) -> None:
 @_store_options
 @json_option
 def info(disk: Location, as_json: bool, **server: Any) -> None:
-    """Show what a disk is, and has."""
+    """Show a disk's state and snapshots."""
     found = disks.info(_objects(disk, server), disk.name, disk.snapshot)
     if as_json:
         print_json(asdict(found))
@@ -196,7 +196,7 @@ def clone(source: Location, to: Location, **server: Any) -> None:
 def gc(disk: Location, force: bool, as_json: bool, **server: Any) -> None:
     """Delete objects that nothing needs any more.
 
-    That is, neither the disk, nor its snapshots, nor its clones. What is overwritten leaves such
+    Those that the disk, its snapshots or its clones need are kept. What is overwritten leaves
     objects behind, and so does a writer that is killed. The disk may be in use.
     """
     count = disks.clean_up(_objects(disk, server), disk.name, force=force)

@@ -77,9 +77,8 @@ def create(
 def info(file: Path, as_json: bool) -> None:
     """Show what an overlay is, and its base.
 
-    That is whether the base is unchanged, the size, and how much the overlay has itself.
-
-    Of an overlay that a disk uses, what was written last may be missing.
+    It shows whether the base is unchanged, the size, and how much the overlay has itself. For an
+    overlay that a disk uses, the latest writes may be missing.
     """
     found = overlays.info(file)
     if as_json:

@@ -46,16 +46,16 @@ def serve(name: str, places: tuple[Path, ...]) -> None:
 @click.argument("action", type=click.Choice(["install", "uninstall"]))
 @click.option("--dry-run", is_flag=True, help="Only show what would be done.")
 @click.option("--users", metavar="GROUP",
-              help="Let members of GROUP have disks without being root, by a rule of "
-              "udev's.")  # fmt: skip
+              help="Let members of GROUP have disks without being root, by a udev "
+              "rule.")  # fmt: skip
 @json_option
 def service(action: str, dry_run: bool, users: str | None, as_json: bool) -> None:
     """Install the units by which systemd serves disks, or remove them.
 
     pyublk@NAME.service serves the disk that /etc/pyublk/*.toml define as NAME; pyublk.service all
-    of them, by `pyublk up`. Nothing is started or enabled: that is for `systemctl`. What a
-    definition has in `after` is told to systemd too: install again when it has changed. To install
-    twice changes nothing.
+    of them, by `pyublk up`. Nothing is started or enabled: that is for `systemctl`. The units also
+    have the order that definitions give by `after`: install again when that has changed. Installing
+    twice does no harm.
     """
     if action == "install":
         place = definitions.DIRECTORY

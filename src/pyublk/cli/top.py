@@ -31,9 +31,9 @@ _TICK = 0.05
 def top(interval: float, once: bool, as_json: bool) -> None:
     """Watch what all disks do.
 
-    These are requests and bytes a second, the latencies that half, 99 % and 99.9 % of the requests
-    did not exceed, the requests in flight, and failed requests and restarts so far. Disks of other
-    programs have no latencies and errors: only the kernel's counters are known.
+    It shows requests and bytes a second, the latencies that half, 99 % and 99.9 % of the requests
+    did not exceed, the requests in flight, and failed requests and restarts so far. For disks of
+    other programs, which have only the kernel's counters, there are no latencies and errors.
 
     Keys: i, r, w, l, d, e and n sort by requests, reads, writes, latency (99 %), depth, errors and
     number; the space bar pauses; arrows scroll; q ends. Where the output is no terminal, and with

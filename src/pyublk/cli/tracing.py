@@ -50,7 +50,7 @@ def read(name: str) -> traces.Trace:
 def summary(name: str, as_json: bool) -> None:
     """Print the numbers of a trace.
 
-    These are the requests by operation with their sizes and latencies, the queue depth, the share
+    It prints the requests by operation with their sizes and latencies, the queue depth, the share
     of sequential reads and writes, and the ranges of the disk with the most traffic. A read or
     write is sequential if it begins where one of the 16 before it ended.
     """

@@ -237,7 +237,7 @@ def start(
 
 @vm.command(
     name="exec",
-    short_help="Run a command in it.",
+    short_help="Run a command in a machine that stays.",
     context_settings={"allow_interspersed_args": False},
 )
 @_name_option
