@@ -396,7 +396,7 @@ def _all() -> list[Contender]:
         },
         **{
             f"pyublk-{target}-before": partial(_pyublk, target=target, before=True)
-            for target in ("null", "methods", "async")
+            for target in ("null", "methods", "async", "async-sleep")
         },
         **{
             f"pyublk-{target}-traced": partial(_pyublk, target=target, traced=True)

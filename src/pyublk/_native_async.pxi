@@ -47,27 +47,30 @@ cdef class RequestTask:
     """
 
     cdef Dispatcher dispatcher
-    cdef object coro, task
-    cdef Suspended request  # None in a first step, unless it was wanted
+    cdef object task
+    cdef object coro        # None: it is not kept, and is of what the dispatcher steps
+    cdef Suspended request  # None: likewise, or nobody wanted it of a request without a second step
     cdef bint over
     cdef object __weakref__
 
     def __init__(self):
         raise TypeError("a RequestTask comes from a Dispatcher")
 
-    cdef inline int serve(self, object coro, Suspended request) except -1:
-        self.coro = coro
-        self.request = request
-        return 0
+    cdef object coroutine(self):
+        return self.dispatcher.stepped() if self.coro is None else self.coro
 
     cdef object real(self):
         if self.task is None:
-            if self.request is None:
-                self.request = self.dispatcher.new_suspended(None, self.coro)
-                self.request.over = self.over
-            if self.request.context is None:  # then this is in a step
-                self.request.context = self.dispatcher.give_context()
-            self.task = self.request.make_task()
+            request = self.request
+            if request is None and self.coro is None:
+                request = self.dispatcher.stepped_again()
+            if request is None:
+                request = self.dispatcher.new_suspended(self.coroutine())
+                request.over = self.over
+            if request.context is None:  # then this is in a step
+                request.context = self.dispatcher.give_context()
+            self.task = request.make_task()
+            self.request = request
         return self.task
 
     def cancelling(self):
@@ -83,7 +86,7 @@ cdef class RequestTask:
         return False if self.over else self.real().cancel(msg)
 
     def get_coro(self):
-        return self.coro
+        return self.coroutine()
 
     def __getattr__(self, name):
         return getattr(self.real(), name)
@@ -92,23 +95,25 @@ cdef class RequestTask:
         return self.real().__await__()
 
     def __repr__(self):
-        return f"<RequestTask {self.coro!r}>"
+        return f"<RequestTask {self.coroutine()!r}>"
 
 
 @cython.final
-@cython.freelist(64)
+@cython.trashcan(True)  # one that is over has the next one
 cdef class Suspended:
-    """A request's coroutine that goes on after its first step.
+    """A request's coroutine that goes on after its first step. Used again for another one's, unless
+    somebody has kept it.
 
     As long as nobody wants a task of it, it is called by what it waits for. With an asyncio.Task,
     it is the coroutine that one drives, and yields once more what it had yielded already.
     """
 
     cdef Dispatcher dispatcher
-    cdef IO io
+    cdef IO io             # None: it is over, or still in its first step
     cdef object coro, task
     cdef object context    # its own; None: the one for all
-    cdef Py_ssize_t place  # in the dispatcher's list
+    cdef Py_ssize_t place  # in the dispatcher's list; -1: not there
+    cdef Suspended next    # of those that are over
     cdef object future     # what it waits for, unless the Task has it
     cdef bint blocking     # it is to be awaited, as `await` says with its flag
     cdef bint due          # it waits for nothing but its turn
@@ -134,14 +139,18 @@ cdef class Suspended:
             future.add_done_callback(self, context=self.dispatcher.context)
         return 0
 
-    cdef int suspend(self, object future) except -1:
+    cdef inline int suspend(self, PyObject *given) except -1:
         """Waits for what the coroutine has yielded, whatever that is."""
+        if given != <PyObject *>None or self.task is not None:
+            return self.suspend_for(owned(given))
+        Py_DECREF(None)
+        self.due = True  # it goes on when all others have had their turn
+        self.dispatcher.due.append(self)
+        return 0
+
+    cdef int suspend_for(self, object future) except -1:
         cdef Dispatcher dispatcher = self.dispatcher
         cdef int64_t result
-        if future is None and self.task is None:  # it goes on when all others have had their turn
-            self.due = True
-            dispatcher.due.append(self)
-            return 0
         try:
             self.wait_for(future)
         except BaseException as raised:
@@ -184,7 +193,8 @@ cdef class Suspended:
         if self.kept is not None:
             self.kept.over = True
         self.task = self.kept = self.io = self.context = None
-        dispatcher.forget(self)
+        self.next = dispatcher.idle
+        dispatcher.idle = self
         if not io.answered_otherwise(result, dispatcher.handlers.reporter):
             io.queue.answer_here(io, result)
         if not io.queue.turn_wanted:
@@ -260,7 +270,7 @@ cdef class Suspended:
         raise StopIteration
 
 
-ctypedef PyObject *(*UncheckedCoroutine)(Dispatcher, IO) noexcept  # NULL: it raised
+ctypedef int (*UncheckedStep)(Dispatcher, Suspended) noexcept  # -1: it raised
 
 
 @cython.final
@@ -277,11 +287,14 @@ cdef class Dispatcher:
     cdef object shared         # a copy for all of them, as long as it is empty
     cdef object entered        # the context of a batch's steps: that one
     cdef object ready, timers  # what the loop has to do; None when it does not show it
-    cdef list suspended
-    cdef list due              # of these, what goes on in the loop's next turn
+    cdef list suspended        # with those that are over, and may be used again
+    cdef Suspended idle        # the first of these
+    cdef list due              # what goes on in the loop's next turn
     cdef bint scheduled        # which the loop knows
     cdef RequestTask current
     cdef int references        # of `current`, when no handler keeps it
+    cdef PyObject *coro        # in a step, `current` is the task of this
+    cdef PyObject *request     # likewise; NULL in a first step
 
     def __init__(self, Handlers handlers not None, loop, answered=None):
         import_asyncio()
@@ -303,8 +316,7 @@ cdef class Dispatcher:
         if there < 0:
             return None
         if there:
-            self.begin_batch(queue)
-            self.schedule()
+            self.serve_batch(queue, False)
         return there
 
     def sleep(self, Queue queue not None, int other, timeout=None):
@@ -323,11 +335,7 @@ cdef class Dispatcher:
             if there < 0:
                 return None
             if there:
-                self.begin_batch(queue)
-                if self.ready is None or len(self.ready):
-                    self.schedule()
-                elif self.due:  # the loop's next turn would be theirs alone
-                    self._go_on_together()
+                self.serve_batch(queue, self.ready is not None)
             if queue.q.watched:
                 return True
             if limit == 0 or (watches and not there):
@@ -342,10 +350,16 @@ cdef class Dispatcher:
                     return False
 
     def waiting(self):
-        return [(<Suspended>each).coro for each in list(self.suspended)]
+        return [
+            (<Suspended>each).coro for each in list(self.suspended)
+            if (<Suspended>each).io is not None
+        ]
 
     def tasks(self):
-        return [(<Suspended>each).make_task() for each in list(self.suspended)]
+        return [
+            (<Suspended>each).make_task() for each in list(self.suspended)
+            if (<Suspended>each).io is not None
+        ]
 
     cdef int renew(self) except -1:
         request = <RequestTask>RequestTask.__new__(RequestTask)
@@ -366,7 +380,6 @@ cdef class Dispatcher:
 
     cdef int leave(self) except -1:
         PyContext_Exit(self.entered)
-        self.current.serve(None, None)
         _leave_task(self.loop, self.current)
         return 0
 
@@ -375,13 +388,12 @@ cdef class Dispatcher:
         given, self.shared = self.shared, PyContext_Copy(self.context)
         return given
 
-    cdef inline object own_context(self):
-        """After a step in the context for all: None, unless it is one request's now."""
-        if self.shared is self.entered and PyMapping_Size(self.entered) == 0:
-            return None
-        return self.change_context()
+    cdef inline bint has_changed_context(self) except -1:
+        """After a step in the context for all: whether it is one request's now."""
+        return self.shared is not self.entered or PyMapping_Size(self.entered) != 0
 
     cdef object change_context(self):
+        """For the steps to come; returns the one until now."""
         context = self.entered
         if self.shared is context:
             self.give_context()
@@ -390,60 +402,90 @@ cdef class Dispatcher:
         PyContext_Enter(self.entered)
         return context
 
-    cdef int begin_batch(self, Queue queue) except -1:
+    cdef int serve_batch(self, Queue queue, bint asleep) except -1:
+        """The first steps of what has come. `asleep`: the loop would do what is in `ready` next."""
         self.enter()
         try:
             for i in range(queue.q.nr_ready):
                 self.begin(queue.take(queue.q.ready[i]))
+            if asleep and not len(self.ready):  # its next turn would be theirs alone
+                self.go_on_with_due()
         finally:
             self.leave()
-        return 0
+        return self.schedule()
+
+    cdef object stepped(self):
+        return None if self.coro == NULL else <object>self.coro
+
+    cdef Suspended stepped_again(self):
+        """None in a first step."""
+        return None if self.request == NULL else <Suspended>self.request
+
+    cdef inline Suspended take_suspended(self):
+        """One that nobody has any more, or a new one."""
+        request = self.idle
+        if request is None:
+            return self.new_suspended(None)
+        self.idle = request.next
+        request.next = None
+        if not PU_ALONE(<PyObject *>request, 2):  # kept: not just the list and `request`
+            return self.replace_suspended(request)
+        request.over = False
+        return request
+
+    cdef Suspended new_suspended(self, object coro):
+        request = <Suspended>Suspended.__new__(Suspended)
+        request.dispatcher = self
+        request.place = -1
+        request.coro = coro
+        return request
+
+    cdef Suspended replace_suspended(self, Suspended kept):
+        request = self.new_suspended(None)
+        request.place, kept.place = kept.place, -1
+        self.suspended[request.place] = request
+        return request
 
     cdef int remember(self, Suspended request) except -1:
         request.place = len(self.suspended)
         self.suspended.append(request)
         return 0
 
-    cdef int forget(self, Suspended request) except -1:
-        """The last one takes its place; who looks meanwhile sees it twice, and misses none."""
-        cdef Py_ssize_t end = len(self.suspended) - 1
-        last = <Suspended>self.suspended[end]
-        last.place = request.place
-        self.suspended[last.place] = last
-        self.suspended.pop()
-        return 0
-
-    cdef object coroutine_of(self, IO io):
-        coro = self.handlers.call(io)
-        return coro if PyCoro_CheckExact(coro) else awaiting(coro)
-
     cdef int begin(self, IO io) except -1:
         """The first step of a request, and its answer when there is no second one."""
-        cdef PyObject *made
         cdef PyObject *given = NULL
         cdef int64_t result = 0
         cdef int step = PYGEN_ERROR
+        cdef PyObject *made = (<UncheckedCall>Handlers.call)(self.handlers, io)
         coro = None
-        self.current.serve(None, None)
-        made = (<UncheckedCoroutine>Dispatcher.coroutine_of)(self, io)
         if made != NULL:
             coro = owned(made)
-            self.current.coro = coro
+            if not PyCoro_CheckExact(coro):
+                coro = awaiting(coro)
+            self.coro = <PyObject *>coro
             step = unchecked_send(coro, None, &given)
         if step != PYGEN_NEXT:
             result = self.result_of_step(step, given, io)
-        context = self.own_context()
         if step == PYGEN_NEXT:
             request = self.current.request
             if request is None:
-                request = self.new_suspended(io, coro)
+                request = self.take_suspended()
+                request.coro = coro
             request.io = io
-            request.context = context
-            self.remember(request)
-            self.let_go(request)
-            request.suspend(owned(given))
+            if self.has_changed_context():
+                request.context = self.change_context()
+            if request.place < 0:
+                self.remember(request)
+            if self.is_kept():
+                self.let_go(request)
+            self.coro = NULL
+            request.suspend(given)
         else:
-            self.let_go(None)
+            if self.has_changed_context():
+                self.change_context()
+            if self.is_kept():
+                self.let_go_of_ended(coro)
+            self.coro = NULL
             if self.handlers.handle is None or not io.answered_otherwise(
                 result, self.handlers.reporter
             ):
@@ -455,29 +497,31 @@ cdef class Dispatcher:
         cdef PyObject *given = NULL
         cdef int64_t result = 0
         cdef int step
-        kept = request.kept
-        if kept is None:
-            self.current.serve(request.coro, request)
-        else:
+        cdef bint has_own = request.context is not None
+        cdef bint is_kept = request.kept is not None
+        if is_kept:
             _leave_task(self.loop, self.current)
-            _enter_task(self.loop, kept)
-        context = request.context
-        if context is not None:
-            PyContext_Enter(context)
+            _enter_task(self.loop, request.kept)
+        else:
+            self.coro = <PyObject *>request.coro
+            self.request = <PyObject *>request
+        if has_own:
+            PyContext_Enter(request.context)
         step = unchecked_send(request.coro, None, &given)
         if step != PYGEN_NEXT:
             result = self.result_of_step(step, given, request.io)
-        if context is not None:
-            PyContext_Exit(context)
-        else:
-            request.context = self.own_context()
-        if kept is None:
-            self.let_go(request)
-        else:
-            _leave_task(self.loop, kept)
+        if has_own:
+            PyContext_Exit(request.context)
+        elif self.has_changed_context():
+            request.context = self.change_context()
+        if is_kept:
+            _leave_task(self.loop, request.kept)
             _enter_task(self.loop, self.current)
+        elif self.is_kept():
+            self.let_go(request)
+        self.coro = self.request = NULL
         if step == PYGEN_NEXT:
-            request.suspend(owned(given))
+            request.suspend(given)
         else:
             request.end(result)
         return 0
@@ -499,23 +543,33 @@ cdef class Dispatcher:
 
     def _go_on_together(self):
         self.scheduled = False
-        due, self.due = self.due, []
         self.enter()
         try:
-            for each in due:
-                request = <Suspended>each
-                if not request.due:  # it has a Task now
-                    continue
-                request.due = False
-                try:
-                    self.go_on(request)
-                except Exception as error:  # others are to go on
-                    self.loop.call_exception_handler(
-                        {"message": "a request was not answered", "exception": error}
-                    )
+            self.go_on_with_due()
         finally:
             self.leave()
         self.schedule()
+
+    cdef int go_on_with_due(self) except -1:
+        due, self.due = self.due, []
+        for each in due:
+            request = <Suspended>each
+            if not request.due:  # it has a Task now
+                continue
+            request.due = False
+            if (<UncheckedStep>Dispatcher.go_on)(self, request) < 0:
+                self.not_answered()
+        return 0
+
+    cdef int not_answered(self) except -1:
+        """Reports an exception, so that other requests go on."""
+        try:
+            PU_RAISED()
+        except Exception as error:
+            self.loop.call_exception_handler(
+                {"message": "a request was not answered", "exception": error}
+            )
+        return 0
 
     cdef inline bint is_kept(self) noexcept:
         """Whether a handler keeps the current task, or has made an asyncio.Task of it."""
@@ -525,19 +579,19 @@ cdef class Dispatcher:
         return references != self.references or self.current.task is not None
 
     cdef int let_go(self, Suspended request) except -1:
-        """After a step: the current task stays with its request if somebody keeps it. `request`
-        None: the request is over."""
-        if not self.is_kept():
-            return 0
-        if request is not None:
-            if request.context is None:  # a Task may be made of it in another one's step
-                request.context = PyContext_Copy(self.context)
-            request.kept = self.current
-            self.current.request = request
-        else:
-            self.current.over = True
-            if self.current.request is not None:
-                self.current.request.over = True
+        """After a step: the current task stays with its request, which somebody keeps."""
+        if request.context is None:  # a Task may be made of it in another one's step
+            request.context = PyContext_Copy(self.context)
+        request.kept = self.current
+        self.current.coro = request.coro
+        self.current.request = request
+        return self.replace()
+
+    cdef int let_go_of_ended(self, object coro) except -1:
+        self.current.coro = coro
+        self.current.over = True
+        if self.current.request is not None:
+            self.current.request.over = True
         return self.replace()
 
     cdef int replace(self) except -1:
@@ -545,14 +599,13 @@ cdef class Dispatcher:
         self.renew()
         return self.enter_task()
 
-    cdef Suspended new_suspended(self, IO io, object coro):
-        request = <Suspended>Suspended.__new__(Suspended)
-        request.dispatcher = self
-        request.io = io
-        request.coro = coro
-        return request
+    cdef inline int64_t result_of_step(self, int step, PyObject *given, IO io) noexcept:
+        if step == PYGEN_RETURN and given == <PyObject *>None:
+            Py_DECREF(None)
+            return 0
+        return self.other_result(step, given, io)
 
-    cdef int64_t result_of_step(self, int step, PyObject *given, IO io) noexcept:
+    cdef int64_t other_result(self, int step, PyObject *given, IO io) noexcept:
         if step == PYGEN_RETURN:
             return self.result_of(owned(given), io)
         try:

@@ -26,12 +26,16 @@ cdef extern from *:
             return INT_MAX;
         return (int)o->ob_ref_local;
     }
+    #define PU_ALONE(o, references) 0
     #else
     #define PU_REFERENCES(o) Py_REFCNT(o)
+    /* Whether there are only these references, and no other thread can take one more meanwhile. */
+    #define PU_ALONE(o, references) (Py_REFCNT(o) == (references))
     #endif
     """
     uint64_t pu_this_thread()
     int PU_REFERENCES(PyObject *o)
+    bint PU_ALONE(PyObject *o, int references)
 
 cdef extern from *:
     """

@@ -24,18 +24,25 @@ cdef extern from *:
 cdef extern from *:
     """
     /* A call of one or two arguments (else NULL). A method is called as the function that it is of,
-     * and no reference is counted: the caller keeps them all. */
+     * that one without a look at what else it could be, and no reference is counted: the caller keeps
+     * them all. */
     static inline PyObject *PU_CALL(PyObject *called, PyObject *first, PyObject *second)
     {
         PyObject *arguments[] = { NULL, NULL, first, second };
         size_t count = second ? 2 : 1;
+        PyObject *function;
 
         if (!PyMethod_Check(called))
             return PyObject_Vectorcall(called, arguments + 2,
                                        count | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
+        function = PyMethod_GET_FUNCTION(called);
         arguments[1] = PyMethod_GET_SELF(called);
-        return PyObject_Vectorcall(PyMethod_GET_FUNCTION(called), arguments + 1,
-                                   (count + 1) | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
+        count++;
+        if (!PyFunction_Check(function))
+            return PyObject_Vectorcall(function, arguments + 1,
+                                       count | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
+        return ((PyFunctionObject *)function)->vectorcall(
+            function, arguments + 1, count | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
     }
     """
     object PU_CALL(PyObject *, PyObject *, PyObject *)
@@ -389,24 +396,26 @@ cdef class Handlers:
         self.write_fua = getattr(target, "write_fua", None)
         self.reporter = Reporter(report)
 
-    cdef inline object call_with_data(self, PyObject *method, IO io):
-        cdef object place = pu_desc_offset(io.desc)
-        view = io.get_view()
-        return PU_CALL(method, <PyObject *>place, <PyObject *>view)
-
     cdef object call(self, IO io):
         cdef pu_desc *desc = io.desc
         cdef uint32_t op = desc.op_flags & 0xFF
+        cdef PyObject *method = <PyObject *>None
         if self.handle is not None:
             return PU_CALL(<PyObject *>self.handle, <PyObject *>io, NULL)
         if op == <uint32_t>PU_OP_READ:
-            return self.call_with_data(<PyObject *>self.read, io)
-        if op == <uint32_t>PU_OP_WRITE:
+            method = <PyObject *>self.read
+        elif op == <uint32_t>PU_OP_WRITE:
+            method = <PyObject *>self.write
             if desc.op_flags & PU_FLAG_FUA and self.write_fua is not None:
-                return self.call_with_data(<PyObject *>self.write_fua, io)
-            if self.write is not None:
-                return self.call_with_data(<PyObject *>self.write, io)
-        elif op == <uint32_t>PU_OP_FLUSH:
+                method = <PyObject *>self.write_fua
+        if method == <PyObject *>None:
+            return self.call_without_data(desc, op)
+        cdef object place = pu_desc_offset(desc)
+        view = io.get_view()
+        return PU_CALL(method, <PyObject *>place, <PyObject *>view)
+
+    cdef object call_without_data(self, pu_desc *desc, uint32_t op):
+        if op == <uint32_t>PU_OP_FLUSH:
             if self.flush is not None:
                 return self.flush()
         elif op == <uint32_t>PU_OP_DISCARD:
