@@ -14,11 +14,13 @@ from blocks import Blocks
 from command_line import added, run_here
 from conftest import Serve
 from fio import fio
+from needs import needs
 from servers import end_recorded_servers, until
 
 import pyublk
 from pyublk import DataPath
 from pyublk.targets import File, Ram
+from pyublk.uapi import Feature
 
 SIZE = 8 << 20
 
@@ -89,6 +91,7 @@ def test_a_thousand_delays_hold_no_thread(serve: Serve) -> None:
 
 
 def test_a_swap_lets_go_what_is_held_and_keeps_the_rules(serve: Serve, tmp_path: Path) -> None:
+    needs(Feature.QUIESCE)
     image = tmp_path / "disk.img"
     image.write_bytes(bytes(SIZE))
     disk = serve(File(image), recovery="resend")
