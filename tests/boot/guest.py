@@ -208,6 +208,7 @@ def main(which: str, place: Path, image: Path) -> None:
     found["boots"] = (BOOTED / BOOTS).read_text().split()
     found["fetched"] = web.fetched()
     found["requests"] = len(web.answers())
+    found["asked"] = web.log.read_text().splitlines()[:20]
     found["looked"] = looked
     found["kernel's errors"] = [
         line for line in run("dmesg").splitlines() if "error" in line.lower() and "ublk" in line
