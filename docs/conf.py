@@ -14,6 +14,8 @@ version = release = installed_version("pyublk")
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "native_stub"]
 html_theme = "furo"
 html_title = "pyublk"
+html_static_path = ["_static"]
+html_css_files = ["narrow.css"]
 exclude_patterns = ["_build", "__pycache__"]
 myst_heading_anchors = 3
 myst_enable_extensions = ["deflist"]
