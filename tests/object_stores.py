@@ -135,7 +135,7 @@ def localbucket(folder: Path) -> Iterator[str]:
     """The endpoint of a server that ignores If-Match."""
     port = free_port()
     process = subprocess.Popen(
-        [str(Path(sys.executable).parent / "localbucket"), "--port", str(port), str(folder)],
+        [sys.executable, "-m", "localbucket", "--port", str(port), str(folder)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env=os.environ | KEYS,

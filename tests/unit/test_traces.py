@@ -348,7 +348,6 @@ def test_a_trace_of_flushes_only(tmp_path: Path) -> None:
     result = run("trace", "summary", tmp_path / "t")
     assert (result.exit_code, result.stderr) == (0, "")
     assert "sequential" not in result.stdout
-    assert run("trace", "plot", tmp_path / "t").exit_code == 0
     assert run("trace", "export", "--format", "chrome", tmp_path / "t").exit_code == 0
 
 
@@ -514,6 +513,12 @@ def test_a_picture_is_drawn(suffix: str, name: Path, tmp_path: Path) -> None:
     assert (result.exit_code, result.output) == (0, f"{place}\n")
     begin = place.read_bytes()[:200]
     assert begin.startswith(b"\x89PNG") if suffix == "png" else b"<?xml" in begin
+
+
+def test_a_picture_of_flushes_only(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    traces.write(tmp_path / "t", [Request("flush", 0, 0, 0, None)])
+    assert run("trace", "plot", tmp_path / "t").exit_code == 0
 
 
 def test_one_plot_has_one_panel(name: Path) -> None:

@@ -16,7 +16,7 @@ from tools.wheels.targets import Target
 
 #: Of the group `test`, what has wheels for all interpreters; other tests are skipped, and say so.
 PACKAGES = ["pytest>=9", "pytest-timeout", "pytest-rerunfailures", "hypothesis>=6", "numpy"]
-PACKAGES += ["prometheus-client", "obstore", "zstandard"]
+PACKAGES += ["pytest-xdist", "prometheus-client", "obstore", "zstandard", "localbucket"]
 #: An interpreter that this machine does not have, out of Debian's packages, with what tests call.
 DEBIAN = ["python{0}-minimal", "libpython{0}-stdlib", "util-linux", "coreutils", "dash", "procps"]
 DEBIAN += ["libstdc++6"]  # for numpy
