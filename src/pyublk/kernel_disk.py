@@ -16,7 +16,7 @@ from pyublk.descriptors import make_room
 from pyublk.features import Features
 from pyublk.openers import command_name, start_time
 from pyublk.params import Params
-from pyublk.recovery import Recovery, recovery_of
+from pyublk.recovery import NOTICED, Recovery, recovery_of
 from pyublk.scheduling import PATIENCE, SchedulerRemoval, choose_io_scheduler
 from pyublk.uapi import DeviceStatus, Feature
 
@@ -175,7 +175,9 @@ class KernelDisk:
     ) -> None:
         """In place of `add` and `set_params`: a device whose server is gone, once the kernel has
         noticed, or that is `served`, and will be handed over. It is pyublk's, or may be `foreign`,
-        and is left as it is. Raises what says why it cannot be adopted."""
+        and is left as it is. Raises what says why it cannot be adopted.
+
+        Linux before 6.16 may take longer to notice than a command may take."""
         info = self.controller.info(id)
         if not has_node(id):
             raise errors.device_not_found(id)
@@ -189,6 +191,8 @@ class KernelDisk:
                 f"device {id} cannot be taken over: it was made without recovery (see "
                 "Device(recovery=...))"
             )
+        if not self.features().has(Feature.QUIESCE):
+            deadline = max(deadline, NOTICED)
         until = time.monotonic() + deadline
         while info.status is DeviceStatus.LIVE and not served:
             pid = info.server_pid

@@ -25,6 +25,10 @@ class Recovery(StrEnum):
     FAIL = "fail"
 
 
+#: Seconds for the kernel to notice a server's end: Linux before 6.16 takes half a minute when the
+#: server had every tag.
+NOTICED = 60.0
+
 #: What a kernel needs for RESEND.
 RESEND_FLAGS = Feature.USER_RECOVERY | Feature.USER_RECOVERY_REISSUE
 

@@ -361,6 +361,46 @@ def test_two_who_take_over_at_once(orphans: ExitStack, store: Path) -> None:
             disk.stop()
 
 
+#: argv: a file. Its writes hang.
+HANGS = """
+import time
+from pathlib import Path
+from files import PlainFile
+
+class Hangs(PlainFile):
+    def write(self, offset, data):
+        tell("writes")
+        time.sleep(1000)
+
+with pyublk.Device(Hangs(Path(sys.argv[1])), depth=1, recovery="resend") as disk:
+    tell(disk.id)
+    sys.stdin.readline()
+"""
+
+
+@pytest.mark.thorough
+def test_a_server_that_had_every_request_is_replaced(orphans: ExitStack, store: Path) -> None:
+    """Linux before 6.16 takes half a minute to notice its end, longer than a command may take."""
+    written: list[int] = []
+
+    def write() -> None:
+        with Blocks(f"/dev/ublkb{device}") as client:
+            written.append(client.write(b"a" * 4096, 0))
+
+    with Server(HANGS, store) as server:
+        device = int(server.line())
+        orphans.callback(_delete, device)
+        client = threading.Thread(target=write, daemon=True)
+        client.start()
+        assert server.line() == "writes"
+        server.process.kill()
+        server.ended()
+    with pyublk.Device.take_over(device, PlainFile(store), deadline=5):
+        client.join(30)
+        assert written == [4096]
+    assert store.read_bytes()[:4096] == b"a" * 4096
+
+
 # ---- another target ----
 
 

@@ -17,14 +17,13 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from pyublk.control import Controller, DeviceInfo, has_node
+from pyublk.recovery import NOTICED
 from pyublk.service import restarts
 from pyublk.service.records import Record, log_place
 from pyublk.service.recovering import recover
 from pyublk.service.stopping import has_server, unless_gone
 from pyublk.uapi import DeviceStatus
 
-#: Seconds for the kernel to notice a server's end; some take half a minute.
-NOTICED = 60.0
 #: Seconds between two looks at a disk.
 _LOOK = 0.05
 
