@@ -24,8 +24,7 @@ cdef extern from *:
 cdef extern from *:
     """
     /* A call of one or two arguments (else NULL). A method is called as the function that it is of,
-     * that one without a look at what else it could be, and no reference is counted: the caller keeps
-     * them all. */
+     * a function by its own entry, and no reference is counted: the caller keeps them all. */
     static inline PyObject *PU_CALL(PyObject *called, PyObject *first, PyObject *second)
     {
         PyObject *arguments[] = { NULL, NULL, first, second };

@@ -419,6 +419,30 @@ def test_the_current_task_stays_the_same_for_those_who_keep_it(serve: Serve) -> 
     serve(read, client)
 
 
+def test_what_a_kept_task_runs_is_never_another_requests(serve: Serve) -> None:
+    kept: list[asyncio.Task[Any]] = []
+    running = []
+
+    async def read(offset: int, buffer: memoryview) -> None:
+        await asyncio.sleep(0)
+        if not kept:
+            before = asyncio.all_tasks()
+            task = asyncio.current_task()
+            assert task is not None
+            task.get_name()  # which only an asyncio.Task has
+            kept.extend(asyncio.all_tasks() - before)
+        await asyncio.sleep(0)
+        coroutine: Any = kept[0].get_coro()
+        running.append(coroutine.cr_frame is not None)
+
+    async def client(client: Client) -> None:
+        await asks(512, 512, 512)(client)
+        assert len(kept) == 1
+        assert running == [True] + 5 * [False]
+
+    serve(read, client)
+
+
 def test_a_kept_task_of_a_request_that_never_suspended(serve: Serve) -> None:
     kept = []
 
