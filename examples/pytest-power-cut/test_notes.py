@@ -30,11 +30,11 @@ def whole(crash):
 
 
 def test_a_saved_note_survives(power_cut):
-    assert save_twice(power_cut).check(whole, limit=8) > 1
+    assert save_twice(power_cut).check(whole, limit=6) > 1
 
 
 def test_the_check_finds_a_directory_that_is_not_synced(power_cut, monkeypatch):
     """Keeps the test above honest: it must fail for the mistake that it is there to find."""
     monkeypatch.setattr(notes, "_sync_directory", lambda directory: None)
     with pytest.raises(PowerCutFailed, match="No such file"):
-        save_twice(power_cut).check(whole, limit=8)
+        save_twice(power_cut).check(whole, limit=6)
