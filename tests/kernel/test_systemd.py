@@ -31,6 +31,9 @@ HANGING_DISK = """
 target = "hanging.py:Hanging"
 id = 21
 after = ["images"]
+
+[disk.misspelt]
+target = "hanging.py:Hangs"
 """
 
 #: Reads hang once a file is there.
@@ -94,6 +97,11 @@ def test_disks_as_services(systemd: Systemd) -> None:
     assert {one["change"] for one in again["files"]} == {"keep"}
     assert again["commands"] == []
     systemd.run("systemctl", "daemon-reload")
+
+    # A mistake in a definition is told once, and not tried again.
+    systemd.run("systemctl", "start", "pyublk@misspelt.service", fails=True)
+    failed = systemd.show("pyublk@misspelt.service", "ActiveState", "ExecMainStatus", "NRestarts")
+    assert failed == ["failed", "2", "0"]
 
     # A mount that comes after it starts it.
     systemd.run("systemctl", "start", MOUNT)
