@@ -3,12 +3,13 @@
 import json
 import os
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from blocks import Blocks
-from command_line import added, run_here
+from command_line import COMMAND, added, run_here
 from servers import until
 
 from pyublk.cli.failures import ExitCode
@@ -70,6 +71,27 @@ def test_a_disk_is_served_as_it_was_added(
     assert run_here("stop", number, str(other["id"])).exit_code == 0
     assert recorded_ids() == []
     assert not log_place(disk["id"]).exists()
+
+
+def test_a_disk_outlives_the_command_that_recovers_it(place: Path, controller: Controller) -> None:
+    """Killed in the middle, it gets no report of the server that it has started."""
+    disk = killed(controller, "file", "disk.img", "--size", "1M")
+    number = str(disk["id"])
+    with subprocess.Popen([*COMMAND, "recover", number], stdin=subprocess.PIPE) as command:
+        children = Path(f"/proc/{command.pid}/task/{command.pid}/children")
+
+        def knows_its_disk() -> bool:  # a server closes its standard input then
+            return any(
+                os.readlink(f"/proc/{child}/fd/0") == os.devnull
+                for child in children.read_text().split()
+            )
+
+        until(knows_its_disk, what="the next server knows what to serve")
+        command.kill()
+    until(lambda: "is served on" in log_place(disk["id"]).read_text())
+    assert first_block(disk).startswith(b"kept")
+    assert controller.info(disk["id"]).status is DeviceStatus.LIVE
+    assert run_here("stop", number).exit_code == 0
 
 
 def test_disks_of_one_server_come_back_to_one(place: Path, controller: Controller) -> None:

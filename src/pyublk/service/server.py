@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 from pyublk.device import Device
 from pyublk.interruptions import handled
@@ -198,6 +198,18 @@ def serve_several(name: str, *, log_file: Path, ready: Callable[[], None]) -> bo
     return not host.failed
 
 
+def _report(report: TextIO, how: dict[str, Any], *, stays: bool) -> None:
+    """Tells who started the server. When they are gone, nobody knows of a disk that is new, and it
+    must not be left; one that was there before `stays`, since others use it."""
+    try:
+        with report:
+            json.dump(how, report)
+    except BrokenPipeError:
+        if not stays:
+            raise
+        log.warning("the command that started this server is gone; the disk is served on")
+
+
 def _run_daemon(report_fd: int, log_file: Path, name: str | None) -> int:
     """Reads from the standard input what to serve, a spec, and the id of the disk to take over if
     any; or has a `name`, and is asked by its channel. Reports to a pipe how its start went."""
@@ -210,14 +222,14 @@ def _run_daemon(report_fd: int, log_file: Path, name: str | None) -> int:
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     report = open(report_fd, "w")  # noqa: SIM115 - closed by the report, when it is known
+    take_over: TakeOver | None = None
     live = False
 
     def tell(how: dict[str, Any]) -> None:
         nonlocal live
         # The target has opened its files by now; no directory is to be kept busy for ever.
         os.chdir("/")
-        with report:
-            json.dump(how, report)
+        _report(report, how, stays=take_over is not None)
         live = True
 
     def ready(record: Record) -> None:
