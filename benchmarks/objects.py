@@ -85,8 +85,10 @@ def serving(folder: Path, delay: float = 0) -> Iterator[str]:
     command = [sys.executable, "-c", _SERVER, str(folder), str(delay)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
-        yield f"http://127.0.0.1:{server.stdout.readline().strip()}"
-        server.kill()
+        try:
+            yield f"http://127.0.0.1:{server.stdout.readline().strip()}"
+        finally:
+            server.kill()
 
 
 def measured(ways: dict[str, Way], rounds: int) -> dict[str, Spent]:

@@ -583,12 +583,14 @@ def test_a_file_that_has_all_serves_what_it_has_whatever_the_source_is_now(
     with Disk(cache(origin, file)) as disk:
         before = disk.pread(SIZE, 0)
     origin.name, origin.data[:] = "two", bytes(SIZE)
-    with Disk(cache(origin, file)) as disk:
+    target = cache(origin, file)
+    with Disk(target) as disk:
         assert disk.pread(SIZE, 0) == before
         assert origin.opened == 1
         with fails(errno.EIO):
             disk.pwrite(tag("new"), 0)
         assert "is not the one that it was filled from: its bytes are others" in caplog.text
+        assert target._crew.drained(TIMEOUT)  # what is to be forgotten is
         with fails(errno.EIO):  # what is below counts after a write that failed, and it is another
             disk.pread(512, 0)
         assert disk.pread(SIZE - BLOCK, BLOCK) == before[BLOCK:]
