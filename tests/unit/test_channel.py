@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import select
 import socket
 import stat
 import subprocess
@@ -354,6 +355,27 @@ def test_a_socket_that_changes_hands(
     monkeypatch.setattr(channel, "socket_place", lambda _device: place)
     monkeypatch.setattr(channel, "Record", Now())
     assert channel.ask(cast(Any, before), "stay") == "here"
+
+
+def test_a_server_that_hands_over_before_it_reads(
+    place: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its socket is closed with a client in it that it has not taken; that asks the next one."""
+    one = SimpleNamespace(
+        id=3, cookie=5, path="/dev/ublkb3", server=SimpleNamespace(pid=os.getpid())
+    )
+    monkeypatch.setattr(channel, "socket_place", lambda _device: place)
+    monkeypatch.setattr(channel, "Record", SimpleNamespace(read=lambda _device: one))
+    with socket.socket(socket.AF_UNIX) as before:
+        before.bind(str(place))
+        before.listen()
+        asking = threading.Thread(target=lambda: said.append(channel.ask(cast(Any, one), "stay")))
+        said: list[Any] = []
+        asking.start()
+        assert select.select([before], [], [], TIMEOUT)[0]  # it waits to be taken
+        serve(stay=lambda: "here")
+    asking.join(TIMEOUT)
+    assert said == ["here"]
 
 
 def test_a_server_that_has_ended_and_no_other(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,10 @@ class ChannelError(errors.UblkError):
     """A server cannot be asked: it has no channel, or it does not answer."""
 
 
+class Unread(ChannelError):
+    """The server closed the connection with what it had not read, which the kernel tells apart."""
+
+
 def server_place(name: str) -> Path:
     """The channel to a server that serves several disks."""
     return run_directory() / f"{name}.server.sock"
@@ -158,8 +162,16 @@ class Client:
 
 def ask(record: Record, request: str, /, *, timeout: float | None = 30.0, **arguments: Any) -> Any:
     """As `Client.ask`, of the server of a disk; if another one takes its place, of that one."""
-    with connect(record, timeout=timeout) as client:
-        return client.ask(request, timeout=timeout, **arguments)
+    until = time.monotonic() + GREETING
+    while True:
+        try:
+            with connect(record, timeout=timeout) as client:
+                return client.ask(request, timeout=timeout, **arguments)
+        except Unread:  # it hands over, or ends: then nobody listens at the next attempt
+            if time.monotonic() > until:
+                raise
+        time.sleep(0.01)
+        record = _now(record)
 
 
 def connect(record: Record, *, timeout: float | None = 30.0) -> Client:
@@ -206,6 +218,8 @@ def _failures_told(place: Path, timeout: float | None) -> Iterator[None]:
             f"nobody listens at {place}: the server has ended, was started by an older version of "
             "pyublk, or could not make its channel (see its log)"
         ) from None
+    except (ConnectionResetError, BrokenPipeError) as error:
+        raise Unread(f"{place} cannot be used: {error}") from None
     except (ConnectionError, StrangeFile) as error:
         raise ChannelError(f"{place} cannot be used: {error}") from None
     except ValueError as error:
