@@ -161,9 +161,14 @@ def _kind(mode: int) -> str:
     return kinds.get(stat.S_IFMT(mode), "a device node")
 
 
+def draft_of(path: Path) -> Path:
+    """Where a file is made that then takes the place of this one: nobody else has that name."""
+    return path.with_name(f".{path.name}.{os.urandom(6).hex()}")
+
+
 def write_record(path: Path, text: str, *, mode: int = 0o600, durable: bool = False) -> None:
     """Puts a file in its place, whole or not at all; what lies there is replaced, not followed."""
-    draft = path.with_name(f".{path.name}.{os.urandom(6).hex()}")
+    draft = draft_of(path)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(draft, flags, mode)
     try:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from pyublk._native import FileMemory
-from pyublk.files import read_into, sync_directory, write_all
+from pyublk.files import draft_of, read_into, sync_directory, write_all
 
 HEADER_BYTES = 8192
 PAGE = 4096
@@ -246,7 +246,7 @@ def open_map(path: Path, flags: int) -> int:
 
 def put_map(path: Path, header: Header, bits: bytearray, *, mode: int) -> int:
     """Puts a map in its place, durably, as a whole or not at all; a descriptor of it."""
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    draft = draft_of(path)
     fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         os.fchmod(fd, mode & 0o666)
@@ -303,7 +303,7 @@ def read_live(file: Path, header: Header) -> bytearray | None:
 def make_live(file: Path, header: Header, bits: bytearray) -> FileMemory:
     """Memory with these bits that outlives this process; see `read_live`. Raises OSError."""
     path = MapFile.live_path_of(file)
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    draft = draft_of(path)
     fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         # All of it: who writes to a hole of it in memory, when the disk is full, is killed.

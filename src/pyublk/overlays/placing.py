@@ -3,12 +3,11 @@
 
 import errno
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pyublk.files import inode_at, sync_directory
+from pyublk.files import draft_of, inode_at, sync_directory
 
 _NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT)
 
@@ -35,7 +34,7 @@ def placed(path: Path) -> Iterator[int]:
     except OSError as error:  # some file systems have no files without a name
         if error.errno not in _NO_TMPFILE:
             raise
-        draft = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+        draft = draft_of(path)
         fd = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
         yield fd
