@@ -357,10 +357,12 @@ def test_a_socket_that_changes_hands(
     assert channel.ask(cast(Any, before), "stay") == "here"
 
 
+@pytest.mark.parametrize("greets", [False, True])
 def test_a_server_that_hands_over_before_it_reads(
-    place: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch
+    place: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch, greets: bool
 ) -> None:
-    """Its socket is closed with a client in it that it has not taken; that asks the next one."""
+    """It closes the socket of a client that it has not taken, or has not read from after the
+    greeting; that one asks the next server."""
     one = SimpleNamespace(
         id=3, cookie=5, path="/dev/ublkb3", server=SimpleNamespace(pid=os.getpid())
     )
@@ -373,7 +375,13 @@ def test_a_server_that_hands_over_before_it_reads(
         said: list[Any] = []
         asking.start()
         assert select.select([before], [], [], TIMEOUT)[0]  # it waits to be taken
-        serve(stay=lambda: "here")
+        if greets:
+            with before.accept()[0] as taken:
+                taken.sendall(b'{"pyublk": "0.1.0", "protocol": 1, "capabilities": []}\n')
+                assert select.select([taken], [], [], TIMEOUT)[0]  # it has asked
+                serve(stay=lambda: "here")
+        else:
+            serve(stay=lambda: "here")
     asking.join(TIMEOUT)
     assert said == ["here"]
 

@@ -167,11 +167,10 @@ def ask(record: Record, request: str, /, *, timeout: float | None = 30.0, **argu
         try:
             with connect(record, timeout=timeout) as client:
                 return client.ask(request, timeout=timeout, **arguments)
-        except Unread:  # it hands over, or ends: then nobody listens at the next attempt
+        except Unread:
             if time.monotonic() > until:
                 raise
-        time.sleep(0.01)
-        record = _now(record)
+            record = _now(record)
 
 
 def connect(record: Record, *, timeout: float | None = 30.0) -> Client:
@@ -182,19 +181,23 @@ def connect(record: Record, *, timeout: float | None = 30.0) -> Client:
     while True:
         try:
             client = Client(place, timeout=patience)
+        except Unread:  # it hands over, or ends: then nobody listens at the next attempt
+            if time.monotonic() > until:
+                raise
         except ChannelError:  # also when the socket changes hands just now
             if (now := _now(record)).server == record.server:
                 raise
             record = now
             continue
-        if client.server_pid == record.server.pid:
-            return client
-        with client:
-            if time.monotonic() > until:
-                raise ChannelError(
-                    f"{place} belongs to process {client.server_pid}, and {record.path} to "
-                    f"{record.server.pid}"
-                )
+        else:
+            if client.server_pid == record.server.pid:
+                return client
+            with client:
+                if time.monotonic() > until:
+                    raise ChannelError(
+                        f"{place} belongs to process {client.server_pid}, and {record.path} to "
+                        f"{record.server.pid}"
+                    )
         time.sleep(0.01)
         record = _now(record)
 
