@@ -85,16 +85,13 @@ cdef class Dispatcher:
                     return False
 
     def waiting(self):
-        return [
-            (<Suspended>each).coro for each in list(self.suspended)
-            if (<Suspended>each).io is not None
-        ]
+        return [(<Suspended>each).coro for each in self.unfinished()]
 
     def tasks(self):
-        return [
-            (<Suspended>each).make_task() for each in list(self.suspended)
-            if (<Suspended>each).io is not None
-        ]
+        return [(<Suspended>each).make_task() for each in self.unfinished()]
+
+    cdef list unfinished(self):
+        return [each for each in list(self.suspended) if (<Suspended>each).io is not None]
 
     cdef int renew(self) except -1:
         request = <RequestTask>RequestTask.__new__(RequestTask)

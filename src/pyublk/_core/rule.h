@@ -67,10 +67,10 @@ struct pu_rule *pu_rule_new(const struct pu_rule_spec *spec);
 struct pu_rule *pu_rule_get(struct pu_rule *rule);
 void pu_rule_put(struct pu_rule *rule);
 
-/* Whether it is for any of these bytes; without any, as a flush has none, only a rule of no range. */
+/* Whether it is for any of these bytes. A rule of a range is for no request without any: a flush. */
 bool pu_rule_covers(const struct pu_rule *rule, uint64_t offset, uint64_t length);
-/* Whether it fires for a request that it covers, and which it then counts. LIMIT: *due_ns is raised to when the request
- * may go on, and it fires if that is later than now. DELAY: to when it is over. */
+/* Whether it fires for a request that it covers, and which it then counts. LIMIT: *due_ns is raised
+ * to when the request may go on, and it fires if that is later than now. DELAY: to when it is over. */
 bool pu_rule_fires(struct pu_rule *rule, uint32_t op, uint64_t offset, uint64_t length,
 		   int64_t now_ns, int64_t *due_ns);
 uint64_t pu_rule_random(struct pu_rule *rule);
