@@ -155,6 +155,104 @@ static void memory_that_can_only_be_read_is_mapped_too(void)
 	close_files();
 }
 
+#define ROUNDS 400
+#define BLOCK 4096
+
+/* One of two queues of a disk, with its own thread; a file takes the place of the char device. */
+struct side {
+	struct pu_queue queue;
+	struct pu_mapped mapped;
+	struct pu_layout *layout;
+	pthread_barrier_t *together;
+	pthread_t thread;
+	int device;
+	uint16_t number;
+	uint32_t op;
+};
+
+static void open_side(struct side *side)
+{
+	struct pu_queue_options options = {
+		.depth = 1,
+		.buffer_bytes = BUFFER,
+		.extra_entries = pu_mapped_entries(&pu_direct, 1),
+		.files = fds,
+		.nr_files = FILES,
+	};
+
+	CHECK_EQUAL(pu_queue_open(&side->queue, -1, &options), 0);
+	side->queue.id = side->number;
+	side->queue.user_copy = true;
+	side->queue.cdev = side->device;
+	CHECK_EQUAL(pu_mapped_open(&side->mapped, &side->queue, side->layout, &pu_direct,
+				   side->layout->version), 0);
+	CHECK_EQUAL(pu_queue_fetch(&side->queue), 0);
+}
+
+static void *ask_again_and_again(void *argument)
+{
+	struct side *side = argument;
+
+	open_side(side);
+	for (int i = 0; i < ROUNDS; i++) {
+		pthread_barrier_wait(side->together);
+		CHECK_EQUAL(pu_loopback_inject(&side->queue, 0, side->op, 0, FILE_BYTES >> 9), 0);
+		while (pu_queue_held(&side->queue))
+			CHECK(pu_mapped_turn(&side->mapped, 1000000000) >= 0);
+		CHECK(pu_loopback_result(&side->queue, 0) >= 0);
+		pthread_barrier_wait(side->together);
+		pthread_barrier_wait(side->together); /* while somebody looks */
+	}
+	CHECK(pu_queue_close(&side->queue));
+	pu_mapped_close(&side->mapped);
+	pu_queue_free(&side->queue);
+	return NULL;
+}
+
+/* Straight copies to and from mapped files, which the kernel does not keep apart: in the end a block
+ * is what one of them made of it. */
+static void overlapping_requests_stay_whole(uint32_t other)
+{
+	static uint8_t data[FILE_BYTES];
+	int device = memfd_create("device", MFD_CLOEXEC);
+	struct side sides[2] = { 0 };
+	pthread_barrier_t together;
+	struct pu_layout layout;
+
+	make_files();
+	CHECK_EQUAL(pu_layout_init(&layout, PU_LAYOUT_TABLE, FILE_BYTES, FILES, 1), 0);
+	layout.extents[0] = (struct pu_extent){ .length = FILE_BYTES };
+	for (uint32_t i = 0; i < FILES; i++)
+		pu_layout_set_file(&layout, i, fds[i], true, false);
+	pu_layout_map_memory(&layout);
+	CHECK_EQUAL(pthread_barrier_init(&together, NULL, 3), 0);
+	for (int i = 0; i < 2; i++) {
+		memset(data, i + 1, sizeof(data));
+		CHECK_EQUAL(pwrite(device, data, sizeof(data),
+				   (off_t)pu_user_copy_offset((uint16_t)i, 0, 0)), sizeof(data));
+		sides[i].layout = &layout;
+		sides[i].together = &together;
+		sides[i].device = device;
+		sides[i].number = (uint16_t)i;
+		sides[i].op = i ? other : PU_OP_WRITE;
+		CHECK_EQUAL(pthread_create(&sides[i].thread, NULL, ask_again_and_again, &sides[i]), 0);
+	}
+	for (int round = 0; round < ROUNDS; round++) {
+		pthread_barrier_wait(&together);
+		pthread_barrier_wait(&together);
+		CHECK_EQUAL(pread(fds[0], data, FILE_BYTES, 0), FILE_BYTES);
+		for (size_t at = 0; at < FILE_BYTES; at += BLOCK)
+			CHECK(!memcmp(data + at, data + at + 1, BLOCK - 1));
+		pthread_barrier_wait(&together);
+	}
+	for (int i = 0; i < 2; i++)
+		pthread_join(sides[i].thread, NULL);
+	pu_layout_destroy(&layout);
+	pthread_barrier_destroy(&together);
+	close(device);
+	close_files();
+}
+
 int main(void)
 {
 	for (int memory = 0; memory < 2; memory++) {
@@ -166,5 +264,9 @@ int main(void)
 	a_plan_with_more_parts_than_slots();
 	one_way_of_zeroing_that_fails_leaves_the_other();
 	memory_that_can_only_be_read_is_mapped_too();
+	overlapping_requests_stay_whole(PU_OP_WRITE);
+	overlapping_requests_stay_whole(PU_OP_DISCARD);
+	overlapping_requests_stay_whole(PU_OP_WRITE_ZEROES);
+	overlapping_requests_stay_whole(PU_OP_WRITE_ZEROES | PU_FLAG_NOUNMAP);
 	return 0;
 }

@@ -9,6 +9,9 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#define SHARDS 64
+#define GRANULE (UINT64_C(1) << 20)
+
 int pu_layout_init(struct pu_layout *layout, enum pu_layout_kind kind, uint64_t size,
 		   uint32_t nr_files, uint32_t nr_extents)
 {
@@ -69,6 +72,21 @@ void pu_layout_unmap_memory(struct pu_layout *layout)
 	}
 }
 
+int pu_layout_join(struct pu_layout *layout)
+{
+	bool mapped = false;
+	int error;
+
+	for (uint32_t i = 0; i < layout->nr_files; i++)
+		mapped |= layout->files[i].map != NULL;
+	if (!mapped || __atomic_add_fetch(&layout->nr_queues, 1, __ATOMIC_ACQ_REL) != 2)
+		return 0;
+	error = pu_lock_init(&layout->lock, SHARDS, GRANULE);
+	if (!error)
+		__atomic_store_n(&layout->locked, true, __ATOMIC_RELEASE);
+	return error;
+}
+
 bool pu_file_holds(const struct pu_file *file, uint64_t offset, uint64_t length)
 {
 	unsigned char there[1024];
@@ -92,6 +110,8 @@ void pu_layout_destroy(struct pu_layout *layout)
 {
 	if (layout->files)
 		pu_layout_unmap_memory(layout);
+	if (layout->locked)
+		pu_lock_destroy(&layout->lock);
 	free(layout->files);
 	free(layout->extents);
 	layout->files = NULL;

@@ -8,6 +8,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "lock.h"
+
 enum pu_layout_kind {
 	PU_LAYOUT_TABLE,   /* extents, one after the other */
 	PU_LAYOUT_STRIPE,  /* chunks, in turn from every file */
@@ -41,6 +43,9 @@ struct pu_layout {
 	struct pu_extent *extents;
 	uint32_t nr_extents;
 	uint64_t chunk;
+	uint32_t nr_queues; /* that have joined it */
+	bool locked;	    /* there are several, and files are mapped */
+	struct pu_lock lock; /* keeps their requests whole where they overlap in a mapped file */
 };
 
 /* A part of a request that is one contiguous range of one file. In the request's data it is
@@ -74,6 +79,8 @@ static inline uint64_t pu_layout_size(const struct pu_layout *layout)
  * Nobody else may touch the mapping, which faults where a file was cut short. */
 void pu_layout_map_memory(struct pu_layout *layout);
 void pu_layout_unmap_memory(struct pu_layout *layout);
+/* A queue is about to use it. 0 or -ENOMEM. */
+int pu_layout_join(struct pu_layout *layout);
 /* Whether all of a range is there: reading what is not would allocate it. */
 bool pu_file_holds(const struct pu_file *file, uint64_t offset, uint64_t length);
 
@@ -101,7 +108,7 @@ void pu_layout_set_file(struct pu_layout *layout, uint32_t index, int fd, bool m
 /* The queues take up the files with their next request. */
 void pu_layout_publish_files(struct pu_layout *layout);
 
-/* Whether every file is memory of ours. */
+/* Whether every file is mapped. */
 static inline bool pu_layout_is_mapped(const struct pu_layout *layout)
 {
 	for (uint32_t i = 0; i < layout->nr_files; i++)

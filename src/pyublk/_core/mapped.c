@@ -76,11 +76,14 @@ int pu_mapped_open(struct pu_mapped *m, struct pu_queue *q, struct pu_layout *la
 		error = -ENOMEM;
 	else if (m->policy->open)
 		error = m->policy->open(m);
+	if (!error)
+		error = pu_layout_join(layout);
 	if (error) {
 		pu_mapped_close(m);
 		return error;
 	}
-	m->every_file_mapped = pu_layout_is_mapped(layout);
+	/* With zero copy, files are also written by the ring, which knows nothing of the layout's lock. */
+	m->straight = q->user_copy && !q->zero_copy && pu_layout_is_mapped(layout);
 	q->complete = complete;
 	q->completer = m;
 	return 0;
@@ -252,7 +255,7 @@ static enum place choose_place(const struct pu_mapped *m, const struct pu_work *
 		return IN_BUFFER;
 	if (q->zero_copy && !w->unregistered)
 		return IN_REGISTERED;
-	return m->every_file_mapped ? IN_FILES : IN_USER_COPY;
+	return m->straight ? IN_FILES : IN_USER_COPY;
 }
 
 /* Finds the data, then serves. */

@@ -41,7 +41,7 @@ struct pu_mapped {
 	uint64_t *outcomes; /* for each tag, by other threads: see deferred.c */
 	bool resolved; /* there are some */
 	uint32_t version;	  /* of the layout's files, as registered */
-	bool every_file_mapped;
+	bool straight; /* data goes between requests and mapped files, without a stop in between */
 	bool to_tell; /* by the policy: the turns are to be interrupted for it */
 	int64_t look_every_ns; /* the policy looks after I/O that is under way; 0: never */
 	int64_t look_at_ns;    /* when it does so again; 0: at once */

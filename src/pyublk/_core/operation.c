@@ -86,7 +86,7 @@ static int64_t move_directly(struct pu_mapped *m, struct pu_slot *slot)
 	return error ? error : or_errno(pwrite(file->fd, buffer, length, (off_t)offset));
 }
 
-static int64_t do_now(struct pu_mapped *m, struct pu_slot *slot)
+static int64_t do_alone(struct pu_mapped *m, struct pu_slot *slot)
 {
 	const struct pu_work *w = &m->works[slot->tag];
 	struct iovec vector[PU_VECTOR];
@@ -109,6 +109,26 @@ static int64_t do_now(struct pu_mapped *m, struct pu_slot *slot)
 		return or_errno(count == 1 ? pread(fd, vector[0].iov_base, vector[0].iov_len, offset) :
 					     preadv(fd, vector, count, offset));
 	return or_errno(pwritev2(fd, vector, count, offset, flags));
+}
+
+/* Calls on a file exclude each other in the kernel. Copies to and from its mapping do not: another
+ * queue's write or hole would leave a block that is half of the one and half of the other. */
+static int64_t do_now(struct pu_mapped *m, struct pu_slot *slot)
+{
+	struct pu_lock *lock = &m->layout->lock;
+	uint64_t offset = slot->part.offset, length = slot->part.length;
+	int64_t result;
+
+	if (!m->straight || slot->op == PU_OP_FLUSH ||
+	    !__atomic_load_n(&m->layout->locked, __ATOMIC_ACQUIRE))
+		return do_alone(m, slot);
+	if (slot->op == PU_OP_READ)
+		pu_lock_read(lock, offset, length);
+	else
+		pu_lock_write(lock, offset, length);
+	result = do_alone(m, slot);
+	pu_lock_unlock(lock, offset, length);
+	return result;
 }
 
 static void fill_transfer(struct pu_mapped *m, struct pu_slot *slot, struct pu_sqe *sqe)
@@ -173,7 +193,7 @@ static int submit(struct pu_mapped *m, struct pu_slot *slot)
 static bool on_the_spot(const struct pu_mapped *m, const struct pu_slot *slot)
 {
 	return m->layout->files[slot->part.file].memory && slot->place != IN_REGISTERED &&
-	       !slot->zeroes;
+	       (!slot->zeroes || m->straight);
 }
 
 int64_t pu_operation_begin(struct pu_mapped *m, struct pu_slot *slot)
