@@ -177,14 +177,17 @@ def build(
     arguments: Sequence[str] = (),
     *,
     first: tuple[object, ...] = (),
+    called: str = "",
     **given: object,
 ) -> T:
     """Makes an object from text: `options` by name, `arguments` by position, converted as the
     class's own signature says. What is in `given` and not None is passed on as it is, and so is
-    `first`, before the arguments: no option has the names of these parameters.
+    `first`, before the arguments: no option has the names of these parameters. `called`: what
+    errors call the class, which has been named so.
 
     Raises ValueError, naming the option and what is allowed.
     """
+    called = called or cls.__name__
     parameters = dict(inspect.signature(cls).parameters)
     hints = hints_of(cls)
     positional = [
@@ -202,7 +205,7 @@ def build(
         given_arguments = []
     if len(arguments) > len(positional):
         raise ValueError(
-            f"{cls.__name__} takes {len(positional)} argument(s) "
+            f"{called} takes {len(positional)} argument(s) "
             f"({', '.join(positional) or 'none'}), not {len(arguments)}"
         )
     texts = dict(zip(positional, arguments, strict=False))
@@ -216,11 +219,18 @@ def build(
         if name not in parameters and not open_ended:
             allowed = sorted(parameters)
             raise ValueError(
-                f"{cls.__name__} has no option {name!r}{near(name, allowed)}; "
+                f"{called} has no option {name!r}{near(name, allowed)}; "
                 f"it takes {', '.join(allowed) or 'none'}"
             )
     for name, text in texts.items():
         values[name] = convert(name, text, hints.get(name, str))
+    _check_complete(called, parameters, values)
+    return cls(*first, *given_arguments, **values)  # type: ignore[arg-type]
+
+
+def _check_complete(
+    called: str, parameters: Mapping[str, inspect.Parameter], values: Mapping[str, object]
+) -> None:
     missing = [
         name
         for name, p in parameters.items()
@@ -228,6 +238,10 @@ def build(
         and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
         and name not in values
     ]
-    if missing:
-        raise ValueError(f"{cls.__name__} needs {' and '.join(missing)}")
-    return cls(*first, *given_arguments, **values)  # type: ignore[arg-type]
+    if not missing:
+        return
+    told = f"{called} needs {' and '.join(missing)}"
+    if all(parameters[name].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for name in missing):
+        required = [name.upper() for name, p in parameters.items() if p.default is p.empty]
+        told += f": write {called} {' '.join(required)}, or give it as an option"
+    raise ValueError(told)

@@ -479,7 +479,7 @@ def test_the_disk_of_another_program(serve: Serve) -> None:
     [
         (["nul"], ExitCode.USAGE, "there is no target 'nul' (did you mean 'null'?)"),
         (["disks.py:NoRead"], ExitCode.USAGE, "NoRead has no read method"),
-        (["null", "-o", "colour=red"], ExitCode.USAGE, "Null has no option 'colour'"),
+        (["null", "-o", "colour=red"], ExitCode.USAGE, "null has no option 'colour'"),
         (["file", "missing.img"], ExitCode.FAILED, "missing.img does not exist"),
         (["null", "--queues", "4000"], ExitCode.FAILED, "asked for 4000"),
         (["disks.py:FailsToOpen"], ExitCode.PERMISSION, "the vault is closed"),

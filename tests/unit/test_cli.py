@@ -284,9 +284,9 @@ def test_no_driver(arguments: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["ram"], "Ram needs size"),
+        (["ram"], "ram needs size"),
         (["nul"], "there is no target 'nul' (did you mean 'null'?)"),
-        (["null", "--option", "sizee=1"], "Null has no option 'sizee' (did you mean 'size'?)"),
+        (["null", "--option", "sizee=1"], "null has no option 'sizee' (did you mean 'size'?)"),
     ],
 )
 def test_a_target_that_is_written_wrongly_is_told_without_a_driver_too(

@@ -68,7 +68,7 @@ def test_what_is_for_ublk_only_is_refused() -> None:
     both = runner.invoke(main, ["add", "ram", "--size", "1M", "--via", "nbd", "--foreground"])
     assert (both.exit_code, "--via nbd excludes" in both.stderr) == (2, True)
     wrong = runner.invoke(main, ["add", "ram", "--via", "nbd"])
-    assert (wrong.exit_code, "Ram needs size" in wrong.stderr) == (2, True)
+    assert (wrong.exit_code, "ram needs size" in wrong.stderr) == (2, True)
 
 
 def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,7 +151,7 @@ def test_a_read_only_target_and_a_spec(tmp_path: Path) -> None:
     ("words", "said"),
     [
         ([], "nbdkit: pyublk: target=NAME is missing, such as target=file arguments=disk.img"),
-        (["target=ram", "size=1M", "colour=red"], "nbdkit: pyublk: Ram has no option 'colour'"),
+        (["target=ram", "size=1M", "colour=red"], "nbdkit: pyublk: ram has no option 'colour'"),
         (["target=file", "arguments=none.img"], "nbdkit: pyublk: none.img does not exist"),
         (
             ["target=zoned", "size=64M"],

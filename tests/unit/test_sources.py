@@ -75,8 +75,8 @@ def test_a_name_and_its_argument_are_a_target(mine: Path) -> None:
             r"\(\./rma:64M for a file of this name\), or NAME:ARGUMENT with one of .*file, ",
         ),
         ("ftp://host/disk.img", "there is no target 'ftp'"),
-        ("slice:", "Slice needs file"),
-        ("ram:x", r"Ram takes 0 argument\(s\) \(none\), not 1"),
+        ("slice:", "slice needs file: write slice FILE, or"),
+        ("ram:x", r"ram takes 0 argument\(s\) \(none\), not 1"),
         ("no.module:Class", "there is no module 'no.module'"),
         ("no.py:Class", "there is no file 'no.py'"),
     ],
@@ -110,7 +110,7 @@ def test_a_description_takes_an_argument_after_the_name(mine: Path) -> None:
 
 def test_a_short_name_goes_before_a_package(mine: Path) -> None:
     (mine.parent / "null.py").write_text(MINE)
-    with pytest.raises(ValueError, match="Null takes 0 argument"):
+    with pytest.raises(ValueError, match="null takes 0 argument"):
         from_text("null:Mine", size=4096)
     assert type(from_text("null.py:Mine")).__name__ == "Mine"
 

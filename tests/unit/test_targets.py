@@ -83,7 +83,7 @@ def test_what_is_given_beside_the_options_is_passed_on_unless_none() -> None:
             [],
             "option colour is 'blue': it must be one of red, green",
         ),
-        ({}, [], "Picky needs path"),
+        ({}, [], "Picky needs path: write Picky PATH, or give it as an option"),
         ({"path": "x"}, ["y"], "path is given twice"),
         ({"path": "x", "size": "1M"}, [], "size is given twice"),
         ({}, ["x", "1", "2"], r"Picky takes 2 argument\(s\) \(path, count\), not 3"),

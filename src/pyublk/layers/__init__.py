@@ -48,8 +48,8 @@ def build(text: str, below: Target) -> Target:
     try:
         inspect.signature(made).bind_partial(below)
     except TypeError:
-        raise ValueError(f"{made.__name__} takes no target below it: it is not a layer") from None
-    return build_class(made, options, first=(below,))
+        raise ValueError(f"{name} takes no target below it: it is not a layer") from None
+    return build_class(made, options, first=(below,), called=name)
 
 
 def changed(texts: Iterable[str], changes: Iterable[str]) -> tuple[str, ...]:

@@ -100,7 +100,8 @@ def make(
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     wishes = {"block_size": block_size, "read_only": read_only}
     given: dict[str, Any] = {n: v for n, v in wishes.items() if n in parameters or open_ended}
-    target = build(made, options, [*first, *arguments], size=size, **given)
+    called, _ = REGISTRY.split(text)
+    target = build(made, options, [*first, *arguments], called=called, size=size, **given)
     for name, wish in wishes.items():
         if name not in given and wish is not None:
             setattr(target, name, wish)
