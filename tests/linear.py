@@ -48,7 +48,15 @@ class Op:
 
 
 class Inexplicable(AssertionError):
-    """No order of the operations explains what a read found."""
+    """No order of the operations explains what a read found. `op`: the first that has no place."""
+
+    def __init__(self, told: str, op: Op) -> None:
+        super().__init__(told)
+        self.op = op
+
+
+#: Of an inexplicable operation, how much is told of what was beside and before it, and after it.
+NEAR, AFTER = 40, 10
 
 
 def explain(ops: list[Op], before: Iterable[Held]) -> set[Held]:
@@ -66,7 +74,7 @@ def explain(ops: list[Op], before: Iterable[Held]) -> set[Held]:
             continue
         possible = {state for state in _reached(states, ops, called) if number in state[1]}
         if not possible:
-            raise Inexplicable(_told(ops, number, called, states))
+            raise Inexplicable(_told(ops, number, called, states), ops[number])
         called.remove(number)
         states = {(value, done - {number}) for value, done in possible}
     return {value for value, _ in _reached(states, ops, called)}
@@ -91,11 +99,45 @@ def _reached(states: set[_State], ops: list[Op], called: set[int]) -> set[_State
 def _told(ops: list[Op], number: int, called: set[int], states: set[_State]) -> str:
     op = ops[number]
     held = sorted({tuple(sorted(value)) for value, _ in states})
-    beside = ", ".join(f"{ops[one].kind} {ops[one].value}" for one in sorted(called - {number}))
-    return (
-        f"the {op.kind} of {op.value} ({op.called} to {op.answered}) has no place: the block could "
-        f"hold {held[:4]}, and meanwhile there was {beside or 'nothing'}"
+    found = [one.value for one in ops if (one.called, one.answered) == (op.called, op.answered)]
+    beside = ", ".join(
+        f"{ops[one].kind} {ops[one].value}"
+        for one in sorted(called)
+        if (ops[one].called, ops[one].answered) != (op.called, op.answered)
     )
+    torn = f", one of {_values(found)}" if len(found) > 1 else ""
+    return (
+        f"the {op.kind} of {op.value}{torn} ({op.called} to {op.answered}) has no place: the block "
+        f"could hold {held[:4]}, and meanwhile there was {beside or 'nothing'}"
+    )
+
+
+def _near(op: Op, ops: list[Op], notes: list[tuple[int, str]]) -> list[str]:
+    """What was done about when it was, a line each, with the notes that are nearest to it."""
+    end = _end(op)
+    before = sorted((one for one in ops if one.called <= end), key=_end)[-NEAR:]
+    after = sorted((one for one in ops if one.called > end), key=lambda one: one.called)[:AFTER]
+    lines: dict[tuple[float, float, str], list[int]] = {}
+    for one in (*before, *after):
+        what = f"{one.kind}, which may come again," if one.again else one.kind
+        lines.setdefault((one.called, _end(one), what), []).append(one.value)
+    told = [
+        (called, f"{called} to {answered}: {what} of {_values(values)}")
+        for (called, answered, what), values in lines.items()
+    ]
+    nearest = sorted(notes, key=lambda note: abs(note[0] - op.called))[:AFTER]
+    told += [(moment, f"{moment}: --- {event}") for moment, event in nearest]
+    return [line for _, line in sorted(told)]
+
+
+def _end(op: Op) -> float:
+    return float("inf") if op.answered is None else op.answered
+
+
+def _values(values: list[int]) -> str:
+    if len(values) == 1:
+        return str(values[0])
+    return f"{sorted(values)}, all in this one block"
 
 
 class History:
@@ -110,13 +152,13 @@ class History:
         self._lock = threading.Lock()
         self._now = 0
         self._values = 0
-        self._events: list[str] = []
+        self._notes: list[tuple[int, str]] = []
 
     def note(self, event: str) -> None:
         """What happens to the disk now: told beside what cannot be explained."""
         with self._lock:
             self._now += 1
-            self._events.append(f"{self._now}: {event}")
+            self._notes.append((self._now, event))
 
     def fresh(self) -> int:
         """A value that nobody has written yet."""
@@ -176,9 +218,9 @@ class History:
                 try:
                     self.held[block] = explain(ops, self.held.get(block, {frozenset([0])}))
                 except Inexplicable as wrong:
-                    near = "\n".join(map(str, ops[-200:]))
-                    told = f"block {block}: {wrong}\n{self._events}\n{near}"
-                    raise Inexplicable(told) from None
+                    near = _near(wrong.op, ops, self._notes)
+                    told = "\n".join([f"block {block}: {wrong}", *near])
+                    raise Inexplicable(told, wrong.op) from None
             self._ops.clear()
             self._open.clear()
 

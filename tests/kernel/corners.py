@@ -131,6 +131,7 @@ def _kill_in_an_upgrade(
     disk: Disk, controller: pyublk.Controller, step: str, who: str, dice: random.Random
 ) -> None:
     old = disk.server
+    disk.history.note("an upgrade begins")
     upgrade = command("upgrade", str(disk.number))
 
     def there() -> bool:
@@ -154,11 +155,13 @@ def _kill_in_an_upgrade(
     if (server := controller.info(disk.number).server_pid) not in (None, old, *new):
         new.append(server)  # the command has ended meanwhile
     victims = {"old": [old], "new": new, "both": [old, *new], "command": [upgrade.pid]}[who]
+    disk.history.note(f"kill of {who}, {victims}, when {step}")
     for victim in victims:
         with suppress(ProcessLookupError):
             os.kill(victim, 9)
-    outcome(upgrade)
+    disk.history.note(f"the upgrade ends: {outcome(upgrade)}")
     served_again(disk)
+    disk.history.note(f"{disk.server} serves")
     disk.clients.goes_on(2)
 
 

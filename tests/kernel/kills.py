@@ -183,11 +183,14 @@ def by_command(disk: Disk, *, restarts: bool = False) -> None:
     assert done.exit_code in allowed, done.stderr
 
 
-def kills(count: int, seed: int, report: Report, tell: Callable[[str], Any]) -> None:
-    """`count` of them, KILLS of each disk; every third disk waits for `pyublk recover`, the others
-    are restarted. Raises AssertionError when anything is wrong."""
+def kills(
+    count: int, seed: int, report: Report, tell: Callable[[str], Any], first: int = 0
+) -> None:
+    """`count` of them, KILLS of each disk. A disk follows from the seed and its number, which begin
+    with `first`; every third one waits for `pyublk recover`, the others are restarted. Raises
+    AssertionError when anything is wrong."""
     with left_clean() as place:
-        for number in range(-(-count // KILLS)):
+        for number in range(first, first - (-count // KILLS)):
             dice = random.Random(f"{seed}/{number}")
             restarts = number % 3 != 2
             queues = QUEUES[number // 3 % len(QUEUES)]

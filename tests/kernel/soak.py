@@ -69,7 +69,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Disks under trouble, every answer explained.")
     parser.add_argument("--minutes", type=float, default=10, help="how long (default: 10)")
     parser.add_argument("--seed", type=int, default=None, help="repeats what a run did")
-    parser.add_argument("--first", type=int, default=0, help="the life to begin with")
+    parser.add_argument("--first", type=int, default=0, help="the life, or the disk, to begin with")
     parser.add_argument("--only", choices=sorted(PARTS), help="lives of one kind")
     parser.add_argument("--kills", type=int, metavar="N", help="instead: N kills under fio")
     parser.add_argument("--upgrades", type=int, metavar="N", help="instead: N upgrades under fio")
@@ -84,7 +84,7 @@ def main() -> int:
     tell = lambda text: print(text, flush=True)  # noqa: E731
     began = time.monotonic()
     instead = {
-        kills.kills: options.kills,
+        partial(kills.kills, first=options.first): options.kills,
         kills.upgrades: options.upgrades,
         handovers.hand_overs: options.hand_overs,
         partial(corners.corners, only=options.corner): options.corners,

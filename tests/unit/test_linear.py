@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from linear import History, Inexplicable, Kind, Op, explain
+from linear import AFTER, NEAR, History, Inexplicable, Kind, Op, explain
 
 ZERO = {frozenset([0])}
 
@@ -175,6 +175,40 @@ def test_a_history_goes_on_after_a_check() -> None:
     history.found(history.reading(), 1, [0])
     with pytest.raises(Inexplicable, match=r"block 1: the read of 0 \(.*could hold \[\(7,\)\]"):
         history.check()
+
+
+def test_a_history_tells_what_was_done_about_when_it_went_wrong() -> None:
+    history = History()
+    late = history.writing([0], 999)  # open all the time
+    late.__enter__()
+
+    def written_and_read(count: int) -> None:
+        for _ in range(count):
+            with history.writing([0], value := history.fresh()):
+                pass
+            history.found(history.reading(), 0, [value])
+
+    history.note("long before")
+    for number in range(AFTER):
+        written_and_read(10)
+        history.note(f"note {number}")
+    history.found(history.reading(), 0, [998, 10 * AFTER])
+    written_and_read(100)
+    history.note("long after")
+    late.__exit__(None, None, None)
+    with pytest.raises(Inexplicable) as wrong:
+        history.check()
+    first, *lines = str(wrong.value).split("\n")
+    assert "block 0: the read of 998, one of [100, 998], all in this one block (" in first
+    assert first.endswith("meanwhile there was write 999")
+    ops = [line for line in lines if "---" not in line]
+    notes = [line.partition("--- ")[2] for line in lines if "---" in line]
+    assert wrong.value.op.value == 998
+    assert notes == [f"note {number}" for number in range(AFTER)]
+    assert len(ops) == NEAR - 1 + AFTER  # the two values that one read found are a line
+    assert "write of 999" in ops[0]
+    assert "read of [100, 998], all in this one block" in ops[NEAR - 2]
+    assert [line.rpartition(" ")[2] for line in ops[-2:]] == ["105", "105"]
 
 
 def test_a_history_of_many_threads() -> None:
