@@ -192,12 +192,16 @@ STEPS = st.lists(
 
 
 @settings(max_examples=150, deadline=None)
-@given(steps=STEPS)
-@example(steps=[("write", 0, 1, 0), ("flush", 0, 0, 0), ("end", 0, 0, 1), ("end", 0, 0, 0)])
-def test_the_states_are_those_of_an_independent_model(steps: list[Step]) -> None:
+@given(steps=STEPS, start=st.integers(0, 8))
+@example(
+    steps=[("write", 0, 1, 0), ("flush", 0, 0, 0), ("end", 0, 0, 1), ("end", 0, 0, 0)], start=0
+)
+def test_the_states_are_those_of_an_independent_model(steps: list[Step], start: int) -> None:
     cut, model = PowerCut(4 * BLOCK), Model(4)
     cut.open()
     times = run_steps(cut, model, steps)
+    cut._windows = [(start, None)]  # as `cut.record()` would have it from then on
+    times = {time for time in times if time >= start} | {max(times)}
     expected = {b"".join(one) for time in times for one in itertools.product(*model.events[time])}
     found = [image(crash) for crash in cut.crashes(limit=10_000)]
     assert len(found) == len(set(found))
@@ -725,6 +729,22 @@ def test_shrinking_leaves_what_is_needed() -> None:
     few = cut.shrink(cut.cut(), check, tries=3)
     with pytest.raises(AssertionError):
         check(few)
+
+
+def test_what_fails_without_any_loss_is_found_by_one_try() -> None:
+    cut = PowerCut(256 * BLOCK)
+    with Disk(cut) as disk:
+        for number in range(30):
+            disk.pwrite(block("x"), number * BLOCK)
+    tried = []
+
+    def check(crash: Crash) -> None:  # what it wants was never written
+        tried.append(crash.id)
+        assert letters(crash)[40] == "y"
+
+    with pytest.raises(PowerCutFailed, match="it fails also when the disk loses nothing"):
+        cut.check(check)
+    assert tried == ["60+", "60-"]
 
 
 def test_shrinking_garbage() -> None:

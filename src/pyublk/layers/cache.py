@@ -451,13 +451,13 @@ class Cache(PresenceLayer):
         buffer[inside:] = bytes(len(buffer) - inside)
 
     def _copy_below(self, offset: int, length: int) -> None:
-        data = memoryview(os.pread(self._own_fd, length, offset))
+        data = os.pread(self._own_fd, length, offset)
         if len(data) < length:
             raise OSError(errno.EIO, f"{self.file} ends at {offset + len(data)}: it was cut")
-        if not any(data):
+        if data.count(0) == length:
             self._source.write_zeroes(offset, length)
         else:
-            self._source.write(offset, data)
+            self._source.write(offset, memoryview(data))
 
     def _below_changes(self) -> None:
         """Called before each write below. The identity that is noted is not the source's then."""

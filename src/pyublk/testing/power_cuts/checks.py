@@ -3,7 +3,7 @@
 
 import shlex
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -105,30 +105,36 @@ def smallest(items: list[T], fails: Callable[[list[T]], bool]) -> list[T]:
     return items
 
 
-def shrink(crash: Crash, check: Check, tries: int) -> Crash:
-    """See `PowerCut.shrink`."""
+def shrink(crash: Crash, check: Check, tries: int) -> tuple[Crash, Exception | None]:
+    """See `PowerCut.shrink`; also why the check fails there, or None where it was not smaller."""
     point, choices = crash.state
     call = checker(check)
     left = tries
+    found, reason = crash, None
 
-    def made(lost: list[tuple[int, int]], garbled: dict[int, int]) -> Crash:
-        chosen = point.without(lost)
-        for index, garbage in garbled.items():
-            chosen[index] = garbage
-        return Crash(crash.cut, point, chosen)
-
-    def fails(tried: Crash) -> bool:
-        nonlocal left
+    def fails(lost: list[tuple[int, int]], garbled: Collection[int]) -> bool:
+        """Whether the check fails when this is lost, which is then the smallest loss so far."""
+        nonlocal left, found, reason
         left -= 1
-        return left >= 0 and failure_of(call, tried) is not None
+        chosen = point.without(lost)
+        for index in garbled:
+            chosen[index] = GARBAGE
+        tried = Crash(crash.cut, point, chosen)
+        if left < 0 or (failure := failure_of(call, tried)) is None:
+            return False
+        found, reason = tried, failure
+        return True
 
-    garbled = {index: one for index, one in enumerate(choices) if one == GARBAGE}
-    lost = [piece for piece in point.lost(choices) if point.index[piece[1]] not in garbled]
-    indexes = smallest(list(garbled), lambda some: fails(made(lost, dict.fromkeys(some, GARBAGE))))
-    garbled = dict.fromkeys(indexes, GARBAGE)
+    # One try for the commonest mistake: what the program has never written fails without any loss.
+    if choices == point.all_kept or fails([], []):
+        return found, reason
+    garbled = [index for index, one in enumerate(choices) if one == GARBAGE]
+    lost = [piece for piece in point.lost(choices) if point.index[piece[1]] not in set(garbled)]
+    garbled = smallest(garbled, lambda some: fails(lost, some))
     numbers = smallest(
         sorted({number for number, _ in lost}),
-        lambda some: fails(made([piece for piece in lost if piece[0] in some], garbled)),
+        lambda some: fails([piece for piece in lost if piece[0] in some], garbled),
     )
     lost = [piece for piece in lost if piece[0] in numbers]
-    return made(smallest(lost, lambda some: fails(made(some, garbled))), garbled)
+    smallest(lost, lambda some: fails(some, garbled))
+    return found, reason

@@ -221,11 +221,13 @@ class Record:
         for start in range(offset, offset + length, PIECE):
             size = min(PIECE, offset + length - start)
             known = self._before_of(start, size)
-            if any(known):
+            blank = known.count(0) == size  # any(known) would make an object of each byte
+            if not blank:
                 self._keep(start, size)
             for unit in range(start // self.unit, (start + size - 1) // self.unit + 1):
-                at = max(unit * self.unit, start) - start
-                if unit in self.changes or any(known[at : unit * self.unit + self.unit - start]):
+                at = max(unit * self.unit - start, 0)
+                end = min((unit + 1) * self.unit - start, size)
+                if unit in self.changes or (not blank and known.count(0, at, end) < end - at):
                     units.append(unit)
         return list(dict.fromkeys(units))
 

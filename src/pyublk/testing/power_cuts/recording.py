@@ -21,6 +21,9 @@ from pyublk.testing.power_cuts.record import Record, Write
 from pyublk.testing.power_cuts.saved import save
 from pyublk.testing.power_cuts.states import Point, read_name, unique_states
 
+#: How often a check is called at most, to find the smallest loss at which it fails.
+TRIES = 200
+
 
 @dataclass(frozen=True, slots=True)
 class Volatile:
@@ -226,15 +229,14 @@ class Recording(Layer):
         number = 0
         for number, crash in enumerate(self.crashes(limit, seed), start=1):
             if (reason := failure_of(call, crash)) is not None:
-                small = self.shrink(crash, check)
-                reason = failure_of(call, small) or reason
-                raise PowerCutFailed(small, crash, number, reason) from reason
+                small, why = shrink(crash, check, TRIES)
+                raise PowerCutFailed(small, crash, number, why or reason) from (why or reason)
         return number
 
-    def shrink(self, crash: Crash, check: Check, *, tries: int = 200) -> Crash:
+    def shrink(self, crash: Crash, check: Check, *, tries: int = TRIES) -> Crash:
         """The same cut with a smaller loss, at which `check` fails still: none of what is lost can
         be kept without its passing. `tries`: how often it calls the check at most."""
-        return shrink(crash, check, tries)
+        return shrink(crash, check, tries)[0]
 
     def save(self, path: Path | str) -> None:
         """Saves the record into a file, so that `load` has the same crashes, by the same ids, also

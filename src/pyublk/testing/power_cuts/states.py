@@ -338,7 +338,8 @@ def in_order(points: list[Point]) -> Iterator[tuple[Point, Choices]]:
 
 def stable_sums(record: Record, points: list[Point]) -> dict[int, int]:
     """By time of the point: the sum of the hashes of the stable versions of all units, without
-    those that are not stable then."""
+    those that are not stable then. All sums lack the same number, which need not be known: what had
+    become stable before the first point."""
     settled = sorted(
         (write for write in record.writes if write.stable is not None),
         key=lambda write: (write.stable or 0, write.number),
@@ -350,7 +351,8 @@ def stable_sums(record: Record, points: list[Point]) -> dict[int, int]:
             write = settled[done]
             for unit, version in zip(write.units, write.places, strict=True):
                 if version > (old := versions.get(unit, 0)):
-                    total += record.hash(unit, version) - record.hash(unit, old)
+                    if sums:
+                        total += record.hash(unit, version) - record.hash(unit, old)
                     versions[unit] = version
             done += 1
         sums[point.time] = total - sum(
