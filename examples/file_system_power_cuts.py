@@ -25,8 +25,8 @@ MIB = 1 << 20
 #: How each is made, how large (xfs wants 300 MiB at least), and how it is mounted: ext4 helps
 #: programs that forget the fsync before a rename, unless it is told not to.
 MAKE = {
-    "ext4": (["mkfs.ext4", "-q", "-F", "-J", "size=1", "-b", "1024"], 8 * MIB, "noauto_da_alloc"),
-    "xfs": (["mkfs.xfs", "-q", "-f"], 300 * MIB, "defaults"),
+    "ext4": (["mkfs.ext4", "-q", "-F", "-J", "size=1", "-b", "1024"], 4 * MIB, "noauto_da_alloc"),
+    "xfs": (["mkfs.xfs", "-q", "-f", "-d", "agcount=2"], 300 * MIB, "defaults"),
 }
 VERSIONS = 2
 

@@ -85,7 +85,7 @@ def record(journal: str, synchronous: str, commits: int, directory: Path) -> Pow
     """A disk with an ext4 on which the work was done."""
     image, mounted = directory / "disk.img", directory / "mounted"
     with image.open("wb") as file:
-        file.truncate(8 * MIB)
+        file.truncate(4 * MIB)
     subprocess.run(["mkfs.ext4", "-q", "-F", "-J", "size=1", "-b", "1024", image], check=True)
     mounted.mkdir()
     cut = PowerCut(File(image), atomic=4096)  # ext4's superblock may not be torn

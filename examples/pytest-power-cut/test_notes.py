@@ -11,7 +11,7 @@ from pyublk.testing import PowerCutFailed
 
 def save_twice(power_cut):
     """Returns the disk on which "plan" was saved as A, and then as B."""
-    cut, fs = power_cut("ext4", "16M")
+    cut, fs = power_cut("ext4", "8M")
     notes.save(fs.path, "plan", "A")
     with cut.record():
         cut.mark("A")
