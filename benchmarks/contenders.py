@@ -13,7 +13,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -85,14 +84,6 @@ REFERENCES: dict[Kind, tuple[str, str, str]] = {
 }
 
 
-def _wait_for(path: str, condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + _PATIENCE
-    while not condition():
-        if time.monotonic() > until:
-            raise Unavailable(f"{path} was not there within {_PATIENCE:g} s")
-        time.sleep(0.02)
-
-
 def _null_blk(
     setting: Setting,
     stack: ExitStack,
@@ -143,42 +134,12 @@ def _loop(setting: Setting, stack: ExitStack) -> Disk:
     return Disk(path, None)
 
 
-def _end(process: "subprocess.Popen[str]") -> None:
-    process.terminate()
-    try:
-        process.wait(30)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
 def _free_nbd() -> str:
     for number in range(16):
         state = Path(f"/sys/block/nbd{number}")
         if state.is_dir() and not (state / "pid").exists():
             return f"/dev/nbd{number}"
     raise Unavailable("every nbd device is in use")
-
-
-def _start_nbdkit(
-    setting: Setting, stack: ExitStack, plugin: list[str], name: str
-) -> tuple[str, int]:
-    """A server: its socket and its process."""
-    nbdkit = programs.find("nbdkit", "nbdkit")
-    socket = str(setting.directory / f"{name}.socket")
-    server = stack.enter_context(
-        subprocess.Popen(
-            [nbdkit, "--foreground", "--unix", socket, *plugin],
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-    )
-    stack.callback(_end, server)
-    _wait_for(socket, lambda: os.path.exists(socket) or server.poll() is not None)
-    if server.poll() is not None and server.stderr is not None:
-        raise Unavailable(f"nbdkit ended: {server.stderr.read().strip() or server.returncode}")
-    return socket, server.pid
 
 
 def _nbdkit(
@@ -188,9 +149,10 @@ def _nbdkit(
     client = programs.find("nbd-client", "nbd-client")
     programs.load_module("nbd")
     plugin = plugin or ["file", str(setting.file(f"nbdkit-{name}"))]
-    socket, server = _start_nbdkit(setting, stack, plugin, name)
+    socket = setting.directory / f"{name}.socket"
+    server = stack.enter_context(programs.nbdkit(socket, *plugin))
     path = _free_nbd()
-    programs.run(client, "-unix", socket, path, "-connections", str(setting.queues))
+    programs.run(client, "-unix", str(socket), path, "-connections", str(setting.queues))
     _run_at_the_end(stack, client, "-d", path)
     return Disk(path, server)
 
@@ -198,8 +160,9 @@ def _nbdkit(
 def _pyublk_nbd(setting: Setting, stack: ExitStack, *, path: str, batch: bool | None) -> Disk:
     """By our client, the same server."""
     name = f"pyublk-nbd-{path}-{batch}"
-    socket, _ = _start_nbdkit(setting, stack, ["file", str(setting.file(name))], name)
-    return _pyublk(setting, stack, target="nbd", path=path, batch=batch, on=socket)
+    socket = setting.directory / f"{name}.socket"
+    stack.enter_context(programs.nbdkit(socket, "file", str(setting.file(name))))
+    return _pyublk(setting, stack, target="nbd", path=path, batch=batch, on=str(socket))
 
 
 def _files(setting: Setting, name: str, count: int) -> list[str]:
@@ -278,7 +241,7 @@ def _pyublk(
             text=True,
         )
     )
-    stack.callback(_end, server)
+    stack.callback(programs.end, server)
     assert server.stdout is not None
     assert server.stderr is not None
     disk = server.stdout.readline().strip()

@@ -5,6 +5,13 @@ import os
 import platform
 import shutil
 import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+#: Seconds for a program to be ready.
+_PATIENCE = 60.0
 
 
 class Unavailable(Exception):
@@ -43,3 +50,34 @@ def load_module(name: str, *parameters: str) -> None:
             f"the kernel {platform.release()} does not load {name} ({error}); "
             "the guest of --count-instructions does"
         ) from None
+
+
+def end(process: "subprocess.Popen[str]") -> None:
+    """Ask a process to end; kill it after half a minute."""
+    process.terminate()
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def nbdkit(socket: Path, *arguments: str) -> Iterator[int]:
+    """nbdkit behind a socket, while the block runs: its process. Raises Unavailable with its last
+    words."""
+    line = [find("nbdkit", "nbdkit"), "--foreground", "--unix", str(socket), *arguments]
+    server = subprocess.Popen(line, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    with server:
+        try:
+            until = time.monotonic() + _PATIENCE
+            while not socket.exists() and server.poll() is None:
+                if time.monotonic() > until:
+                    raise Unavailable(f"{socket} was not there within {_PATIENCE:g} s")
+                time.sleep(0.02)
+            if server.poll() is not None and server.stderr is not None:
+                told = server.stderr.read().strip() or server.returncode
+                raise Unavailable(f"nbdkit ended: {told}")
+            yield server.pid
+        finally:
+            end(server)

@@ -5,9 +5,7 @@ A kernel-free disk reads the same bytes from nbdkit's memory, 8 MiB at a time, w
 a certificate, in turns. Processor time is that of the client and the disk together.
 """
 
-import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -17,7 +15,7 @@ from pyublk.targets.nbd import Nbd
 from pyublk.testing import Disk
 
 from .objects import measured
-from .programs import find, run
+from .programs import find, nbdkit, run
 
 SIZE = 256 << 20
 AT_ONCE = 8 << 20
@@ -37,20 +35,6 @@ def _certificate(folder: Path) -> None:
 
 
 @contextmanager
-def _nbdkit(socket: Path, *options: str) -> Iterator[None]:
-    line = [find("nbdkit", "nbdkit"), "--foreground", "--unix", str(socket), *options]
-    with subprocess.Popen([*line, "memory", str(SIZE)]) as server:
-        try:
-            while not socket.exists():
-                if server.poll() is not None:
-                    raise SystemExit(f"nbdkit ended with {server.returncode}")
-                time.sleep(0.01)
-            yield
-        finally:
-            server.terminate()
-
-
-@contextmanager
 def _read(uri: str, trusted: str | None) -> Iterator[Callable[[], None]]:
     with Disk(Nbd(uri, tls_certificates=trusted)) as disk:
 
@@ -67,8 +51,9 @@ def main() -> None:
         folder = Path(name)
         _certificate(folder)
         plain, secret = folder / "plain", folder / "secret"
-        servers.enter_context(_nbdkit(plain))
-        servers.enter_context(_nbdkit(secret, "--tls=require", f"--tls-certificates={folder}"))
+        tls = ("--tls=require", f"--tls-certificates={folder}")
+        servers.enter_context(nbdkit(plain, "memory", str(SIZE)))
+        servers.enter_context(nbdkit(secret, *tls, "memory", str(SIZE)))
         trusted = str(folder / "ca-cert.pem")
         ways = {
             "without TLS": partial(_read, f"nbd+unix:///?socket={plain}", None),
