@@ -493,6 +493,7 @@ def test_each_disk_is_of_the_directory_where_it_was_added(
     assert run_here("stop", "all").exit_code == 0
 
 
+@pytest.mark.thorough
 def test_all_who_want_a_server_at_the_same_time_get_the_same(place: Path) -> None:
     def add(_number: int) -> dict[str, Any]:
         done = subprocess.run(

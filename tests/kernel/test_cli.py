@@ -408,6 +408,7 @@ def test_force_flushes_a_mounted_disk(place: Path) -> None:
     assert shown.stdout == b"not synced by anybody else"
 
 
+@pytest.mark.thorough
 def test_a_mounted_partition_keeps_the_disk(place: Path) -> None:
     table = bytearray(512)
     struct.pack_into("<BBBBBBBBII", table, 446, 0, 0, 0, 0, 0x83, 0, 0, 0, 2048, 16384)
@@ -424,6 +425,7 @@ def test_a_mounted_partition_keeps_the_disk(place: Path) -> None:
     assert run_here("stop", str(made["id"])).exit_code == 0
 
 
+@pytest.mark.thorough
 def test_swap_and_loop_devices_keep_the_disk(place: Path) -> None:
     path = added("ram", "--size", "16M")["path"]
     subprocess.run(["mkswap", path], check=True, timeout=60, capture_output=True)
@@ -574,6 +576,7 @@ def test_a_disk_that_waits_for_a_server_is_shown_and_deleted_by_force(place: Pat
     assert left(place) == []
 
 
+@pytest.mark.thorough
 def test_failed_requests_are_counted_and_a_log_that_grows_is_cut(place: Path) -> None:
     (place / "fails.py").write_text(
         "import pyublk\n"
@@ -763,6 +766,7 @@ def test_stop_waits_for_a_start(place: Path, serve: Serve, monkeypatch: pytest.M
     assert (done.exit_code, len(json.loads(done.stdout)["done"])) == (0, 1)
 
 
+@pytest.mark.thorough
 def test_a_disk_of_all_that_is_gone_already_is_no_failure(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -778,6 +782,7 @@ def test_a_disk_of_all_that_is_gone_already_is_no_failure(
     assert left(place) == []
 
 
+@pytest.mark.thorough
 def test_a_disk_that_goes_while_it_is_listed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = added("null")
 

@@ -271,6 +271,7 @@ def test_a_disk_that_only_reads_from_another(serve: Serve) -> None:
     stopped(lower)
 
 
+@pytest.mark.thorough
 def test_all_are_stopped_from_the_top() -> None:
     lower = added("ram", "--size", "32M", "--id", 5)
     part = partitioned(lower)

@@ -94,6 +94,7 @@ def test_a_disk_outlives_the_command_that_recovers_it(place: Path, controller: C
     assert run_here("stop", number).exit_code == 0
 
 
+@pytest.mark.thorough
 def test_disks_of_one_server_come_back_to_one(place: Path, controller: Controller) -> None:
     options = ("--size", "1M", "--server", "small", "--recovery", "resend", "--no-restart")
     disks = [added("file", name, *options) for name in ("a.img", "b.img")]

@@ -116,6 +116,7 @@ def test_older_kernels_do_not_upgrade(place: Path, controller: Controller) -> No
         assert blocks.read(4096, 0) == bytes(4096)
 
 
+@pytest.mark.thorough
 def test_what_is_not_upgraded(place: Path, controller: Controller) -> None:
     needs(Feature.QUIESCE)
     unknown = run_here("upgrade", "1000")
