@@ -442,6 +442,45 @@ def test_the_machine_ends_with_an_interrupted_session(guest: pytest.Pytester) ->
         os.kill(int((guest.path / "guest").read_text()), 0)
 
 
+@pytest.mark.parametrize("workers", [(), ("-n1",)])
+def test_ctrl_c_while_the_machine_runs_a_test(
+    guest: pytest.Pytester, workers: tuple[str, ...]
+) -> None:
+    guest.makeconftest(
+        WITHOUT_NEEDS
+        + """
+import os, pathlib, signal, threading, time
+
+def interrupt():
+    there = pathlib.Path("guest")
+    while not there.exists() or not there.read_text():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGINT)
+
+def pytest_runtest_logstart():
+    if "UBLK_GUEST" not in os.environ:
+        threading.Thread(target=interrupt).start()
+"""
+    )
+    guest.makepyfile(
+        """
+        import os, pathlib, threading, pytest
+
+        @pytest.mark.ublk
+        def test_in_the_guest():
+            pathlib.Path("guest").write_text(str(os.getpid()))
+            threading.Event().wait()
+        """
+    )
+    found = guest.runpytest_inprocess("--ublk=vm", *workers, no_reraise_ctrlc=True)
+    assert found.ret == pytest.ExitCode.INTERRUPTED
+    found.stdout.fnmatch_lines(
+        ["!* KeyboardInterrupt: *::test_in_the_guest was running in the virtual machine !*"]
+    )
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((guest.path / "guest").read_text()), 0)
+
+
 @pytest.mark.parametrize(
     ("option", "said"),
     [

@@ -170,6 +170,8 @@ class Host:
                 replay.end_rest("failed", replay.why_not_run())
             except Lost as lost:
                 replay.lose(str(lost), lost.log)
+            except KeyboardInterrupt:  # pytest would show where this process waited
+                raise KeyboardInterrupt(replay.where()) from None
             if self._run is not None:
                 self._run.end()
                 self._run = None
@@ -259,6 +261,13 @@ class Replay:
                 "location": event["location"],
             }
         )
+
+    def where(self) -> str:
+        """What the machine was doing."""
+        if self._running is not None:
+            return f"{self._running.id} was running in the virtual machine"
+        done = "no test" if self._last is None else self._last.id
+        return f"{done} had ended in the virtual machine, and none was running"
 
     # ---- tests without a report of their own ----
 
