@@ -579,7 +579,9 @@ def released(target: Any) -> Iterator[None]:
             thread.join(10)
 
 
-@pytest.mark.parametrize("kind", HANGING)
+@pytest.mark.parametrize(
+    "kind", variations(HANGING, ["sync", "workers", "async", "deferred", "pointer"])
+)
 def test_stop_ends_a_disk_whose_handler_hangs(tmp_path: Path, kind: str) -> None:
     make, options, where = HANGING[kind]
     target = make(tmp_path) if make is PointerHanging else make()

@@ -48,6 +48,7 @@ def round_trip(path: str, byte: bytes = b"r") -> None:
 # ---- many lives ----
 
 
+@pytest.mark.thorough
 @pytest.mark.timeout(600)  # forty of what others do once
 def test_many_lives_leave_nothing() -> None:
     """Devices, threads, descriptors and processes are counted by the fixture around every test;
@@ -961,6 +962,7 @@ tell(spare)
 """
 
 
+@pytest.mark.thorough
 def test_descriptors_that_run_out_at_any_step() -> None:
     """One descriptor more each time, until it starts: every failure on the way leaves nothing."""
     assert 0 < int(run_program(NO_DESCRIPTORS)) < 29

@@ -14,6 +14,7 @@ from blocks import Blocks
 from conftest import Serve
 from fio import verified
 from servers import until
+from variations import variations
 
 import pyublk
 from pyublk import DataPath
@@ -55,7 +56,7 @@ def server(tmp_path: Path) -> Iterator[Nbdkit]:
     server.kill()
 
 
-@pytest.mark.parametrize("path", [DataPath.COPY, DataPath.USER_COPY])
+@pytest.mark.parametrize("path", variations([DataPath.COPY, DataPath.USER_COPY], [DataPath.COPY]))
 def test_bytes_are_kept_over_two_queues(serve: Serve, server: Nbdkit, path: DataPath) -> None:
     disk = serve(Nbd(f"unix:{server.socket}", connections=2), queues=2, path=path)
     report = verified(

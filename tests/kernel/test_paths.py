@@ -25,7 +25,12 @@ SIZE = 8 * MIB
 
 COPYING = [DataPath.COPY, DataPath.GET_DATA, DataPath.USER_COPY]
 WAYS = [
-    pytest.param(path, batch, id=f"{path}{'-batch' if batch else ''}")
+    pytest.param(
+        path,
+        batch,
+        id=f"{path}{'-batch' if batch else ''}",
+        marks=[] if batch or path is DataPath.COPY else pytest.mark.thorough,
+    )
     for path in COPYING
     for batch in (False, True)
     if not (path is DataPath.GET_DATA and batch)
@@ -94,7 +99,7 @@ def test_every_kind_of_target_keeps_the_bytes(serve: Serve, path: DataPath, batc
     assert all(disk.stats().total.errors == 0 for disk in disks)
 
 
-@pytest.mark.parametrize("batch", [False, True], ids=["each", "batch"])
+@pytest.mark.parametrize("batch", variations([False, True], [True]))
 @pytest.mark.parametrize("path", variations([DataPath.COPY, DataPath.USER_COPY], [DataPath.COPY]))
 def test_several_threads_serve_one_queue(serve: Serve, path: DataPath, batch: bool) -> None:
     native = started(serve, Ram(size=SIZE), path=path, batch=batch, threads=3)
@@ -211,8 +216,13 @@ def faulty_queues(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return faults
 
 
-@pytest.mark.parametrize("path", [DataPath.COPY, DataPath.USER_COPY])
-@pytest.mark.parametrize("fault", [4, 8], ids=["few buffers", "partial commits"])
+@pytest.mark.parametrize(
+    ("path", "fault"),  # 4: few buffers; 8: commits in part
+    variations(
+        [(path, fault) for path in (DataPath.COPY, DataPath.USER_COPY) for fault in (4, 8)],
+        [(DataPath.COPY, 4), (DataPath.USER_COPY, 8)],
+    ),
+)
 def test_batches_that_fail_in_part_are_survived(
     serve: Serve, faulty_queues: list[int], fault: int, path: DataPath
 ) -> None:

@@ -304,8 +304,13 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("batch", [False, True], ids=["single", "batch"])
-@pytest.mark.parametrize("way", variations(WAYS, ["copy", "user copy", "auto buffers"]))
+@pytest.mark.parametrize(
+    ("way", "batch"),
+    variations(
+        [(way, batch) for way in WAYS for batch in (False, True)],
+        [("copy", False), ("copy", True), ("auto buffers", True)],
+    ),
+)
 def test_one_server_after_the_other(
     controller: pyublk.Controller, tmp_path: Path, way: str, batch: bool
 ) -> None:
@@ -371,8 +376,13 @@ KINDS: dict[str, tuple[Callable[[Path], pyublk.Target], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["own threads", "servers"])
-@pytest.mark.parametrize("kind", variations(KINDS, ["methods", "workers", "coroutines", "mapped"]))
+@pytest.mark.parametrize(
+    ("kind", "shared"),
+    variations(
+        [(kind, shared) for kind in KINDS for shared in (False, True)],
+        [("methods", True), ("workers", False), ("coroutines", False), ("mapped", True)],
+    ),
+)
 def test_every_engine_ends(
     monkeypatch: pytest.MonkeyPatch,
     controller: pyublk.Controller,

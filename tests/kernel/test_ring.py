@@ -132,9 +132,9 @@ def disk_read_directly(path: str, _directory: Path) -> Iterator[int]:
     ("opened", "how", "count"),
     [
         (file_read_by_a_worker, by_close, 1),
-        (file_read_by_a_worker, by_another_thread, 1),
+        pytest.param(file_read_by_a_worker, by_another_thread, 1, marks=pytest.mark.thorough),
         (disk_read_directly, by_close, 3),
-        (disk_read_directly, by_dropping, 3),
+        pytest.param(disk_read_directly, by_dropping, 3, marks=pytest.mark.thorough),
     ],
 )
 def test_what_is_filled_late_is_nobody_elses(

@@ -20,6 +20,7 @@ from blocks import BLKIOOPT, BLKPBSZGET, BLKROGET, BLKSSZGET, Blocks
 from conftest import Serve
 from memory import KINDS, CompiledMemory, FullMemory, Memory, device_options, held, make
 from needs import CPUs, needs
+from variations import variations
 
 import pyublk
 from pyublk.targets import Null
@@ -124,8 +125,11 @@ def in_threads(*jobs: Callable[[], object]) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "queues"),
-    [(kind, 4) for kind in KINDS]
-    + [(kind, n) for n in (1, 2) for kind in ("sync", "async", "ram")],
+    variations(
+        [(kind, 4) for kind in KINDS]
+        + [(kind, n) for n in (1, 2) for kind in ("sync", "async", "ram")],
+        [("sync", 4), ("async", 4), ("ram", 4), ("sync", 1), ("ram", 2)],
+    ),
 )
 def test_each_queue_carries_its_own_data(
     serve: Serve, controller: pyublk.Controller, tmp_path: Path, kind: str, queues: int

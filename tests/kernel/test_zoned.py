@@ -18,6 +18,7 @@ from conftest import Serve
 from filesystems import mounted
 from fio import verified
 from needs import Module, Program, needs
+from variations import variations
 from zones import manage, report
 
 import pyublk
@@ -159,7 +160,7 @@ JOBS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("job", variations(JOBS, ["random, deep"]))
 def test_fio_finds_what_it_wrote(serve: Serve, job: str) -> None:
     disk = serve(Counted(zone_capacity=3 * MIB, max_open=4), queues=2)
     done = verified(disk.path, zonemode="zbd", **JOBS[job])
