@@ -170,6 +170,16 @@ struct side {
 	uint32_t op;
 };
 
+static void make_mapped(struct pu_layout *layout)
+{
+	make_files();
+	CHECK_EQUAL(pu_layout_init(layout, PU_LAYOUT_TABLE, FILE_BYTES, FILES, 1), 0);
+	layout->extents[0] = (struct pu_extent){ .length = FILE_BYTES };
+	for (uint32_t i = 0; i < FILES; i++)
+		pu_layout_set_file(layout, i, fds[i], true, false);
+	pu_layout_map_memory(layout);
+}
+
 static void open_side(struct side *side)
 {
 	struct pu_queue_options options = {
@@ -219,12 +229,7 @@ static void overlapping_requests_stay_whole(uint32_t other)
 	pthread_barrier_t together;
 	struct pu_layout layout;
 
-	make_files();
-	CHECK_EQUAL(pu_layout_init(&layout, PU_LAYOUT_TABLE, FILE_BYTES, FILES, 1), 0);
-	layout.extents[0] = (struct pu_extent){ .length = FILE_BYTES };
-	for (uint32_t i = 0; i < FILES; i++)
-		pu_layout_set_file(&layout, i, fds[i], true, false);
-	pu_layout_map_memory(&layout);
+	make_mapped(&layout);
 	CHECK_EQUAL(pthread_barrier_init(&together, NULL, 3), 0);
 	for (int i = 0; i < 2; i++) {
 		memset(data, i + 1, sizeof(data));
@@ -253,6 +258,32 @@ static void overlapping_requests_stay_whole(uint32_t other)
 	close_files();
 }
 
+/* One queue keeps its own apart by doing each in the turn that brings it. What went on in its ring,
+ * such as zeroes where a file has no way of its own to make them, would meet the next write. */
+static void a_queue_does_one_after_the_other(void)
+{
+	static const uint32_t ops[] = { PU_OP_WRITE, PU_OP_READ, PU_OP_DISCARD, PU_OP_WRITE_ZEROES,
+					PU_OP_WRITE_ZEROES | PU_FLAG_NOUNMAP };
+	struct pu_layout layout;
+	struct side side = { .layout = &layout, .device = memfd_create("device", MFD_CLOEXEC) };
+
+	make_mapped(&layout);
+	CHECK_EQUAL(ftruncate(side.device, (off_t)pu_user_copy_offset(0, 0, FILE_BYTES)), 0);
+	open_side(&side);
+	for (size_t i = 0; i < sizeof(ops) / sizeof(ops[0]); i++) {
+		CHECK_EQUAL(pu_loopback_inject(&side.queue, 0, ops[i], 0, FILE_BYTES >> 9), 0);
+		CHECK(pu_mapped_turn(&side.mapped, 0) >= 0);
+		CHECK_EQUAL(pu_queue_held(&side.queue), 0);
+		CHECK(pu_loopback_result(&side.queue, 0) >= 0);
+	}
+	CHECK(pu_queue_close(&side.queue));
+	pu_mapped_close(&side.mapped);
+	pu_queue_free(&side.queue);
+	pu_layout_destroy(&layout);
+	close(side.device);
+	close_files();
+}
+
 int main(void)
 {
 	for (int memory = 0; memory < 2; memory++) {
@@ -268,5 +299,6 @@ int main(void)
 	overlapping_requests_stay_whole(PU_OP_DISCARD);
 	overlapping_requests_stay_whole(PU_OP_WRITE_ZEROES);
 	overlapping_requests_stay_whole(PU_OP_WRITE_ZEROES | PU_FLAG_NOUNMAP);
+	a_queue_does_one_after_the_other();
 	return 0;
 }

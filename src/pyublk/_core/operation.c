@@ -190,6 +190,8 @@ static int submit(struct pu_mapped *m, struct pu_slot *slot)
 	return 0;
 }
 
+/* Zeroes, too, where data moves straight: what the ring's threads write would meet the copies of this
+ * queue's own next requests. */
 static bool on_the_spot(const struct pu_mapped *m, const struct pu_slot *slot)
 {
 	return m->layout->files[slot->part.file].memory && slot->place != IN_REGISTERED &&
