@@ -367,6 +367,42 @@ def test_a_guest_that_hangs_fails_the_test_that_ran(guest: pytest.Pytester) -> N
     )
 
 
+def test_a_timeout_of_pytest_timeout_reads_as_always(guest: pytest.Pytester) -> None:
+    guest.makepyfile(
+        """
+        import threading, pytest
+        pytestmark = pytest.mark.ublk
+        released = threading.Event()
+
+        @pytest.fixture
+        def helper():
+            thread = threading.Thread(target=released.wait, name="the-helper")
+            thread.start()
+            yield
+            released.set()
+            thread.join()
+
+        def test_hangs(helper):
+            print("printed by the test")
+            threading.Event().wait()
+
+        def test_after():
+            assert released.is_set()
+        """
+    )
+    # The second option writes on pytest's terminal, too.
+    found = run(guest, "--ublk=vm", "--timeout=2", "--setup-show")
+    found.assert_outcomes(passed=1, failed=1)
+    found.stdout.fnmatch_lines(
+        [
+            "E *Failed: Timeout (>2*s) from pytest-timeout.",
+            "*- Captured stdout call -*",
+            "printed by the test",
+            "*Stack of the-helper*",
+        ]
+    )
+
+
 def test_a_guest_that_cannot_begin_fails_all(
     guest: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:

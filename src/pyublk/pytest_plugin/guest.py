@@ -129,6 +129,17 @@ def _blocked_tasks() -> str:
         return log.read()
 
 
+class Terminal:
+    """What plugins find as pytest's terminal, on which pytest itself writes nothing here:
+    pytest-timeout, for one, writes the stacks of a test's threads."""
+
+    def __init__(self, reporter: object) -> None:
+        self._reporter = reporter
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reporter, name)
+
+
 class Reporter:
     """The plugin that has the session run the job's tests, and reports."""
 
@@ -137,6 +148,11 @@ class Reporter:
         self._job = job
         self._tell = tell
         self._watchdog = Watchdog(tell, job.timeout)
+
+    @pytest.hookimpl(trylast=True)  # pytest's own is there by then
+    def pytest_configure(self, config: pytest.Config) -> None:
+        reporter = config.pluginmanager.unregister(name="terminalreporter")
+        config.pluginmanager.register(Terminal(reporter), "terminalreporter")
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> Any:
@@ -191,12 +207,6 @@ class Reporter:
         self._tell("interrupted", text=str(excinfo.value) or excinfo.typename)
 
 
-def _options(job: Job) -> dict[str, Any]:
-    instead = {name: value for name, value in _NOT_HERE.items() if name in job.options}
-    plugins = [*job.options.get("plugins", []), "no:terminal"]
-    return {**job.options, **instead, "plugins": plugins}
-
-
 def main() -> int:
     """Runs the job; returns pytest's exit code."""
     with os.fdopen(os.dup(0), "rb") as orders:
@@ -207,7 +217,8 @@ def main() -> int:
     job = Job.from_line(line)
     sys.path[:] = job.sys_path
     tell("ready", release=os.uname().release)
-    config = pytest.Config.fromdictargs(_options(job), job.files)
+    instead = {name: value for name, value in _NOT_HERE.items() if name in job.options}
+    config = pytest.Config.fromdictargs({**job.options, **instead}, job.files)
     from pyublk.pytest_plugin import marking
 
     config.stash[marking.IN_GUEST] = True
