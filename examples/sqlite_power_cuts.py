@@ -133,7 +133,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("settings", nargs="*", choices=[[], *names], metavar="JOURNAL-SYNCHRONOUS")
     parser.add_argument("--all", action="store_true", help=f"each setting, not {', '.join(FIRST)}")
-    parser.add_argument("--limit", type=int, help="states of each setting: 6, with --all 12")
+    parser.add_argument("--limit", type=int, help="states of each setting: 4, with --all 12")
     parser.add_argument("--commits", type=int, default=6, help="of each setting")
     parser.add_argument(
         "--records", type=Path, help="a directory: records are saved there, or taken from there"
@@ -141,7 +141,7 @@ def main() -> int:
     chosen = parser.parse_args()
     if chosen.records:
         chosen.records.mkdir(parents=True, exist_ok=True)
-    limit = (12 if chosen.all else 6) if chosen.limit is None else chosen.limit
+    limit = (12 if chosen.all else 4) if chosen.limit is None else chosen.limit
     wrong = 0
     for name in chosen.settings or (names if chosen.all else FIRST):
         setting = names[name]
