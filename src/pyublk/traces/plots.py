@@ -54,7 +54,7 @@ def _offsets(panel: "Axes", trace: Trace) -> None:
 def _latency(panel: "Axes", trace: Trace) -> None:
     """How many requests took how long, over time."""
     from matplotlib.colors import LogNorm
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, LogFormatter
 
     answered = [one for one in trace.requests if one.latency is not None]
     # A clock may not have moved on between arrival and answer: no logarithm of 0.
@@ -78,6 +78,8 @@ def _latency(panel: "Axes", trace: Trace) -> None:
     assert panel.figure is not None
     bar = panel.figure.colorbar(counted[3], ax=panel)
     bar.set_label("requests")
+    bar.ax.yaxis.set_major_formatter(LogFormatter())  # 2, and not 2 times 10 to the 0
+    bar.ax.yaxis.set_minor_formatter(LogFormatter())
 
 
 def _sizes(panel: "Axes", trace: Trace) -> None:
