@@ -118,8 +118,9 @@ def an_upgrade_is_killed(place: Path, dice: random.Random, report: Report) -> No
         with disk.load(dice.randrange(1000), resending=True):
             for step in UPGRADE_STEPS:
                 for who in ("old", "new", "both", "command"):
-                    _kill_in_an_upgrade(disk, controller, step, who, dice)
-                    report.events[f"upgrade: {who} killed when {step}"] += 1
+                    in_time = _kill_in_an_upgrade(disk, controller, step, who, dice)
+                    when = step if in_time else f"it is over, not when {step}"
+                    report.events[f"upgrade: {who} killed when {when}"] += 1
         disk.stop()
 
 
@@ -129,7 +130,8 @@ UPGRADE_STEPS = ("it begins", "the new one starts", "nobody serves", "the new on
 
 def _kill_in_an_upgrade(
     disk: Disk, controller: pyublk.Controller, step: str, who: str, dice: random.Random
-) -> None:
+) -> bool:
+    """Whether the upgrade was still under way."""
     old = disk.server
     disk.history.note("an upgrade begins")
     upgrade = command("upgrade", str(disk.number))
@@ -148,13 +150,15 @@ def _kill_in_an_upgrade(
         until(lambda: children(upgrade.pid) or upgrade.poll() is not None, PATIENCE, step)
         time.sleep(dice.random() * 3)
     else:
-        end = time.monotonic() + 2 * PATIENCE
-        while not there():  # without a pause: nobody serves for a moment only
+        end = time.monotonic() + 5 * PATIENCE  # two starts of Python beside clients and fio
+        while not there():
             assert time.monotonic() < end, f"an upgrade comes never so far: {step}"
+            time.sleep(0.002)  # nobody serves for a moment only
     new = children(upgrade.pid)
     if (server := controller.info(disk.number).server_pid) not in (None, old, *new):
         new.append(server)  # the command has ended meanwhile
     victims = {"old": [old], "new": new, "both": [old, *new], "command": [upgrade.pid]}[who]
+    in_time = upgrade.poll() is None
     disk.history.note(f"kill of {who}, {victims}, when {step}")
     for victim in victims:
         with suppress(ProcessLookupError):
@@ -163,6 +167,7 @@ def _kill_in_an_upgrade(
     served_again(disk)
     disk.history.note(f"{disk.server} serves")
     disk.clients.goes_on(2)
+    return in_time
 
 
 def served_again(disk: Disk) -> None:
