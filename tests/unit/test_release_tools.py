@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tools.coverage import cython, rooms
 from tools.coverage.rooms import Lines
-from tools.wheels import building, checking, compiler, targets, trying
+from tools.wheels import building, checking, compiler, debian, targets, trying
 from tools.wheels.targets import Target
 
 X86 = Target("3.12", "x86_64")
@@ -123,6 +123,28 @@ GENERATED = """\
 static int unrelated(void) {
   return 1;
 """.splitlines()
+
+
+def test_a_root_whose_packages_are_older_than_merged_directories(tmp_path: Path) -> None:
+    for name in (
+        "usr/bin/env",
+        "usr/lib/arm/libc.so.6",
+        "usr/lib/ld.so",
+        "lib/arm/libreadline.so.8.2",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "lib/arm/libreadline.so.8").symlink_to("libreadline.so.8.2")
+    debian.merge_usr(tmp_path)
+    debian.merge_usr(tmp_path)  # changes no more
+    assert [(tmp_path / name).readlink() for name in ("bin", "lib")] == [
+        Path("usr/bin"),
+        Path("usr/lib"),
+    ]
+    assert not (tmp_path / "sbin").is_symlink()
+    assert (tmp_path / "lib/ld.so").read_text() == "usr/lib/ld.so"
+    assert (tmp_path / "usr/lib/arm/libc.so.6").exists()
+    assert (tmp_path / "usr/lib/arm/libreadline.so.8").read_text() == "lib/arm/libreadline.so.8.2"
 
 
 def test_generated_lines_become_statements() -> None:

@@ -1,5 +1,6 @@
 """Debian's packages of any suite and machine, unpacked into directories and not installed."""
 
+import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -14,6 +15,21 @@ FRESH = 6 * 3600
 
 def _quiet(_what: str, _fraction: float | None) -> None:
     """Report no progress."""
+
+
+def merge_usr(root: Path) -> None:
+    """Make `bin`, `sbin`, `lib` and `lib64` of a root links into `usr`, as in Debian.
+
+    Programs name their interpreter by these. Packages of bookworm still have files in `lib`, and
+    dpkg-deb replaces a link by a directory of theirs: what is there is moved afterwards.
+    """
+    for name in ("bin", "sbin", "lib", "lib64"):
+        plain, merged = root / name, root / "usr" / name
+        if plain.is_dir() and not plain.is_symlink():
+            shutil.copytree(plain, merged, symlinks=True, dirs_exist_ok=True)
+            shutil.rmtree(plain)
+        if merged.is_dir() and not plain.is_symlink():
+            plain.symlink_to(f"usr/{name}")
 
 
 class Archive:
@@ -69,9 +85,7 @@ class Archive:
             fresh.mkdir(mode=0o755)
             for package in self._lists().download(names, Path(scratch), _quiet):
                 apt.unpack(package, fresh)
-            for name in ("bin", "sbin", "lib", "lib64"):
-                # As Debian's base-files has them; programs name their interpreter by these.
-                if complete and (fresh / "usr" / name).is_dir() and not (fresh / name).exists():
-                    (fresh / name).symlink_to(f"usr/{name}")
+            if complete:
+                merge_usr(fresh)
             root.parent.mkdir(parents=True, exist_ok=True)
             fresh.rename(root)
