@@ -1,6 +1,5 @@
 """Builds the C core's tests plain and under each sanitizer, and runs them."""
 
-import fcntl
 import functools
 import os
 import re
@@ -38,20 +37,12 @@ def compiled(build: str, *arguments: str | Path, where: Path | None = None) -> N
 
 @pytest.fixture(scope="session")
 def core(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Path]]:
-    """The core's objects in a build; they are compiled once, also for the workers of xdist."""
-    place = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        place = place.parent
+    """The core's objects in a build; they are compiled once."""
 
     @functools.cache
     def objects(build: str) -> list[Path]:
-        folder = place / f"core-{build}"
-        with open(f"{folder}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not folder.exists():
-                compiling = tmp_path_factory.mktemp("core")
-                compiled(build, "-c", *CORE.glob("*.c"), where=compiling)
-                compiling.rename(folder)
+        folder = tmp_path_factory.mktemp("core")
+        compiled(build, "-c", *CORE.glob("*.c"), where=folder)
         return sorted(folder.glob("*.o"))
 
     return objects

@@ -82,7 +82,9 @@ int pu_layout_join(struct pu_layout *layout)
 	if (!mapped || __atomic_add_fetch(&layout->nr_queues, 1, __ATOMIC_ACQ_REL) != 2)
 		return 0;
 	error = pu_lock_init(&layout->lock, SHARDS, GRANULE);
-	if (!error)
+	if (error)
+		__atomic_sub_fetch(&layout->nr_queues, 1, __ATOMIC_ACQ_REL);
+	else
 		__atomic_store_n(&layout->locked, true, __ATOMIC_RELEASE);
 	return error;
 }
