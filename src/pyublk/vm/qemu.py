@@ -11,9 +11,12 @@ from pyublk.vm.roots import Root
 MIB = 1 << 20
 
 # A panic or an oops ends the machine instead of leaving it half alive. Warnings are shown, news
-# are not: the serial port is slow. The same addresses every time let measurements repeat.
+# are not: the serial port is slow. The same addresses every time let measurements repeat. The
+# processors' clock is the host's: a busy host must not make the kernel doubt it, since the kernel
+# then changes code that other processors run, and an emulated one may stumble over that (int3).
 _KERNEL_ARGUMENTS = (
-    "panic=-1 oops=panic loglevel=5 mitigations=off nokaslr audit=0 apparmor=0 8250.nr_uarts=1"
+    "panic=-1 oops=panic loglevel=5 mitigations=off nokaslr audit=0 apparmor=0 8250.nr_uarts=1 "
+    "tsc=reliable"
 )
 
 
