@@ -243,5 +243,6 @@ def _check_complete(
     told = f"{called} needs {' and '.join(missing)}"
     if all(parameters[name].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for name in missing):
         required = [name.upper() for name, p in parameters.items() if p.default is p.empty]
-        told += f": write {called} {' '.join(required)}, or give it as an option"
+        what = "it as an option" if len(missing) == 1 else "them as options"
+        told += f": write {called} {' '.join(required)}, or give {what}"
     raise ValueError(told)

@@ -324,10 +324,14 @@ static void a_write_keeps_its_buffer_until_it_is_cut(void)
 	rest = take_slots(&b, 1); /* the first leg's, then the second's, which keeps it */
 	memset(pu_queue_next_buffer(&b.queue, 0), 7, 2 * PAGE);
 	CHECK_EQUAL(pu_loopback_inject(&b.queue, 0, PU_OP_WRITE, 0, 2 * PAGE >> 9), 0);
-	while (b.mapped.free_slot != b.mapped.nr_slots)
+	for (int i = 0; i < 4; i++)
 		turn(&b);
+	CHECK_EQUAL(b.mapped.free_slot, b.mapped.nr_slots);
 	while (pu_mirror_leg_state(&b.mirror, 1) != PU_LEG_FAILED)
 		age(&b, 1);
+	for (int i = 0; i < 2; i++) /* it is looked at again, and not abandoned */
+		age(&b, 1);
+	CHECK_EQUAL(pu_mirror_leg_state(&b.mirror, 1), PU_LEG_FAILED);
 	b.mapped.free_slot = rest;
 	while (pu_queue_held(&b.queue)) {
 		b.mapped.look_at_ns = 0;

@@ -256,11 +256,11 @@ def test_stale_reads(disk: Disk) -> None:
 def test_limits(disk: Disk) -> None:
     disk.limit(iops=20, burst=0)  # slower than a busy machine reads by itself
     began = time.monotonic()
-    for _ in range(3):
+    for _ in range(21):
         disk.pread(512, 0)
-    assert time.monotonic() - began >= 0.1
+    assert time.monotonic() - began >= 1.0
     assert disk.faults.disk_limit is not None
-    assert disk.faults.disk_limit.fired >= 1
+    assert disk.faults.disk_limit.fired >= 10
     assert len(disk.faults) == 0
     disk.faults.clear()
     assert disk.faults.disk_limit is not None

@@ -9,9 +9,6 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#define SHARDS 64
-#define GRANULE (UINT64_C(1) << 20)
-
 int pu_layout_init(struct pu_layout *layout, enum pu_layout_kind kind, uint64_t size,
 		   uint32_t nr_files, uint32_t nr_extents)
 {
@@ -81,7 +78,7 @@ int pu_layout_join(struct pu_layout *layout)
 		mapped |= layout->files[i].map != NULL;
 	if (!mapped || __atomic_add_fetch(&layout->nr_queues, 1, __ATOMIC_ACQ_REL) != 2)
 		return 0;
-	error = pu_lock_init(&layout->lock, SHARDS, GRANULE);
+	error = pu_lock_init(&layout->lock, PU_LOCK_SHARDS, PU_LOCK_GRANULE);
 	if (error)
 		__atomic_sub_fetch(&layout->nr_queues, 1, __ATOMIC_ACQ_REL);
 	else

@@ -8,6 +8,10 @@
 #include <pthread.h>
 #include <stdint.h>
 
+/* Of the lock of a disk's bytes. */
+#define PU_LOCK_SHARDS 64u
+#define PU_LOCK_GRANULE (UINT64_C(1) << 20)
+
 struct pu_shard {
 	pthread_rwlock_t lock;
 } __attribute__((aligned(64))); /* a cache line each: neighbours must not slow each other down */

@@ -14,9 +14,6 @@
 #include "forked.h"
 #include "ublk.h"
 
-#define SHARDS 64
-#define GRANULE (UINT64_C(1) << 20)
-
 static uint64_t page_bytes(void)
 {
 	return (uint64_t)sysconf(_SC_PAGESIZE);
@@ -146,7 +143,7 @@ int pu_ram_init(struct pu_ram *ram, uint64_t size, int file)
 	if (!error && madvise(ram->bytes, size, MADV_DONTFORK))
 		error = -errno;
 	if (!error)
-		error = pu_lock_init(&ram->lock, SHARDS, GRANULE);
+		error = pu_lock_init(&ram->lock, PU_LOCK_SHARDS, PU_LOCK_GRANULE);
 	madvise(ram->bytes, size, MADV_NOHUGEPAGE); /* refused where there are none: as well */
 	if (error) {
 		munmap(map, mapped_bytes(ram));
