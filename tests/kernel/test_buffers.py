@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from blocks import Blocks
@@ -162,6 +163,12 @@ def in_thread(step: Callable[[], object]) -> threading.Thread:
     return thread
 
 
+def waits_for_the_disk(thread: threading.Thread) -> bool:
+    """Tell whether a thread is in the state D (proc(5)), as one whose direct write has begun."""
+    stat = Path(f"/proc/self/task/{thread.native_id}/stat").read_text()
+    return stat.rpartition(")")[2].split()[0] == "D"
+
+
 def write_once(path: str, byte: bytes, offset: int) -> None:
     with Blocks(path) as client:
         client.write(byte * BLOCK, offset)
@@ -178,6 +185,7 @@ def test_a_worker_that_wakes_up_after_it_was_given_up(path: str, batch: bool) ->
     first = in_thread(lambda: write_once(disk.path, b"A", MIB // 2))
     assert target.entered.wait(30)
     clients = [in_thread(lambda n=n: write_once(disk.path, b"B", n * BLOCK)) for n in range(depth)]
+    until(lambda: all(map(waits_for_the_disk, clients)), what="the clients' writes have begun")
     failure: list[BaseException] = []
 
     def stop() -> None:
