@@ -20,7 +20,7 @@ GENERATED = Path("generated")
 
 CORE = sorted(str(path) for path in Path("src/pyublk/_core").glob("*.c"))
 HEADERS = sorted(str(path) for path in Path("src/pyublk/_core").glob("*.h"))
-INCLUDES = sorted(str(path) for path in Path("src/pyublk").glob("_native_*.pxi"))
+INCLUDES = sorted(str(path) for path in Path("src/pyublk/_binding").glob("*.pxi"))
 
 compile_args = ["-std=gnu11", "-O3", "-fno-semantic-interposition", "-fvisibility=hidden"]
 link_args = ["-pthread", "-Wl,-z,now"]

@@ -4,13 +4,14 @@ import ast
 from pathlib import Path
 from typing import Any
 
-STUB = Path(__file__).parents[1] / "src" / "pyublk" / "_native.pyi"
+PARTS = Path(__file__).parents[1] / "src" / "pyublk" / "_binding"
 
 
-def read_stub(path: Path = STUB) -> dict[str, tuple[str, str | None]]:
+def read_stub() -> dict[str, tuple[str, str | None]]:
     """ "Class.method" -> (docstring, signature); a class has the signature of its __init__."""
     found: dict[str, tuple[str, str | None]] = {}
-    for node in ast.parse(path.read_text()).body:
+    nodes = (node for path in PARTS.glob("*.pyi") for node in ast.parse(path.read_text()).body)
+    for node in nodes:
         if isinstance(node, ast.FunctionDef):
             found[node.name] = _described(node)
         if not isinstance(node, ast.ClassDef):

@@ -12,7 +12,7 @@ in a directory also from its own line; `tests/unit/test_rooms.py` reads the map 
     pauses                   between attempts to reach what is away
     keeping                  a file's bytes for one disk only
     errors                   what is raised, and the sentences for it
-    _native                  over _core/: Ring, Queue, IO; control commands; native targets
+    _native                  of _binding/, over _core/: Ring, Queue, IO; commands; native targets
     features, defects        what the kernel can do, and what is wrong with it
     params, stats, tracing   device parameters; counters and latencies; a record of each request
     descriptors              room for the open files of many disks

@@ -76,7 +76,7 @@ def test_every_member_of_a_native_class_is_in_the_reference(site: Path, name: st
         if key.startswith(f"{name}.") and "._" not in key
     }
     silent = [member for member, text in texts.items() if not text]
-    assert not silent, f"_native.pyi says nothing of {name}'s {', '.join(silent)}"
+    assert not silent, f"the stub says nothing of {name}'s {', '.join(silent)}"
     missing = [member for member in texts if f"pyublk.{name}.{member}" not in described(site)]
     assert not missing, f"the reference lacks {name}'s {', '.join(missing)}"
 

@@ -161,7 +161,7 @@ def test_a_table_of_rooms() -> None:
         "src/pyublk/errors.py": Lines(10, 9),
         "src/pyublk/cli/a.py": Lines(3, 0),
         "src/pyublk/cli/b.py": Lines(3, 2),
-        "src/pyublk/_native_io.pxi": Lines(8, 8),
+        "src/pyublk/_binding/io.pxi": Lines(8, 8),
         "src/pyublk/_core/ring.c": Lines(1000, 999),
     }
     lines = [line.split() for line in rooms.table(files)]

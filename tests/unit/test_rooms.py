@@ -15,9 +15,6 @@ PACKAGE = Path(pyublk.__file__).parent
 
 #: The most lines of a module, and of a function.
 MODULE, FUNCTION = 600, 60
-#: What is longer, and is still to be split: one that has become short is taken from here.
-LONG_MODULES = {"_native.pyi"}
-LONG_FUNCTIONS: set[str] = set()
 
 
 def rows() -> list[list[str]]:
@@ -31,7 +28,7 @@ ROWS = rows()
 LEVEL = {room: level for level, row in enumerate(ROWS) for room in row}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 #: Of what the binding is made, which is one room.
-BINDING = sorted(PACKAGE.glob("_native*.p[yx]*"))
+BINDING = sorted([PACKAGE / "_native.pyx", *PACKAGE.glob("_binding/*.pxi")])
 TARGET_KINDS = re.compile(r"isinstance\([^)]*Target|dispatch (==|!=|in|not in) ")
 
 
@@ -71,13 +68,16 @@ def module_named(name: str) -> str | None:
     return inner or None
 
 
-IMPORTS = {module_of(path): sorted(set(imported(path))) for path in MODULES} | {"_native": []}
-IMPORTS["_native"] = [
-    name
-    for path in BINDING
-    for line in re.findall(r"^from pyublk import (.+)$", path.read_text(), re.MULTILINE)
-    for name in line.split(", ")
-]
+IMPORTS = {module_of(path): sorted(set(imported(path))) for path in MODULES}
+IMPORTS["_native"] = sorted(
+    {
+        module
+        for path in BINDING
+        for package, names in re.findall(r"^from (pyublk\S*) import (.+)$", path.read_text(), re.M)
+        for name in names.split(", ")
+        if (module := module_named(f"{package}.{name}")) is not None
+    }
+)
 
 
 def test_the_map_has_every_room_once() -> None:
@@ -119,9 +119,9 @@ def test_no_module_is_long() -> None:
     lines = {
         str(path.relative_to(PACKAGE)): len(path.read_text().splitlines())
         for path in PACKAGE.rglob("*")
-        if path.suffix in kinds and "_native.c" not in path.name
+        if path.suffix in kinds
     }
-    assert {name for name, count in lines.items() if count > MODULE} == LONG_MODULES
+    assert not {name: count for name, count in lines.items() if count > MODULE}
 
 
 def test_no_function_is_long() -> None:
@@ -132,7 +132,21 @@ def test_no_function_is_long() -> None:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
         and (node.end_lineno or 0) - node.lineno + 1 > FUNCTION
     }
-    assert long == LONG_FUNCTIONS
+    assert not long
+
+
+@pytest.mark.parametrize(
+    "stub", sorted(PACKAGE.glob("_binding/[a-z]*.pyi")), ids=lambda path: path.stem
+)
+def test_the_stub_beside_a_part_of_the_binding_is_of_that_part(stub: Path) -> None:
+    described = {
+        node.name
+        for node in ast.parse(stub.read_text()).body
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef))
+    }
+    part = stub.with_suffix(".pxi").read_text()
+    assert described
+    assert described <= set(re.findall(r"^(?:cdef class|class|def) (\w+)", part, re.M))
 
 
 def test_the_leaf_imports_nothing_of_ours() -> None:

@@ -462,11 +462,6 @@ cdef extern from "_core/null.h" nogil:
     int64_t pu_null_handle(void *, uint32_t, uint32_t, uint64_t, uint64_t, void *)
 
 
-def this_thread():
-    """A number that no other thread ever has."""
-    return pu_this_thread()
-
-
 cdef int64_t nanoseconds(object seconds) except? -2:
     """None: for ever (-1)."""
     if seconds is None:

@@ -7,16 +7,6 @@ cdef int64_t ANSWERS_DUE = 5_000_000
 cdef uint32_t LOOK_EVERY = 8
 
 
-def become_io_flusher():
-    pu_io_flusher()
-
-
-def name_thread(name):
-    cdef bytes text = os.fsencode(name)
-    cdef const char *chars = text
-    prctl(PR_SET_NAME, chars)
-
-
 cdef void take_gil() noexcept with gil:
     """Called by a thread of the core's own, to see whether it can be had."""
 
