@@ -202,12 +202,12 @@ int pu_layout_check(const struct pu_layout *layout, const struct pu_extent *part
 	return refused ? -EROFS : 0;
 }
 
-uint64_t pu_part_data(const struct pu_part *part, uint64_t done, uint64_t *contiguous)
+uint64_t pu_striped_part_data(const struct pu_part *part, uint64_t done, uint64_t *contiguous)
 {
 	uint64_t beyond, nth, left = part->length - done;
 
-	if (done < part->first || !part->chunk) {
-		*contiguous = part->chunk && part->first < part->length ? part->first - done : left;
+	if (done < part->first) {
+		*contiguous = part->first < part->length ? part->first - done : left;
 		return part->data + done;
 	}
 	beyond = done - part->first;

@@ -99,9 +99,17 @@ enum pu_cut pu_layout_part(const struct pu_layout *layout, uint64_t offset, uint
 int pu_layout_check(const struct pu_layout *layout, const struct pu_extent *parts, uint32_t count,
 		    uint64_t length, bool changed);
 
+uint64_t pu_striped_part_data(const struct pu_part *part, uint64_t done, uint64_t *contiguous);
+
 /* Of a part: the place in the request's data of its byte `done`, and how many bytes lie there in
  * one piece. */
-uint64_t pu_part_data(const struct pu_part *part, uint64_t done, uint64_t *contiguous);
+static inline uint64_t pu_part_data(const struct pu_part *part, uint64_t done, uint64_t *contiguous)
+{
+	if (part->chunk)
+		return pu_striped_part_data(part, done, contiguous);
+	*contiguous = part->length - done;
+	return part->data + done;
+}
 
 /* Puts a file in a place. Where queues are open, they look for it once it is published. */
 void pu_layout_set_file(struct pu_layout *layout, uint32_t index, int fd, bool memory, bool device);

@@ -562,12 +562,10 @@ static int64_t limited(const struct pu_mapped *m, int64_t timeout_ns)
 
 static void look(struct pu_mapped *m)
 {
-	int64_t now = pu_now_ns();
-
-	if (now < m->look_at_ns)
+	if (m->turn_ns < m->look_at_ns)
 		return;
-	m->look_at_ns = now + m->look_every_ns;
-	m->policy->look(m, now);
+	m->look_at_ns = m->turn_ns + m->look_every_ns;
+	m->policy->look(m, m->turn_ns);
 }
 
 int pu_mapped_turn(struct pu_mapped *m, int64_t timeout_ns)
@@ -580,6 +578,8 @@ int pu_mapped_turn(struct pu_mapped *m, int64_t timeout_ns)
 	there = pu_queue_wait(q, limited(m, timeout_ns));
 	if (there < 0)
 		return there;
+	if (m->look_every_ns)
+		m->turn_ns = pu_now_ns();
 	for (uint32_t i = 0; i < q->nr_ready; i++) {
 		uint16_t tag = q->ready[i];
 

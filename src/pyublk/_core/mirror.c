@@ -4,11 +4,6 @@
 
 #include <string.h>
 
-static uint32_t nr_legs(const struct pu_mirror *mirror)
-{
-	return mirror->layout->nr_files;
-}
-
 int pu_mirror_init(struct pu_mirror *mirror, struct pu_layout *layout, int64_t leg_timeout_ns)
 {
 	memset(mirror, 0, sizeof(*mirror));
@@ -79,13 +74,9 @@ void pu_mirror_replace_file(struct pu_mirror *mirror, uint32_t leg, int fd, bool
 int pu_mirror_readable(const struct pu_mirror *mirror, uint64_t offset, uint32_t without)
 {
 	/* Neighbours from the same leg: it may read ahead. */
-	uint32_t start = (uint32_t)(offset / mirror->writes.bytes % nr_legs(mirror));
+	uint32_t first = (uint32_t)(offset / mirror->writes.bytes % mirror->layout->nr_files);
+	uint32_t legs = pu_mirror_leg_bits(mirror).in_step & ~without;
+	uint32_t from_first = legs >> first << first;
 
-	for (uint32_t i = 0; i < nr_legs(mirror); i++) {
-		uint32_t leg = (start + i) % nr_legs(mirror);
-
-		if (!(without & 1u << leg) && pu_mirror_leg_state(mirror, leg) == PU_LEG_SYNCED)
-			return (int)leg;
-	}
-	return -1;
+	return legs ? __builtin_ctz(from_first ? from_first : legs) : -1;
 }

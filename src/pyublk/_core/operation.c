@@ -5,7 +5,6 @@
 #include <errno.h>
 #include <linux/falloc.h>
 
-#include "clock.h"
 #include "copy.h"
 #include "libc.h"
 
@@ -185,7 +184,7 @@ static int submit(struct pu_mapped *m, struct pu_slot *slot)
 		sqe->len = (uint32_t)fallocate_mode(w, slot);
 	}
 	if (m->look_every_ns)
-		slot->begun_ns = pu_now_ns();
+		slot->begun_ns = m->turn_ns;
 	m->q->foreign_inflight++;
 	return 0;
 }
