@@ -149,7 +149,7 @@ static void memory_that_can_only_be_read_is_mapped_too(void)
 	pu_layout_set_file(&layout, 1, readable, true, false);
 	pu_layout_map_memory(&layout);
 	CHECK(pu_layout_is_mapped(&layout));
-	CHECK_EQUAL(memcmp(layout.files[1].map + 512, "below", 5), 0);
+	CHECK_EQUAL(memcmp(layout.files[1].map.bytes + 512, "below", 5), 0);
 	pu_layout_destroy(&layout);
 	close(readable);
 	close_files();
@@ -284,6 +284,83 @@ static void a_queue_does_one_after_the_other(void)
 	close_files();
 }
 
+static uint64_t allocated(int fd)
+{
+	struct stat about;
+
+	CHECK_EQUAL(fstat(fd, &about), 0);
+	return (uint64_t)about.st_blocks * 512;
+}
+
+static void ask_once(struct side *side, uint32_t op, uint64_t offset, uint64_t length)
+{
+	CHECK_EQUAL(pu_loopback_inject(&side->queue, 0, op, offset >> 9, (uint32_t)(length >> 9)), 0);
+	CHECK(pu_mapped_turn(&side->mapped, 0) >= 0);
+	CHECK(pu_loopback_result(&side->queue, 0) >= 0);
+}
+
+/* A read by way of the mapping would allocate what is not there. */
+static void a_hole_that_is_read_stays_a_hole(void)
+{
+	static const uint64_t page = 4096;
+	struct pu_layout layout;
+	struct side side = { .layout = &layout, .device = memfd_create("device", MFD_CLOEXEC) };
+
+	make_mapped(&layout);
+	CHECK_EQUAL(ftruncate(side.device, (off_t)pu_user_copy_offset(0, 0, FILE_BYTES)), 0);
+	open_side(&side);
+	for (int round = 0; round < 2; round++) {
+		ask_once(&side, PU_OP_READ, 0, FILE_BYTES);
+		CHECK_EQUAL(allocated(fds[0]), 0);
+		ask_once(&side, PU_OP_WRITE, 3 * page, page);
+		ask_once(&side, PU_OP_READ, 3 * page, page);
+		ask_once(&side, PU_OP_READ, 2 * page, 3 * page); /* holes on both sides */
+		CHECK_EQUAL(allocated(fds[0]), page);
+		ask_once(&side, PU_OP_WRITE, 0, FILE_BYTES);
+		ask_once(&side, PU_OP_READ, 0, FILE_BYTES);
+		ask_once(&side, PU_OP_DISCARD, page, FILE_BYTES - 2 * page);
+		ask_once(&side, PU_OP_READ, 0, FILE_BYTES);
+		CHECK_EQUAL(allocated(fds[0]), 2 * page);
+		ask_once(&side, PU_OP_WRITE_ZEROES, 0, FILE_BYTES);
+	}
+	CHECK(pu_queue_close(&side.queue));
+	pu_mapped_close(&side.mapped);
+	pu_queue_free(&side.queue);
+	pu_layout_destroy(&layout);
+	close(side.device);
+	close_files();
+}
+
+/* Which pages are there is remembered, for each and in any number of words. */
+static void pages_that_are_there_are_remembered(void)
+{
+	const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), pages = 300;
+	int fd = memfd_create("memory", MFD_CLOEXEC);
+	struct pu_file_map map;
+
+	CHECK_EQUAL(ftruncate(fd, (off_t)(pages * page - 512)), 0);
+	pu_file_map_open(&map, fd);
+	CHECK(map.bytes && map.there);
+	for (uint64_t first = 0; first < pages; first += 37)
+		for (uint64_t last = first; last < pages; last += 41) {
+			uint64_t end = last + 1 == pages ? pages * page - 512 : (last + 1) * page;
+
+			pu_file_map_note(&map, first * page + 512, end - first * page - 512);
+			for (uint64_t at = 0; at < pages; at++)
+				CHECK_EQUAL(pu_file_map_holds(&map, at * page, 512),
+					    at >= first && at <= last);
+			CHECK(pu_file_map_holds(&map, first * page, end - first * page));
+			pu_file_map_forget(&map, first * page, 2 * pages * page);
+			CHECK(!pu_file_map_holds(&map, first * page, end - first * page));
+		}
+	CHECK_EQUAL(pwrite(fd, "there", 5, (off_t)(64 * page)), 5);
+	CHECK(!pu_file_map_holds(&map, 63 * page, 2 * page));
+	CHECK(pu_file_map_holds(&map, 64 * page, page)); /* asked */
+	CHECK_EQUAL(map.there[1], 1);
+	pu_file_map_close(&map);
+	close(fd);
+}
+
 int main(void)
 {
 	for (int memory = 0; memory < 2; memory++) {
@@ -295,6 +372,8 @@ int main(void)
 	a_plan_with_more_parts_than_slots();
 	one_way_of_zeroing_that_fails_leaves_the_other();
 	memory_that_can_only_be_read_is_mapped_too();
+	pages_that_are_there_are_remembered();
+	a_hole_that_is_read_stays_a_hole();
 	overlapping_requests_stay_whole(PU_OP_WRITE);
 	overlapping_requests_stay_whole(PU_OP_DISCARD);
 	overlapping_requests_stay_whole(PU_OP_WRITE_ZEROES);

@@ -5,9 +5,6 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 int pu_layout_init(struct pu_layout *layout, enum pu_layout_kind kind, uint64_t size,
 		   uint32_t nr_files, uint32_t nr_extents)
@@ -41,32 +38,15 @@ void pu_layout_map_memory(struct pu_layout *layout)
 {
 	if (layout->kind == PU_LAYOUT_MIRROR) /* whose files may be replaced */
 		return;
-	for (uint32_t i = 0; i < layout->nr_files; i++) {
-		struct pu_file *file = &layout->files[i];
-		struct stat about;
-		void *map;
-
-		if (!file->memory || fstat(file->fd, &about) || about.st_size <= 0)
-			continue;
-		map = mmap(NULL, (size_t)about.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, file->fd, 0);
-		if (map == MAP_FAILED) /* opened for reading */
-			map = mmap(NULL, (size_t)about.st_size, PROT_READ, MAP_SHARED, file->fd, 0);
-		if (map == MAP_FAILED) /* the calls will do */
-			continue;
-		madvise(map, (size_t)about.st_size, MADV_DONTFORK);
-		file->map = map;
-		file->mapped = (uint64_t)about.st_size;
-	}
+	for (uint32_t i = 0; i < layout->nr_files; i++)
+		if (layout->files[i].memory)
+			pu_file_map_open(&layout->files[i].map, layout->files[i].fd);
 }
 
 void pu_layout_unmap_memory(struct pu_layout *layout)
 {
-	for (uint32_t i = 0; i < layout->nr_files; i++) {
-		if (layout->files[i].map)
-			munmap(layout->files[i].map, layout->files[i].mapped);
-		layout->files[i].map = NULL;
-		layout->files[i].mapped = 0;
-	}
+	for (uint32_t i = 0; i < layout->nr_files; i++)
+		pu_file_map_close(&layout->files[i].map);
 }
 
 int pu_layout_join(struct pu_layout *layout)
@@ -75,7 +55,7 @@ int pu_layout_join(struct pu_layout *layout)
 	int error;
 
 	for (uint32_t i = 0; i < layout->nr_files; i++)
-		mapped |= layout->files[i].map != NULL;
+		mapped |= layout->files[i].map.bytes != NULL;
 	if (!mapped || __atomic_add_fetch(&layout->nr_queues, 1, __ATOMIC_ACQ_REL) != 2)
 		return 0;
 	error = pu_lock_init(&layout->lock, PU_LOCK_SHARDS, PU_LOCK_GRANULE);
@@ -84,25 +64,6 @@ int pu_layout_join(struct pu_layout *layout)
 	else
 		__atomic_store_n(&layout->locked, true, __ATOMIC_RELEASE);
 	return error;
-}
-
-bool pu_file_holds(const struct pu_file *file, uint64_t offset, uint64_t length)
-{
-	unsigned char there[1024];
-	uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
-	uint64_t at = offset / page * page, end = offset + length;
-
-	while (at < end) {
-		uint64_t pages = (end - at + page - 1) / page;
-
-		if (pages > sizeof(there))
-			pages = sizeof(there);
-		if (mincore(file->map + at, pages * page, there) ||
-		    memchr(there, 0, pages)) /* bit 0; the others are not used */
-			return false;
-		at += pages * page;
-	}
-	return true;
 }
 
 void pu_layout_destroy(struct pu_layout *layout)

@@ -8,6 +8,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "file_map.h"
 #include "lock.h"
 
 enum pu_layout_kind {
@@ -22,8 +23,7 @@ struct pu_file {
 	bool memory; /* its bytes are in memory: calls on it do not wait */
 	bool device; /* a block device */
 	bool read_only; /* no request may change it, and none has to be made durable */
-	uint8_t *map; /* of one in memory: its bytes; NULL: not mapped */
-	uint64_t mapped;
+	struct pu_file_map map; /* of one in memory */
 };
 
 struct pu_extent {
@@ -75,14 +75,11 @@ static inline uint64_t pu_layout_size(const struct pu_layout *layout)
 	return __atomic_load_n(&layout->size, __ATOMIC_ACQUIRE);
 }
 
-/* Maps the files whose bytes are in memory: the kernel then copies between them and requests.
- * Nobody else may touch the mapping, which faults where a file was cut short. */
+/* Maps the files whose bytes are in memory. */
 void pu_layout_map_memory(struct pu_layout *layout);
 void pu_layout_unmap_memory(struct pu_layout *layout);
 /* A queue is about to use it. 0 or -ENOMEM. */
 int pu_layout_join(struct pu_layout *layout);
-/* Whether all of a range is there: reading what is not would allocate it. */
-bool pu_file_holds(const struct pu_file *file, uint64_t offset, uint64_t length);
 
 enum pu_cut {
 	PU_NO_PART, /* there are no more */
@@ -120,7 +117,7 @@ void pu_layout_publish_files(struct pu_layout *layout);
 static inline bool pu_layout_is_mapped(const struct pu_layout *layout)
 {
 	for (uint32_t i = 0; i < layout->nr_files; i++)
-		if (!layout->files[i].map)
+		if (!layout->files[i].map.bytes)
 			return false;
 	return true;
 }

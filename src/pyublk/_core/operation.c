@@ -60,6 +60,7 @@ static int64_t or_errno(int64_t result)
 static int64_t move_directly(struct pu_mapped *m, struct pu_slot *slot)
 {
 	const struct pu_file *file = &m->layout->files[slot->part.file];
+	const struct pu_file_map *map = &file->map;
 	struct pu_queue *q = m->q;
 	uint64_t offset = slot->part.offset + slot->done, length;
 	uint64_t data = pu_part_data(&slot->part, slot->done, &length);
@@ -68,11 +69,14 @@ static int64_t move_directly(struct pu_mapped *m, struct pu_slot *slot)
 	int64_t done;
 	int error;
 
-	if (offset + length <= file->mapped && (!read || pu_file_holds(file, offset, length))) {
-		error = pu_queue_copy(q, slot->tag, slot->generation, file->map + offset, data,
+	if (offset + length <= map->length && (!read || pu_file_map_holds(map, offset, length))) {
+		error = pu_queue_copy(q, slot->tag, slot->generation, map->bytes + offset, data,
 				      length, 0);
-		if (!error)
+		if (!error) {
+			if (!read)
+				pu_file_map_note(map, offset, length);
 			return (int64_t)length;
+		}
 	}
 	if (read) {
 		done = or_errno(pread(file->fd, buffer, length, (off_t)offset));
@@ -85,6 +89,17 @@ static int64_t move_directly(struct pu_mapped *m, struct pu_slot *slot)
 	return error ? error : or_errno(pwrite(file->fd, buffer, length, (off_t)offset));
 }
 
+static int64_t make_hole(struct pu_mapped *m, struct pu_slot *slot)
+{
+	const struct pu_file *file = &m->layout->files[slot->part.file];
+	uint64_t offset = slot->part.offset + slot->done, length = slot->part.length;
+	int mode = fallocate_mode(&m->works[slot->tag], slot);
+	int64_t result = or_errno(fallocate(file->fd, mode, (off_t)offset, (off_t)length));
+
+	pu_file_map_forget(&file->map, offset, length);
+	return result;
+}
+
 static int64_t do_alone(struct pu_mapped *m, struct pu_slot *slot)
 {
 	const struct pu_work *w = &m->works[slot->tag];
@@ -95,9 +110,7 @@ static int64_t do_alone(struct pu_mapped *m, struct pu_slot *slot)
 	if (slot->op == PU_OP_FLUSH)
 		return or_errno(fdatasync(fd));
 	if (!pu_has_data(slot->op) && !slot->zeroes)
-		return or_errno(fallocate(fd, fallocate_mode(w, slot), offset,
-					  (off_t)slot->part.length));
-
+		return make_hole(m, slot);
 	if (slot->place == IN_FILES)
 		return move_directly(m, slot);
 
