@@ -73,3 +73,5 @@ def _is_program() -> bool:
 
 _PROGRAM = _is_program()
 ctrl_c_ends()
+if _PROGRAM:
+    fill_descriptors()  # the next import may open files: ctypes does, where libffi needs its own

@@ -203,8 +203,8 @@ def test_closed_standard_descriptors_are_like_dev_null(
 def test_no_file_gets_the_number_of_a_closed_standard_descriptor() -> None:
     program = (
         "import os\n"
-        "for number in (0, 1, 2): os.close(number)\n"
         "from pyublk.launch import fill_descriptors\n"
+        "for number in (0, 1, 2): os.close(number)\n"
         "fill_descriptors()\n"
         "places = [os.readlink(f'/proc/self/fd/{n}') for n in range(3)]\n"
         "os._exit(places != ['/dev/null'] * 3 or os.open('/', os.O_RDONLY) < 3)"
