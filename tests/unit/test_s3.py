@@ -7,7 +7,7 @@ import json
 import logging
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from obstore.store import MemoryStore
 from pyublk.cli import main
 from pyublk.targets import sources
 from pyublk.targets.objects import disks
+from pyublk.targets.objects.codec import Codec
 from pyublk.targets.objects.failures import Changed, Exists, Failure, Missing
 from pyublk.targets.objects.store import Location, Objects
 from pyublk.targets.s3 import S3
@@ -554,6 +555,12 @@ def damaged(store: MemoryStore, part: str, data: bytes | None) -> None:
         obstore.put(store, path, data)
 
 
+def flipped(data: bytes, place: int) -> bytes:
+    found = bytearray(data)
+    found[place] ^= 0x10
+    return bytes(found)
+
+
 @pytest.mark.parametrize(
     ("part", "data", "why"),
     [
@@ -576,11 +583,25 @@ def test_damage_is_an_error(store: MemoryStore, part: str, data: bytes | None, w
         target.read(0, memoryview(bytearray(CHUNK)))
 
 
-def test_a_compressed_chunk_that_is_damaged_is_an_error(store: MemoryStore) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(lambda chunk, at=at: flipped(chunk, at) for at in (0, 5, 1000, 40_000, -1)),
+        lambda chunk: chunk[:-1],
+        lambda chunk: chunk[:1000],
+        lambda _: b"",
+        lambda _: Codec("zstd", 2 * CHUNK).encode(fill(1, 2 * CHUNK)),
+        lambda _: Codec("zstd", 1 << 30).encode(bytes(1 << 30)),
+    ],
+    ids=["magic", "head", "early", "late", "checksum", "end", "half", "all", "two", "a gibibyte"],
+)
+def test_a_compressed_chunk_that_is_damaged_is_an_error(
+    store: MemoryStore, damage: Callable[[bytes], bytes]
+) -> None:
     with Disk(Served(WatchedObjects(store), size=SIZE, compression="zstd")) as disk:
         disk.pwrite(fill(1, CHUNK), 0)
     (chunk,) = (data for path, data in state_of(store).items() if "/chunks/" in path)
-    damaged(store, "/chunks/", chunk[:1000] + b"?" + chunk[1001:])
+    damaged(store, "/chunks/", damage(chunk))
     target = Served(WatchedObjects(store), read_only=True)
     target.open()
     with pytest.raises(OSError, match="cannot be decompressed"):

@@ -60,19 +60,27 @@ def _zstd(size: int) -> tuple[Callable[[Any], bytes], Callable[[Any], bytes], ty
     if sys.version_info >= (3, 14):
         from compression import zstd  # type: ignore[import-not-found,unused-ignore]
 
-        return (
-            lambda data: zstd.compress(data, level=LEVEL),
-            lambda data: zstd.decompress(data),
-            zstd.ZstdError,
-        )
+        parameter = zstd.CompressionParameter
+        options = {parameter.compression_level: LEVEL, parameter.checksum_flag: 1}
+
+        def decompress(data: Any) -> bytes:
+            frame = zstd.ZstdDecompressor()
+            chunk: bytes = frame.decompress(data, size + 1)  # up to the checksum, behind the chunk
+            if not frame.eof:
+                raise zstd.ZstdError("it is cut off, or longer than a chunk")
+            return chunk
+
+        return lambda data: zstd.compress(data, options=options), decompress, zstd.ZstdError
     try:
         import zstandard
     except ImportError:
         raise ExtraMissing("zstandard", "s3") from None
     compressor = zstandard.ZstdCompressor(level=LEVEL, write_checksum=True)
     decompressor = zstandard.ZstdDecompressor()
-    return (
-        compressor.compress,
-        lambda data: decompressor.decompress(data, max_output_size=size),
-        zstandard.ZstdError,
-    )
+
+    def decompress(data: Any) -> bytes:
+        if zstandard.frame_content_size(data) > size:  # which would be allocated
+            raise zstandard.ZstdError("it is longer than a chunk")
+        return decompressor.decompress(data, max_output_size=size)
+
+    return compressor.compress, decompress, zstandard.ZstdError
