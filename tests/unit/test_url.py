@@ -286,6 +286,15 @@ def test_nobody_answers_at_the_start(url: str, why: str) -> None:
     assert error.strerror == f"{why}, for 0.1 seconds: given up"
 
 
+def test_a_system_without_certificates_is_told_so(
+    server: WebServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+        monkeypatch.setenv(name, "/nonexistent")
+    with pytest.raises(ValueError, match="has no certificates: install ca-certificates, or name"):
+        quick(server).open()
+
+
 def test_tls_is_spoken_to_a_server_without(server: WebServer) -> None:
     error = refusal(Url(server.url.replace("http", "https"), retry_for=0.1))
     assert str(error.strerror).endswith("it does not speak TLS there")

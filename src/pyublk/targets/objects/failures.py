@@ -16,6 +16,9 @@ _UNANSWERED = (
      "its certificate is not valid, or signed by nobody who is trusted here", False),
     (re.compile(r"InvalidContentType|InvalidMessage|AlertReceived|CorruptMessage"),
      "it does not speak TLS there", False),
+    (re.compile(r"No CA certificates were loaded"),
+     "this system has no certificates: install ca-certificates, or name a file of some in "
+     "SSL_CERT_FILE", False),
     (re.compile(r"ConnectionRefused"), "the connection is refused", True),
     (re.compile(r"NetworkUnreachable|HostUnreachable"), "there is no route to it", True),
     (re.compile(r"ConnectionReset|kind: Interrupted|IncompleteMessage|BrokenPipe"),
