@@ -353,10 +353,13 @@ static void pages_that_are_there_are_remembered(void)
 			pu_file_map_forget(&map, first * page, 2 * pages * page);
 			CHECK(!pu_file_map_holds(&map, first * page, end - first * page));
 		}
-	CHECK_EQUAL(pwrite(fd, "there", 5, (off_t)(64 * page)), 5);
+	for (uint64_t at = 64; at < pages; at += 5)
+		CHECK_EQUAL(pwrite(fd, "there", 5, (off_t)(at * page)), 5);
 	CHECK(!pu_file_map_holds(&map, 63 * page, 2 * page));
-	CHECK(pu_file_map_holds(&map, 64 * page, page)); /* asked */
-	CHECK_EQUAL(map.there[1], 1);
+	CHECK_EQUAL(map.there[0], 0); /* asked of all at once */
+	CHECK_EQUAL(map.there[1], UINT64_C(0x1084210842108421));
+	for (uint64_t at = 0; at < pages; at++)
+		CHECK_EQUAL(pu_file_map_holds(&map, at * page, 512), at >= 64 && (at - 64) % 5 == 0);
 	pu_file_map_close(&map);
 	close(fd);
 }

@@ -2,7 +2,6 @@
 #define _GNU_SOURCE
 #include "file_map.h"
 
-#include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -57,7 +56,10 @@ void pu_file_map_open(struct pu_file_map *map, int fd)
 	map->length = length;
 	there = mmap(NULL, bytes_of_bits(map), PROT_READ | PROT_WRITE,
 		     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-	map->there = there == MAP_FAILED ? NULL : there;
+	if (there == MAP_FAILED)
+		pu_file_map_close(map);
+	else
+		map->there = there;
 }
 
 void pu_file_map_close(struct pu_file_map *map)
@@ -77,38 +79,38 @@ static bool is_known(const struct pu_file_map *map, const struct pages *pages)
 	return true;
 }
 
-static bool ask(const struct pu_file_map *map, struct pages pages)
+/* For all the pages of a word at once: their neighbours will be asked for, too. */
+static void ask(const struct pu_file_map *map, uint64_t word)
 {
-	unsigned char there[1024];
+	uint64_t begin = (word * WORD) << map->page_shift, bytes = (uint64_t)WORD << map->page_shift;
+	unsigned char there[WORD] = { 0 };
+	uint64_t bits = 0;
 
-	for (uint64_t at = pages.first, count; at <= pages.last; at += count) {
-		count = pages.last - at + 1;
-		if (count > sizeof(there))
-			count = sizeof(there);
-		if (mincore(map->bytes + (at << map->page_shift), count << map->page_shift, there) ||
-		    memchr(there, 0, count)) /* bit 0; the others are not used */
-			return false;
-	}
-	return true;
+	if (bytes > map->length - begin)
+		bytes = map->length - begin;
+	if (mincore(map->bytes + begin, bytes, there))
+		return;
+	for (uint32_t i = 0; i < WORD; i++)
+		bits |= (uint64_t)(there[i] & 1) << i; /* the other bits of a byte are not used */
+	__atomic_fetch_or(&map->there[word], bits, __ATOMIC_RELAXED);
 }
 
 bool pu_file_map_holds(const struct pu_file_map *map, uint64_t offset, uint64_t length)
 {
 	struct pages pages = pages_of(map, offset, length);
 
-	if (map->there && is_known(map, &pages))
+	if (is_known(map, &pages))
 		return true;
-	if (!ask(map, pages))
-		return false;
-	pu_file_map_note(map, offset, length);
-	return true;
+	for (uint64_t word = pages.first / WORD; word <= pages.last / WORD; word++)
+		ask(map, word);
+	return is_known(map, &pages);
 }
 
 void pu_file_map_note(const struct pu_file_map *map, uint64_t offset, uint64_t length)
 {
 	struct pages pages = pages_of(map, offset, length);
 
-	if (!map->there || is_known(map, &pages))
+	if (is_known(map, &pages))
 		return;
 	for (uint64_t word = pages.first / WORD; word <= pages.last / WORD; word++)
 		__atomic_fetch_or(&map->there[word], mask(&pages, word), __ATOMIC_RELAXED);
@@ -118,7 +120,7 @@ void pu_file_map_forget(const struct pu_file_map *map, uint64_t offset, uint64_t
 {
 	struct pages pages;
 
-	if (!map->there || offset >= map->length)
+	if (offset >= map->length) /* or not mapped */
 		return;
 	if (length > map->length - offset)
 		length = map->length - offset;

@@ -2,8 +2,8 @@
  * A file in memory, mapped: the kernel copies between it and requests without a stop in between
  *
  * A page that nobody has written is a hole, which takes no memory until it is touched, be it to read.
- * Which pages are there costs a system call to ask, a fifth of what a read takes; so it is asked once
- * a page, and remembered. A hole that somebody else punches later is not seen: what it saved is lost
+ * Which pages are there costs a system call to ask, a fifth of what a read takes; so it is asked of
+ * 64 at once, and remembered. A hole that somebody else punches later is not seen: what it saved is lost
  * again where it is read, as it would be through any mapping of the file.
  */
 #ifndef PU_FILE_MAP_H
@@ -15,7 +15,7 @@
 struct pu_file_map {
 	uint8_t *bytes; /* NULL: not mapped */
 	uint64_t length;
-	uint64_t *there; /* a bit for each page that has been seen; NULL: it is asked each time */
+	uint64_t *there; /* a bit for each page that has been seen */
 	uint8_t page_shift;
 };
 
