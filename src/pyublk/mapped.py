@@ -94,7 +94,7 @@ class MappedTarget(Target):
         read_only_files: Collection[int] = (),
     ) -> None:
         if not files:
-            raise ValueError("a mapped target needs at least one file")
+            raise ValueError(f"{type(self).__name__} needs at least one file")
         for file in read_only_files:
             if not 0 <= file < len(files):
                 raise ValueError(f"read_only_files names file {file}; there are {len(files)}")

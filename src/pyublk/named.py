@@ -240,9 +240,9 @@ def _check_complete(
     ]
     if not missing:
         return
-    told = f"{called} needs {' and '.join(missing)}"
+    what = "it as an option" if len(missing) == 1 else "them as options"
+    how = f"give {what}"
     if all(parameters[name].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for name in missing):
         required = [name.upper() for name, p in parameters.items() if p.default is p.empty]
-        what = "it as an option" if len(missing) == 1 else "them as options"
-        told += f": write {called} {' '.join(required)}, or give {what}"
-    raise ValueError(told)
+        how = f"write {called} {' '.join(required)}, or {how}"
+    raise ValueError(f"{called} needs {' and '.join(missing)}: {how}")

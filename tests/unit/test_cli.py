@@ -284,7 +284,8 @@ def test_no_driver(arguments: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["ram"], "ram needs size"),
+        (["ram"], "ram needs size: give it as an option"),
+        (["stripe", "--option", "chunk=64K"], "Stripe needs at least one file"),
         (["nul"], "there is no target 'nul' (did you mean 'null'?)"),
         (["null", "--option", "sizee=1"], "null has no option 'sizee' (did you mean 'size'?)"),
     ],
