@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """`pyublk vm`, which runs programs, and has commands for machines that stay."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from pyublk.cli import main, vm
+from pyublk.vm import __main__ as plain
 from pyublk.vm import staying
 
 
@@ -43,6 +45,34 @@ def test_a_program_is_run_in_a_new_machine(
     done = CliRunner().invoke(main, ["vm", *words])
     assert done.exit_code == 3, done.output
     assert ran == [command]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--kernel", "newest", "true"], "no kernel is called 'newest'"),
+        (["--env", "=", "true"], "the variable '=' cannot be passed on"),
+        (["--env", "UNSET", "true"], "the variable 'UNSET' cannot be passed on"),
+        (["--cpus", "0", "true"], "1 to 255 processors, not 0"),
+        (["start", "--kernel", "6"], "no kernel is called '6'"),
+        (["start", "--name", "a b"], "'a b' is no name for a machine"),
+    ],
+)
+def test_wrong_usage_is_told_before_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    said: str,
+) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    done = CliRunner().invoke(main, ["vm", "true"])
+    assert (done.exit_code, "is not installed" in done.output) == (125, True)
+    done = CliRunner().invoke(main, ["vm", *words])
+    assert (done.exit_code, said in done.output) == (2, True), done.output
+    if words[0] != "start":
+        monkeypatch.setattr(sys, "argv", ["vm", *words])
+        assert plain.main() == 2
+        assert said in capsys.readouterr().err
 
 
 def test_machines_that_are_not_there(ran: list[tuple[str, ...]]) -> None:

@@ -36,6 +36,21 @@ class _Memory(click.ParamType[int]):
             self.fail(str(error), param, ctx)
 
 
+class _Name(click.ParamType[str]):
+    """The name of a machine that stays."""
+
+    name = "name"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str:
+        """Return the name."""
+        try:
+            return staying.check_name(str(value))
+        except VMError as error:
+            self.fail(str(error), param, ctx)
+
+
 class _Kernel(click.ParamType[str]):
     """The name of a kernel."""
 
@@ -129,7 +144,11 @@ _environment_option = click.option(
     help="Pass an environment variable on, or set one; may be repeated.",
 )
 _name_option = click.option(
-    "--name", default="default", show_default=True, help="The machine that is meant."
+    "--name",
+    type=_Name(),
+    default="default",
+    show_default=True,
+    help="The machine that is meant.",
 )
 
 
@@ -181,6 +200,7 @@ def vm(
     if context.invoked_subcommand is not None:
         return
     try:
+        environment = attached.environment(variables)
         with _progress() as progress:
             machine = Machine(
                 kernel,
@@ -191,7 +211,7 @@ def vm(
                 refresh=refresh,
                 progress=progress,
             )
-        code = attached.run(machine, command, env=attached.environment(variables), timeout=timeout)
+        code = attached.run(machine, command, env=environment, timeout=timeout)
     except VMError as error:
         code = attached.report(error)
     sys.exit(code)

@@ -48,6 +48,7 @@ def main() -> int:
     if options.timeout is not None and not 0 < options.timeout <= LONGEST:
         parser.error(f"--timeout must be above 0 seconds, not {options.timeout:g}")
     try:
+        environment = attached.environment(options.env)
         machine = Machine(
             options.kernel,
             cpus=options.cpus,
@@ -57,12 +58,7 @@ def main() -> int:
             refresh=options.refresh,
             progress=_Progress(),
         )
-        return attached.run(
-            machine,
-            options.command,
-            env=attached.environment(options.env),
-            timeout=options.timeout,
-        )
+        return attached.run(machine, options.command, env=environment, timeout=options.timeout)
     except VMError as error:
         return attached.report(error)
     except KeyboardInterrupt:

@@ -182,6 +182,26 @@ def _fetch_locked(
     return kernel
 
 
+def check_name(name: str, architecture: Architecture | None = None) -> None:
+    """See whether a kernel can have a name, whatever there is here.
+
+    Args:
+        name: as `find_kernel` takes it.
+        architecture: whose; this machine's, unless said.
+
+    Raises:
+        NoSuchName: no kernel can have that one.
+    """
+    if name not in ("latest", "host") and not _SERIES.fullmatch(name):
+        raise NoSuchName(
+            f"no kernel is called {name!r}: give latest, host, or a series such as 6.12"
+        )
+    if name == "host" and architecture not in (None, native()):
+        raise NoSuchName(
+            "the host's kernel does not run on other processors: give latest, or a series"
+        )
+
+
 def find_kernel(
     name: str,
     *,
@@ -205,14 +225,7 @@ def find_kernel(
             it was.
         MissingProgram: apt is needed and not there.
     """
-    if name not in ("latest", "host") and not _SERIES.fullmatch(name):
-        raise NoSuchName(
-            f"no kernel is called {name!r}: give latest, host, or a series such as 6.12"
-        )
-    if name == "host" and architecture not in (None, native()):
-        raise NoSuchName(
-            "the host's kernel does not run on other processors: give latest, or a series"
-        )
+    check_name(name, architecture)
     wanted = (architecture or native()).debian
     cache = cache or cache_directory() / "kernels"
     try:

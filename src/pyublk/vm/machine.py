@@ -22,7 +22,7 @@ from pyublk.vm import (
 from pyublk.vm.apt import Progress
 from pyublk.vm.emulator import CONTROL, ERRORS, INPUT, OUTPUT, Emulator
 from pyublk.vm.errors import BootFailed, VMError, WrongUsage
-from pyublk.vm.kernels import find_kernel, quiet
+from pyublk.vm.kernels import check_name, find_kernel, quiet
 from pyublk.vm.session import Patience, Session
 from pyublk.vm.streams import Input, Output, Sink
 
@@ -114,6 +114,7 @@ class Machine:
             raise WrongUsage(
                 f"memory must be at most this machine's own, {own} bytes, not {memory}"
             )
+        check_name(kernel, root.architecture if root else None)
         self.cpus = 1 if count_instructions else (cpus or 2)
         self.memory = memory
         self.count_instructions = count_instructions

@@ -57,11 +57,21 @@ class Staying:
     since: float
 
 
-def _place(name: str) -> Path:
+def check_name(name: str) -> str:
+    """Return a name that a machine can have.
+
+    Raises:
+        WrongUsage: it is none.
+    """
     if not _NAME.fullmatch(name):
         raise WrongUsage(
             f"{name!r} is no name for a machine: up to 32 letters, digits, '_', '.' and '-'"
         )
+    return name
+
+
+def _place(name: str) -> Path:
+    check_name(name)
     return cache_directory() / "machines" / name
 
 
