@@ -141,14 +141,14 @@ def test_a_test_that_needs_ublk_is_skipped_without(pytester: pytest.Pytester) ->
 @pytest.mark.parametrize(
     ("mark", "said"),
     [
-        ("'NOTHING'", "ublk has no feature 'NOTHING'; it has *ZONED*"),
-        ("kernel='new'", "kernel='new' is no release: write '6.16', for example"),
+        ("'NOTHING'", "ublk: ublk has no feature 'NOTHING'; it has *ZONED*"),
+        ("kernel='new'", "ublk: kernel='new' is no release: write '6.16', for example"),
         (
-            "tool='fio'",
-            "ublk() got an unexpected keyword argument 'tool'; "
-            "it is ublk([*]features, kernel=None, tools=(), root=True)",
+            "tool='fio'",  # newer Pythons have guesses about what was meant
+            "ublk([*]features, kernel=None, tools=(), root=True): "
+            "ublk() got an unexpected keyword argument 'tool'*",
         ),
-        ("3", "ublk has no feature 3; *"),
+        ("3", "ublk: ublk has no feature 3; *"),
     ],
 )
 def test_a_marker_that_says_something_impossible(
@@ -157,7 +157,7 @@ def test_a_marker_that_says_something_impossible(
     pytester.makepyfile(f"import pytest\n@pytest.mark.ublk({mark})\ndef test_it(): pass")
     found = run(pytester)
     assert found.ret == pytest.ExitCode.USAGE_ERROR
-    found.stderr.fnmatch_lines([f"ERROR: *::test_it: pytest.mark.ublk: {said}"])
+    found.stderr.fnmatch_lines([f"ERROR: *::test_it: pytest.mark.{said}"])
 
 
 def marks(*made: pytest.MarkDecorator) -> list[needs.Need]:

@@ -29,11 +29,10 @@ def needs_of(item: pytest.Item) -> list[needs.Need]:
     try:
         return needs.of_marks(item.iter_markers("ublk"))
     except (TypeError, ValueError) as error:
+        # What Python says of arguments may be several sentences, the last of them a question.
+        marker = needs.MARKER.partition(": ")[0] if isinstance(error, TypeError) else "ublk"
         reason = str(error).replace("_of_mark()", "ublk()")
-        if isinstance(error, TypeError):
-            signature, _, _ = needs.MARKER.partition(": ")
-            reason += f"; it is {signature}"
-        raise pytest.UsageError(f"{item.nodeid}: pytest.mark.ublk: {reason}") from None
+        raise pytest.UsageError(f"{item.nodeid}: pytest.mark.{marker}: {reason}") from None
 
 
 def need(item: pytest.Item, *wanted: needs.Need) -> None:
