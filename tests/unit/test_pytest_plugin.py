@@ -88,7 +88,8 @@ runpy.run_path({session.__file__!r}, run_name="__main__")
 """
     monkeypatch.setattr(remote, "boot", lambda *_: [sys.executable, "-c", script])
     monkeypatch.setattr(machine, "Machine", NoMachine)
-    monkeypatch.delenv("UBLK_GUEST", raising=False)
+    for variable in ("UBLK_GUEST", "PYTHONUNBUFFERED"):
+        monkeypatch.delenv(variable, raising=False)
     pytester.makeconftest(WITHOUT_NEEDS)
     pytester.makepyfile(SUITE)
     return pytester

@@ -12,6 +12,7 @@ whose assertions it can rewrite no more.
 
 import base64
 import faulthandler
+import io
 import json
 import os
 import pickle
@@ -214,6 +215,9 @@ def main() -> int:
     tell = Teller(os.fdopen(os.dup(1), "w", encoding="utf-8"))
     # What tests print with capture off must not get between the events.
     os.dup2(2, 1)
+    # Line by line, as on a terminal: else it shows, or is captured, long after the test that wrote.
+    assert isinstance(sys.stdout, io.TextIOWrapper)
+    sys.stdout.reconfigure(line_buffering=True)
     job = Job.from_line(line)
     sys.path[:] = job.sys_path
     tell("ready", release=os.uname().release)
