@@ -147,6 +147,27 @@ def test_a_root_whose_packages_are_older_than_merged_directories(tmp_path: Path)
     assert (tmp_path / "usr/lib/arm/libreadline.so.8").read_text() == "lib/arm/libreadline.so.8.2"
 
 
+def test_a_root_has_users_and_authorities(tmp_path: Path) -> None:
+    debian.set_up(tmp_path)  # it has no such packages
+    assert list(tmp_path.iterdir()) == []
+    for name in (
+        "base-passwd/passwd.master",
+        "base-passwd/group.master",
+        "ca-certificates/mozilla/b.crt",
+        "ca-certificates/mozilla/a.crt",
+    ):
+        file = tmp_path / "usr/share" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{file.name}\n")
+    debian.set_up(tmp_path)
+    etc = tmp_path / "etc"
+    assert [(etc / name).read_text() for name in ("passwd", "group")] == [
+        "passwd.master\n",
+        "group.master\n",
+    ]
+    assert (etc / "ssl/certs/ca-certificates.crt").read_text() == "a.crt\nb.crt\n"
+
+
 def test_generated_lines_become_statements() -> None:
     ran = cython.map_back(GENERATED, {4: 3, 5: 1, 10: 0, 11: 9, 14: 5, 15: 5})
     assert ran == {"src/pyublk/a.pxi": {7: 3, 8: 0}}

@@ -32,6 +32,24 @@ def merge_usr(root: Path) -> None:
             plain.symlink_to(f"usr/{name}")
 
 
+def set_up(root: Path) -> None:
+    """Do for a root what its packages' own scripts would do, which are not run.
+
+    It gets the users, the groups and the authorities that these packages bring: `base-passwd` and
+    `ca-certificates`. Of a package that is not there, nothing is done.
+    """
+    brought = {
+        "passwd": "base-passwd/passwd.master",
+        "group": "base-passwd/group.master",
+        "ssl/certs/ca-certificates.crt": "ca-certificates/*/*.crt",
+    }
+    for name, pattern in brought.items():
+        if parts := sorted((root / "usr/share").glob(pattern)):
+            file = root / "etc" / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(b"".join(part.read_bytes() for part in parts))
+
+
 class Archive:
     """apt with the lists of all suites and machines, which are fetched when first needed.
 
@@ -87,5 +105,6 @@ class Archive:
                 apt.unpack(package, fresh)
             if complete:
                 merge_usr(fresh)
+                set_up(fresh)
             root.parent.mkdir(parents=True, exist_ok=True)
             fresh.rename(root)

@@ -15,7 +15,7 @@ from tools.wheels.debian import Archive
 from tools.wheels.targets import Target
 
 #: What the guest's scripts and a disk's tests call, besides the interpreter's.
-PACKAGES = ("busybox-static", "e2fsprogs", "mount", "kmod")
+PACKAGES = ("e2fsprogs", "mount", "kmod")
 #: The tests that show most of what differs between processors, and take minutes, not hours.
 TESTS = ("tests/unit/test_buffers.py", "tests/unit/test_target_contract.py")
 DISKS = ("tests/kernel/test_target_contract.py", "tests/kernel/test_buffers.py")
@@ -32,8 +32,6 @@ def has(target: Target, archive: Archive) -> bool:
 def root(target: Target, archive: Archive) -> Root:
     """Return the root of a guest that has a target's interpreter."""
     directory = trying.debian_root(target, archive, PACKAGES)
-    for name in ("root", "tmp"):  # of a package that is not among them
-        (directory / name).mkdir(exist_ok=True)
     return Root(
         directory,
         KNOWN[target.machine],

@@ -19,6 +19,8 @@ PACKAGES = ["pytest>=9", "pytest-timeout", "pytest-rerunfailures", "hypothesis>=
 PACKAGES += ["pytest-xdist", "prometheus-client", "obstore", "zstandard", "localbucket"]
 #: An interpreter that this machine does not have, out of Debian's packages, with what tests call.
 DEBIAN = ["python{0}-minimal", "libpython{0}-stdlib", "util-linux", "coreutils", "dash", "procps"]
+DEBIAN += ["bash", "sed", "busybox-static", "base-passwd", "ca-certificates"]
+DEBIAN += ["libc-bin"]  # the locale C.UTF-8
 DEBIAN += ["libstdc++6"]  # for numpy
 _COMPILER = ("cc", "c89", "c99", "gcc", "g++", "c++", "clang", "ld", "as", "tcc", "zig")
 
@@ -34,10 +36,12 @@ class Trial:
     Attributes:
         command: what comes before the interpreter's arguments.
         environment: what is set for it.
+        packages: a directory that it finds the wheel's package below.
     """
 
     command: list[str]
     environment: Mapping[str, str]
+    packages: Path
 
     def run(self, *arguments: str) -> None:
         done = subprocess.run(
@@ -92,7 +96,7 @@ def _here(python: str, wheel: Path, work: Path) -> Trial:
     if subprocess.run([*command, *PACKAGES, str(wheel)], check=False).returncode != 0:
         raise TrialFailed(f"pip cannot install {wheel.name}")
     programs = without_compiler("/usr/sbin:/usr/bin:/sbin:/bin", work / "programs")
-    return Trial([program], {"PATH": f"{place / 'bin'}:{programs}", "PYTHONPATH": ""})
+    return Trial([program], {"PATH": f"{place / 'bin'}:{programs}", "PYTHONPATH": ""}, place)
 
 
 def debian_root(target: Target, archive: Archive, more: Sequence[str] = ()) -> Path:
@@ -111,22 +115,45 @@ def debian_root(target: Target, archive: Archive, more: Sequence[str] = ()) -> P
     return root
 
 
+#: Makes a directory the root of what is called, which then sees nothing else. What is mounted in it
+#: comes as pairs of a directory here and its place there; `--` ends them.
+_ENTER = """
+set -e
+root=$1
+shift
+mount --rbind "$root" "$root"
+while [ "$1" != -- ]; do
+    mkdir -p "$root$2"
+    mount --rbind "$1" "$root$2"
+    shift 2
+done
+shift
+cd "$root"
+pivot_root . .
+exec /usr/bin/busybox sh -c 'umount -l . && cd / && exec "$@"' sh "$@"
+"""
+
+
 def _unpacked(target: Target, wheel: Path, work: Path, archive: Archive) -> Trial:
     """An interpreter of Debian's, in a root directory of its own that has nothing else.
 
-    This machine's files are in it too, but only where the tests and the packages are.
+    This machine's files are in it too, but only where the tests and the packages are. Packages are
+    where Debian's interpreter looks by itself, also when it is told to ignore its environment.
     """
     root = debian_root(target, archive)
     site = install(target, wheel, work)
-    mounts = " && ".join(
-        f"mkdir -p '{root}{place}' && mount --rbind '{place}' '{root}{place}'"
-        for place in ("/proc", "/dev", "/sys", "/tmp", str(ROOT), str(work))
-    )
-    inside = f"{mounts} && cd / && exec chroot '{root}' /usr/bin/env -C '{ROOT}' \"$@\""
+    packages = Path(f"/usr/local/lib/python{target.version}/dist-packages")
+    mounts = [str(place) for place in ("/proc", "/dev", "/sys", "/tmp", ROOT) for _ in range(2)]
+    mounts += [str(site), str(packages)]
     unshare = ["unshare", "--mount"] + (["--map-root-user"] if os.geteuid() else [])
+    variables = ["HOME=/root", "LC_ALL=C.UTF-8", "PATH=/usr/sbin:/usr/bin"]
+    variables += ["PYTHONDONTWRITEBYTECODE=1"]
+    inside = ["/usr/bin/env", "--ignore-environment", "--chdir", str(ROOT), *variables]
+    python = f"/usr/bin/python{target.version}"
     return Trial(
-        [*unshare, "sh", "-c", inside, "sh", f"/usr/bin/python{target.version}"],
-        {"PYTHONPATH": str(site), "PATH": "/usr/sbin:/usr/bin", "LC_ALL": "C.UTF-8"},
+        [*unshare, "sh", "-c", _ENTER, "sh", str(root), *mounts, "--", *inside, python],
+        {},
+        packages,
     )
 
 
@@ -151,7 +178,8 @@ def try_wheel(
     """
     python = interpreters.find(target.version, gil=target.gil)
     trial = _here(python, wheel, work) if python else _unpacked(target, wheel, work, archive)
-    from_wheel = f"import pyublk; assert pyublk.__file__.startswith({str(work)!r}), pyublk"
+    where = str(trial.packages)
+    from_wheel = f"import pyublk; assert pyublk.__file__.startswith({where!r}), pyublk"
     trial.run("-c", from_wheel)
     trial.run("-m", "pytest", "-p", "no:cacheprovider", "-q", "tests/unit", *options)
 
@@ -169,7 +197,8 @@ def try_sdist(sdist: Path, work: Path) -> None:
     for words in (["setuptools>=77"], ["--no-build-isolation", str(sdist)]):
         if subprocess.run([*pip, *words], check=False).returncode != 0:
             raise TrialFailed(f"pip cannot install {words[-1]} without Cython")
-    trial = Trial([program], {"PYTHONPATH": "", "PATH": f"{place / 'bin'}:{os.environ['PATH']}"})
+    environment = {"PYTHONPATH": "", "PATH": f"{place / 'bin'}:{os.environ['PATH']}"}
+    trial = Trial([program], environment, place)
     trial.run("-c", "import importlib.util; assert importlib.util.find_spec('Cython') is None")
     trial.run("-c", _DISK)
 
