@@ -77,12 +77,17 @@ def shutdown() -> None:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a text such as 100M; "s" counts sectors of 512 bytes."""
+    """Bytes of a text such as 100M; "s" counts sectors of 512 bytes.
+
+    Raises ValueError also for what nbdkit 1.48 and older ones take for different sizes.
+    """
     if not isinstance(text, str):
         raise TypeError("Expected string, got something else")
     found = re.fullmatch(r"\s*\+?([0-9]+)([a-zA-Z]?)", text)
     if found is None or found[2].lower() not in _UNITS:
         raise ValueError("Unable to parse string as size")
+    if re.match("0[0-9]", found[1]):
+        raise ValueError(f"{text!r} is octal since nbdkit 1.48 only: leave out its leading zeros")
     size = int(found[1]) << _UNITS[found[2].lower()]
     if size > _LARGEST:
         raise ValueError("Unable to parse string as size")
