@@ -22,6 +22,9 @@ DEBIAN = ["python{0}-minimal", "libpython{0}-stdlib", "util-linux", "coreutils",
 DEBIAN += ["bash", "sed", "busybox-static", "base-passwd", "ca-certificates"]
 DEBIAN += ["libc-bin"]  # the locale C.UTF-8
 DEBIAN += ["libstdc++6"]  # for numpy
+#: Programs that some tests call, and are skipped without.
+PROGRAMS = ["qemu-utils", "qemu-system-common", "nbdkit", "nbdkit-plugin-python", "openssl"]
+PROGRAMS += ["e2fsprogs", "xfsprogs", "btrfs-progs", "dosfstools", "fio", "blktrace"]
 _COMPILER = ("cc", "c89", "c99", "gcc", "g++", "c++", "clang", "ld", "as", "tcc", "zig")
 
 
@@ -140,11 +143,14 @@ def _unpacked(target: Target, wheel: Path, work: Path, archive: Archive) -> Tria
     This machine's files are in it too, but only where the tests and the packages are. Packages are
     where Debian's interpreter looks by itself, also when it is told to ignore its environment.
     """
-    root = debian_root(target, archive)
+    root = debian_root(target, archive, PROGRAMS)
     site = install(target, wheel, work)
     packages = Path(f"/usr/local/lib/python{target.version}/dist-packages")
     mounts = [str(place) for place in ("/proc", "/dev", "/sys", "/tmp", ROOT) for _ in range(2)]
     mounts += [str(site), str(packages)]
+    nothing = work / "nothing"  # of what programs' packages depend on
+    nothing.mkdir()
+    mounts += [str(nothing), "/usr/lib/python3/dist-packages"]
     unshare = ["unshare", "--mount"] + (["--map-root-user"] if os.geteuid() else [])
     variables = ["HOME=/root", "LC_ALL=C.UTF-8", "PATH=/usr/sbin:/usr/bin"]
     variables += ["PYTHONDONTWRITEBYTECODE=1"]
