@@ -300,31 +300,6 @@ static bool *must_write_zeroes(struct pu_mapped *m, uint32_t flags)
 	return flags & PU_FLAG_NOUNMAP ? &m->no_zero_range : &m->no_holes;
 }
 
-/* Registers the files anew when one was replaced. */
-static int take_up_files(struct pu_mapped *m)
-{
-	uint32_t version = pu_layout_version(m->layout);
-	struct { /* io_uring_files_update */
-		uint32_t offset, resv;
-		uint64_t fds;
-	} update;
-
-	if (version == m->version)
-		return 0;
-	for (uint32_t i = 0; i < m->layout->nr_files; i++) {
-		int error;
-
-		update.offset = i + 1;
-		update.resv = 0;
-		update.fds = (uint64_t)(uintptr_t)&m->layout->files[i].fd;
-		error = pu_ring_register(&m->q->ring, PU_REGISTER_FILES_UPDATE, &update, 1);
-		if (error < 0)
-			return error;
-	}
-	m->version = version;
-	return 0;
-}
-
 static void take_out(uint16_t *list, uint32_t *count, uint16_t tag)
 {
 	uint32_t kept = 0;
@@ -388,7 +363,7 @@ static void start(struct pu_mapped *m, uint16_t tag)
 	}
 	w->by_writing = w->op == PU_OP_WRITE_ZEROES && *must_write_zeroes(m, w->flags);
 	/* After it was admitted: a file may have come meanwhile. */
-	error = take_up_files(m);
+	error = pu_take_up_files(m);
 	if (error)
 		pu_work_finish(m, tag, error);
 	else
@@ -574,7 +549,7 @@ int pu_mapped_turn(struct pu_mapped *m, int64_t timeout_ns)
 	uint32_t need_plan = 0;
 	int there;
 
-	take_up_files(m); /* one that cannot be is tried again by each request, which fails if it must */
+	pu_take_up_files(m); /* one that cannot be is tried again by each request, which fails if it must */
 	there = pu_queue_wait(q, limited(m, timeout_ns));
 	if (there < 0)
 		return there;

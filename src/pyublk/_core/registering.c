@@ -38,3 +38,27 @@ void pu_unregister_buffer(struct pu_mapped *m, uint16_t tag)
 	sqe->user_data = PU_USER_DATA(PU_KIND_UNREGISTER, tag);
 	q->foreign_inflight++;
 }
+
+int pu_take_up_files(struct pu_mapped *m)
+{
+	uint32_t version = pu_layout_version(m->layout);
+	struct { /* io_uring_files_update */
+		uint32_t offset, resv;
+		uint64_t fds;
+	} update;
+
+	if (version == m->version)
+		return 0;
+	for (uint32_t i = 0; i < m->layout->nr_files; i++) {
+		int error;
+
+		update.offset = i + 1;
+		update.resv = 0;
+		update.fds = (uint64_t)(uintptr_t)&m->layout->files[i].fd;
+		error = pu_ring_register(&m->q->ring, PU_REGISTER_FILES_UPDATE, &update, 1);
+		if (error < 0)
+			return error;
+	}
+	m->version = version;
+	return 0;
+}
