@@ -312,6 +312,35 @@ static void a_leg_that_is_given_up_is_left_with_all_that_it_holds(void)
 	close_files();
 }
 
+/* Nobody could take the leg's answer meanwhile, nor ask it for the next page. */
+static void a_process_that_was_stopped_blames_no_leg(void)
+{
+	struct bench b = { 0 };
+	uint8_t taken[PAGE];
+	int slow;
+
+	make_files();
+	slow = make_pipe(1);
+	make_mirror(&b.mirror, &b.layout, 400000000);
+	open_bench(&b, false);
+	memset(pu_queue_next_buffer(&b.queue, 0), 7, 3 * PAGE);
+	CHECK_EQUAL(pu_loopback_inject(&b.queue, 0, PU_OP_WRITE, 0, 3 * PAGE >> 9), 0);
+	for (int i = 0; i < 4; i++)
+		turn(&b);
+	usleep(600000);
+	CHECK_EQUAL(read(slow, taken, PAGE), PAGE);
+	turn(&b);
+	CHECK_EQUAL(pu_mirror_leg_state(&b.mirror, 1), PU_LEG_SYNCED);
+	drain(&b, slow, 7, 2 * PAGE);
+	while (pu_queue_held(&b.queue))
+		turn(&b);
+	CHECK_EQUAL(pu_loopback_result(&b.queue, 0), 3 * PAGE);
+	CHECK_EQUAL(b.mirror.legs[1].errors, 0);
+	close(slow);
+	close_bench(&b);
+	close_files();
+}
+
 static void a_write_keeps_its_buffer_until_it_is_cut(void)
 {
 	struct bench b = { 0 };
@@ -853,6 +882,7 @@ int main(void)
 	a_gated_write_that_was_failed_is_not_done();
 	a_write_that_was_failed_while_it_waited_for_slots_is_not_done();
 	a_leg_that_is_given_up_is_left_with_all_that_it_holds();
+	a_process_that_was_stopped_blames_no_leg();
 	a_write_outlives_the_buffer_of_one_that_hangs();
 	a_write_outlives_the_buffer_of_one_that_hangs();
 	what_a_leg_holds_outlives_the_queue(HANGS);

@@ -543,6 +543,17 @@ static void look(struct pu_mapped *m)
 	m->policy->look(m, m->turn_ns);
 }
 
+/* While the process is stopped, or kept from the processor, I/O that has ended cannot be seen to have.
+ * So what lies between two turns counts for no more than a wait, and before anything is given up,
+ * there were several. */
+static void tick(struct pu_mapped *m)
+{
+	int64_t now = pu_now_ns(), since = now - m->turned_ns;
+
+	m->turn_ns += since < m->look_every_ns ? since : m->look_every_ns;
+	m->turned_ns = now;
+}
+
 int pu_mapped_turn(struct pu_mapped *m, int64_t timeout_ns)
 {
 	struct pu_queue *q = m->q;
@@ -554,7 +565,7 @@ int pu_mapped_turn(struct pu_mapped *m, int64_t timeout_ns)
 	if (there < 0)
 		return there;
 	if (m->look_every_ns)
-		m->turn_ns = pu_now_ns();
+		tick(m);
 	for (uint32_t i = 0; i < q->nr_ready; i++) {
 		uint16_t tag = q->ready[i];
 

@@ -45,7 +45,8 @@ struct pu_mapped {
 	bool to_tell; /* by the policy: the turns are to be interrupted for it */
 	int64_t look_every_ns; /* the policy looks after I/O that is under way; 0: never */
 	int64_t look_at_ns;    /* when it does so again; 0: at once */
-	int64_t turn_ns; /* when this turn began, if the policy looks: a clock read for all of its I/O */
+	int64_t turn_ns; /* of a clock for I/O, by turns, if the policy looks; see tick() */
+	int64_t turned_ns; /* when that was */
 	void *zeroes;
 	uint64_t zeroes_bytes;
 	bool no_holes, no_zero_range; /* a file system that cannot: zeroes are written */

@@ -45,7 +45,7 @@ struct pu_slot {
 	uint64_t asked; /* bytes of the operation under way */
 	uint8_t *memory; /* the tag's buffer when the part began (a later one may be another), or the
 			  * policy's own */
-	int64_t begun_ns; /* of the turn that gave the operation to the ring, if the policy looks for that */
+	int64_t begun_ns; /* turn_ns when the operation was given to the ring, if the policy looks for that */
 	struct pu_slot_file file;
 	uint32_t next_free; /* 1 + its index; 0: the slot after this one. So those never used take no memory */
 	uint32_t generation;
