@@ -364,6 +364,99 @@ static void pages_that_are_there_are_remembered(void)
 	close(fd);
 }
 
+/* The kernel keeps from strangers what is there of a file, and says that all of it is. */
+static void what_strangers_are_told_is_not_believed(void)
+{
+	const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+	int fd = memfd_create("memory", MFD_CLOEXEC);
+	struct pu_file_map map;
+
+	CHECK_EQUAL(ftruncate(fd, (off_t)(100 * page)), 0);
+	CHECK_EQUAL(fchmod(fd, 0600), 0);
+	pu_file_map_open(&map, fd);
+	if (!geteuid()) { /* nobody else becomes a stranger */
+		CHECK_EQUAL(seteuid(65534), 0);
+		CHECK(!pu_file_map_holds(&map, 0, 100 * page));
+		pu_file_map_note(&map, 70 * page, page);
+		CHECK(pu_file_map_holds(&map, 70 * page, page)); /* it has written that itself */
+		CHECK_EQUAL(seteuid(0), 0);
+		CHECK(!pu_file_map_holds(&map, 0, page));
+	}
+	CHECK_EQUAL(fallocate(fd, 0, 0, (off_t)(100 * page)), 0);
+	memset(map.bytes, 1, 100 * page);
+	CHECK(pu_file_map_holds(&map, 0, 100 * page)); /* also where nothing is a hole */
+	pu_file_map_close(&map);
+	close(fd);
+}
+
+#ifndef __SANITIZE_THREAD__ /* whose own memory grows with what is looked at */
+static long own_kilobytes(void)
+{
+	char line[128];
+	long found = -1;
+	FILE *status = fopen("/proc/self/status", "re");
+
+	CHECK(status);
+	while (found < 0 && fgets(line, sizeof(line), status))
+		if (!strncmp(line, "RssAnon:", 8))
+			found = strtol(line + 8, NULL, 10);
+	fclose(status);
+	CHECK(found >= 0);
+	return found;
+}
+
+/* As mkfs does with a large disk. */
+static void a_discard_of_all_takes_no_memory(void)
+{
+	const uint64_t length = UINT64_C(1) << 40;
+	int fd = memfd_create("memory", MFD_CLOEXEC);
+	struct pu_file_map map;
+	long before;
+
+	CHECK_EQUAL(ftruncate(fd, (off_t)length), 0);
+	pu_file_map_open(&map, fd);
+	CHECK(map.bytes);
+	before = own_kilobytes();
+	pu_file_map_forget(&map, 0, length);
+	CHECK(own_kilobytes() - before < 4096);
+	pu_file_map_close(&map);
+	close(fd);
+}
+#endif
+
+/* Cut by a resize, and extended by the next one. */
+static void what_was_cut_off_is_forgotten(enum pu_layout_kind kind)
+{
+	const uint64_t page = 4096;
+	struct pu_layout layout;
+	int nr = kind == PU_LAYOUT_STRIPE ? FILES : 1;
+
+	make_files();
+	CHECK_EQUAL(pu_layout_init(&layout, kind, FILE_BYTES * (uint64_t)nr, FILES, nr == 1), 0);
+	layout.chunk = page;
+	layout.extents[0] = (struct pu_extent){ .length = FILE_BYTES };
+	for (int i = 0; i < nr; i++) {
+		pu_layout_set_file(&layout, (uint32_t)i, fds[i], true, false);
+		CHECK_EQUAL(fallocate(fds[i], 0, 0, FILE_BYTES), 0);
+	}
+	pu_layout_map_memory(&layout);
+	for (int i = 0; i < nr; i++)
+		pu_file_map_note(&layout.files[i].map, 0, FILE_BYTES);
+	CHECK_EQUAL(pu_layout_resize(&layout, 8 * page * (uint64_t)nr), 0);
+	for (int i = 0; i < nr; i++) {
+		CHECK_EQUAL(ftruncate(fds[i], (off_t)(8 * page)), 0);
+		CHECK_EQUAL(ftruncate(fds[i], FILE_BYTES), 0);
+	}
+	CHECK_EQUAL(pu_layout_resize(&layout, FILE_BYTES * (uint64_t)nr), 0);
+	for (int i = 0; i < nr; i++) {
+		CHECK(pu_file_map_holds(&layout.files[i].map, 0, 8 * page));
+		CHECK(!pu_file_map_holds(&layout.files[i].map, 8 * page, page));
+		CHECK(!pu_file_map_holds(&layout.files[i].map, FILE_BYTES - page, page));
+	}
+	pu_layout_destroy(&layout);
+	close_files();
+}
+
 int main(void)
 {
 	for (int memory = 0; memory < 2; memory++) {
@@ -376,6 +469,12 @@ int main(void)
 	one_way_of_zeroing_that_fails_leaves_the_other();
 	memory_that_can_only_be_read_is_mapped_too();
 	pages_that_are_there_are_remembered();
+	what_strangers_are_told_is_not_believed();
+#ifndef __SANITIZE_THREAD__
+	a_discard_of_all_takes_no_memory();
+#endif
+	what_was_cut_off_is_forgotten(PU_LAYOUT_TABLE);
+	what_was_cut_off_is_forgotten(PU_LAYOUT_STRIPE);
 	a_hole_that_is_read_stays_a_hole();
 	overlapping_requests_stay_whole(PU_OP_WRITE);
 	overlapping_requests_stay_whole(PU_OP_DISCARD);

@@ -6,7 +6,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#define WORD 64u
+#define WORD PU_FILE_MAP_PAGES
 
 /* The pages of a range, and of a word of bits those that are among them. */
 struct pages {
@@ -35,11 +35,24 @@ static size_t bytes_of_bits(const struct pu_file_map *map)
 	return ((map->length >> map->page_shift) / WORD + 1) * sizeof(*map->there);
 }
 
+static size_t page_bytes(const struct pu_file_map *map)
+{
+	return (size_t)1 << map->page_shift;
+}
+
+/* At the last place that a file has: the mapping alone takes nothing. */
+static void *map_last_page(const struct pu_file_map *map, int fd)
+{
+	off_t last = INT64_MAX & ~(off_t)(2 * page_bytes(map) - 1);
+
+	return mmap(NULL, page_bytes(map), PROT_READ, MAP_SHARED, fd, last);
+}
+
 void pu_file_map_open(struct pu_file_map *map, int fd)
 {
 	struct stat about;
 	size_t length;
-	void *bytes, *there;
+	void *bytes, *there, *never;
 
 	*map = (struct pu_file_map){ .page_shift =
 					     (uint8_t)__builtin_ctzl((unsigned long)sysconf(_SC_PAGESIZE)) };
@@ -56,14 +69,17 @@ void pu_file_map_open(struct pu_file_map *map, int fd)
 	map->length = length;
 	there = mmap(NULL, bytes_of_bits(map), PROT_READ | PROT_WRITE,
 		     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-	if (there == MAP_FAILED)
+	map->there = there == MAP_FAILED ? NULL : there;
+	never = map_last_page(map, fd);
+	map->never = never == MAP_FAILED ? NULL : never;
+	if (!map->there || !map->never)
 		pu_file_map_close(map);
-	else
-		map->there = there;
 }
 
 void pu_file_map_close(struct pu_file_map *map)
 {
+	if (map->never)
+		munmap(map->never, page_bytes(map));
 	if (map->there)
 		munmap(map->there, bytes_of_bits(map));
 	if (map->bytes)
@@ -79,19 +95,32 @@ static bool is_known(const struct pu_file_map *map, const struct pages *pages)
 	return true;
 }
 
+/* Who neither owns a file nor may write to it is told that all of it is there. It may come to that
+ * when the file is open already: a server gives up its rights then. */
+static bool is_told_the_truth(const struct pu_file_map *map)
+{
+	unsigned char there = 1;
+
+	return !mincore(map->never, page_bytes(map), &there) && !(there & 1);
+}
+
 /* For all the pages of a word at once: their neighbours will be asked for, too. */
 static void ask(const struct pu_file_map *map, uint64_t word)
 {
 	uint64_t begin = (word * WORD) << map->page_shift, bytes = (uint64_t)WORD << map->page_shift;
 	unsigned char there[WORD] = { 0 };
 	uint64_t bits = 0;
+	uint32_t pages;
 
 	if (bytes > map->length - begin)
 		bytes = map->length - begin;
+	pages = (uint32_t)((bytes - 1) >> map->page_shift) + 1;
 	if (mincore(map->bytes + begin, bytes, there))
 		return;
-	for (uint32_t i = 0; i < WORD; i++)
+	for (uint32_t i = 0; i < pages; i++)
 		bits |= (uint64_t)(there[i] & 1) << i; /* the other bits of a byte are not used */
+	if (bits == UINT64_MAX >> (WORD - pages) && !is_told_the_truth(map))
+		return;
 	__atomic_fetch_or(&map->there[word], bits, __ATOMIC_RELAXED);
 }
 
@@ -125,6 +154,8 @@ void pu_file_map_forget(const struct pu_file_map *map, uint64_t offset, uint64_t
 	if (length > map->length - offset)
 		length = map->length - offset;
 	pages = pages_of(map, offset, length);
+	/* Bits that were never set take no memory, and are not to: all of a large disk is discarded. */
 	for (uint64_t word = pages.first / WORD; word <= pages.last / WORD; word++)
-		__atomic_fetch_and(&map->there[word], ~mask(&pages, word), __ATOMIC_RELAXED);
+		if (__atomic_load_n(&map->there[word], __ATOMIC_RELAXED) & mask(&pages, word))
+			__atomic_fetch_and(&map->there[word], ~mask(&pages, word), __ATOMIC_RELAXED);
 }

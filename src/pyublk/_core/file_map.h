@@ -12,10 +12,15 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+/* Of so many pages, aligned, it is asked at once. Who makes holes must not do so meanwhile: they would
+ * be taken for pages that are there. */
+#define PU_FILE_MAP_PAGES 64u
+
 struct pu_file_map {
 	uint8_t *bytes; /* NULL: not mapped */
 	uint64_t length;
 	uint64_t *there; /* a bit for each page that has been seen */
+	uint8_t *never; /* a page of the file that nobody can write, so far is it beyond its end */
 	uint8_t page_shift;
 };
 

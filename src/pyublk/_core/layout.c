@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 int pu_layout_init(struct pu_layout *layout, enum pu_layout_kind kind, uint64_t size,
 		   uint32_t nr_files, uint32_t nr_extents)
@@ -51,6 +52,7 @@ void pu_layout_unmap_memory(struct pu_layout *layout)
 
 int pu_layout_join(struct pu_layout *layout)
 {
+	uint64_t asked = (uint64_t)sysconf(_SC_PAGESIZE) * PU_FILE_MAP_PAGES;
 	bool mapped = false;
 	int error;
 
@@ -58,7 +60,8 @@ int pu_layout_join(struct pu_layout *layout)
 		mapped |= layout->files[i].map.bytes != NULL;
 	if (!mapped || __atomic_add_fetch(&layout->nr_queues, 1, __ATOMIC_ACQ_REL) != 2)
 		return 0;
-	error = pu_lock_init(&layout->lock, PU_LOCK_SHARDS, PU_LOCK_GRANULE);
+	error = pu_lock_init(&layout->lock, PU_LOCK_SHARDS,
+			     asked > PU_LOCK_GRANULE ? asked : PU_LOCK_GRANULE);
 	if (error)
 		__atomic_sub_fetch(&layout->nr_queues, 1, __ATOMIC_ACQ_REL);
 	else
@@ -181,12 +184,26 @@ uint64_t pu_striped_part_data(const struct pu_part *part, uint64_t done, uint64_
 	       beyond % part->chunk;
 }
 
+/* Files that were cut, and are extended now, are holes from there on. */
+static void forget_beyond(const struct pu_layout *layout, const struct pu_extent *last, uint64_t size)
+{
+	if (last) {
+		pu_file_map_forget(&layout->files[last->file].map, last->offset + size - last->start,
+				   UINT64_MAX);
+		return;
+	}
+	for (uint32_t i = 0; i < layout->nr_files; i++)
+		pu_file_map_forget(&layout->files[i].map, size / layout->nr_files, UINT64_MAX);
+}
+
 int pu_layout_resize(struct pu_layout *layout, uint64_t size)
 {
 	struct pu_extent *last = layout->nr_extents ? &layout->extents[layout->nr_extents - 1] : NULL;
 
 	if (!size || layout->kind == PU_LAYOUT_PER_REQUEST || (last && size <= last->start))
 		return -EINVAL;
+	if (size > layout->size)
+		forget_beyond(layout, last, layout->size);
 	/* Never made shorter: a request that began before may still be cut by it. */
 	if (last && size - last->start > last->length)
 		__atomic_store_n(&last->length, size - last->start, __ATOMIC_RELAXED);
