@@ -56,7 +56,7 @@ def try_wheel(
         TrialFailed: it cannot be installed, no disk came of it, or a test failed.
         VMError: there is no such machine here, or it failed.
     """
-    site = trying.install(target, wheel, work)
+    site = trying.install(target, wheel, work, trying.RUNNER)
     for name in ("tests", "docs", "tools"):
         shutil.copytree(ROOT / name, work / name, ignore=shutil.ignore_patterns("_build"))
     shutil.copy2(ROOT / "pyproject.toml", work)

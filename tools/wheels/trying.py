@@ -14,9 +14,10 @@ from tools.wheels.building import ROOT
 from tools.wheels.debian import Archive
 from tools.wheels.targets import Target
 
+#: What every test needs.
+RUNNER = ("pytest>=9", "pytest-timeout", "pytest-rerunfailures", "hypothesis>=6", "numpy")
 #: Of the group `test`, what has wheels for all interpreters; other tests are skipped, and say so.
-PACKAGES = ["pytest>=9", "pytest-timeout", "pytest-rerunfailures", "hypothesis>=6", "numpy"]
-PACKAGES += ["pytest-xdist", "prometheus-client", "obstore", "zstandard", "localbucket"]
+PACKAGES = (*RUNNER, "pytest-xdist", "prometheus-client", "obstore", "zstandard", "localbucket")
 #: An interpreter that this machine does not have, out of Debian's packages, with what tests call.
 DEBIAN = ["python{0}-minimal", "libpython{0}-stdlib", "util-linux", "coreutils", "dash", "procps"]
 DEBIAN += ["bash", "sed", "busybox-static", "base-passwd", "ca-certificates"]
@@ -69,8 +70,8 @@ def without_compiler(path: str, directory: Path) -> Path:
     return directory
 
 
-def install(target: Target, wheel: Path, work: Path) -> Path:
-    """Install a wheel, and what the tests need, for an interpreter that pip does not run on.
+def install(target: Target, wheel: Path, work: Path, packages: Sequence[str] = PACKAGES) -> Path:
+    """Install a wheel and packages for an interpreter that pip does not run on.
 
     Returns:
         The directory that the interpreter is to look for modules in.
@@ -84,7 +85,7 @@ def install(target: Target, wheel: Path, work: Path) -> Path:
     platforms = [f"manylinux_2_{minor}_{target.machine}" for minor in (34, 28, 27, 17)]
     for platform in (*platforms, target.platform_tag):
         command += ["--platform", platform]
-    if subprocess.run([*command, *PACKAGES, str(wheel)], check=False).returncode != 0:
+    if subprocess.run([*command, *packages, str(wheel)], check=False).returncode != 0:
         raise TrialFailed(f"pip cannot install {wheel.name}")
     return site
 
