@@ -258,6 +258,33 @@ static void overlapping_requests_stay_whole(uint32_t other)
 	close_files();
 }
 
+/* The only queue of a layout in memory. */
+static void open_alone(struct side *side, struct pu_layout *layout)
+{
+	*side = (struct side){ .layout = layout, .device = memfd_create("device", MFD_CLOEXEC) };
+	make_mapped(layout);
+	CHECK_EQUAL(ftruncate(side->device, (off_t)pu_user_copy_offset(0, 0, FILE_BYTES)), 0);
+	open_side(side);
+}
+
+static void close_alone(struct side *side)
+{
+	CHECK(pu_queue_close(&side->queue));
+	pu_mapped_close(&side->mapped);
+	pu_queue_free(&side->queue);
+	pu_layout_destroy(side->layout);
+	close(side->device);
+	close_files();
+}
+
+static void ask_once(struct side *side, uint32_t op, uint64_t offset, uint64_t length)
+{
+	CHECK_EQUAL(pu_loopback_inject(&side->queue, 0, op, offset >> 9, (uint32_t)(length >> 9)), 0);
+	CHECK(pu_mapped_turn(&side->mapped, 0) >= 0);
+	CHECK_EQUAL(pu_queue_held(&side->queue), 0);
+	CHECK(pu_loopback_result(&side->queue, 0) >= 0);
+}
+
 /* One queue keeps its own apart by doing each in the turn that brings it. What went on in its ring,
  * such as zeroes where a file has no way of its own to make them, would meet the next write. */
 static void a_queue_does_one_after_the_other(void)
@@ -265,23 +292,12 @@ static void a_queue_does_one_after_the_other(void)
 	static const uint32_t ops[] = { PU_OP_WRITE, PU_OP_READ, PU_OP_DISCARD, PU_OP_WRITE_ZEROES,
 					PU_OP_WRITE_ZEROES | PU_FLAG_NOUNMAP };
 	struct pu_layout layout;
-	struct side side = { .layout = &layout, .device = memfd_create("device", MFD_CLOEXEC) };
+	struct side side;
 
-	make_mapped(&layout);
-	CHECK_EQUAL(ftruncate(side.device, (off_t)pu_user_copy_offset(0, 0, FILE_BYTES)), 0);
-	open_side(&side);
-	for (size_t i = 0; i < sizeof(ops) / sizeof(ops[0]); i++) {
-		CHECK_EQUAL(pu_loopback_inject(&side.queue, 0, ops[i], 0, FILE_BYTES >> 9), 0);
-		CHECK(pu_mapped_turn(&side.mapped, 0) >= 0);
-		CHECK_EQUAL(pu_queue_held(&side.queue), 0);
-		CHECK(pu_loopback_result(&side.queue, 0) >= 0);
-	}
-	CHECK(pu_queue_close(&side.queue));
-	pu_mapped_close(&side.mapped);
-	pu_queue_free(&side.queue);
-	pu_layout_destroy(&layout);
-	close(side.device);
-	close_files();
+	open_alone(&side, &layout);
+	for (size_t i = 0; i < sizeof(ops) / sizeof(ops[0]); i++)
+		ask_once(&side, ops[i], 0, FILE_BYTES);
+	close_alone(&side);
 }
 
 static uint64_t allocated(int fd)
@@ -292,23 +308,14 @@ static uint64_t allocated(int fd)
 	return (uint64_t)about.st_blocks * 512;
 }
 
-static void ask_once(struct side *side, uint32_t op, uint64_t offset, uint64_t length)
-{
-	CHECK_EQUAL(pu_loopback_inject(&side->queue, 0, op, offset >> 9, (uint32_t)(length >> 9)), 0);
-	CHECK(pu_mapped_turn(&side->mapped, 0) >= 0);
-	CHECK(pu_loopback_result(&side->queue, 0) >= 0);
-}
-
 /* A read by way of the mapping would allocate what is not there. */
 static void a_hole_that_is_read_stays_a_hole(void)
 {
 	static const uint64_t page = 4096;
 	struct pu_layout layout;
-	struct side side = { .layout = &layout, .device = memfd_create("device", MFD_CLOEXEC) };
+	struct side side;
 
-	make_mapped(&layout);
-	CHECK_EQUAL(ftruncate(side.device, (off_t)pu_user_copy_offset(0, 0, FILE_BYTES)), 0);
-	open_side(&side);
+	open_alone(&side, &layout);
 	for (int round = 0; round < 2; round++) {
 		ask_once(&side, PU_OP_READ, 0, FILE_BYTES);
 		CHECK_EQUAL(allocated(fds[0]), 0);
@@ -323,12 +330,7 @@ static void a_hole_that_is_read_stays_a_hole(void)
 		CHECK_EQUAL(allocated(fds[0]), 2 * page);
 		ask_once(&side, PU_OP_WRITE_ZEROES, 0, FILE_BYTES);
 	}
-	CHECK(pu_queue_close(&side.queue));
-	pu_mapped_close(&side.mapped);
-	pu_queue_free(&side.queue);
-	pu_layout_destroy(&layout);
-	close(side.device);
-	close_files();
+	close_alone(&side);
 }
 
 /* Which pages are there is remembered, for each and in any number of words. */

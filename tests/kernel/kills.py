@@ -20,7 +20,7 @@ from command_line import added, run_here
 from fio import verified
 from linear import History, Inexplicable
 from report import Report
-from servers import helpers_of, sleeping_beyond_signals, until
+from servers import helpers_of, sleeping_beyond_signals, state_in, until
 
 import pyublk
 from pyublk.cli.failures import ExitCode
@@ -170,7 +170,7 @@ class Disk:
 def running(pid: int) -> bool:
     """No zombie: of what is dead, the files are closed."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        return state_in(Path(f"/proc/{pid}/stat").read_text()) not in "ZX"
     except OSError:
         return False
 

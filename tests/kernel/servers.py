@@ -57,6 +57,11 @@ def until(true: Callable[[], object], timeout: float = 60.0, what: str = "") -> 
         pause = min(pause * 2, 0.05)
 
 
+def state_in(stat: str) -> str:
+    """The letter for what a process or a thread does, of its file `stat` in /proc (proc(5))."""
+    return stat.rpartition(")")[2].split()[0]
+
+
 def start_recovery(controller: pyublk.Controller, number: int) -> None:
     """EBUSY until the last reference to the char device is gone."""
 
@@ -181,7 +186,7 @@ def running_children() -> set[int]:
         try:
             for child in task.read_text().split():
                 stat = Path(f"/proc/{child}/stat").read_text()
-                if stat.rpartition(")")[2].split()[0] != "Z":
+                if state_in(stat) != "Z":
                     found.add(int(child))
         except OSError:  # ended meanwhile
             continue
@@ -207,11 +212,11 @@ def sleeping_beyond_signals() -> list[str]:
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            name, _, rest = stat.read_text().rpartition(")")
+            text = stat.read_text()
         except OSError:  # ended meanwhile
             continue
-        if rest.split()[0] == "D":
-            found.append(name)
+        if state_in(text) == "D":
+            found.append(text.rpartition(")")[0])
     return found
 
 

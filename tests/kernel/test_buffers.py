@@ -15,7 +15,7 @@ from blocks import Blocks
 from conftest import Serve
 from memory import Memory, ParallelMemory
 from needs import needs
-from servers import until
+from servers import state_in, until
 from variations import variations
 
 import pyublk
@@ -164,9 +164,8 @@ def in_thread(step: Callable[[], object]) -> threading.Thread:
 
 
 def waits_for_the_disk(thread: threading.Thread) -> bool:
-    """Tell whether a thread is in the state D (proc(5)), as one whose direct write has begun."""
-    stat = Path(f"/proc/self/task/{thread.native_id}/stat").read_text()
-    return stat.rpartition(")")[2].split()[0] == "D"
+    """Whether a thread cannot be interrupted, as one whose direct write has begun."""
+    return state_in(Path(f"/proc/self/task/{thread.native_id}/stat").read_text()) == "D"
 
 
 def write_once(path: str, byte: bytes, offset: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from blocks import Blocks
 from command_line import added, run_here
 from restarted import restarting, served_again
-from servers import device_is_gone, until
+from servers import device_is_gone, state_in, until
 
 from pyublk.control import Controller
 from pyublk.service import restarts
@@ -17,7 +17,7 @@ from pyublk.service.records import log_place, recorded_ids
 def states(pid: int) -> set[str]:
     """Those of a process's threads (proc(5))."""
     stats = [stat.read_text() for stat in Path(f"/proc/{pid}/task").glob("*/stat")]
-    return {stat.rpartition(")")[2].split()[0] for stat in stats}
+    return set(map(state_in, stats))
 
 
 def test_a_server_that_hangs_is_killed_and_restarted(place: Path, controller: Controller) -> None:

@@ -15,7 +15,7 @@ from blocks import Blocks
 from conftest import Serve
 from filesystems import mounted, run
 from needs import Program, needs
-from servers import until
+from servers import state_in, until
 
 import pyublk
 from pyublk._native import address
@@ -169,7 +169,7 @@ def test_what_is_filled_late_is_nobody_elses(
 def a_worker_waits() -> bool:
     """Whether a thread of the kernel, which carries out what a ring cannot, sleeps in it."""
     tasks = [path.read_text() for path in Path("/proc/self/task").glob("*/stat")]
-    return any("(iou-wrk-" in task and task.rpartition(")")[2].split()[0] == "D" for task in tasks)
+    return any("(iou-wrk-" in task and state_in(task) == "D" for task in tasks)
 
 
 @pytest.mark.parametrize("how", [by_close, by_another_thread])

@@ -96,6 +96,7 @@ enum pu_cut pu_layout_part(const struct pu_layout *layout, uint64_t offset, uint
 int pu_layout_check(const struct pu_layout *layout, const struct pu_extent *parts, uint32_t count,
 		    uint64_t length, bool changed);
 
+/* As pu_part_data, of a part that is cut into chunks. */
 uint64_t pu_striped_part_data(const struct pu_part *part, uint64_t done, uint64_t *contiguous);
 
 /* Of a part: the place in the request's data of its byte `done`, and how many bytes lie there in

@@ -17,36 +17,22 @@ from pyublk.cli.parameters import Seconds, json_option
 from pyublk.vm import Machine, VMError, attached, staying
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+_V = TypeVar("_V")
 
 
-class _Memory(click.ParamType[int]):
-    """A size of memory, such as 512M or 4GiB."""
+class _Checked(click.ParamType[_V]):
+    """A value of a text, by a function of the machine's that says what is wrong with one."""
 
-    name = "size"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int:
-        """Return bytes."""
-        if isinstance(value, int):
-            return value
-        try:
-            return attached.memory_size(str(value))
-        except VMError as error:
-            self.fail(str(error), param, ctx)
-
-
-class _Name(click.ParamType[str]):
-    """The name of a machine that stays."""
-
-    name = "name"
+    def __init__(self, name: str, value_of: Callable[[str], _V]) -> None:
+        self.name = name
+        self._value_of = value_of
 
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> str:
-        """Return the name."""
+    ) -> _V:
+        """Return the value."""
         try:
-            return staying.check_name(str(value))
+            return self._value_of(str(value))
         except VMError as error:
             self.fail(str(error), param, ctx)
 
@@ -118,7 +104,7 @@ def _machine_options(command: _F) -> _F:
         ),
         click.option(
             "--memory",
-            type=_Memory(),
+            type=_Checked("size", attached.memory_size),
             default="2G",
             show_default=True,
             help="Memory of the machine.",
@@ -145,7 +131,7 @@ _environment_option = click.option(
 )
 _name_option = click.option(
     "--name",
-    type=_Name(),
+    type=_Checked("name", staying.check_name),
     default="default",
     show_default=True,
     help="The machine that is meant.",
